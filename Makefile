@@ -1,0 +1,60 @@
+# hydramoe: `make` lists what can be made.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The virtual environment is right when the stamp holds the checksum of all that it is made from.
+WANT = $(shell cat constraints.txt pyproject.toml | cksum)-$(CURDIR)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup assets demo test test-slow results paper readme lab hooks export clean check
+
+help: ## list these targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv from constraints.txt (nothing to do when it is right)
+	@if [ "$$(cat .venv/.stamp 2>/dev/null)" = "$(WANT)" ]; then exit 0; fi; set -e; \
+	$(PYTHON) -c 'import sys; sys.exit(f"hydramoe needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Try: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'; \
+	echo "making .venv (some 1.5 GB; minutes, most of them download)"; \
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'; \
+	echo "$(WANT)" > .venv/.stamp
+
+assets: setup ## fetch and check the pinned models and data
+	@$(BIN)/python -c 'from hydramoe.fetch import fetch_all; fetch_all()'
+
+demo: setup ## from nothing to routed QLoRA experts and a report (20 minutes on two cores)
+	@$(BIN)/hydramoe reproduce demo
+
+test: assets ## the test suite: every notebook, and tests/ (under 25 minutes)
+	@$(BIN)/python -m pytest -m 'not slow' tests
+
+test-slow: assets ## the tests that take long
+	@$(BIN)/python -m pytest -m slow tests
+
+results: setup ## copy finished runs into results/, and results into the paper
+	@$(BIN)/python -c 'from hydramoe.reproduce import publish; publish()'
+
+paper: setup ## make papers/hydra/main.pdf (needs a LaTeX installation)
+	@$(BIN)/python -c 'from hydramoe.reproduce import write_paper; write_paper()'
+	@command -v latexmk >/dev/null || { echo 'latexmk is not installed; the generated tables are in papers/hydra/generated'; exit 1; }
+	cd papers/hydra && latexmk -pdf -interaction=nonstopmode main.tex
+
+readme: setup ## make README.md from nbs/index.ipynb
+	@$(BIN)/python -c 'from hydramoe.reproduce import write_readme; write_readme()'
+
+lab: setup ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+hooks: setup ## install nbdev's git hooks: clean notebooks, notebook merges
+	@$(BIN)/nbdev_install_hooks
+
+export: setup ## notebooks → hydramoe/*.py, cleaned
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+check: export readme ## what CI checks first: exporting and cleaning change nothing
+	@git diff --exit-code --stat
+
+clean: ## remove build products and caches of tools (not .venv, runs/ or the asset cache)
+	rm -rf build dist *.egg-info .pytest_cache _proc _docs
+	cd papers/hydra && rm -f *.aux *.bbl *.blg *.fdb_latexmk *.fls *.log *.out *.pdf
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
