@@ -233,11 +233,10 @@ def _functions(module, file):
 def _parse(module, file, changed, size):
     "The table of a module, whose file must hold the code that is in memory"
     text = Path(file).read_text(encoding='utf-8')
-    codes = {c.co_qualname: c for c in _codes(compile(text, file, 'exec'))} if module.startswith('hydramoe') else {}
-    for f in _functions(module, file) if codes else ():
-        name = f.__code__.co_qualname
-        if name not in codes or _does(codes[name])!=_does(f.__code__):
-            raise SealError(f"{file} was edited after this process imported it ({name} differs): restart the process or kernel, so that what runs is what is recorded")
+    codes = [(c.co_name, _does(c)) for c in _codes(compile(text, file, 'exec'))]
+    for f in _functions(module, file) if module.startswith('hydramoe') else ():
+        if (f.__code__.co_name, _does(f.__code__)) not in codes:
+            raise SealError(f"{file} was edited after this process imported it ({f.__qualname__} differs): restart the process or kernel, so that what runs is what is recorded")
     return _table(_statements(ast.parse(text)))
 
 # %% ../nbs/01_store.ipynb #cell57
