@@ -150,7 +150,7 @@ def _papermill(nb, made, values):
     import papermill
     from nbclient.exceptions import CellControlSignal, DeadKernelError
     quiet = os.environ.get('HYDRAMOE_QUIET') or os.environ.get('IN_TEST')
-    try: papermill.execute_notebook(nb, made, values, cwd=nb.parent, kernel_name='python3', progress_bar=False, stderr_file=None if quiet else sys.stderr)
+    try: papermill.execute_notebook(nb, made, values, cwd=nb.parent, kernel_name='python3', progress_bar=False, stderr_file=None if quiet else sys.stderr, extra_arguments=['--log-level=CRITICAL'])
     except (papermill.PapermillExecutionError, DeadKernelError, CellControlSignal) as e: return _why(e)
     left = [c for c in _code(made) if _source(c).strip() and c['execution_count'] is None]
     return f"{len(left)} cells were not run, though no error was reported" if left else None
@@ -169,7 +169,7 @@ def _finish(result, values, seconds, made, about):
     if r.params!=values:
         odd = sorted(k for k in {**values, **r.params} if values.get(k)!=r.params.get(k))
         raise RunFailed(f"{r.name} was told {({k: values.get(k) for k in odd})} and recorded {({k: r.params.get(k) for k in odd})}; `save_result` takes every parameter as it was used")
-    r.made, r.run = about, {**r.run, 'seconds': round(seconds, 1), 'notebook': file_sha256(made)}
+    r.made, r.run = about, {**r.run, 'seconds': round(seconds, 1), 'notebook': file_sha256(made), 'seal': r.seal}
     return asdict(r)
 
 def run_notebook(
@@ -294,7 +294,7 @@ def depends_on(
 
 def _whole(r, nb):
     paths = r.run.get('paths', {})
-    return nb.exists() and r.run.get('notebook')==file_sha256(nb) and all(is_sealed(Path(paths[k])) and seal_id(Path(paths[k]))==s for k,s in r.outputs.items())
+    return r.run.get('seal')==r.seal and nb.exists() and r.run.get('notebook')==file_sha256(nb) and all(is_sealed(Path(paths[k])) and seal_id(Path(paths[k]))==s for k,s in r.outputs.items())
 
 def current(
     graph:Graph,

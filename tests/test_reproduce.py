@@ -1,0 +1,167 @@
+"The runner under what happens to real runs: kills, neighbours, edits."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from hydramoe import reproduce
+from hydramoe.core import HydraError
+from hydramoe.reproduce import Graph, Parameter, RunFailed, check_parameters, code_digests, current, load_result, members, parse_assignments, run_notebook, run_scale
+
+ONE = '''from pathlib import Path
+import os, time
+from hydramoe.reproduce import save_result
+log = Path(place)/'log'
+with log.open('a') as f: f.write(f'first {os.getpid()}\\n')
+time.sleep(wait)
+'''
+TWO = '''from pathlib import Path
+from hydramoe.reproduce import save_result, upstream
+first = upstream('e1_first', scale)
+with (Path(first.params['place'])/'log').open('a') as f: f.write('second\\n')
+'''
+
+def notebook(path, *cells):
+    cells = [dict(cell_type='code', id=f'c{i}', execution_count=None, outputs=[], source=s,
+                  metadata=dict(tags=['parameters']) if s.startswith('scale:') else {}) for i,s in enumerate(cells)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kernel = dict(name='python3', language='python', display_name='python3')
+    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+    return path
+
+@pytest.fixture
+def graph(tmp_path):
+    lab = tmp_path/'lab'
+    notebook(lab/'e1_first.ipynb', 'scale: str = "toy"  # run\nplace: str = ""  # for the log\nwait: float = 0.0  # seconds', ONE,
+             'save_result("e1_first", scale, dict(scale=scale, place=place, wait=wait), [dict(system="base", ppl=2.)])')
+    notebook(lab/'e2_second.ipynb', 'scale: str = "toy"  # run', TWO,
+             'save_result("e2_second", scale, dict(scale=scale), [dict(system="base", ppl=first.rows[0]["ppl"]+1)], inputs=dict(first=first))')
+    set_first(lab, tmp_path)
+    (lab/'params'/'e2_second-demo.yaml').write_text('')
+    return Graph(lab, tmp_path/'runs')
+
+def set_first(lab, place, wait=0.):
+    (lab/'params').mkdir(exist_ok=True)
+    (lab/'params'/'e1_first-demo.yaml').write_text(f'place: {place}\nwait: {wait}\n')
+
+def log(graph): return (graph.runs.parent/'log').read_text().split('\n')[:-1] if (graph.runs.parent/'log').exists() else []
+
+def start(graph):
+    code = f"from hydramoe.reproduce import Graph, run_scale\nrun_scale('demo', graph=Graph({str(graph.folder)!r}, {str(graph.runs)!r}))"
+    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+def wait_for(what, seconds=60):
+    end = time.monotonic()+seconds
+    while not what():
+        assert time.monotonic()<end, 'waited too long'
+        time.sleep(.05)
+
+def alive(pid):
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    return not Path(f'/proc/{pid}/stat').exists() or Path(f'/proc/{pid}/stat').read_text().split(')')[-1].split()[0]!='Z'
+
+
+def test_killed_runner_goes_on(graph):
+    whole = {n: r.seal for n,r in run_scale('demo', graph=graph).items()}
+    set_first(graph.folder, graph.runs.parent, wait=30)
+    n = len(log(graph))
+    p = start(graph)
+    wait_for(lambda: len(log(graph))>n)
+    kernel = int(log(graph)[-1].split()[1])
+    p.kill(); p.wait()
+    wait_for(lambda: not alive(kernel), 30)  # a kernel does not outlive its runner
+    assert load_result(graph.runs/'demo'/'e1_first.json').seal==whole['e1_first']  # the older result stands until a new one is whole
+    set_first(graph.folder, graph.runs.parent)
+    again = {n: r.seal for n,r in run_scale('demo', graph=graph).items()}
+    assert again==whole and not list((graph.runs/'demo').glob('.running-*'))
+
+def test_kernel_killed_from_outside_is_a_failed_run(graph):
+    set_first(graph.folder, graph.runs.parent, wait=60)
+    p = start(graph)
+    wait_for(lambda: log(graph))
+    os.kill(int(log(graph)[-1].split()[1]), signal.SIGKILL)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode!=0 and 'RunFailed' in err
+    assert not (graph.runs/'demo'/'e1_first.json').exists() and not (graph.runs/'demo'/'e1_first.ipynb').exists()
+    assert 'second' not in log(graph)
+
+def test_two_runners_make_each_result_once(graph):
+    set_first(graph.folder, graph.runs.parent, wait=2)
+    both = [start(graph), start(graph)]
+    errors = [p.communicate(timeout=120)[1] for p in both]
+    assert [p.returncode for p in both]==[0, 0], errors
+    assert len(log(graph))==2  # one line from each experiment
+
+def test_unchanged_costs_no_kernel_and_no_torch(graph):
+    run_scale('demo', graph=graph)
+    code = f'''import sys
+from hydramoe.reproduce import Graph, run_scale
+run_scale('demo', graph=Graph({str(graph.folder)!r}, {str(graph.runs)!r}))
+assert not {{'torch', 'papermill', 'nbclient', 'matplotlib'}} & set(sys.modules), 'imported without need'
+'''
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=30)
+    assert len(log(graph))==2
+
+def test_an_edited_result_is_made_again(graph):
+    run_scale('demo', graph=graph)
+    f = graph.runs/'demo'/'e2_second.json'
+    f.write_text(f.read_text().replace('3.0', '2.5'))
+    assert run_scale('demo', graph=graph)['e2_second'].rows[0]['ppl']==3.
+    assert len(log(graph))==3
+
+def test_missing_upstream_is_made_first(graph, monkeypatch):
+    # what happens when a reader opens the second notebook first: by hand, not by the runner
+    set_first(graph.folder, graph.runs.parent)
+    monkeypatch.setattr(reproduce, 'Graph', lambda: Graph(graph.folder, graph.runs))
+    monkeypatch.setenv('HYDRAMOE_RUNS', str(graph.runs))
+    assert reproduce.upstream('e1_first', 'demo').rows[0]['ppl']==2.
+    assert len(log(graph))==1
+
+def test_without_save_result_there_is_no_result(graph):
+    notebook(graph.folder/'e2_second.ipynb', 'scale: str = "toy"  # run', 'from hydramoe.reproduce import upstream\nupstream("e1_first", scale)')
+    with pytest.raises(RunFailed, match='without `save_result`'): run_scale('demo', graph=Graph(graph.folder, graph.runs))
+
+def test_rings_and_strangers_are_refused(tmp_path):
+    ask = lambda n: f'from hydramoe.reproduce import upstream\nupstream("{n}", scale)'
+    notebook(tmp_path/'a.ipynb', 'scale: str = "toy"  # run', ask('b'))
+    with pytest.raises(HydraError, match="upstream of a='b' is not known"): Graph(tmp_path, tmp_path)
+    notebook(tmp_path/'b.ipynb', 'scale: str = "toy"  # run', ask('a'))
+    with pytest.raises(HydraError, match='in a ring'): Graph(tmp_path, tmp_path)
+
+def test_progress_bars_leave_one_line(tmp_path):
+    nb = notebook(tmp_path/'p.ipynb', 'scale: str = "toy"  # run', 'import sys\nfor i in range(300): print(f"\\r{i} of 299", end="", file=sys.stderr)\nprint(file=sys.stderr)')
+    out = json.loads(run_notebook(nb, tmp_path/'out.ipynb').read_text())
+    text = ''.join(''.join(o['text']) for c in out['cells'] for o in c['outputs'])
+    assert text.strip().endswith('299 of 299') and len(text) < 3000
+
+@pytest.mark.parametrize('edit,changes', [('"Other words"', False), ('"A docstring"; x = 2', True)])
+def test_a_docstring_is_not_code(tmp_path, edit, changes):
+    nb = notebook(tmp_path/'n.ipynb', 'scale: str = "toy"  # run', 'from hydramoe.tiny import f')
+    def write(body): (tmp_path/'tiny.py').write_text(f'from .deep import g\ndef f():\n    {body}\n')
+    (tmp_path/'deep.py').write_text('def g(): return 1')
+    (tmp_path/'other.py').write_text('')
+    write('"A docstring"'); before = code_digests(nb, tmp_path)
+    write(edit); after = code_digests(nb, tmp_path)
+    assert set(before['package'])=={'tiny', 'deep'} and (before!=after)==changes
+
+TYPED = {int: st.integers(), float: st.floats(allow_nan=False, allow_infinity=False), str: st.text(), bool: st.booleans(), list: st.lists(st.integers())}
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(list(TYPED)).flatmap(lambda t: st.tuples(st.just(t), TYPED[t])))
+def test_every_value_survives_the_command_line(tv):
+    kind, value = tv
+    declared = dict(x=Parameter('x', kind, value, ''))
+    text = value if kind is str else json.dumps(value)
+    got = parse_assignments(declared, [f'x={text}'])['x']
+    assert got==value and type(got) is kind
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(list(TYPED)), st.one_of(*TYPED.values(), st.none(), st.just(float('nan'))))
+def test_a_value_of_another_type_is_refused(kind, value):
+    declared = dict(x=Parameter('x', kind, kind(), ''))
+    fits = type(value) is kind and value==value or kind is float and type(value) is int
+    if fits: assert check_parameters(declared, dict(x=value))['x']==value
+    else:
+        with pytest.raises(HydraError, match='takes a'): check_parameters(declared, dict(x=value))
