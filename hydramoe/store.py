@@ -6,7 +6,7 @@
 __all__ = ['SEAL', 'FORMAT', 'SealError', 'open_sealed', 'is_sealed', 'seal_id', 'work_dir', 'sealing', 'source_hash', 'stage']
 
 # %% ../nbs/01_store.ipynb #cell3
-import ast, dataclasses, fcntl, functools, importlib.util, inspect, os, re, secrets, shutil, stat, sys, textwrap, time, types
+import ast, dataclasses, dis, errno, fcntl, functools, importlib.util, inspect, os, re, secrets, shutil, stat, sys, textwrap, time, types
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
@@ -82,18 +82,22 @@ def seal_id(
 # %% ../nbs/01_store.ipynb #cell21
 def _locked(path, flags=os.O_RDONLY, wait=True):
     "A descriptor that holds the lock on `path`, or None: someone else has it, or the path is gone"
-    try: fd = os.open(path, flags, 0o644)
+    try: fd = os.open(path, flags | os.O_NOFOLLOW, 0o644)
     except FileNotFoundError: return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(fd), os.stat(path)): return fd
-    except (BlockingIOError, FileNotFoundError): pass
+    except FileNotFoundError: pass
+    except OSError as e:
+        if wait and e.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF): return fd
     except BaseException: os.close(fd); raise
     os.close(fd)
 
+_TEMPORARY = re.compile(r'\.sealing-(.+)-[0-9a-f]{12}')
+
 def _sweep(folder):
     "Remove temporary directories whose maker is dead"
-    for tmp in Path(folder).glob('.tmp-*'):
+    for tmp in [p for p in Path(folder).iterdir() if _TEMPORARY.fullmatch(p.name) and p.is_dir()]:
         if (fd := _locked(tmp, wait=False)) is None: continue
         shutil.rmtree(tmp, ignore_errors=True)
         os.close(fd)
@@ -101,20 +105,22 @@ def _sweep(folder):
 def _temporary(target):
     "A new locked directory beside `target`, and the descriptor that holds it"
     while True:
-        tmp = target.with_name(f'.tmp-{target.name}-{secrets.token_hex(6)}')
+        tmp = target.with_name(f'.sealing-{target.name}-{secrets.token_hex(6)}')
         tmp.mkdir(parents=True)
         if (fd := _locked(tmp)) is not None: return tmp, fd
 
 # %% ../nbs/01_store.ipynb #cell25
+def _work(target):
+    ours = _TEMPORARY.fullmatch(target.name)
+    return target.with_name(f".work-{ours[1] if ours else target.name}")
+
 def work_dir(
     target:str|Path # a target, or the `out` that a stage function was given for it
 )->Path: # beside the target; made if missing, removed when the target is sealed
     "Where work on `target` survives a kill"
-    target = Path(target)
-    name = re.fullmatch(r'\.tmp-(.+)-[0-9a-f]{12}', target.name)
-    p = target.with_name(f".work-{name[1] if name else target.name}")
-    p.mkdir(parents=True, exist_ok=True)
-    return p
+    work = _work(Path(target).absolute())
+    work.mkdir(parents=True, exist_ok=True)
+    return work
 
 # %% ../nbs/01_store.ipynb #cell27
 def _fsync(path):
@@ -134,27 +140,31 @@ def _publish(tmp, target, meta, made):
     if canonical(open_sealed(target)['meta'])!=canonical(meta): raise SealError(f"{target} is sealed already, as something else: choose another place, or delete it")
     _fsync(target.parent)
 
-# %% ../nbs/01_store.ipynb #cell28
+# %% ../nbs/01_store.ipynb #cell29
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+
 @contextmanager
 def sealing(
     target:str|Path, # where the sealed directory shall be; folders above it are made
     meta:dict # what it is made from: part of the seal and of its id
 ): # as a context: the temporary directory to write into
     "Write a directory that exists whole and sealed, or not at all"
-    target, began = Path(target).absolute(), time.monotonic()
+    target, began, tmp, fd = Path(target).absolute(), time.monotonic(), None, None
     if os.path.lexists(target): open_sealed(target, deep=False)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target.parent)
-    tmp, fd = _temporary(target)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        tmp, fd = _temporary(target)
         yield tmp
         _publish(tmp, target, meta, dict(seconds=round(time.monotonic()-began, 2), machine=machine()))
-        shutil.rmtree(work_dir(target), ignore_errors=True)
+        shutil.rmtree(_work(target), ignore_errors=True)
+    except OSError as e:
+        if e.errno not in _DISK: raise
+        raise SealError(f"{target} could not be made: {e}. What was there before is untouched; mend the disk's space or permissions, or set $HYDRAMOE_CACHE to another") from e
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-        os.close(fd)
+        if tmp: shutil.rmtree(tmp, ignore_errors=True); os.close(fd)
 
-# %% ../nbs/01_store.ipynb #cell47
+# %% ../nbs/01_store.ipynb #cell48
 _DEFS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 def _text(node):
@@ -164,7 +174,7 @@ def _text(node):
         if isinstance(n, _DEFS) and ast.get_docstring(n, clean=False) is not None: n.body = n.body[1:] or [ast.Pass()]
     return ast.unparse(node)
 
-# %% ../nbs/01_store.ipynb #cell50
+# %% ../nbs/01_store.ipynb #cell51
 def _dotted(node):
     "`a.b.c` as text, if it begins with a name"
     if isinstance(node, ast.Name): return node.id
@@ -187,7 +197,7 @@ def _binds(node):
     targets = getattr(node, 'targets', [getattr(node, 'target', None)])
     return {n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)}
 
-# %% ../nbs/01_store.ipynb #cell51
+# %% ../nbs/01_store.ipynb #cell52
 def _statements(node):
     "Top-level statements, also those under `if`, `try` and `with`"
     for n in ast.iter_child_nodes(node):
@@ -203,7 +213,7 @@ def _table(statements):
 
 def _imports(node): return _table(n for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom)))
 
-# %% ../nbs/01_store.ipynb #cell54
+# %% ../nbs/01_store.ipynb #cell55
 def _file(module):
     "The source file of a module by its name, or None"
     m = sys.modules.get(module)
@@ -222,7 +232,7 @@ def _does(code):
     consts = [c for i,c in enumerate(code.co_consts) if not (i==0 and isinstance(c, str))]
     return code.co_code, code.co_names, [_does(c) if isinstance(c, types.CodeType) else (type(c), c) for c in consts]
 
-# %% ../nbs/01_store.ipynb #cell55
+# %% ../nbs/01_store.ipynb #cell56
 def _functions(module, file):
     "The functions in memory that came from a module's file"
     members = list(vars(sys.modules[module]).values()) if module in sys.modules else []
@@ -239,7 +249,7 @@ def _parse(module, file, changed, size):
             raise SealError(f"{file} was edited after this process imported it ({f.__qualname__} differs): restart the process or kernel, so that what runs is what is recorded")
     return _table(_statements(ast.parse(text)))
 
-# %% ../nbs/01_store.ipynb #cell57
+# %% ../nbs/01_store.ipynb #cell58
 class _Walk:
     "Collects the text of each definition of ours that is reached"
     def __init__(self, module): self.ours, self.parts = {'hydramoe', module.split('.')[0]}, {}
@@ -283,17 +293,21 @@ def _origin(module, node):
     parts = module.split('.')[:None if (_file(module) or '').endswith('__init__.py') else -1]
     return '.'.join([*parts[:len(parts)-node.level+1], *filter(None, [node.module])])
 
-# %% ../nbs/01_store.ipynb #cell59
+# %% ../nbs/01_store.ipynb #cell60
 def _own_source(f):
     try: return ast.parse(textwrap.dedent(inspect.getsource(f)))
     except (OSError, TypeError, SyntaxError): raise SealError(f"the source of {getattr(f, '__qualname__', f)} cannot be read: define it with `def` in a module or a notebook cell") from None
 
+def _free(f, tree):
+    "The names that a function takes from around it, when it runs or when it is defined"
+    loads = {i.argval for c in (f.__code__, *_codes(f.__code__)) for i in dis.get_instructions(c) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
+    d = tree.body[0]
+    head = [*getattr(d, 'decorator_list', []), *([d.args, d.returns] if hasattr(d, 'args') and getattr(d, 'returns', None) else [getattr(d, 'args', d)])]
+    return loads | {*f.__code__.co_freevars} | {m.split('.')[0] for n in head for m in _mentions(n)}
+
 def _around(f):
-    "What a function can see: globals, and the variables it closes over"
-    closed = {n: c.cell_contents for n,c in zip(f.__code__.co_freevars, f.__closure__ or ())}
-    codes = [f.__code__, *_codes(f.__code__)]
-    hidden = {n for c in codes for n in c.co_varnames} - {n for c in codes for n in (*c.co_names, *c.co_freevars)}
-    return {k: v for k,v in {**f.__globals__, **closed}.items() if k not in hidden}
+    "What stands around a function: globals, and the variables it closes over"
+    return {**f.__globals__, **inspect.getclosurevars(f).nonlocals}
 
 class _LiveWalk(_Walk):
     "The same, for functions that no module file holds"
@@ -308,11 +322,11 @@ class _LiveWalk(_Walk):
 
     def live(self, key, f):
         tree, scope = _own_source(f), _around(f)
-        self.parts[key], local = _text(tree), _imports(tree)
+        self.parts[key], local, free = _text(tree), _imports(tree), _free(f, tree)
         for d in sorted(_mentions(tree)):
             head, _, rest = d.partition('.')
             if head in local: self.imported(f.__module__, local[head][0], head, rest)
-            elif head in scope: self.value(head, scope[head], rest)
+            elif head in free and head in scope: self.value(head, scope[head], rest)
 
     def live_class(self, key, c):
         fields = [[x.name, str(x.type), repr(x.default)] for x in dataclasses.fields(c)] if dataclasses.is_dataclass(c) else []
@@ -328,10 +342,11 @@ class _LiveWalk(_Walk):
         if isinstance(x, types.ModuleType): return self.name(x.__name__, rest) if self.is_ours(x.__name__) else None
         if isinstance(x, functools.partial): return self.start(x)
         if hasattr(x, '__name__'): return self.start(x) if self.is_ours(getattr(x, '__module__', '')) else None
-        try: self.parts[f'={name}'] = canonical(x)
+        if isinstance(x, re.Pattern): x = [x.pattern, x.flags]
+        try: self.parts[f'={name}'] = canonical(sorted(map(canonical, x)) if isinstance(x, (set, frozenset)) else x)
         except HydraError as e: raise SealError(f"a stage may not take {name!r} from around it ({e}): pass it as a parameter, or seal it and pass it as an input") from None
 
-# %% ../nbs/01_store.ipynb #cell60
+# %% ../nbs/01_store.ipynb #cell61
 def source_hash(
     fn:Callable # a function of a module or of a notebook cell, or a `functools.partial` of one
 )->str: # 64 hex digits
@@ -342,7 +357,7 @@ def source_hash(
     walk.start(fn)
     return digest(walk.parts)
 
-# %% ../nbs/01_store.ipynb #cell70
+# %% ../nbs/01_store.ipynb #cell71
 def _input_id(name, path):
     "What names an input: its seal, or the hash of a single file"
     if Path(path).is_file(): return file_sha256(path)
@@ -351,13 +366,14 @@ def _input_id(name, path):
 
 def _describe(make, params, inputs, libs, device, dtype, name):
     "All that a stage's output depends on, and the key of it"
+    if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', name): raise SealError(f"a stage cannot be called {name!r}: pass name=, of letters, digits, '_', '.' and '-'")
     try: inspect.signature(make).bind('out', **inputs, **params)
     except TypeError as e: raise SealError(f"stage {name}: {e}; it takes {inspect.signature(make)}") from None
     meta = dict(name=name, source=source_hash(make), params=params, inputs={k: _input_id(k, v) for k,v in inputs.items()},
                 libs=versions(*libs) if libs else {}, device=str(device), dtype=str(dtype))
     return dict(meta, key=digest(meta))
 
-# %% ../nbs/01_store.ipynb #cell72
+# %% ../nbs/01_store.ipynb #cell73
 @contextmanager
 def _alone(target):
     "Hold the lock of `target`; it vanishes with the process"
@@ -374,7 +390,7 @@ def _run(make, params, inputs, target, meta):
         if Path(p).is_dir(): open_sealed(p)
     with sealing(target, meta) as out: make(out, **inputs, **params)
 
-# %% ../nbs/01_store.ipynb #cell73
+# %% ../nbs/01_store.ipynb #cell74
 def stage(
     make:Callable, # called as `make(out, **inputs, **params)`; writes into the directory `out`
     params:dict, # plain values, by argument name
@@ -387,12 +403,12 @@ def stage(
 )->Path: # a sealed directory, every byte checked
     "Make a sealed directory, or return the one that the same function made from the same things"
     inputs = {k: Path(v) for k,v in (inputs or {}).items()}
-    meta = _describe(make, params, inputs, libs, device, dtype, name or make.__name__)
+    meta = _describe(make, params, inputs, libs, device, dtype, name or getattr(make, '__name__', ''))
     target = Path(root or cache_dir()/'stages').absolute()/f"{meta['name']}-{meta['key'][:16]}"
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(target):
         with _alone(target):
             if not os.path.lexists(target): _run(make, params, inputs, target, meta)
     if open_sealed(target)['meta'].get('key')!=meta['key']: raise SealError(f"{target} holds something else than its name says; delete it, and make it again")
-    shutil.rmtree(work_dir(target), ignore_errors=True)
+    shutil.rmtree(_work(target), ignore_errors=True)
     return target
