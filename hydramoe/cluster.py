@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'prompt_text', 'lesson_texts', 'encoder_dir', 'embed', 'emb
            'random_domains', 'layout', 'plot_map', 'save_arrays', 'load_arrays']
 
 # %% ../nbs/12_cluster.ipynb #cell2
-import functools, hashlib, logging, re, unicodedata
+import functools, hashlib, logging, re, unicodedata, warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer,
 from sklearn.manifold import TSNE
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from threadpoolctl import threadpool_limits
-from .core import HydraError, derive_seed, digest, progress, read_json, read_jsonl, rng, write_bytes, write_json
+from .core import HydraError, derive_seed, digest, progress, read_json, read_jsonl
+from .core import rng, write_bytes, write_json
 from .fetch import unpack
 from .store import open_sealed
 
@@ -34,7 +35,8 @@ def prompt_text(
     record:dict # with `prompt`: a list of `{role, content}`
 )->str: # the user's turns, joined by newlines
     "What a router may see of a record: the user's words, no answer, no system prompt"
-    turns = [m for m in record['prompt'] if m['role']=='user'] or [m for m in record['prompt'] if m['role']!='assistant']
+    turns = [m for m in record['prompt'] if m['role']=='user']
+    turns = turns or [m for m in record['prompt'] if m['role']!='assistant']
     return '\n'.join(m['content'] or '' for m in turns)
 
 # %% ../nbs/12_cluster.ipynb #cell9
@@ -95,8 +97,10 @@ def _hashed(texts):
 @functools.lru_cache(maxsize=2)
 def _sentence_model(path):
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging as hf_logging
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as hf_logging
     hf_logging.disable_progress_bar()
     try: return SentenceTransformer(path, local_files_only=True)
     finally: hf_logging.enable_progress_bar()
@@ -115,14 +119,16 @@ def embed(
     batch_size:int=64 # texts a forward pass
 )->np.ndarray: # (N,d) fp32, rows of unit length (zero for a text without words under `words`)
     "One vector a text; texts of like length share a pass"
-    if bad := [i for i,t in enumerate(texts) if not isinstance(t, str)]: raise HydraError(f"text {bad[0]} is a {type(texts[bad[0]]).__name__}; embed takes a list of str")
+    if bad := [i for i,t in enumerate(texts) if not isinstance(t, str)]:
+        raise HydraError(f"text {bad[0]} is a {type(texts[bad[0]]).__name__}; embed takes a list of str")
     if encoder=='words': return _hashed(texts) if len(texts) else np.zeros((0,1024), np.float32)
     model = _sentence_model(str(encoder_dir(encoder)))
     x = np.zeros((len(texts), model.get_embedding_dimension()), np.float32)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     for i in progress(range(0, len(order), batch_size), desc='embed', unit=' batches'):
         rows = order[i:i+batch_size]
-        x[rows] = model.encode([texts[j] for j in rows], batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+        batch = [texts[j] for j in rows]
+        x[rows] = model.encode(batch, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
     return x
 
 # %% ../nbs/12_cluster.ipynb #cell20
@@ -153,10 +159,13 @@ def check_names(
     "Names become folder names: unique, and of letters, digits, - and _"
     names = list(names)
     if not names: raise HydraError(f"no {what} names were given; at least one is needed")
-    if bad := [n for n in names if not (isinstance(n, str) and _NAME.fullmatch(n))]: raise HydraError(f"{what} name {bad[0]!r} cannot name a folder; use letters, digits, - and _, at most 100")
-    if twice := [n for n,c in Counter(n.lower() for n in names).items() if c>1]: raise HydraError(f"{what} name {twice[0]!r} occurs twice; rename one")
+    if bad := [n for n in names if not (isinstance(n, str) and _NAME.fullmatch(n))]:
+        raise HydraError(f"{what} name {bad[0]!r} cannot name a folder; use letters, digits, - and _, at most 100")
+    if twice := [n for n,c in Counter(n.lower() for n in names).items() if c>1]:
+        raise HydraError(f"{what} name {twice[0]!r} occurs twice; rename one")
     return names
 
+# %% ../nbs/12_cluster.ipynb #cell26
 @dataclass(eq=False)
 class Domains:
     "The discovered domains: a named centroid each"
@@ -165,18 +174,22 @@ class Domains:
     encoder:str='minilm' # what embeds a text into the centroids' space
 
     def __post_init__(self):
-        self.names,self.centroids = check_names(self.names),np.ascontiguousarray(self.centroids, dtype=np.float32)
-        if self.centroids.ndim!=2 or len(self.centroids)!=len(self.names): raise HydraError(f"{len(self.names)} names need centroids of shape ({len(self.names)}, d), not {self.centroids.shape}")
-        if not np.isfinite(self.centroids).all(): raise HydraError(f"centroid of {self.names[int(np.argmin(np.isfinite(self.centroids).all(1)))]!r} is not finite")
+        self.names = check_names(self.names)
+        self.centroids = np.ascontiguousarray(self.centroids, dtype=np.float32)
+        if self.centroids.ndim!=2 or len(self.centroids)!=len(self):
+            raise HydraError(f"{len(self)} names need centroids of shape ({len(self)}, d), not {self.centroids.shape}")
+        for name,c in zip(self.names, self.centroids):
+            if not np.isfinite(c).all(): raise HydraError(f"centroid of {name!r} is not finite")
 
     def __len__(self): return len(self.names)
 
-    def __repr__(self): return f"Domains({len(self)} in {self.centroids.shape[1]} dimensions of {self.encoder}: {', '.join(self.names)})"
+    def __repr__(self):
+        return f"Domains({len(self)} in {self.centroids.shape[1]} dimensions of {self.encoder}: {', '.join(self.names)})"
 
     def distances(self, x): # x (N,d) → (N,k)
         "Squared distance of each row to each centroid"
-        x = np.asarray(x)
-        if x.ndim!=2 or x.shape[1]!=self.centroids.shape[1]: raise HydraError(f"embeddings of shape {x.shape} do not fit {self.encoder!r} centroids; need (N, {self.centroids.shape[1]})")
+        x,d = np.asarray(x),self.centroids.shape[1]
+        if x.ndim!=2 or x.shape[1]!=d: raise HydraError(f"embeddings of shape {x.shape} do not fit centroids of {self.encoder!r}; need (N, {d})")
         return cdist(x, self.centroids, 'sqeuclidean')
 
     def assign(self, x): # x (N,d) → (N,)
@@ -185,7 +198,8 @@ class Domains:
 
     def save(self, path): # a directory, made if missing
         "Write `domains.safetensors` and `domains.json`"
-        return save_arrays(path, 'domains', dict(centroids=self.centroids), dict(names=self.names, encoder=self.encoder))
+        meta = dict(names=self.names, encoder=self.encoder)
+        return save_arrays(path, 'domains', dict(centroids=self.centroids), meta)
 
     @classmethod
     def load(cls, path): # what `save` wrote
@@ -193,20 +207,23 @@ class Domains:
         arrays,meta = load_arrays(path, 'domains', ['centroids'])
         return cls(arrays['centroids'], meta['names'], meta['encoder'])
 
-# %% ../nbs/12_cluster.ipynb #cell27
+# %% ../nbs/12_cluster.ipynb #cell30
 def kmeans(
     x:np.ndarray, # (N,d) embeddings
     k:int, # clusters
     seed:int=0, # of the ten starts
 )->tuple[np.ndarray,np.ndarray]: # centroids (k,d); labels (N,), the largest cluster is 0
     "scikit-learn's k-means, repeatable, clusters numbered by size"
+    x = np.asarray(x, np.float32)
     distinct = len(np.unique(x, axis=0))
-    if not 1<=k<=distinct: raise HydraError(f"k={k} clusters cannot be made of {len(x)} rows of which {distinct} differ; choose k from 1 to {distinct}")
-    with threadpool_limits(1): fit = KMeans(k, n_init=10, random_state=derive_seed(seed, 'kmeans')%2**32).fit(np.asarray(x, np.float32))
+    if not 1<=k<=distinct:
+        raise HydraError(f"k={k} clusters cannot be made of {len(x)} rows of which {distinct} differ; choose k from 1 to {distinct}")
+    starts = derive_seed(seed, 'kmeans')%2**32
+    with threadpool_limits(1): fit = KMeans(k, n_init=10, random_state=starts).fit(x)
     order = np.argsort(-np.bincount(fit.labels_, minlength=k), kind='stable')
     return fit.cluster_centers_[order], np.argsort(order)[fit.labels_]
 
-# %% ../nbs/12_cluster.ipynb #cell32
+# %% ../nbs/12_cluster.ipynb #cell35
 _STOP = sorted(ENGLISH_STOP_WORDS | {'did', 'does', 'doing', 'don', 'using'})
 
 def distinctive(
@@ -216,7 +233,8 @@ def distinctive(
 )->list[list[str]]: # for each cluster, its words, the most distinctive first
     "Words common inside a cluster and rare outside: class TF-IDF"
     labels = np.asarray(labels)
-    if len(texts)!=len(labels) or not len(texts): raise HydraError(f"{len(texts)} texts and {len(labels)} labels: need one label a text, and at least one")
+    if len(texts)!=len(labels) or not len(texts):
+        raise HydraError(f"{len(texts)} texts and {len(labels)} labels: need one label a text, and at least one")
     v = CountVectorizer(binary=True, stop_words=_STOP, token_pattern=r'[^\W\d_]{3,}', max_features=50_000)
     try: counts = v.fit_transform(texts)
     except ValueError: return [[] for _ in range(labels.max()+1)]
@@ -225,11 +243,14 @@ def distinctive(
     score = p * np.log(np.maximum(p, 1e-12) / p.mean(0))
     words = v.get_feature_names_out()
     ranked = [np.lexsort((words, -p[c], -score[c])) for c in range(len(p))]
-    fit = [(held[c] > min(1, held[c].max()-1)) & (score[c]>=0) for c in range(len(p))]
+    fit = [(held[c]>0) & (held[c]>=min(2, held[c].max())) & (score[c]>=0) for c in range(len(p))]
     return [[str(words[w]) for w in r if f[w]][:most] for r,f in zip(ranked, fit)]
 
-# %% ../nbs/12_cluster.ipynb #cell35
-def _ascii(word): return re.sub('[^a-z0-9]', '', unicodedata.normalize('NFKD', word.lower()).encode('ascii', 'ignore').decode())[:20]
+# %% ../nbs/12_cluster.ipynb #cell38
+def _ascii(word):
+    "A word in plain letters, accents dropped"
+    plain = unicodedata.normalize('NFKD', word.lower()).encode('ascii', 'ignore').decode()
+    return re.sub('[^a-z0-9]', '', plain)[:20]
 
 def _stems(words):
     "Without words that repeat the beginning of an earlier one"
@@ -245,12 +266,13 @@ def name_domains(
     "Name each cluster by its most distinctive words"
     names = []
     for c,ws in enumerate(map(_stems, distinctive(texts, labels))):
-        tries = ['-'.join(ws[:n]) for n in range(words, len(ws)+1)] or ['-'.join(ws)]
-        tries = [t for t in tries if t] + [f'domain-{c}'] + [f'domain-{c}-{i}' for i in range(len(texts)+1)]
-        names.append(next(t[:100].strip('-') for t in tries if t[:100].strip('-') not in names))
+        tries = ['-'.join(ws[:n])[:80] for n in range(min(words, len(ws)), len(ws)+1)]
+        first = tries[0] or f'domain-{c}'
+        tries = filter(None, [*tries, first, *(f'{first}-{i}' for i in range(2, len(texts)+3))])
+        names.append(next(t for t in map(lambda t: t.strip('-'), tries) if t not in names))
     return names
 
-# %% ../nbs/12_cluster.ipynb #cell38
+# %% ../nbs/12_cluster.ipynb #cell41
 def discover(
     x:np.ndarray, # (N,d) embeddings
     texts:Sequence[str], # the N texts, to name the domains by
@@ -273,17 +295,19 @@ def cluster_texts(
     x = embed(texts, encoder)
     return *discover(x, texts, k, seed, encoder), x
 
-# %% ../nbs/12_cluster.ipynb #cell42
+# %% ../nbs/12_cluster.ipynb #cell45
 def agreement(
     labels:Sequence, # (N,) clusters
     truth:Sequence # (N,) what they should be compared with: topics, sources
 )->dict[str,float]: # nmi 0 to 1, ari −0.5 to 1, purity 0 to 1
     "How far two ways to cut one set agree"
-    if len(labels)!=len(truth) or not len(labels): raise HydraError(f"{len(labels)} labels and {len(truth)} true ones: need as many, and at least one")
-    most = sum(Counter(t for l,t in zip(labels, truth) if l==c).most_common(1)[0][1] for c in set(labels))
-    return dict(nmi=float(normalized_mutual_info_score(truth, labels)), ari=float(adjusted_rand_score(truth, labels)), purity=most/len(labels))
+    if len(labels)!=len(truth) or not len(labels):
+        raise HydraError(f"{len(labels)} labels and {len(truth)} true ones: need as many, and at least one")
+    most = {c: max(Counter(t for l,t in zip(labels, truth) if l==c).values()) for c in set(labels)}
+    nmi,ari = normalized_mutual_info_score(truth, labels), adjusted_rand_score(truth, labels)
+    return dict(nmi=float(nmi), ari=float(ari), purity=sum(most.values())/len(labels))
 
-# %% ../nbs/12_cluster.ipynb #cell45
+# %% ../nbs/12_cluster.ipynb #cell48
 def random_domains(
     n:int, # texts
     sizes:int|Sequence[int], # size of each cluster, or k for k clusters as equal as can be
@@ -294,7 +318,7 @@ def random_domains(
     if sum(sizes)!=n: raise HydraError(f"sizes {list(map(int, sizes))} add up to {sum(sizes)}, not to n={n}")
     return rng(seed, 'random_domains').permutation(np.repeat(np.arange(len(sizes)), sizes))
 
-# %% ../nbs/12_cluster.ipynb #cell49
+# %% ../nbs/12_cluster.ipynb #cell52
 def layout(
     x:np.ndarray, # (N,d) embeddings
     seed:int=0 # of t-SNE
@@ -303,10 +327,11 @@ def layout(
     u,s,_ = np.linalg.svd(x-x.mean(0), full_matrices=False)
     flat = np.pad((u*s)[:,:2], ((0,0), (0, max(0, 2-len(s)))))
     if len(x)<10: return flat
-    start = 1e-4*flat/max(flat[:,0].std(), 1e-12)
-    with threadpool_limits(1): return TSNE(2, perplexity=min(30, (len(x)-1)/3), init=start.astype(np.float32), random_state=derive_seed(seed, 'layout')%2**32).fit_transform(x)
+    start = (1e-4*flat/max(flat[:,0].std(), 1e-12)).astype(np.float32)
+    tsne = TSNE(2, perplexity=min(30, (len(x)-1)/3), init=start, random_state=derive_seed(seed, 'layout')%2**32)
+    with threadpool_limits(1): return tsne.fit_transform(x)
 
-# %% ../nbs/12_cluster.ipynb #cell52
+# %% ../nbs/12_cluster.ipynb #cell55
 _COLORS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#444444']
 _MARKS = 'osD^vPX*<>'
 
@@ -324,10 +349,12 @@ def _apart(y, gap): # y (n,) → (n,), each at least `gap` from the next
 def _panel(ax, p, groups, names, style, title):
     "One scatter: a colour, a mark and a name for each group"
     seen = [i for i in range(len(names)) if (groups==i).any()]
-    for i in seen: ax.scatter(*p[groups==i].T, s=22, color=_COLORS[style[i]%7], marker=_MARKS[style[i]%10], alpha=.8, linewidths=0)
+    for i in seen:
+        ax.scatter(*p[groups==i].T, s=22, color=_COLORS[style[i]%7], marker=_MARKS[style[i]%10], alpha=.8, linewidths=0)
     mid = np.array([np.median(p[groups==i], axis=0) for i in seen])
+    halo = [patheffects.withStroke(linewidth=3, foreground='white')]
     for i,(x,_),y in zip(seen, mid, _apart(mid[:,1], .045*np.ptp(p[:,1]))):
-        ax.text(x, y, names[i], ha='center', va='center', fontsize=9, color='#111', path_effects=[patheffects.withStroke(linewidth=3, foreground='white')])
+        ax.text(x, y, names[i], ha='center', va='center', fontsize=9, color='#111', path_effects=halo)
     ax.set(title=title, xticks=[], yticks=[]); ax.margins(.12)
 
 def _matched(labels, k, groups, n):
@@ -347,15 +374,17 @@ def plot_map(
     "The map of domains, names on the clusters, true topics beside"
     keep = np.sort(rng(seed, 'plot_map').permutation(len(x))[:most])
     p,labels = layout(np.asarray(x)[keep], seed),np.asarray(labels)[keep]
-    fig,axes = plt.subplots(1, 1+(truth is not None), figsize=(6.2*(1+(truth is not None)), 5), squeeze=False, layout='constrained')
+    panels = 1 if truth is None else 2
+    fig,axes = plt.subplots(1, panels, figsize=(6.2*panels, 5), squeeze=False, layout='constrained')
     _panel(axes[0,0], p, labels, list(names), range(len(names)), f'{len(names)} discovered domains')
     if truth is not None:
         kinds,groups = np.unique(np.asarray(truth)[keep], return_inverse=True)
-        _panel(axes[0,1], p, groups, kinds, _matched(labels, len(names), groups, len(kinds)), f'{len(kinds)} true topics')
+        style = _matched(labels, len(names), groups, len(kinds))
+        _panel(axes[0,1], p, groups, kinds, style, f'{len(kinds)} true topics')
     plt.close(fig)
     return fig
 
-# %% ../nbs/12_cluster.ipynb #cell55
+# %% ../nbs/12_cluster.ipynb #cell58
 FORMAT = 1
 
 def save_arrays(
@@ -365,21 +394,25 @@ def save_arrays(
     meta:dict # what is not: JSON values
 )->Path: # the directory
     "Write named arrays and their description so that `load_arrays` can tell any change"
-    if bad := [n for n,a in arrays.items() if not np.isfinite(a).all()]: raise HydraError(f"array {bad[0]!r} holds a value that is not finite, and is not saved")
+    for n,a in arrays.items():
+        if not np.isfinite(a).all(): raise HydraError(f"array {n!r} holds a value that is not finite, and is not saved")
     data = save_tensors({n: np.ascontiguousarray(arrays[n]) for n in sorted(arrays)})
-    body = dict(format=FORMAT, meta=meta, shapes={n: list(a.shape) for n,a in arrays.items()}, sha256=hashlib.sha256(data).hexdigest())
+    shapes = {n: list(a.shape) for n,a in arrays.items()}
+    body = dict(format=FORMAT, meta=meta, shapes=shapes, sha256=hashlib.sha256(data).hexdigest())
     write_bytes(Path(path)/f'{stem}.safetensors', data)
     write_json(Path(path)/f'{stem}.json', body | dict(digest=digest(body)))
     return Path(path)
 
-# %% ../nbs/12_cluster.ipynb #cell57
+# %% ../nbs/12_cluster.ipynb #cell60
 def _body(file):
     "The checked content of a description file"
     body = read_json(file)
     try: told = body.pop('digest')
     except (AttributeError, KeyError): raise HydraError(f"{file} has no digest: it was not written by save_arrays") from None
-    if told!=digest(body): raise HydraError(f"{file} was altered: its digest does not fit its content; restore it or build it again")
-    if body.get('format')!=FORMAT: raise HydraError(f"{file} has format {body.get('format')!r}; this version reads format {FORMAT}")
+    if told!=digest(body):
+        raise HydraError(f"{file} was altered: its digest does not fit its content; restore it or build it again")
+    if body.get('format')!=FORMAT:
+        raise HydraError(f"{file} has format {body.get('format')!r}; this version reads format {FORMAT}")
     return body
 
 def load_arrays(
@@ -391,10 +424,15 @@ def load_arrays(
     file = Path(path)/f'{stem}.safetensors'
     body = _body(file.with_suffix('.json'))
     if not file.is_file(): raise HydraError(f"{file} is missing")
-    if hashlib.sha256(data := file.read_bytes()).hexdigest()!=body['sha256']: raise HydraError(f"{file} was altered: its sha256 is not the one in {stem}.json; restore it or build it again")
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest()!=body['sha256']:
+        raise HydraError(f"{file} was altered: its sha256 is not the one in {stem}.json; restore it or build it again")
     try: arrays = load_tensors(data)
     except SafetensorError as e: raise HydraError(f"{file} is not a safetensors file: {e}") from None
-    if want is not None and set(arrays)!=set(want): raise HydraError(f"{file} holds arrays {sorted(arrays)}; need {sorted(want)}")
-    if (shapes := {n: list(a.shape) for n,a in arrays.items()})!=body['shapes']: raise HydraError(f"{file} holds shapes {shapes}, but {stem}.json tells of {body['shapes']}")
-    if bad := [n for n,a in arrays.items() if not np.isfinite(a).all()]: raise HydraError(f"{file}: array {bad[0]!r} holds a value that is not finite")
+    if want is not None and set(arrays)!=set(want):
+        raise HydraError(f"{file} holds arrays {sorted(arrays)}; need {sorted(want)}")
+    shapes = {n: list(a.shape) for n,a in arrays.items()}
+    if shapes!=body['shapes']: raise HydraError(f"{file} holds shapes {shapes}, but {stem}.json tells of {body['shapes']}")
+    for n,a in arrays.items():
+        if not np.isfinite(a).all(): raise HydraError(f"{file}: array {n!r} holds a value that is not finite")
     return arrays,body['meta']

@@ -42,7 +42,8 @@ def top_k(
     return kept/kept.sum(1, keepdims=True)
 
 # %% ../nbs/30_route.ipynb #cell18
-_ARRAYS = dict(similarity=('centroids',), classifier=('bias', 'weight'), uniform=(), fixed=('weights',), oracle=('labels',))
+_ARRAYS = dict(similarity=('centroids',), classifier=('bias', 'weight'), uniform=(),
+               fixed=('weights',), oracle=('labels',))
 _READS = dict(similarity='squared distance', classifier='log-odds')
 
 @dataclass(eq=False)
@@ -61,8 +62,8 @@ class Router:
     def __len__(self): return len(self.names)
 
     def __repr__(self):
-        params = ', '.join(f'{k}={v}' for k,v in sorted(self.params.items()) if v is not None)
-        return f"Router({self.kind}, {len(self)} experts: {', '.join(self.names)}{'; '+params if params else ''})"
+        params = [f'{k}={v}' for k,v in sorted(self.params.items()) if v is not None]
+        return f"Router({self.kind}, {len(self)} experts: {', '.join(self.names)}; {', '.join(params) or 'no parameters'})"
 
     def __call__(self,
         texts:str|Sequence[str]|None=None, # N prompts
@@ -78,16 +79,20 @@ class Router:
         return _SCORES[self.kind](self, x) if self.kind in _SCORES else None
 
     def _inputs(self, texts, x):
+        "The number of prompts, and their embeddings where the kind reads them"
         if isinstance(texts, str): texts = [texts]
         if texts is None and x is None: raise HydraError("a router needs prompts: give texts, or their embeddings x")
-        if x is None and self.kind in _READS: x = embed(texts, self.params['encoder'])
-        if texts is not None and x is not None and len(texts)!=len(x): raise HydraError(f"{len(texts)} texts and {len(x)} embeddings: need one a text")
-        if x is not None and self.kind in _READS and not np.isfinite(x).all(): raise HydraError(f"embedding {int(np.argmin(np.isfinite(x).all(1)))} is not finite")
-        return len(x if texts is None else texts), x
+        if texts is not None and x is not None and len(texts)!=len(x):
+            raise HydraError(f"{len(texts)} texts and {len(x)} embeddings: need one a text")
+        if self.kind not in _READS: return len(x if texts is None else texts), None
+        x = embed(texts, self.params['encoder']) if x is None else np.asarray(x)
+        for i in np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))[:1]: raise HydraError(f"embedding {i} is not finite")
+        return len(x), x
 
     def save(self, path): # a directory, made if missing
         "Write `router.safetensors` and `router.json`"
-        return save_arrays(path, 'router', self.arrays, dict(kind=self.kind, names=self.names, params=self.params))
+        meta = dict(kind=self.kind, names=self.names, params=self.params)
+        return save_arrays(path, 'router', self.arrays, meta)
 
     @classmethod
     def load(cls, path): # what `save` wrote
@@ -101,42 +106,51 @@ _DIMS = dict(centroids=2, weight=2, bias=1, weights=1, labels=1)
 def _check(r):
     "Refuse a router whose parts do not fit each other"
     E,T,k = len(r), r.params.get('temperature', 1), r.params.get('top_k')
-    if set(r.arrays)!=set(_ARRAYS[r.kind]): raise HydraError(f"a {r.kind} router holds arrays {sorted(r.arrays)}; need {sorted(_ARRAYS[r.kind])}")
-    if r.kind in _READS and (lost := {'temperature','encoder'}-set(r.params)): raise HydraError(f"a {r.kind} router needs the parameter {min(lost)!r}")
+    if set(r.arrays)!=set(_ARRAYS[r.kind]):
+        raise HydraError(f"a {r.kind} router holds arrays {sorted(r.arrays)}; need {sorted(_ARRAYS[r.kind])}")
+    if r.kind in _READS and (lost := {'temperature','encoder'}-set(r.params)):
+        raise HydraError(f"a {r.kind} router needs the parameter {min(lost)!r}")
     for n,a in r.arrays.items():
-        if a.ndim!=_DIMS[n] or n!='labels' and len(a)!=E: raise HydraError(f"router array {n!r} has shape {a.shape} for {E} experts; need {_DIMS[n]} axes and {'an entry a prompt' if n=='labels' else 'a row an expert'}")
+        if a.ndim!=_DIMS[n] or n!='labels' and len(a)!=E:
+            raise HydraError(f"router array {n!r} has shape {a.shape} for {E} experts; need {_DIMS[n]} axes, a row an expert")
         if not np.isfinite(a).all(): raise HydraError(f"router array {n!r} holds a value that is not finite")
     _indices(r.arrays.get('labels', []), r.names)
-    if not (isinstance(T, (int,float)) and 0<T<float('inf')): raise HydraError(f"temperature={T}; give a positive number: near 0 chooses the best expert, large mixes all alike")
-    if not (k is None or (isinstance(k, int) and 1<=k<=E)): raise HydraError(f"top_k={k} of {E} experts; give 1 to {E}, or None for all")
+    if not (isinstance(T, (int,float)) and 0<T<float('inf')):
+        raise HydraError(f"temperature={T}; give a positive number: near 0 chooses the best expert, large mixes all alike")
+    if not (k is None or (isinstance(k, int) and 1<=k<=E)):
+        raise HydraError(f"top_k={k} of {E} experts; give 1 to {E}, or None for all")
 
 def _indices(labels, names):
     "Labels, by name or number, to numbers"
     known = {n: i for i,n in enumerate(names)}
     out = [known.get(str(l), -1) if isinstance(l, str) else int(l) for l in labels]
-    if bad := [l for l,i in zip(labels, out) if not 0<=i<len(names)]: raise HydraError(f"label {bad[0]!r} is no expert; there are {len(names)}: {', '.join(names)}")
+    if bad := [l for l,i in zip(labels, out) if not 0<=i<len(names)]:
+        raise HydraError(f"label {bad[0]!r} is no expert; there are {len(names)}: {', '.join(names)}")
     return np.array(out, np.int64)
 
+# %% ../nbs/30_route.ipynb #cell22
 def similarity(
     domains:Domains, # one expert a domain
     temperature:float=.05, # of the softmax, in squared distance
     top_k:int|None=None # experts kept a prompt
 )->Router: # kind `similarity`
     "Route by squared distance to the domains' centroids, as in c-BTM"
-    return Router('similarity', list(domains.names), dict(centroids=domains.centroids), dict(temperature=temperature, top_k=top_k, encoder=domains.encoder))
+    params = dict(temperature=temperature, top_k=top_k, encoder=domains.encoder)
+    return Router('similarity', list(domains.names), dict(centroids=domains.centroids), params)
 
-def _similarity_scores(r, x): return Domains(r.arrays['centroids'], r.names, r.params['encoder']).distances(x)
-_SCORES = dict(similarity=_similarity_scores)
-_WEIGHTS = dict(similarity=lambda r, n, x: softmax(-_similarity_scores(r, x)/r.params['temperature']))
+def _squared(r, x): return Domains(r.arrays['centroids'], r.names, r.params['encoder']).distances(x)
 
-# %% ../nbs/30_route.ipynb #cell27
+_SCORES = dict(similarity=_squared)
+_WEIGHTS = dict(similarity=lambda r, n, x: softmax(-_squared(r, x)/r.params['temperature']))
+
+# %% ../nbs/30_route.ipynb #cell29
 def heard(
     w:np.ndarray # (N,E) weights, rows sum to 1
 )->np.ndarray: # (N,), 1 to E
     "The effective number of experts in each row, 1/Σg²"
     return 1/(np.asarray(w, np.float64)**2).sum(1)
 
-# %% ../nbs/30_route.ipynb #cell33
+# %% ../nbs/30_route.ipynb #cell35
 def classifier(
     domains:Domains|Sequence[str], # domains, or just the experts' names
     x:np.ndarray, # (N,d) embeddings of training prompts
@@ -151,22 +165,25 @@ def classifier(
     encoder = encoder or getattr(domains, 'encoder', 'minilm')
     y,x = _indices(labels, names), np.asarray(x, np.float64)
     if len(x)!=len(y): raise HydraError(f"{len(x)} embeddings and {len(y)} labels: need one an embedding")
-    if lost := [n for i,n in enumerate(names) if i not in set(y)]: raise HydraError(f"no training prompt is labelled {lost[0]!r}; give each expert at least one")
+    if lost := [n for i,n in enumerate(names) if i not in set(y)]:
+        raise HydraError(f"no training prompt is labelled {lost[0]!r}; give each expert at least one")
     weight,bias = np.zeros((len(names), x.shape[1])), np.zeros(len(names))
     if len(names)>1:
         with threadpool_limits(1): fit = LogisticRegression(C=C, max_iter=5000).fit(x, y)
         weight[-len(fit.coef_):],bias[-len(fit.coef_):] = fit.coef_,fit.intercept_
-    return Router('classifier', names, dict(weight=weight, bias=bias), dict(temperature=temperature, top_k=top_k, encoder=encoder, C=C))
+    params = dict(temperature=temperature, top_k=top_k, encoder=encoder, C=C)
+    return Router('classifier', names, dict(weight=weight, bias=bias), params)
 
-def _classifier_scores(r, x):
+def _log_odds(r, x):
     x,w = np.asarray(x, np.float64),r.arrays['weight']
-    if x.ndim!=2 or x.shape[1]!=w.shape[1]: raise HydraError(f"embeddings of shape {x.shape} do not fit this classifier; need (N, {w.shape[1]})")
+    if x.ndim!=2 or x.shape[1]!=w.shape[1]:
+        raise HydraError(f"embeddings of shape {x.shape} do not fit this classifier; need (N, {w.shape[1]})")
     return np.einsum('nd,ed->ne', x, w) + r.arrays['bias']
 
-_SCORES['classifier'] = _classifier_scores
-_WEIGHTS['classifier'] = lambda r, n, x: softmax(_classifier_scores(r, x)/r.params['temperature'])
+_SCORES['classifier'] = _log_odds
+_WEIGHTS['classifier'] = lambda r, n, x: softmax(_log_odds(r, x)/r.params['temperature'])
 
-# %% ../nbs/30_route.ipynb #cell38
+# %% ../nbs/30_route.ipynb #cell40
 def uniform(
     names:Sequence[str] # E experts
 )->Router: # kind `uniform`
@@ -180,7 +197,8 @@ def fixed(
     "The same expert, or the same mix, whatever the prompt"
     one = isinstance(which, (str, int, np.integer))
     w = np.eye(len(names))[_indices([which], names)[0]] if one else np.asarray(which, np.float64)
-    if w.shape!=(len(names),) or not (w>=0).all() or not 0<w.sum()<np.inf: raise HydraError(f"which={which} does not weigh {len(names)} experts; give a name, a number, or {len(names)} weights, none negative, not all 0")
+    if w.shape!=(len(names),) or not (w>=0).all() or not 0<w.sum()<np.inf:
+        raise HydraError(f"which={which} does not weigh {len(names)} experts; give one, or a weight each, none negative, not all 0")
     return Router('fixed', list(names), dict(weights=w/w.sum()), {})
 
 def oracle(
@@ -191,12 +209,15 @@ def oracle(
     return Router('oracle', list(names), dict(labels=_indices(labels, names)), {})
 
 def _told(r, n, x):
-    if n!=len(r.arrays['labels']): raise HydraError(f"this oracle was told the experts of {len(r.arrays['labels'])} prompts, in order, and is asked about {n}")
-    return np.eye(len(r))[r.arrays['labels']]
+    labels = r.arrays['labels']
+    if n!=len(labels): raise HydraError(f"this oracle was told the experts of {len(labels)} prompts, in order, and is asked about {n}")
+    return np.eye(len(r))[labels]
 
-_WEIGHTS.update(uniform=lambda r, n, x: np.full((n, len(r)), 1/len(r)), fixed=lambda r, n, x: np.tile(r.arrays['weights'], (n, 1)), oracle=_told)
+_WEIGHTS['uniform'] = lambda r, n, x: np.full((n, len(r)), 1/len(r))
+_WEIGHTS['fixed'] = lambda r, n, x: np.tile(r.arrays['weights'], (n, 1))
+_WEIGHTS['oracle'] = _told
 
-# %% ../nbs/30_route.ipynb #cell41
+# %% ../nbs/30_route.ipynb #cell43
 def explain_route(
     router:Router, # any kind that can be asked one prompt
     text:str, # the prompt
@@ -205,13 +226,14 @@ def explain_route(
     "Why a prompt goes where it goes, as plain data"
     if x is None and router.kind in _READS: x = embed([text], router.params['encoder'])
     w,s = router([text], x)[0], router.scores([text], x)
-    order = np.argsort(-w, kind='stable') if s is None else np.lexsort((s[0] if router.kind=='similarity' else -s[0], -w))
-    experts = [dict(name=router.names[i], weight=float(w[i]), score=None if s is None else float(s[0,i])) for i in order]
-    return dict(prompt=text, kind=router.kind, params=dict(router.params), reads=_READS.get(router.kind), heard=float(heard(w[None])[0]), experts=experts)
+    worse = np.zeros(len(w)) if s is None else s[0] if router.kind=='similarity' else -s[0]
+    experts = [dict(name=router.names[i], weight=float(w[i]), score=None if s is None else float(s[0,i])) for i in np.lexsort((worse, -w))]
+    return dict(prompt=text, kind=router.kind, params=dict(router.params), reads=_READS.get(router.kind),
+                heard=float(heard(w[None])[0]), experts=experts)
 
 def _heading(e):
-    how = ', '.join(f'{k} {v}' for k,v in e['params'].items() if k in ('temperature','top_k') and v is not None)
-    return f"{e['kind']}{' ('+how+')' if how else ''}"
+    how = [f"{k.replace('_', '-')} {e['params'][k]:g}" for k in ('temperature','top_k') if e['params'].get(k) is not None]
+    return f"{e['kind']} ({', '.join(how)})" if how else e['kind']
 
 def _quoted(text, most=72):
     text = ' '.join(text.split())
@@ -223,14 +245,14 @@ def route_text(
 )->str: # a few lines, for a terminal
     "An explained route in words"
     e,width = explanation,max(len(x['name']) for x in explanation['experts'])
-    lines = [f"{_quoted(e['prompt'])} → {e['experts'][0]['name']}   by {_heading(e)}, {e['heard']:.1f} experts heard"]
+    lines = [_quoted(e['prompt']), f"→ {e['experts'][0]['name']} by {_heading(e)}; experts heard: {e['heard']:.1f}"]
     for x in e['experts'][:most]:
         score = '' if x['score'] is None else f"   {e['reads']} {x['score']:.3f}"
         lines.append(f"  {x['name']:<{width}}  {x['weight']:6.1%}  {'█'*round(20*x['weight']):<20}{score}".rstrip())
-    if len(e['experts'])>most: lines.append(f"  … {len(e['experts'])-most} more, {sum(x['weight'] for x in e['experts'][most:]):.1%} together")
+    if rest := e['experts'][most:]: lines.append(f"  … {len(rest)} more, {sum(x['weight'] for x in rest):.1%} together")
     return '\n'.join(lines)
 
-# %% ../nbs/30_route.ipynb #cell43
+# %% ../nbs/30_route.ipynb #cell45
 def plot_route(
     explanation:dict, # from `explain_route`
     most:int=12 # experts drawn
@@ -238,7 +260,8 @@ def plot_route(
     "An explained route as bars"
     e,shown = explanation,explanation['experts'][:most]
     fig,ax = plt.subplots(figsize=(6.5, .9+.32*len(shown)), layout='constrained')
-    ax.barh([x['name'] for x in shown], [x['weight'] for x in shown], color=['#0072B2']+['#9ecae1']*(len(shown)-1), height=.7)
+    colors = ['#0072B2']+['#9ecae1']*(len(shown)-1)
+    ax.barh([x['name'] for x in shown], [x['weight'] for x in shown], color=colors, height=.7)
     for i,x in enumerate(shown):
         score = '' if x['score'] is None else f"   {e['reads']} {x['score']:.2f}"
         ax.text(x['weight']+.01, i, f"{x['weight']:.0%}{score}", va='center', fontsize=9)
