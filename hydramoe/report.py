@@ -168,7 +168,7 @@ _STYLE = """
 .report footer { margin-top:3em; padding-top:1em; border-top:1px solid var(--line); color:var(--soft); font-size:.85rem }
 """.strip()
 
-# %% ../nbs/05_report.ipynb #cell31
+# %% ../nbs/05_report.ipynb #cell32
 def html_table(
     rows:list[dict], # one a line
     columns:dict[str,str]|list|None=None, # keys to show, with their headings
@@ -184,7 +184,7 @@ def html_table(
     lines = '\n'.join(f'<tr>{b}</tr>' for b in body)
     return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>' + (f'<p class="note">{html.escape(note)}</p>' if note else ''))
 
-# %% ../nbs/05_report.ipynb #cell34
+# %% ../nbs/05_report.ipynb #cell35
 def figure_uri(
     fig, # a matplotlib figure
     dpi:int=144 # dots an inch
@@ -207,7 +207,7 @@ def html_figure(
     below = f'<figcaption>{html_text(caption)}</figcaption>' if caption else ''
     return Html(f'<figure><img src="{html.escape(uri)}" alt="{html.escape(alt or caption)}"{size}>{below}</figure>')
 
-# %% ../nbs/05_report.ipynb #cell37
+# %% ../nbs/05_report.ipynb #cell38
 def html_facts(
     facts:dict[str,Any], # label → value
     fmt:dict|str|None=None # format or function, by label or for all
@@ -238,7 +238,7 @@ def html_details(
     "Blocks that are folded until asked for"
     return Html(f'<details><summary>{html.escape(summary)}</summary>{_blocks(blocks)}</details>')
 
-# %% ../nbs/05_report.ipynb #cell38
+# %% ../nbs/05_report.ipynb #cell40
 def _block(b):
     if isinstance(b, Html): return b
     if isinstance(b, str): return html_text(b)
