@@ -86,7 +86,7 @@ class Router:
             raise HydraError(f"{len(texts)} texts and {len(x)} embeddings: need one a text")
         if self.kind not in _READS: return len(x if texts is None else texts), None
         x = embed(texts, self.params['encoder']) if x is None else np.asarray(x)
-        for i in np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))[:1]: raise HydraError(f"embedding {i} is not finite")
+        for i in np.flatnonzero(~np.isfinite(x).all(axis=tuple(range(1, x.ndim))))[:1]: raise HydraError(f"embedding {i} is not finite")
         return len(x), x
 
     def save(self, path): # a directory, made if missing

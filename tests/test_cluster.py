@@ -1,0 +1,182 @@
+"Domains: repeatable in any process, refused when they are not what they say"
+import json, os, subprocess, sys
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from safetensors.numpy import load_file, save_file
+from hydramoe import cluster
+from hydramoe.cluster import Domains, agreement, cluster_texts, distinctive, embed, kmeans, lesson_texts, load_arrays, name_domains
+from hydramoe.cluster import plot_map, random_domains, save_arrays
+from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
+
+texts,topics = lesson_texts()
+
+def blobs(n=90, k=3, d=8, seed=0):
+    "k separate heaps of rows, and the heap of each"
+    g,truth = rng(seed, 'blobs'),np.arange(n)%k
+    return (10*g.normal(size=(k,d))[truth] + g.normal(size=(n,d))).astype(np.float32), truth
+
+def run(code, **env):
+    "A fresh process's last line"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|env)
+    assert r.returncode==0, r.stderr
+    return r.stdout.splitlines()[-1]
+
+# --- clustering
+
+def test_separate_heaps_are_found_whatever_their_order():
+    x,truth = blobs()
+    order = rng(1, 'order').permutation(len(x))
+    for rows in (np.arange(len(x)), order):
+        assert agreement(kmeans(x[rows], 3)[1], truth[rows]) == dict(nmi=1.0, ari=1.0, purity=1.0)
+
+def test_the_same_in_two_processes_with_other_threads_and_hash_seeds(tmp_path):
+    code = """if 1:
+        from hydramoe.cluster import *; from hydramoe.core import digest
+        texts,_ = lesson_texts(); domains,labels,x = cluster_texts(texts, 5, encoder='words'); domains.save({!r})
+        print(digest([domains.names, domains.centroids, labels, layout(x)]))"""
+    seen = {run(code.format(str(tmp_path/h)), PYTHONHASHSEED=h, OMP_NUM_THREADS=t) for h,t in (('1','1'), ('2','2'))}
+    assert len(seen)==1
+    assert len({file_sha256(p) for p in tmp_path.glob('*/domains.json')})==1
+    assert len({file_sha256(p) for p in tmp_path.glob('*/domains.safetensors')})==1
+
+def test_another_seed_may_differ_but_one_seed_never_does():
+    x = rng(0, 'noise').normal(size=(200,6))
+    same = [kmeans(x, 7, seed=3) for _ in range(2)]
+    assert np.array_equal(same[0][0], same[1][0]) and np.array_equal(same[0][1], same[1][1])
+    assert not np.array_equal(same[0][1], kmeans(x, 7, seed=4)[1])
+
+@pytest.mark.parametrize('k', [0, 4])
+def test_impossible_k(k):
+    with pytest.raises(HydraError, match=f'k={k} clusters'): kmeans(np.eye(3), k)
+
+def test_one_cluster_is_everything():
+    x,_ = blobs()
+    centroids,labels = kmeans(x, 1)
+    assert not labels.any() and np.allclose(centroids[0], x.mean(0), atol=1e-4)
+
+def test_distances_are_the_same_alone_and_in_company():
+    d = Domains(rng(0, 'c').normal(size=(9,384)), [f'd{i}' for i in range(9)])
+    x = rng(0, 'x').normal(size=(50,384)).astype(np.float32)
+    assert all(np.array_equal(d.distances(x[i:i+1])[0], row) for i,row in enumerate(d.distances(x)))
+    assert np.allclose(d.distances(x), ((x[:,None]-d.centroids)**2).sum(-1), rtol=1e-5)
+
+# --- names
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.text(max_size=30), st.integers(0,3)), min_size=1, max_size=12))
+def test_any_texts_get_unique_names_that_name_folders(rows):
+    names = name_domains([t for t,_ in rows], np.array([c for _,c in rows]))
+    assert len(names)==1+max(c for _,c in rows)
+    assert cluster.check_names(names)==names
+
+def test_names_follow_the_clusters_not_their_numbers():
+    _,labels,_ = cluster_texts(texts, 5, encoder='words')
+    turn = np.array([2,0,3,1,4])
+    assert [name_domains(texts, turn[labels])[turn[c]] for c in range(5)]==name_domains(texts, labels)
+
+def test_a_word_that_is_everywhere_names_nothing():
+    rows = [f'please {w} now' for w in ('apple','apple','tiger','tiger')]
+    assert distinctive(rows, [0,0,1,1])[0][0]=='apple' and 'please' not in distinctive(rows, [0,0,1,1])[0][:1]
+
+# --- controls and figures
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0,20), min_size=1, max_size=9), st.integers(0,2**40))
+def test_random_clusters_have_the_given_sizes(sizes, seed):
+    labels = random_domains(sum(sizes), sizes, seed)
+    assert np.bincount(labels, minlength=len(sizes)).tolist()==sizes
+
+def test_random_clusters_know_nothing():
+    truth = np.arange(900)%9
+    assert np.mean([agreement(random_domains(900, 9, s), truth)['ari'] for s in range(20)])==pytest.approx(0, abs=.005)
+
+def test_map_takes_few_texts_many_domains_and_a_sample():
+    import matplotlib.pyplot as plt
+    x,truth = blobs(n=300, k=12)
+    assert len(plot_map(x[:3], truth[:3], ['a','b','c']).axes)==1
+    fig = plot_map(x, truth, [f'domain-{i}' for i in range(12)], truth=[f't{i%5}' for i in range(300)], most=120)
+    assert sum(len(c.get_offsets()) for c in fig.axes[0].collections)==120
+    assert not plt.get_fignums()
+
+def test_labels_on_the_map_do_not_touch():
+    y = cluster._apart(np.array([.5,.5,.5,.1]), .05)
+    assert (np.diff(np.sort(y))>=.05-1e-6).all() and y.argmin()==3
+
+# --- on disk
+
+@pytest.fixture
+def saved(tmp_path):
+    x,_ = blobs()
+    domains = Domains(kmeans(x, 3)[0], ['one','two','three'], 'words')
+    domains.save(tmp_path)
+    return tmp_path
+
+def test_saved_and_loaded_are_the_same_bits(saved):
+    back = Domains.load(saved)
+    before = [file_sha256(p) for p in sorted(saved.iterdir())]
+    back.save(saved)
+    assert [file_sha256(p) for p in sorted(saved.iterdir())]==before and back.encoder=='words'
+
+@pytest.mark.parametrize('name', ['domains.json', 'domains.safetensors'])
+def test_a_missing_file_is_named(saved, name):
+    (saved/name).unlink()
+    with pytest.raises(HydraError, match=name): Domains.load(saved)
+
+@pytest.mark.parametrize('name', ['domains.json', 'domains.safetensors'])
+def test_any_altered_byte_is_noticed(saved, name):
+    data = (saved/name).read_bytes()
+    for i in rng(0, name).integers(0, len(data), 40):
+        changed = bytearray(data); changed[i] ^= 4
+        (saved/name).write_bytes(changed)
+        try: loaded = Domains.load(saved)
+        except HydraError as e: assert 'domains.' in str(e)
+        else: # white space between JSON's tokens means nothing
+            assert name=='domains.json' and json.loads(changed)==json.loads(data), (i, data[i:i+1], loaded)
+
+def forge(path, change):
+    "Files that fit each other, holding something wrong"
+    arrays,body = load_file(path/'domains.safetensors'),read_json(path/'domains.json')
+    change(arrays, body); body.pop('digest')
+    save_file(arrays, path/'domains.safetensors')
+    body['sha256'] = file_sha256(path/'domains.safetensors')
+    write_json(path/'domains.json', body | dict(digest=digest(body)))
+
+def put(x, i, v): x['centroids'][i] = v
+
+@pytest.mark.parametrize('change,message', [
+    (lambda a,b: put(a, (1,2), np.nan), "'centroids' holds a value that is not finite"),
+    (lambda a,b: put(a, (1,2), np.inf), "'centroids' holds a value that is not finite"),
+    (lambda a,b: a.update(more=np.zeros(2)), "holds arrays"),
+    (lambda a,b: a.update(centroids=a['centroids'][:2]), 'tells of'),
+    (lambda a,b: b.update(format=2), 'reads format 1'),
+    (lambda a,b: b['meta'].update(names=['one','two','two']), "'two' occurs twice"),
+    (lambda a,b: b['meta'].update(names=['one','two','../x']), 'cannot name a folder'),
+    (lambda a,b: b['meta'].update(names=['one','two']), '2 names need centroids')])
+def test_what_fits_but_is_wrong_is_refused(saved, change, message):
+    forge(saved, change)
+    with pytest.raises(HydraError, match=message): Domains.load(saved)
+
+def test_a_file_that_is_no_safetensors(saved):
+    (saved/'domains.safetensors').write_bytes(b'not one')
+    body = read_json(saved/'domains.json'); body.pop('digest')
+    body['sha256'] = file_sha256(saved/'domains.safetensors')
+    write_json(saved/'domains.json', body | dict(digest=digest(body)))
+    with pytest.raises(HydraError, match='is not a safetensors file'): Domains.load(saved)
+
+def test_arrays_of_any_layout_are_kept(tmp_path):
+    a = np.arange(12.).reshape(3,4)
+    arrays,_ = load_arrays(save_arrays(tmp_path, 'a', dict(turned=a.T, part=a[:,1:3]), {}), 'a')
+    assert np.array_equal(arrays['turned'], a.T) and np.array_equal(arrays['part'], a[:,1:3])
+
+# --- MiniLM
+
+def test_minilm_is_near_itself_in_any_batch():
+    x = embed(texts)
+    assert x.dtype==np.float32 and np.allclose((x**2).sum(1), 1, atol=1e-5)
+    assert np.allclose(embed(texts[::-1], batch_size=7)[::-1], x, atol=1e-5)
+    assert np.isfinite(embed(['', 'a '*5000])).all()
+
+def test_minilm_finds_more_than_words():
+    nmi = {e: agreement(cluster_texts(texts, 5, encoder=e)[1], topics)['nmi'] for e in ('minilm','words')}
+    assert nmi['minilm']>nmi['words']+.2
