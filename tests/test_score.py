@@ -1,0 +1,109 @@
+"Scoring against independent computations: transformers' loss, brute force, simulation"
+import itertools, math
+import numpy as np, pytest, torch
+from hydramoe.base import tiny_base
+from hydramoe.core import HydraError, rng
+from hydramoe.data import Example
+from hydramoe.score import (Losses, ensemble, hindsight, log_macro_draws, loss_matrix, micro_batches, paired_bootstrap, perplexity, pick,
+                            record_sums, response_losses)
+from hydramoe.stack import LoraSpec, gated
+
+def random_examples(n, seed=0, longest=60):
+    g = rng(seed, 'examples')
+    sizes = g.integers(2, longest, n)
+    return [Example(ids=g.integers(3, 259, s).tolist(), n_prompt=int(g.integers(1, s)), id=f'r{i}', domain='abc'[i%3]) for i,s in enumerate(sizes)]
+
+def random_model(slots=3, quant='fp32', seed=0):
+    model = gated(tiny_base(quant=quant), slots=slots, spec=LoraSpec(rank=4))
+    with torch.no_grad(): model.stack.theta.copy_(torch.randn(model.stack.theta.shape, generator=torch.Generator().manual_seed(seed))*.05)
+    return model
+
+def hf_losses(model, x):
+    ids = torch.tensor([x.ids])
+    logp = model(input_ids=ids).logits.float().log_softmax(-1)[0]
+    return np.array([-logp[t-1, x.ids[t]].item() for t in range(x.n_prompt, len(x.ids))])
+
+@pytest.mark.parametrize('quant', ['fp32', 'nf4'])
+def test_losses_equal_the_logits_of_transformers(quant):
+    base, xs = tiny_base(quant=quant), random_examples(12)
+    theirs = [hf_losses(base.model, x) for x in xs]
+    model = gated(base, slots=2, spec=LoraSpec(rank=4))
+    for a,b in zip(response_losses(model, xs, max_tokens=150), theirs): np.testing.assert_allclose(a, b, atol=1e-4 if quant=='fp32' else .15)
+
+def test_own_gates_for_each_example():
+    model, xs = random_model(), random_examples(9)
+    g = torch.softmax(torch.randn(9, 3, generator=torch.Generator().manual_seed(1)), -1)
+    together = response_losses(model, xs, g)
+    for i,x in enumerate(xs): np.testing.assert_allclose(together[i], response_losses(model, [x], g[i])[0], atol=1e-4)
+
+def cost(batches, lengths, overhead): return sum(len(b)*max(lengths[i] for i in b)+overhead for b in batches)
+
+@pytest.mark.parametrize('seed', range(20))
+def test_micro_batches_are_the_best_cut(seed):
+    g = rng(seed, 'cut'); lengths = g.integers(1, 40, 9).tolist(); limit = 90
+    ordered = sorted(lengths, reverse=True)
+    def cuts():
+        for k in range(9):
+            for at in itertools.combinations(range(1, 9), k):
+                parts = [ordered[a:b] for a,b in zip((0, *at), (*at, 9))]
+                if all(len(p)*p[0]<=limit or len(p)==1 for p in parts): yield sum(len(p)*p[0]+16 for p in parts)
+    ours = micro_batches(lengths, limit, overhead=16)
+    assert cost(ours, lengths, 16)==min(cuts())
+    assert sorted(sum(ours, []))==list(range(9))
+
+def test_micro_batches_of_nothing_and_of_giants():
+    assert micro_batches([], 100)==[]
+    assert sorted(micro_batches([500, 3, 700], 100))==[[0], [1], [2]]
+
+def test_loss_matrix_names_the_sick_column():
+    model = random_model()
+    model.stack.theta[1,0] = float('nan')
+    with pytest.raises(HydraError, match='sick'): loss_matrix(model, random_examples(3), dict(base=None, sick=torch.tensor([0.,1.,0.])))
+
+def planted(n=300, columns=4, seed=0):
+    g = rng(seed, 'planted'); sizes = g.integers(1, 9, n)
+    return Losses(g.gamma(2, 1., (columns, sizes.sum())).astype(np.float32), np.cumsum([0, *sizes]), [f'r{i}' for i in range(n)],
+                  [('x','y','z')[i%3] for i in range(n)], list('abcd')[:columns])
+
+def test_ensemble_directly_and_at_the_limits():
+    l = planted(40); w = rng(1, 'w').dirichlet(np.ones(4), 40)
+    for i in range(40):
+        a,b = l.offsets[i:i+2]
+        np.testing.assert_allclose(ensemble(l, l.columns, w)[a:b], -np.log(w[i]@np.exp(-l.nll[:,a:b].astype(float))), rtol=1e-9)
+    l.nll[0] = 2000. # underflows as a probability, not here
+    np.testing.assert_allclose(ensemble(l, ['a'], np.ones((40, 1))), 2000.)
+    np.testing.assert_allclose(ensemble(l, ['a','b'], [.5,.5]), l['b']+math.log(2), rtol=1e-6)
+    with pytest.raises(HydraError, match='no column'): ensemble(l, ['e'], [1.])
+
+def test_hindsight_is_the_best_choice_of_all():
+    l = planted(60); best = record_sums(pick(l, l.columns, hindsight(l, l.columns)), l.offsets)
+    for s in range(10): assert (best <= record_sums(pick(l, l.columns, rng(s).integers(0, 4, 60)), l.offsets)+1e-9).all()
+
+def test_perplexity_weighs_tokens_inside_and_domains_across():
+    p = perplexity(np.array([math.log(4)*3, math.log(4)*1, math.log(9)*50]), np.array([3, 1, 50]), ['a','a','b'])
+    assert p['a']==pytest.approx(4) and p['b']==pytest.approx(9) and p['macro']==pytest.approx(6)
+
+def test_bootstrap_draws_are_shared_between_systems():
+    l = planted(); sums = record_sums(l.nll, l.offsets)
+    d = log_macro_draws(np.stack([sums[0], sums[0]*1.01, sums[1]]), l.tokens, l.domains, 50)
+    np.testing.assert_allclose(d[1], d[0]*1.01)
+    np.testing.assert_allclose(paired_bootstrap(sums[0]+l.tokens*.02, sums[0], l.domains, l.tokens), [100*math.expm1(.02)]*3)
+
+def test_bootstrap_does_not_care_about_the_order_of_domains_names():
+    l = planted(); sums = record_sums(l.nll[:2], l.offsets)
+    ab, ba = paired_bootstrap(*sums, l.domains, l.tokens), paired_bootstrap(*sums[::-1], l.domains, l.tokens)
+    np.testing.assert_allclose([math.log1p(x/100) for x in ab], [-math.log1p(ba[i]/100) for i in (0,2,1)], atol=1e-12)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('per', [20, 40])
+def test_bootstrap_coverage_with_unequal_records(per):
+    "Records of unequal length, heavy tails, nine domains: the truth is the difference of the whole world"
+    g = rng(0, 'world'); n = 9*5000
+    tokens = g.integers(5, 300, n); domains = np.repeat(list('abcdefghi'), 5000)
+    b = tokens*g.gamma(6, .25, n); a = b*g.normal(.99, .08, n)
+    truth = paired_bootstrap(a, b, domains.tolist(), tokens, draws=2)[0]
+    def covers(s):
+        at = np.concatenate([rng(s, d).choice(np.flatnonzero(domains==d), per) for d in 'abcdefghi'])
+        lo, hi = paired_bootstrap(a[at], b[at], domains[at].tolist(), tokens[at], draws=500, seed=s)[1:]
+        return lo<=truth<=hi
+    assert .90 <= np.mean([covers(s) for s in range(400)]) <= .985
