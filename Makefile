@@ -31,15 +31,18 @@ test: assets ## the test suite: every notebook, and tests/ (under 25 minutes)
 test-slow: assets ## the tests that take long
 	@$(BIN)/python -m pytest -m slow tests
 
-results: setup ## copy finished runs into results/, and results into the paper
-	@$(BIN)/python -c 'from hydramoe.reproduce import publish; publish()'
+results: setup ## copy finished runs into results/, and results into paper and README
+	@$(BIN)/python -c 'from hydramoe.reproduce import publish, write_paper; publish(); write_paper()'
+	@$(MAKE) --no-print-directory readme
 
 paper: setup ## make papers/hydra/main.pdf (needs a LaTeX installation)
 	@$(BIN)/python -c 'from hydramoe.reproduce import write_paper; write_paper()'
 	@command -v latexmk >/dev/null || { echo 'latexmk is not installed; the generated tables are in papers/hydra/generated'; exit 1; }
 	cd papers/hydra && latexmk -pdf -interaction=nonstopmode main.tex
 
-readme: setup ## make README.md from nbs/index.ipynb
+readme: setup ## run nbs/index.ipynb and make README.md from it
+	@cd nbs && HYDRAMOE_QUIET=1 ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace index.ipynb
+	@$(BIN)/nbdev_clean --fname nbs/index.ipynb
 	@$(BIN)/python -c 'from hydramoe.reproduce import write_readme; write_readme()'
 
 lab: setup ## open the notebooks in JupyterLab

@@ -440,7 +440,7 @@ def write_paper(
     return [write_bytes(to/n, text.encode()) for n,text in paper_files(published(results)).items()]
 
 # %% ../nbs/52_reproduce.ipynb #cell72
-def _sentence(nb): return _source(read_json(nb)['cells'][0]).splitlines()[1].lstrip('> ')
+def _sentence(nb): return next((l.lstrip('> ') for l in _source(read_json(nb)['cells'][0]).splitlines() if l.startswith('>')), '')
 
 def rooms_table(
     nbs:str|Path|None=None # a folder of notebooks; `nbs/` of the checkout if None
@@ -448,7 +448,7 @@ def rooms_table(
     "One line a notebook, with the sentence below its title"
     nbs = Path(nbs or repo_root()/'nbs')
     files = [p for f in (nbs, nbs/'experiments') for p in sorted(f.glob('*.ipynb')) if p.name[0] not in '_.' and p.stem!='index']
-    return markdown_table([{'notebook': f'[`{p.stem}`](nbs/{p.relative_to(nbs)})', 'what it is about': _sentence(p)} for p in files])
+    return markdown_table([{'notebook': f'[`{p.stem}`]({p.relative_to(nbs)})', 'what it is about': _sentence(p)} for p in files])
 
 def results_table(
     folder:str|Path|None=None # of results; `results_dir()` if None
@@ -469,6 +469,7 @@ def render_readme(
     from traitlets.config import Config
     tags = dict(enabled=True, remove_input_tags=['remove_input'], remove_cell_tags=['remove_cell'])
     page, _ = MarkdownExporter(config=Config(TagRemovePreprocessor=tags)).from_notebook_node(nbformat.read(Path(nb or repo_root()/'nbs'/'index.ipynb'), as_version=4))
+    page = re.sub(r'\]\((?!\w+:|#)([^)\s]+)\)', lambda m: f"]({os.path.normpath(os.path.join('nbs', m[1]))})", page)
     return '<!-- Made from nbs/index.ipynb by `make readme`; edit there. -->\n\n' + re.sub(r'\n{3,}', '\n\n', page).strip() + '\n'
 
 def write_readme(

@@ -70,9 +70,9 @@ def test_notebooks_are_clean(copy):
     assert not dirty, f"{dirty} are not clean; run `nbdev_clean`, or `make hooks` once"
 
 
-@pytest.mark.parametrize('nb', library, ids=rel)
+@pytest.mark.parametrize('nb', nbs, ids=rel)
 def test_starts_with_a_title_and_a_sentence(nb):
-    first = ''.join(cells(nb)[0]['source']).splitlines()
+    first = [l for l in ''.join(cells(nb)[0]['source']).splitlines() if l]
     assert first[0].startswith('# ') and first[1].startswith('> ') and len(first)==2
 
 @pytest.mark.parametrize('nb', nbs, ids=rel)
