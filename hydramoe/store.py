@@ -107,7 +107,9 @@ def _temporary(target):
     while True:
         tmp = target.with_name(f'.sealing-{target.name}-{secrets.token_hex(6)}')
         tmp.mkdir(parents=True)
-        if (fd := _locked(tmp)) is not None: return tmp, fd
+        try: fd = _locked(tmp)
+        except OSError: tmp.rmdir(); raise
+        if fd is not None: return tmp, fd
 
 # %% ../nbs/01_store.ipynb #cell25
 def _work(target):
@@ -144,25 +146,29 @@ def _publish(tmp, target, meta, made):
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 
 @contextmanager
+def _told(target):
+    try: yield
+    except OSError as e:
+        if e.errno not in _DISK: raise
+        raise SealError(f"{target} could not be made: {e}. What was there before is untouched; mend the disk's space or permissions, or set $HYDRAMOE_CACHE to another") from e
+
+@contextmanager
 def sealing(
     target:str|Path, # where the sealed directory shall be; folders above it are made
     meta:dict # what it is made from: part of the seal and of its id
 ): # as a context: the temporary directory to write into
     "Write a directory that exists whole and sealed, or not at all"
-    target, began, tmp, fd = Path(target).absolute(), time.monotonic(), None, None
+    target, began = Path(target).absolute(), time.monotonic()
     if os.path.lexists(target): open_sealed(target, deep=False)
-    try:
+    with _told(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent)
         tmp, fd = _temporary(target)
-        yield tmp
-        _publish(tmp, target, meta, dict(seconds=round(time.monotonic()-began, 2), machine=machine()))
-        shutil.rmtree(_work(target), ignore_errors=True)
-    except OSError as e:
-        if e.errno not in _DISK: raise
-        raise SealError(f"{target} could not be made: {e}. What was there before is untouched; mend the disk's space or permissions, or set $HYDRAMOE_CACHE to another") from e
-    finally:
-        if tmp: shutil.rmtree(tmp, ignore_errors=True); os.close(fd)
+        try:
+            yield tmp
+            _publish(tmp, target, meta, dict(seconds=round(time.monotonic()-began, 2), machine=machine()))
+            shutil.rmtree(_work(target), ignore_errors=True)
+        finally: shutil.rmtree(tmp, ignore_errors=True); os.close(fd)
 
 # %% ../nbs/01_store.ipynb #cell48
 _DEFS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -378,12 +384,19 @@ def _describe(make, params, inputs, libs, device, dtype, name):
 def _alone(target):
     "Hold the lock of `target`; it vanishes with the process"
     path, fd, told = target.with_name(f'.lock-{target.name}'), None, False
+    target.parent.mkdir(parents=True, exist_ok=True)
     while fd is None:
         fd = _locked(path, os.O_RDWR|os.O_CREAT, wait=told)
         if fd is None and not told: print(f'hydramoe: waiting for another process that makes {target.name}', file=sys.stderr)
         told = True
     try: yield
     finally: path.unlink(missing_ok=True); os.close(fd)
+
+def _tidy(target):
+    "Remove what a maker left that was killed just after the rename"
+    shutil.rmtree(_work(target), ignore_errors=True)
+    lock = target.with_name(f'.lock-{target.name}')
+    if lock.exists() and (fd := _locked(lock, os.O_RDWR, wait=False)) is not None: lock.unlink(missing_ok=True); os.close(fd)
 
 def _run(make, params, inputs, target, meta):
     for p in inputs.values():
@@ -405,10 +418,9 @@ def stage(
     inputs = {k: Path(v) for k,v in (inputs or {}).items()}
     meta = _describe(make, params, inputs, libs, device, dtype, name or getattr(make, '__name__', ''))
     target = Path(root or cache_dir()/'stages').absolute()/f"{meta['name']}-{meta['key'][:16]}"
-    target.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(target):
-        with _alone(target):
+        with _told(target), _alone(target):
             if not os.path.lexists(target): _run(make, params, inputs, target, meta)
     if open_sealed(target)['meta'].get('key')!=meta['key']: raise SealError(f"{target} holds something else than its name says; delete it, and make it again")
-    shutil.rmtree(_work(target), ignore_errors=True)
+    _tidy(target)
     return target

@@ -1,0 +1,441 @@
+"Sealed directories under kill -9, races, broken disks and every kind of damage; and what a source hash notices."
+import errno, importlib, json, os, resource, shutil, signal, subprocess, sys, tempfile, textwrap, time
+from pathlib import Path
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from hydramoe import store
+from hydramoe.core import HydraError
+from hydramoe.store import SEAL, SealError, is_sealed, open_sealed, seal_id, sealing, source_hash, stage, work_dir
+
+def make(out, text='hydra', parts=4):
+    for i in range(parts): (out/f'part{i}').write_text(text*(i+1))
+
+def whole(d, text='hydra', parts=4): return all((d/f'part{i}').read_text()==text*(i+1) for i in range(parts))
+
+def litter(folder): return sorted(p.name for p in Path(folder).iterdir() if p.name.startswith('.'))
+
+def child(code, *args, **env):
+    "A fresh interpreter that runs `code`"
+    return subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.path.dirname(__file__), **env})
+
+def forked(work):
+    "The exit status of `work()` in a forked child"
+    pid = os.fork()
+    if pid: return os.waitpid(pid, 0)[1]
+    try: work(); os._exit(0)
+    except BaseException: os._exit(1)
+
+def die_at(k, work):
+    "Kill a child with SIGKILL at its k-th file operation; whether it came to that"
+    def run():
+        left = [k]
+        def hook(event, args):
+            if event.split('.')[0] not in ('open', 'os', 'shutil') or left[0]<0: return
+            left[0] -= 1
+            if left[0]<0: os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        work()
+    return os.WIFSIGNALED(forked(run))
+
+# --- killed ---
+
+@pytest.fixture
+def memory(tmp_path):
+    "A folder where fsync costs nothing, so that hundreds of deaths take seconds"
+    shm = Path('/dev/shm')
+    if not (shm.is_dir() and os.access(shm, os.W_OK)): yield tmp_path; return
+    with tempfile.TemporaryDirectory(dir=shm) as d: yield Path(d)
+
+def test_killed_at_every_file_operation_of_sealing(memory):
+    for k in range(200):
+        d = memory/str(k)/'d'
+        d.parent.mkdir()
+        killed = die_at(k, lambda: _seal_into(d))
+        assert not d.exists() or whole(d) and open_sealed(d), f'half a directory after operation {k}'
+        _seal_into(d)
+        assert whole(d) and open_sealed(d) and litter(d.parent)==[], f'operation {k}'
+        if not killed: break
+    assert 15 < k < 199
+
+def _seal_into(d):
+    with sealing(d, {'of': 'test'}) as out: make(out)
+
+def checkpointed(out, steps=3):
+    for s in range(steps):
+        if not is_sealed(work_dir(out)/str(s)):
+            with sealing(work_dir(out)/str(s), {}) as c: (c/'state').write_text(str(s))
+    for s in range(steps): open_sealed(work_dir(out)/str(s))
+    make(out)
+
+def test_killed_at_every_file_operation_of_a_stage_with_checkpoints(memory):
+    for k in range(0, 600, 3):
+        root = memory/str(k)
+        killed = die_at(k, lambda: stage(checkpointed, {}, root=root))
+        for d in root.glob('checkpointed-*'): assert whole(d) and open_sealed(d)
+        d = stage(checkpointed, {}, root=root)
+        assert whole(d) and litter(root)==[], f'operation {k}: {litter(root)}'
+        if not killed: break
+        shutil.rmtree(root)
+    assert 30 < k < 599
+
+def test_kill_by_the_clock(tmp_path):
+    code = '''
+    import sys, time
+    from pathlib import Path
+    from hydramoe.store import sealing
+    print('ready', flush=True)
+    while True:
+        with sealing(Path(sys.argv[1])/'d', {}) as out:
+            for i in range(4): (out/f'part{i}').write_text('hydra'*(i+1))
+        import shutil; shutil.rmtree(Path(sys.argv[1])/'d')
+    '''
+    for i in range(8):
+        p = child(code, tmp_path)
+        assert p.stdout.readline()=='ready\n', p.stderr.read()
+        time.sleep(.003*i)
+        p.kill(); p.communicate()
+        d = tmp_path/'d'
+        if d.exists() and (d/SEAL).exists() and len(list(d.iterdir()))==5: assert whole(d) and open_sealed(d)
+        shutil.rmtree(d, ignore_errors=True)   # the child's own rmtree may have been cut short
+    _seal_into(tmp_path/'d')
+    assert litter(tmp_path)==[] and whole(tmp_path/'d')
+
+def test_a_maker_at_work_is_not_swept_and_nothing_foreign_is(tmp_path):
+    (tmp_path/'.sealing-mine').mkdir(); (tmp_path/'.tmp-x').mkdir(); (tmp_path/'.sealing-x-0123456789ab').write_text('a file')
+    before = litter(tmp_path)
+    with sealing(tmp_path/'slow', {}) as out:
+        make(out)
+        assert forked(lambda: _seal_into(tmp_path/'quick'))==0
+        assert out.is_dir()
+    assert whole(tmp_path/'slow') and whole(tmp_path/'quick') and litter(tmp_path)==before
+
+# --- two at once ---
+
+RACE = '''
+import os, sys, time
+from pathlib import Path
+import test_store as t
+from hydramoe.store import seal_id, sealing, stage
+root = Path(sys.argv[1])
+def make(out, text):
+    with open(root/'calls', 'a') as f: f.write('x')
+    time.sleep(.3)
+    t.make(out, text)
+print('ready', flush=True)
+while not (root/'go').exists(): time.sleep(.001)
+if sys.argv[2]=='stage': d = stage(t.slow, dict(text='hydra', log=str(root/'calls')), root=root/'stages')
+else:
+    d = root/'d'
+    with sealing(d, {}) as out: t.make(out); time.sleep(.05)
+print(d, seal_id(d))
+'''
+
+def slow(out, text, log):
+    with open(log, 'a') as f: f.write('x')
+    time.sleep(.3)
+    make(out, text)
+
+@pytest.mark.parametrize('how', ['stage', 'sealing'])
+def test_race(tmp_path, how):
+    ps = [child(RACE, tmp_path, how) for _ in range(4)]
+    for p in ps: assert p.stdout.readline()=='ready\n', p.stderr.read()
+    (tmp_path/'go').touch()
+    outs = [p.communicate() for p in ps]
+    assert [p.returncode for p in ps]==[0]*4, outs
+    assert len({o for o,_ in outs})==1, outs
+    d = Path(outs[0][0].split()[0])
+    assert whole(d) and open_sealed(d) and litter(d.parent)==[]
+    if how=='stage':
+        assert (tmp_path/'calls').read_text()=='x', 'the others should have waited'
+        assert sum('waiting for another process' in e for _,e in outs)==3
+
+def test_a_waiter_takes_over_when_the_maker_is_killed(tmp_path):
+    first = child(RACE, tmp_path, 'stage'); first.stdout.readline()
+    (tmp_path/'go').touch()
+    while not (tmp_path/'calls').exists(): time.sleep(.005)
+    second = child(RACE, tmp_path, 'stage'); second.stdout.readline()
+    first.kill(); first.communicate()
+    out, err = second.communicate()
+    assert second.returncode==0 and whole(Path(out.split()[0])), err
+    assert litter(tmp_path/'stages')==[]
+
+def test_without_locks_the_rename_decides(tmp_path, monkeypatch):
+    def none(*args): raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(store.fcntl, 'flock', none)
+    assert whole(stage(make, dict(text='hydra'), root=tmp_path))
+    assert litter(tmp_path)==[]
+
+# --- disks ---
+
+@pytest.mark.parametrize('call', ['mkdir', 'fsync', 'rename', 'open'])
+@pytest.mark.parametrize('error', [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_disk_errors_leave_the_old_thing(tmp_path, monkeypatch, call, error):
+    _seal_into(tmp_path/'old')
+    name = seal_id(tmp_path/'old')
+    def broken(*args, **kw): raise OSError(error, os.strerror(error))
+    with monkeypatch.context() as m:
+        m.setattr(os, call, broken)
+        with pytest.raises(SealError, match='could not be made'):
+            with sealing(tmp_path/'new', {}) as out: make(out)
+        try:
+            with sealing(tmp_path/'old', {'of': 'test'}) as out: make(out, 'another')
+        except SealError as e: assert 'could not be made' in str(e)
+    assert seal_id(tmp_path/'old')==name and whole(tmp_path/'old') and not (tmp_path/'new').exists()
+    _seal_into(tmp_path/'new')
+    assert litter(tmp_path)==[]
+
+def test_a_file_too_large_for_the_disk(tmp_path):
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            with sealing(tmp_path/'d', {}) as out: (out/'big').write_bytes(b'x'*5000)
+        except SealError as e: os._exit(7 if 'too large' in str(e) else 8)
+    assert os.waitstatus_to_exitcode(forked(run))==7
+    assert list(tmp_path.iterdir())==[]
+
+@pytest.mark.skipif(os.geteuid()!=0, reason='needs root to become someone else')
+def test_a_cache_that_may_only_be_read(tmp_path):
+    for p in (tmp_path, *tmp_path.parents[:2]): p.chmod(0o755)
+    made = stage(make, dict(text='hydra'), root=tmp_path/'stages')
+    (tmp_path/'stages').chmod(0o555); made.chmod(0o555)
+    def run():
+        os.seteuid(65534)
+        assert stage(make, dict(text='hydra'), root=tmp_path/'stages')==made
+        try: stage(make, dict(text='other'), root=tmp_path/'stages')
+        except HydraError as e: os._exit(7 if 'ermission' in str(e) else 8)
+    assert os.waitstatus_to_exitcode(forked(run))==7
+
+# --- damage ---
+
+def truncate(d): os.truncate(d/'sub'/'b', 1)
+def flip(d): p = d/'sub'/'b'; b = bytearray(p.read_bytes()); b[0] ^= 1; p.write_bytes(b)
+def lose(d): (d/'sub'/'b').unlink()
+def lose_folder(d): shutil.rmtree(d/'sub')
+def swap(d): (d/'a').rename(d/'t'); (d/'sub'/'b').rename(d/'a'); (d/'t').rename(d/'sub'/'b')
+def link(d): p = d/'sub'/'b'; p.rename(d.parent/'b'); p.symlink_to(d.parent/'b')
+def link_folder(d): (d/'sub').rename(d.parent/'sub'); (d/'sub').symlink_to(d.parent/'sub')
+def pipe(d): (d/'sub'/'b').unlink(); os.mkfifo(d/'sub'/'b')
+def folder(d): (d/'sub'/'b').unlink(); (d/'sub'/'b').mkdir()
+def extra(d): (d/'sub'/'c').write_text('')
+def extra_hidden(d): (d/'.DS_Store').write_text('')
+
+@pytest.mark.parametrize('damage, named', [(truncate, 'sub/b'), (flip, 'sub/b'), (lose, 'sub/b'), (lose_folder, 'sub/b'), (swap, 'a'), (link, 'sub/b'), (link_folder, 'sub'),
+                                           (pipe, 'sub/b'), (folder, 'sub/b'), (extra, 'sub/c'), (extra_hidden, '.DS_Store')])
+def test_damage_is_named(tmp_path, damage, named):
+    d = tmp_path/'d'
+    with sealing(d, {}) as out: (out/'a').write_text('alpha'); (out/'sub').mkdir(); (out/'sub'/'b').write_text('betas')
+    assert is_sealed(d)
+    damage(d)
+    with pytest.raises(SealError) as e: open_sealed(d)
+    assert str(e.value).startswith(f'{d/named} ')
+    assert is_sealed(d)==(damage in (flip, swap)), 'a glance sees all but changed bytes of the same number'
+
+def test_damage_to_the_seal(tmp_path):
+    d = tmp_path/'d'
+    _seal_into(d)
+    good = (d/SEAL).read_text()
+    for change in (dict(meta={'of': 'else'}), dict(format=2), dict(files={}), dict(sizes={}), dict(id='0'*64), dict(files=None)):
+        (d/SEAL).write_text(json.dumps({**json.loads(good), **change}))
+        with pytest.raises(SealError, match='seal.json is altered'): open_sealed(d)
+        with pytest.raises(SealError): seal_id(d)
+    for text in ('', good[:50], '[]', 'null'):
+        (d/SEAL).write_text(text)
+        assert not is_sealed(d)
+    (d/SEAL).write_text(good)
+    assert open_sealed(d)
+    (d/SEAL).rename(tmp_path/SEAL); (d/SEAL).symlink_to(tmp_path/SEAL)
+    with pytest.raises(SealError): open_sealed(d)
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_flipped_bit_is_named(tmp_path, data):
+    d = tmp_path/'d'
+    if not d.exists(): _seal_into(d)
+    p = d/data.draw(st.sampled_from([f'part{i}' for i in range(4)]))
+    good = bytearray(p.read_bytes())
+    at, bit = data.draw(st.integers(0, len(good)-1)), data.draw(st.integers(0, 7))
+    bad = bytearray(good); bad[at] ^= 1<<bit
+    p.write_bytes(bad)
+    try:
+        with pytest.raises(SealError, match=f'{p.name} is altered'): open_sealed(d)
+    finally: p.write_bytes(good)
+    assert open_sealed(d)
+
+@pytest.mark.parametrize('bad', ['link', 'seal', 'pipe'])
+def test_what_cannot_be_sealed_is_refused(tmp_path, bad):
+    with pytest.raises(SealError, match={'link': 'symbolic link', 'seal': "the seal's own", 'pipe': 'neither file nor folder'}[bad]):
+        with sealing(tmp_path/'d', {}) as out:
+            if bad=='link': (out/'a').symlink_to('/etc/hostname')
+            if bad=='seal': (out/SEAL).write_text('{}')
+            if bad=='pipe': os.mkfifo(out/'a')
+    assert list(tmp_path.iterdir())==[]
+
+def test_a_place_that_is_taken(tmp_path):
+    (tmp_path/'d').mkdir(); (tmp_path/'d'/'thesis.tex').write_text('years of work')
+    with pytest.raises(SealError, match='never sealed'): _seal_into(tmp_path/'d')
+    assert (tmp_path/'d'/'thesis.tex').read_text()=='years of work'
+    (tmp_path/'f').write_text('a file')
+    with pytest.raises(SealError, match='not a directory'): _seal_into(tmp_path/'f')
+
+# --- source hashes ---
+
+PACKAGE = {'__init__': '', 'low': '''
+SCALE = 2
+TABLE = {'a': 1}
+TABLE['b'] = 2
+def helper(x):
+    "Doc"
+    return x*SCALE
+def unused(x): return x
+class Thing:
+    size = 3
+    def grow(self): return helper(self.size)
+@patch
+def shrink(self:Thing): return 1
+''', 'mid': '''
+from . import low
+from .low import Thing as T
+import package_x.far as distant
+def middle(x:int=1):
+    def inner(y): return low.helper(y)
+    return inner(x)
+def thing(): return T()
+def lazy():
+    from package_x.lazy import answer as a
+    return a()
+def away(): return distant.f()
+''', 'far': '''
+try: from json import dumps
+except ImportError: dumps = None
+def f(): return dumps(1)
+''', 'lazy': '''
+def answer(): return 42
+''', 'top': '''
+import functools
+from package_x.mid import middle, thing, lazy, away
+from package_x.low import TABLE
+@functools.lru_cache
+def make(out): return middle(), thing(), lazy(), away(), TABLE
+'''}
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    folder = tmp_path/'package_x'; folder.mkdir()
+    for name,text in PACKAGE.items(): (folder/f'{name}.py').write_text(text)
+    low = folder/'low.py'; low.write_text('def patch(f): return f\n'+low.read_text().replace('self:Thing', 'self:"Thing"').replace('"Thing"', 'Thing'))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield folder
+    for m in [m for m in sys.modules if m.split('.')[0]=='package_x']: del sys.modules[m]
+
+def edit(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    os.utime(file, ns=(time.time_ns(), time.time_ns()+1))
+
+def top(): return importlib.import_module('package_x.top').make
+
+@pytest.mark.parametrize('file, old, new', [
+    ('low', 'x*SCALE', 'x+SCALE'), ('low', 'SCALE = 2', 'SCALE = 3'), ('low', "['b'] = 2", "['b'] = 3"), ('low', 'size = 3', 'size = 4'), ('low', 'helper(self.size)', 'helper(1)'),
+    ('low', 'return 1', 'return 2'), ('mid', 'x:int=1', 'x:int=2'), ('mid', 'low.helper(y)', 'low.helper(y+1)'), ('far', 'dumps(1)', 'dumps(2)'), ('far', 'dumps = None', 'dumps = 0'),
+    ('lazy', '42', '43'), ('top', 'thing(), ', '')])
+def test_a_change_is_noticed(package, file, old, new):
+    before = source_hash(top())
+    edit(package/f'{file}.py', old, new)
+    assert source_hash(top())!=before
+
+@pytest.mark.parametrize('file, old, new', [
+    ('low', '"Doc"', '"Better words"'), ('low', '    "Doc"\n', ''), ('low', 'def unused(x): return x', 'def unused(x): return 2*x'), ('low', 'x*SCALE', '(x * SCALE)  # why'),
+    ('mid', 'def thing(): return T()', '\n\ndef thing():\n    return T()'), ('low', 'class Thing:', 'class Thing:\n    "A thing"')])
+def test_what_changes_nothing_is_not_noticed(package, file, old, new):
+    before = source_hash(top())
+    edit(package/f'{file}.py', old, new)
+    assert source_hash(top())==before
+
+def test_the_same_hash_in_every_process():
+    code = 'from hydramoe.store import source_hash, stage\nfrom hydramoe.core import run_record\nprint(source_hash(stage), source_hash(run_record))'
+    outs = {child(code, PYTHONHASHSEED=s).communicate()[0] for s in '012'}
+    assert len(outs)==1 and len(outs.pop().split())==2
+
+def test_a_module_edited_under_a_running_process(tmp_path, monkeypatch):
+    file = tmp_path/'hydramoe_edited.py'
+    file.write_text('def make(out): return helper()\ndef helper(): return "one"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    make = importlib.import_module('hydramoe_edited').make
+    before = source_hash(make)
+    edit(file, 'def make', '# a comment\ndef make')
+    assert source_hash(make)==before
+    edit(file, '"one"', '"two"')
+    with pytest.raises(SealError, match='helper differs.*restart'): source_hash(make)
+    del sys.modules['hydramoe_edited']
+
+def test_functions_closures_partials_and_hidden_inputs(tmp_path):
+    import functools
+    def outer(n):
+        def make(out): return n
+        return make
+    assert source_hash(outer(1))==source_hash(outer(1))!=source_hash(outer(2))
+    assert source_hash(functools.partial(make, text='a'))!=source_hash(functools.partial(make, text='b'))
+    with pytest.raises(SealError, match="may not take 'n' from around it"): source_hash(outer(object()))
+    with pytest.raises(SealError, match='cannot be called'): stage(lambda out: None, {}, root=tmp_path)
+    assert whole(stage(functools.partial(make, parts=4), dict(text='hydra'), root=tmp_path, name='parts'))
+
+# --- stages ---
+
+def copy(out, src): shutil.copy(src/'part0' if src.is_dir() else src, out/'copy')
+
+def test_inputs_are_named_by_content(tmp_path):
+    for name,text in (('x', 'a'), ('y', 'a'), ('z', 'b')): stage(make, dict(text=text), root=tmp_path/name)
+    x, y, z = (next((tmp_path/n).iterdir()) for n in 'xyz')
+    got = [stage(copy, {}, dict(src=d), root=tmp_path/'out') for d in (x, y, z)]
+    assert got[0]==got[1]!=got[2]
+    a, b = tmp_path/'a.txt', tmp_path/'b.txt'
+    a.write_text('same'); b.write_text('same')
+    assert stage(copy, {}, dict(src=a), root=tmp_path/'out')==stage(copy, {}, dict(src=b), root=tmp_path/'out')
+    b.write_text('other')
+    assert stage(copy, {}, dict(src=a), root=tmp_path/'out')!=stage(copy, {}, dict(src=b), root=tmp_path/'out')
+
+def test_a_damaged_input_is_not_used(tmp_path):
+    d = stage(make, dict(text='a'), root=tmp_path)
+    (d/'part0').write_text('b')
+    with pytest.raises(SealError, match='part0 is altered'): stage(copy, {}, dict(src=d), root=tmp_path)
+    with pytest.raises(SealError, match="input 'src'"): stage(copy, {}, dict(src=tmp_path/'nowhere'), root=tmp_path)
+
+def test_a_sealed_stage_under_another_name(tmp_path):
+    d, e = stage(make, dict(text='a'), root=tmp_path), stage(make, dict(text='b'), root=tmp_path)
+    shutil.rmtree(e); shutil.copytree(d, e)
+    with pytest.raises(SealError, match='something else than its name says'): stage(make, dict(text='b'), root=tmp_path)
+
+def test_work_survives_failure_and_goes_with_success(tmp_path):
+    def make(out, fail):
+        (work_dir(out)/'note').write_text('kept')
+        if fail.exists(): raise RuntimeError('boom')
+    fail = tmp_path/'fail'; fail.write_text('')
+    for _ in range(2):
+        with pytest.raises(RuntimeError): stage(make, {}, dict(fail=fail), root=tmp_path/'s')
+    assert [p.name[:6] for p in (tmp_path/'s').iterdir()]==['.work-']
+
+NOTEBOOK = '''
+from hydramoe.store import stage
+from hydramoe.core import write_json
+SCALE = 3
+def scaled(x): return SCALE*x
+def make(out, x): write_json(out/'y.json', scaled(x))
+d = stage(make, dict(x=2), root={root!r})
+open({root!r}+'/name', 'a').write(d.name+chr(10))
+'''
+
+def test_a_stage_of_a_notebook(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+    def run(source):
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in source.split('\n\n')])
+        NotebookClient(nb, timeout=60, kernel_name='python3').execute()
+    source = NOTEBOOK.format(root=str(tmp_path))
+    run(source)
+    run('"a new first cell"\n\n'+source.replace('return SCALE*x', '"Doc"; return SCALE*x  # the same'))
+    run(source.replace('SCALE = 3', 'SCALE = 4'))
+    names = (tmp_path/'name').read_text().split()
+    assert names[0]==names[1]!=names[2]
+    assert json.loads((tmp_path/names[0]/'y.json').read_text())==6 and json.loads((tmp_path/names[2]/'y.json').read_text())==8
