@@ -1,0 +1,135 @@
+"What the repository promises: pins, commands, pages made from other files."
+import ast, configparser, os, re, subprocess, sys, tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from hydramoe.reproduce import SCALES, Graph, load_result, members, numbers, paper_files, published, render_readme, results_table, rooms_table
+from hydramoe.report import latex_name
+
+root = Path(__file__).parents[1]
+def text(*parts): return root.joinpath(*parts).read_text()
+pins = {canonicalize_name(l.split('==')[0]): l.split('==')[1] for l in text('constraints.txt').splitlines() if l and l[0]!='#'}
+project = tomllib.loads(text('pyproject.toml'))['project']
+extras = project['optional-dependencies']
+
+
+def test_torch_is_pinned_for_every_build(): assert pins['torch']=='2.13.0'
+
+def test_nbdev_reads_settings_ini():
+    c = configparser.ConfigParser()
+    c.read(root/'settings.ini')
+    assert pins['nbdev']=='2.4.14' and c['DEFAULT']['allowed_cell_metadata_keys']=='tags'
+    version = re.search(r"__version__ = ['\"](.+)['\"]", text('hydramoe', '__init__.py'))[1]
+    assert c['DEFAULT']['version']==version and f'## {version}' in text('CHANGELOG.md')
+
+@pytest.mark.parametrize('extra', [None, *extras])
+def test_every_dependency_is_pinned_within_its_bounds(extra):
+    for r in map(Requirement, extras[extra] if extra else project['dependencies']):
+        assert r.specifier.contains(pins[canonicalize_name(r.name)]), f'{r} is pinned to {pins[canonicalize_name(r.name)]}'
+
+def test_what_is_imported_is_declared():
+    names = {n.split('.')[0] for f in (root/'hydramoe').glob('*.py') for n in re.findall(r'^\s*(?:import|from) ([a-z_][\w.]*)', f.read_text(), re.M)}
+    dists = metadata.packages_distributions()
+    declared = {canonicalize_name(Requirement(d).name) for group in (project['dependencies'], *extras.values()) for d in group}
+    foreign = {n: {canonicalize_name(d) for d in dists[n]} for n in names - set(sys.stdlib_module_names) - {'hydramoe'} if n in dists}
+    missing = {n for n,ds in foreign.items() if not ds & declared}
+    # these come with what is declared, and cannot be absent where that is present
+    assert missing <= {'numpy', 'mistune', 'tokenizers', 'nbclient', 'nbformat', 'traitlets', 'IPython', 'huggingface_hub', 'scipy', 'packaging'}
+
+
+def test_exported_code_is_documented_and_has_no_star_imports():
+    bad = []
+    for f in (root/'hydramoe').glob('*.py'):
+        if f.name.startswith('_'): continue
+        for n in ast.parse(f.read_text()).body:
+            if isinstance(n, ast.ImportFrom) and n.names[0].name=='*': bad.append(f'{f.name}: star import')
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0]!='_' and not ast.get_docstring(n): bad.append(f'{f.name}: {n.name} has no docstring')
+    assert not bad
+
+def test_light_rooms_import_without_torch():
+    for m in ('core', 'store', 'fetch', 'report', 'reproduce', 'cli'):
+        code = f'import sys, hydramoe.{m}; assert "torch" not in sys.modules and "papermill" not in sys.modules, sorted(sys.modules)'
+        subprocess.run([sys.executable, '-c', code], check=True, cwd=root)
+
+
+def test_readme_is_the_index():
+    assert text('README.md')==render_readme(), 'run `make readme` and commit'
+
+def test_readme_shows_the_rooms_and_results_of_today():
+    # the tables are outputs of the index; they are stale when a notebook or a result came later
+    page = re.sub(r'\]\((?:nbs/|\.\./)?', '](', text('README.md'))
+    for table in (rooms_table(), results_table()):
+        for line in table.strip().splitlines(): assert line in page, 'run `make readme` and commit'
+
+def test_readme_names_what_exists():
+    page = text('README.md') + text('CONTRIBUTING.md')
+    targets = set(re.findall(r'^([a-z-]+):', text('Makefile'), re.M))
+    for line in re.findall(r'(?:^|`)\s*make ([a-z -]+?)(?:\s{2,}|`|$)', page, re.M): assert set(line.split()) <= targets, f'make {line}'
+    for link in re.findall(r'\]\((?!\w+:|#)([^)]+)\)', text('README.md')): assert (root/link).exists(), link
+
+def test_readme_commands_are_commands():
+    from hydramoe.cli import make_parser
+    lines = re.findall(r'^\.venv/bin/hydramoe ([^#\n]+)', text('README.md'), re.M)
+    assert len(lines) >= 5
+    import shlex
+    for line in lines: make_parser().parse_args(shlex.split(line))
+
+def test_makefile_help_lists_every_target():
+    out = subprocess.run(['make', 'help'], cwd=root, capture_output=True, text=True, check=True).stdout
+    listed = set(re.findall(r'^  make ([a-z-]+) ', out, re.M))
+    assert listed==set(re.search(r'^\.PHONY: (.+)$', text('Makefile'), re.M)[1].split())
+    assert subprocess.run(['make'], cwd=root, capture_output=True, text=True, check=True).stdout==out
+
+def test_ci_script_can_be_run():
+    assert os.access(root/'.ci'/'run', os.X_OK)
+    subprocess.run(['bash', '-n', root/'.ci'/'run'], check=True)
+
+
+results = sorted((root/'results').glob('*.json'))
+
+@pytest.mark.skipif(not results, reason='nothing is published in results/')
+def test_paper_agrees_with_results():
+    for name,content in paper_files(published()).items(): assert text('papers', 'hydra', 'generated', name)==content, 'run `make results` and commit'
+
+@pytest.mark.skipif(not results, reason='nothing is published in results/')
+def test_every_number_the_paper_names_is_there():
+    named = set(re.findall(r'\\result\{(\w+)\}', text('papers', 'hydra', 'main.tex')))
+    assert named <= {latex_name(k) for k in numbers(published())}
+
+def test_the_paper_holds_no_number_that_was_typed():
+    body = text('papers', 'hydra', 'main.tex').split(r'\begin{document}')[1].split(r'\section{Limitations}')[0]
+    assert not re.findall(r'\d+\.\d+', body)
+
+@pytest.mark.parametrize('f', results, ids=lambda f: f.name)
+def test_a_result_is_whole_and_portable(f):
+    r = load_result(f)
+    assert f.stem==f'{r.name}-{r.scale}' and r.scale in SCALES
+    assert r.made and r.run['seal']==r.seal, 'edited, or not made by the runner'
+    assert not re.search(r'"/(?:\w[\w.-]*/)+', f.read_text()), 'a path of one machine'
+    for name,seal in r.made['upstream'].items(): assert load_result(root/'results'/f'{name}-{r.scale}.json').seal==seal
+    declared = members(Graph(), r.scale)
+    assert r.params==declared[r.name], 'params/ has changed since; run the scale again'
+
+@pytest.mark.parametrize('f', [f for f in results if f.name.startswith('e3_routing')], ids=lambda f: f.name)
+def test_e3_names_its_systems_by_kind(f):
+    kinds = ('base', 'seed', 'single', 'similarity', 'classifier', 'ensemble', 'uniform', 'hindsight', 'random', 'oracle')
+    rows = load_result(f).rows
+    assert all(r['system'].startswith(kinds) for r in rows)
+    assert {'base', 'seed', 'single', 'similarity', 'classifier', 'ensemble', 'uniform', 'hindsight'} <= {re.match(r'\w+', r['system'])[0] for r in rows}
+    assert all(set(r) >= {'system', 'domain', 'nll', 'ppl', 'lo', 'hi'} and r['lo']<=r['ppl']<=r['hi'] for r in rows)
+
+
+def tracked(): return subprocess.run(['git', 'ls-files'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\n')[:-1]
+
+@pytest.mark.skipif(not (root/'.git').exists(), reason='not a checkout')
+def test_no_path_of_one_machine_is_committed():
+    bad = [f for f in tracked() if (root/f).is_file() and re.search(rb'(?<![\w.])/(?:home|Users|root|tmp)/[\w.-]+/', (root/f).read_bytes())]
+    assert not bad
+
+@pytest.mark.skipif(not (root/'.git').exists(), reason='not a checkout')
+def test_nothing_heavy_or_pickled_is_committed():
+    assert not [f for f in tracked() if (root/f).is_file() and (root/f).stat().st_size > 2_000_000 or f.endswith(('.pkl', '.bin', '.pt'))]
