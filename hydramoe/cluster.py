@@ -207,7 +207,7 @@ class Domains:
         arrays,meta = load_arrays(path, 'domains', ['centroids'])
         return cls(arrays['centroids'], meta['names'], meta['encoder'])
 
-# %% ../nbs/12_cluster.ipynb #cell30
+# %% ../nbs/12_cluster.ipynb #cell31
 def kmeans(
     x:np.ndarray, # (N,d) embeddings
     k:int, # clusters
@@ -223,8 +223,8 @@ def kmeans(
     order = np.argsort(-np.bincount(fit.labels_, minlength=k), kind='stable')
     return fit.cluster_centers_[order], np.argsort(order)[fit.labels_]
 
-# %% ../nbs/12_cluster.ipynb #cell35
-_STOP = sorted(ENGLISH_STOP_WORDS | {'did', 'does', 'doing', 'don', 'using'})
+# %% ../nbs/12_cluster.ipynb #cell36
+_STOP = sorted(ENGLISH_STOP_WORDS | {'answer', 'did', 'does', 'doing', 'don', 'following', 'given', 'question', 'using'})
 
 def distinctive(
     texts:Sequence[str], # N texts
@@ -246,7 +246,7 @@ def distinctive(
     fit = [(held[c]>0) & (held[c]>=min(2, held[c].max())) & (score[c]>=0) for c in range(len(p))]
     return [[str(words[w]) for w in r if f[w]][:most] for r,f in zip(ranked, fit)]
 
-# %% ../nbs/12_cluster.ipynb #cell38
+# %% ../nbs/12_cluster.ipynb #cell39
 def _ascii(word):
     "A word in plain letters, accents dropped"
     plain = unicodedata.normalize('NFKD', word.lower()).encode('ascii', 'ignore').decode()
@@ -272,7 +272,7 @@ def name_domains(
         names.append(next(t for t in map(lambda t: t.strip('-'), tries) if t not in names))
     return names
 
-# %% ../nbs/12_cluster.ipynb #cell41
+# %% ../nbs/12_cluster.ipynb #cell42
 def discover(
     x:np.ndarray, # (N,d) embeddings
     texts:Sequence[str], # the N texts, to name the domains by
@@ -295,7 +295,7 @@ def cluster_texts(
     x = embed(texts, encoder)
     return *discover(x, texts, k, seed, encoder), x
 
-# %% ../nbs/12_cluster.ipynb #cell45
+# %% ../nbs/12_cluster.ipynb #cell46
 def agreement(
     labels:Sequence, # (N,) clusters
     truth:Sequence # (N,) what they should be compared with: topics, sources
@@ -307,7 +307,7 @@ def agreement(
     nmi,ari = normalized_mutual_info_score(truth, labels), adjusted_rand_score(truth, labels)
     return dict(nmi=float(nmi), ari=float(ari), purity=sum(most.values())/len(labels))
 
-# %% ../nbs/12_cluster.ipynb #cell48
+# %% ../nbs/12_cluster.ipynb #cell49
 def random_domains(
     n:int, # texts
     sizes:int|Sequence[int], # size of each cluster, or k for k clusters as equal as can be
@@ -318,7 +318,7 @@ def random_domains(
     if sum(sizes)!=n: raise HydraError(f"sizes {list(map(int, sizes))} add up to {sum(sizes)}, not to n={n}")
     return rng(seed, 'random_domains').permutation(np.repeat(np.arange(len(sizes)), sizes))
 
-# %% ../nbs/12_cluster.ipynb #cell52
+# %% ../nbs/12_cluster.ipynb #cell53
 def layout(
     x:np.ndarray, # (N,d) embeddings
     seed:int=0 # of t-SNE
@@ -331,29 +331,35 @@ def layout(
     tsne = TSNE(2, perplexity=min(30, (len(x)-1)/3), init=start, random_state=derive_seed(seed, 'layout')%2**32)
     with threadpool_limits(1): return tsne.fit_transform(x)
 
-# %% ../nbs/12_cluster.ipynb #cell55
+# %% ../nbs/12_cluster.ipynb #cell56
 _COLORS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#444444']
 _MARKS = 'osD^vPX*<>'
 
-def _apart(y, gap): # y (n,) → (n,), each at least `gap` from the next
-    "Push label heights apart"
-    order = np.argsort(y, kind='stable')
-    out = y[order].astype(float)
-    for _ in range(200):
-        short = gap-np.diff(out)
-        if (short<=1e-9).all(): break
-        push = np.maximum(short, 0)/2
-        out[:-1] -= push; out[1:] += push
-    return out[np.argsort(order)]
+def _anchor(p): # (n,2) → (2,)
+    "The point in the thick of a group, which its mean may miss"
+    return p[np.sort(cdist(p, p), axis=1)[:,len(p)//3].argmin()]
+
+def _apart(p, width, height): # centres (n,2), widths (n,), one height → centres that do not overlap
+    "Push labels up and down until none lies on another"
+    p = np.array(p, float)
+    for _ in range(300):
+        dx,dy = np.moveaxis(p[:,None]-p, 2, 0)
+        hit = (np.abs(dx) < (width[:,None]+width)/2) & (np.abs(dy) < height-1e-9) & ~np.eye(len(p), dtype=bool)
+        if not hit.any(): break
+        up = np.where(dy!=0, np.sign(dy), np.sign(np.arange(len(p))[:,None]-np.arange(len(p))))
+        p[:,1] += (hit*up*(height-np.abs(dy))/2).sum(1)
+    return p
 
 def _panel(ax, p, groups, names, style, title):
     "One scatter: a colour, a mark and a name for each group"
     seen = [i for i in range(len(names)) if (groups==i).any()]
     for i in seen:
         ax.scatter(*p[groups==i].T, s=22, color=_COLORS[style[i]%7], marker=_MARKS[style[i]%10], alpha=.8, linewidths=0)
-    mid = np.array([np.median(p[groups==i], axis=0) for i in seen])
+    wide,high = np.ptp(p, axis=0)
+    width = np.array([.019*wide*len(names[i]) for i in seen])
+    at = _apart([_anchor(p[groups==i]) for i in seen], width, .045*high)
     halo = [patheffects.withStroke(linewidth=3, foreground='white')]
-    for i,(x,_),y in zip(seen, mid, _apart(mid[:,1], .045*np.ptp(p[:,1]))):
+    for i,(x,y) in zip(seen, at):
         ax.text(x, y, names[i], ha='center', va='center', fontsize=9, color='#111', path_effects=halo)
     ax.set(title=title, xticks=[], yticks=[]); ax.margins(.12)
 
@@ -384,7 +390,7 @@ def plot_map(
     plt.close(fig)
     return fig
 
-# %% ../nbs/12_cluster.ipynb #cell58
+# %% ../nbs/12_cluster.ipynb #cell60
 FORMAT = 1
 
 def save_arrays(
@@ -403,7 +409,7 @@ def save_arrays(
     write_json(Path(path)/f'{stem}.json', body | dict(digest=digest(body)))
     return Path(path)
 
-# %% ../nbs/12_cluster.ipynb #cell60
+# %% ../nbs/12_cluster.ipynb #cell62
 def _body(file):
     "The checked content of a description file"
     body = read_json(file)

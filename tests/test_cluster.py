@@ -100,8 +100,15 @@ def test_map_takes_few_texts_many_domains_and_a_sample():
     assert not plt.get_fignums()
 
 def test_labels_on_the_map_do_not_touch():
-    y = cluster._apart(np.array([.5,.5,.5,.1]), .05)
-    assert (np.diff(np.sort(y))>=.05-1e-6).all() and y.argmin()==3
+    p = np.array([[0,0],[0,0],[.1,.01],[5,0],[0,9.]])
+    q = cluster._apart(p, np.full(5, .5), .2)
+    near = [(i,j) for i in range(5) for j in range(i) if abs(q[i,0]-q[j,0])<.5]
+    assert all(abs(q[i,1]-q[j,1])>=.2-1e-6 for i,j in near)
+    assert np.array_equal(q[3:], p[3:]) and np.array_equal(q[:,0], p[:,0])
+
+def test_a_label_stands_in_a_group_of_two_halves_not_between():
+    p = np.concatenate([rng(0, 'a').normal(size=(20,2)), [100,0]+rng(0, 'b').normal(size=(30,2))])
+    assert abs(cluster._anchor(p)[0]-100)<5
 
 # --- on disk
 
