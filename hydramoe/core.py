@@ -48,23 +48,27 @@ def repo_root(
     here, pkg = Path.cwd().resolve(), Path(__file__).resolve() if '__file__' in globals() else Path.cwd()
     for p in (here, *here.parents, *pkg.parents):
         if _is_root(p): return p
-    raise HydraError(f"no checkout of hydramoe around {here} or {pkg.parent}: experiments and results need one; clone the repository and run from inside it")
+    raise HydraError(f"no checkout of hydramoe around {here} or {pkg.parent}: experiments and results need one; "
+                     "clone the repository and run from inside it")
 
 # %% ../nbs/00_core.ipynb #cell22
 def _plain(x, at):
     if x is None or isinstance(x, (bool, str)): return x
+    if isinstance(x, np.bool_): return bool(x)
     if isinstance(x, (int, np.integer)): return int(x)
     if isinstance(x, (float, np.floating)):
         if math.isfinite(x): return float(x)
         raise HydraError(f"{at} is {x}: a number that is not finite cannot be compared or keyed; use None for 'no value'")
     if isinstance(x, Path): return str(x)
-    if dataclasses.is_dataclass(x) and not isinstance(x, type): return _plain({f.name: getattr(x, f.name) for f in dataclasses.fields(x)}, at)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type): x = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
     if isinstance(x, np.ndarray): return _plain(x.tolist(), at)
     if isinstance(x, (list, tuple)): return [_plain(v, f'{at}[{i}]') for i,v in enumerate(x)]
     if isinstance(x, dict):
-        if bad := [k for k in x if not isinstance(k, str)]: raise HydraError(f"{at} has the key {bad[0]!r} of type {type(bad[0]).__name__}: keys must be strings")
+        bad = [k for k in x if not isinstance(k, str)]
+        if bad: raise HydraError(f"{at} has the key {bad[0]!r} of type {type(bad[0]).__name__}: keys must be strings")
         return {k: _plain(x[k], f'{at}.{k}') for k in sorted(x)}
-    raise HydraError(f"{at} is a {type(x).__name__}: only None, bool, int, float, str, Path, list, tuple, dict, dataclass and numpy values have a canonical text")
+    raise HydraError(f"{at} is a {type(x).__name__}: only None, bool, int, float, str, Path, list, tuple, dict, dataclass "
+                     "and numpy values have a canonical text")
 
 def canonical(
     obj:Any # None, bool, number, str, Path, list, tuple, dict, dataclass, numpy scalar or array, nested at will
@@ -122,13 +126,14 @@ def write_json(
     obj:Any # anything `canonical` takes
 )->Path: # `path`
     "Write JSON in one step: indented, keys sorted, no NaN"
-    return write_bytes(path, (json.dumps(_plain(obj, 'value'), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)+'\n').encode())
+    text = json.dumps(_plain(obj, 'value'), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return write_bytes(path, (text+'\n').encode('utf-8', 'surrogatepass'))
 
 def read_json(
     path:str|Path # an existing file
 )->Any: # what it holds
     "Read JSON; a file that is missing or broken is named, with the line"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    try: return json.loads(Path(path).read_bytes().decode('utf-8', 'surrogatepass'))
     except FileNotFoundError: raise HydraError(f"{path} does not exist") from None
     except ValueError as e: raise HydraError(f"{path} is not JSON: {e}") from None
 
@@ -138,7 +143,8 @@ def write_jsonl(
     rows # an iterable of dicts
 )->Path: # `path`
     "Write one JSON value a line, in one step"
-    return write_bytes(path, ''.join(json.dumps(_plain(r, f'row {i}'), ensure_ascii=False, allow_nan=False)+'\n' for i,r in enumerate(rows)).encode('utf-8', 'surrogatepass'))
+    lines = (json.dumps(_plain(r, f'row {i}'), ensure_ascii=False, allow_nan=False) for i,r in enumerate(rows))
+    return write_bytes(path, ''.join(l+'\n' for l in lines).encode('utf-8', 'surrogatepass'))
 
 def read_jsonl(
     path:str|Path # an existing file
@@ -161,14 +167,16 @@ def file_sha256(
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/00_core.ipynb #cell49
+_USUAL = ('hydramoe', 'torch', 'transformers', 'peft', 'bitsandbytes', 'scikit-learn', 'sentence-transformers', 'numpy')
+
 def versions(
     *names:str # distributions, as pip names them; without any, the ones a result depends on
 )->dict[str,str|None]: # None: not installed
     "Installed versions, by name"
-    def get(n):
+    def _get(n):
         try: return importlib.metadata.version(n)
         except importlib.metadata.PackageNotFoundError: return None
-    return {n: get(n) for n in names or ('hydramoe', 'torch', 'transformers', 'peft', 'bitsandbytes', 'scikit-learn', 'sentence-transformers', 'numpy')}
+    return {n: _get(n) for n in names or _USUAL}
 
 # %% ../nbs/00_core.ipynb #cell52
 def _limit(*paths):
@@ -197,14 +205,15 @@ def _cpu():
 def machine(
 )->dict: # cpu, cores, memory_gb, python, platform
     "What this process runs on, for the record beside its seconds"
-    return dict(cpu=_cpu(), cores=default_threads(), memory_gb=round(_memory()/2**30, 1), python=platform.python_version(), platform=f'{platform.system()} {platform.machine()}')
+    return dict(cpu=_cpu(), cores=default_threads(), memory_gb=round(_memory()/2**30, 1),
+                python=platform.python_version(), platform=f'{platform.system()} {platform.machine()}')
 
 # %% ../nbs/00_core.ipynb #cell55
 def commit(
 )->str|None: # hash, with `+changes` where tracked files differ from it; None outside a checkout
     "The git commit of the checkout"
-    def git(*args): return subprocess.run(['git', *args], cwd=repo_root(), capture_output=True, text=True, check=True).stdout.strip()
-    try: return git('rev-parse', 'HEAD') + ('+changes' if git('status', '--porcelain', '-uno') else '')
+    def _git(*args): return subprocess.run(['git', *args], cwd=repo_root(), capture_output=True, text=True, check=True).stdout.strip()
+    try: return _git('rev-parse', 'HEAD') + ('+changes' if _git('status', '--porcelain', '-uno') else '')
     except (HydraError, OSError, subprocess.CalledProcessError): return None
 
 def run_record(
@@ -223,4 +232,5 @@ def progress(
     "A progress bar on stderr, absent when `$HYDRAMOE_QUIET` or `$IN_TEST` is set"
     quiet = bool(os.environ.get('HYDRAMOE_QUIET') or os.environ.get('IN_TEST'))
     every = .2 if sys.stderr.isatty() else 10
-    return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=unit!='it', disable=quiet, file=sys.stderr, mininterval=every, dynamic_ncols=True)
+    return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=unit!='it', disable=quiet,
+                file=sys.stderr, mininterval=every, dynamic_ncols=True)

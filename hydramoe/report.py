@@ -120,7 +120,9 @@ class Html(str):
 
 class _Text(mistune.HTMLRenderer):
     "Markdown's HTML, but an image is only a link to it: the page fetches nothing"
-    def image(self, text, url, title=None): return self.link(text or url, url, title)
+    def image(self, text, url, title=None):
+        "A link in place of an image"
+        return self.link(text or url, url, title)
 
 def html_text(
     text:str # Markdown; raw HTML in it is shown, not obeyed

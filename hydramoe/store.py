@@ -21,14 +21,14 @@ FORMAT = 1
 
 # %% ../nbs/01_store.ipynb #cell13
 def _files(root):
-    root, found = Path(root), {}
+    "Each plain file's size, by its path within `root`"
+    found = {}
     for folder, folders, names in os.walk(root):
-        for n in sorted(folders+names):
-            p = Path(folder, n)
-            mode, rel = p.lstat().st_mode, p.relative_to(root).as_posix()
-            if stat.S_ISLNK(mode): raise SealError(f"{p} is a symbolic link: a sealed directory holds plain files only; copy what it points to")
-            if stat.S_ISREG(mode): found[rel] = p.stat().st_size
-            elif not stat.S_ISDIR(mode): raise SealError(f"{p} is neither file nor folder: a sealed directory holds plain files only")
+        for p in (Path(folder, n) for n in sorted(folders+names)):
+            mode = p.lstat().st_mode
+            if stat.S_ISREG(mode): found[p.relative_to(root).as_posix()] = p.stat().st_size
+            elif stat.S_ISLNK(mode): raise SealError(f"{p} is a symbolic link: only plain files can be sealed; copy what it points to")
+            elif not stat.S_ISDIR(mode): raise SealError(f"{p} is neither file nor folder: only plain files can be sealed")
     return found
 
 # %% ../nbs/01_store.ipynb #cell15
@@ -42,13 +42,15 @@ def _make_seal(root, meta, made):
 
 # %% ../nbs/01_store.ipynb #cell17
 def _seal(path):
+    "The seal of a directory, if it is a seal, and unaltered itself"
     path = Path(path)
     if not path.is_dir(): raise SealError(f"{path} is not a directory: nothing was sealed there")
     if not (path/SEAL).is_file() or (path/SEAL).is_symlink(): raise SealError(f"{path} has no {SEAL}: it was never sealed; delete it, and make it again")
-    try: seal = read_json(path/SEAL); whole = seal['format']==FORMAT and seal['id']==_id(seal) and seal['files'].keys()==seal['sizes'].keys()
-    except (HydraError, KeyError, TypeError, AttributeError): whole = False
-    if not whole: raise SealError(f"{path/SEAL} is altered, or not of format {FORMAT}: delete {path}, and make it again")
-    return seal
+    try:
+        seal = read_json(path/SEAL)
+        if seal['format']==FORMAT and seal['id']==_id(seal) and seal['files'].keys()==seal['sizes'].keys(): return seal
+    except (HydraError, KeyError, TypeError, AttributeError): pass
+    raise SealError(f"{path/SEAL} is altered, or not of format {FORMAT}: delete {path}, and make it again")
 
 def open_sealed(
     path:str|Path, # a sealed directory
@@ -56,14 +58,14 @@ def open_sealed(
 )->dict: # its seal: format, meta, files {name: sha256}, sizes {name: bytes}, id, made
     "Check that a directory is what its seal says, or name the first file that is not"
     path, seal = Path(path), _seal(path)
-    sizes, advice = _files(path), f"delete {path}, and make it again"
-    sizes.pop(SEAL)
-    if missing := sorted(seal['files'].keys()-sizes): raise SealError(f"{path/missing[0]} is missing; {advice}")
-    if extra := sorted(sizes.keys()-seal['files'].keys()): raise SealError(f"{path/extra[0]} is extra: the seal does not know it; move it away")
-    for rel,size in sorted(seal['sizes'].items()):
-        if sizes[rel]!=size: raise SealError(f"{path/rel} is altered: it has {sizes[rel]} bytes where {size} were sealed; {advice}")
-    for rel,sha in sorted(seal['files'].items()) if deep else ():
-        if file_sha256(path/rel)!=sha: raise SealError(f"{path/rel} is altered: its SHA-256 is not the sealed {sha[:16]}…; {advice}")
+    files, sealed = _files(path), seal['sizes']
+    def _bad(name, why): raise SealError(f"{path/name} is {why}; delete {path}, and make it again")
+    for name in sorted(sealed.keys()-files): _bad(name, 'missing')
+    for name in sorted(files.keys()-sealed-{SEAL}): raise SealError(f"{path/name} is extra: the seal does not know it; move it away")
+    for name in sorted(sealed):
+        if files[name]!=sealed[name]: _bad(name, f'altered: it has {files[name]} bytes where {sealed[name]} were sealed')
+    for name,sha in sorted(seal['files'].items()) if deep else ():
+        if file_sha256(path/name)!=sha: _bad(name, f'altered: its SHA-256 is not the sealed {sha[:16]}…')
     return seal
 
 def is_sealed(
@@ -76,7 +78,7 @@ def is_sealed(
 def seal_id(
     path:str|Path # a sealed directory
 )->str: # 64 hex digits
-    "The name of a sealed directory's content and origin, from its seal alone: what results and later stages refer to"
+    "The name of what a sealed directory holds and came from: results and later stages refer to it"
     return _seal(path)['id']
 
 # %% ../nbs/01_store.ipynb #cell21
@@ -139,7 +141,8 @@ def _publish(tmp, target, meta, made):
     try: os.rename(tmp, target)
     except OSError:
         if not os.path.lexists(target): raise
-    if canonical(open_sealed(target)['meta'])!=canonical(meta): raise SealError(f"{target} is sealed already, as something else: choose another place, or delete it")
+    if canonical(open_sealed(target)['meta'])!=canonical(meta):
+        raise SealError(f"{target} is sealed already, as something else: choose another place, or delete it")
     _fsync(target.parent)
 
 # %% ../nbs/01_store.ipynb #cell29
@@ -147,10 +150,12 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 
 @contextmanager
 def _told(target):
+    "Disk errors as `SealError`"
     try: yield
     except OSError as e:
         if e.errno not in _DISK: raise
-        raise SealError(f"{target} could not be made: {e}. What was there before is untouched; mend the disk's space or permissions, or set $HYDRAMOE_CACHE to another") from e
+        raise SealError(f"{target} could not be made: {e}. What was there before is untouched; "
+                        "mend the disk's space or permissions, or set $HYDRAMOE_CACHE to another") from e
 
 @contextmanager
 def sealing(
@@ -193,8 +198,8 @@ def _mentions(node):
 
 def _patched(node):
     "The classes that `@patch` gives a function to"
-    of = node.args.args[:1] if isinstance(node, ast.FunctionDef) and any('patch' in ast.unparse(d) for d in node.decorator_list) else []
-    return _mentions(of[0].annotation) if of and of[0].annotation else set()
+    if not isinstance(node, ast.FunctionDef) or not any('patch' in ast.unparse(d) for d in node.decorator_list): return set()
+    return {d for a in node.args.args[:1] if a.annotation for d in _mentions(a.annotation)}
 
 def _binds(node):
     "The names that a statement defines or changes"
@@ -252,7 +257,8 @@ def _parse(module, file, changed, size):
     codes = [(c.co_name, _does(c)) for c in _codes(compile(text, file, 'exec'))]
     for f in _functions(module, file) if module.startswith('hydramoe') else ():
         if (f.__code__.co_name, _does(f.__code__)) not in codes:
-            raise SealError(f"{file} was edited after this process imported it ({f.__qualname__} differs): restart the process or kernel, so that what runs is what is recorded")
+            raise SealError(f"{file} was edited after this process imported it ({f.__qualname__} differs): "
+                            "restart the process or kernel, so that what runs is what is recorded")
     return _table(_statements(ast.parse(text)))
 
 # %% ../nbs/01_store.ipynb #cell58
@@ -260,9 +266,12 @@ class _Walk:
     "Collects the text of each definition of ours that is reached"
     def __init__(self, module): self.ours, self.parts = {'hydramoe', module.split('.')[0]}, {}
 
-    def is_ours(self, module): return (module or '').split('.')[0] in self.ours
+    def is_ours(self, module):
+        "Whether the source of a module counts"
+        return (module or '').split('.')[0] in self.ours
 
     def table(self, module):
+        "What one of our modules defines, or None"
         if not (self.is_ours(module) and (file := _file(module))): return None
         s = os.stat(file)
         return _parse(module, file, s.st_mtime_ns, s.st_size)
@@ -302,13 +311,15 @@ def _origin(module, node):
 # %% ../nbs/01_store.ipynb #cell60
 def _own_source(f):
     try: return ast.parse(textwrap.dedent(inspect.getsource(f)))
-    except (OSError, TypeError, SyntaxError): raise SealError(f"the source of {getattr(f, '__qualname__', f)} cannot be read: define it with `def` in a module or a notebook cell") from None
+    except (OSError, TypeError, SyntaxError):
+        raise SealError(f"the source of {getattr(f, '__qualname__', f)} cannot be read: define it with `def` in a module or a notebook cell") from None
 
 def _free(f, tree):
     "The names that a function takes from around it, when it runs or when it is defined"
-    loads = {i.argval for c in (f.__code__, *_codes(f.__code__)) for i in dis.get_instructions(c) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
+    steps = [i for c in (f.__code__, *_codes(f.__code__)) for i in dis.get_instructions(c)]
+    loads = {i.argval for i in steps if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
     d = tree.body[0]
-    head = [*getattr(d, 'decorator_list', []), *([d.args, d.returns] if hasattr(d, 'args') and getattr(d, 'returns', None) else [getattr(d, 'args', d)])]
+    head = [*d.decorator_list, d.args, *filter(None, [d.returns])] if isinstance(d, _DEFS) else []
     return loads | {*f.__code__.co_freevars} | {m.split('.')[0] for n in head for m in _mentions(n)}
 
 def _around(f):
@@ -327,6 +338,7 @@ class _LiveWalk(_Walk):
             self.live_class(key, f) if isinstance(f, type) else self.live(key, f)
 
     def live(self, key, f):
+        "Take up a function from the kernel's memory"
         tree, scope = _own_source(f), _around(f)
         self.parts[key], local, free = _text(tree), _imports(tree), _free(f, tree)
         for d in sorted(_mentions(tree)):
@@ -335,7 +347,9 @@ class _LiveWalk(_Walk):
             elif head in free and head in scope: self.value(head, scope[head], rest)
 
     def live_class(self, key, c):
-        fields = [[x.name, str(x.type), repr(x.default)] for x in dataclasses.fields(c)] if dataclasses.is_dataclass(c) else []
+        "Take up a class from the kernel's memory: fields, plain values, bases, methods"
+        fields = dataclasses.fields(c) if dataclasses.is_dataclass(c) else []
+        fields = [[x.name, str(x.type), '' if x.default is dataclasses.MISSING else repr(x.default)] for x in fields]
         plain = {k: repr(v) for k,v in vars(c).items() if isinstance(v, (int, float, str, tuple)) and not k.startswith('__')}
         self.parts[key] = canonical([fields, plain])
         for b in c.__bases__: self.value(b.__name__, b)
@@ -350,7 +364,9 @@ class _LiveWalk(_Walk):
         if hasattr(x, '__name__'): return self.start(x) if self.is_ours(getattr(x, '__module__', '')) else None
         if isinstance(x, re.Pattern): x = [x.pattern, x.flags]
         try: self.parts[f'={name}'] = canonical(sorted(map(canonical, x)) if isinstance(x, (set, frozenset)) else x)
-        except HydraError as e: raise SealError(f"a stage may not take {name!r} from around it ({e}): pass it as a parameter, or seal it and pass it as an input") from None
+        except HydraError as e:
+            raise SealError(f"a stage may not take {name!r} from around it ({e}): "
+                            "pass it as a parameter, or seal it and pass it as an input") from None
 
 # %% ../nbs/01_store.ipynb #cell61
 def source_hash(
@@ -372,7 +388,8 @@ def _input_id(name, path):
 
 def _describe(make, params, inputs, libs, device, dtype, name):
     "All that a stage's output depends on, and the key of it"
-    if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', name): raise SealError(f"a stage cannot be called {name!r}: pass name=, of letters, digits, '_', '.' and '-'")
+    if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', name):
+        raise SealError(f"a stage cannot be called {name!r}: pass name=, of letters, digits, '_', '.' and '-'")
     try: inspect.signature(make).bind('out', **inputs, **params)
     except TypeError as e: raise SealError(f"stage {name}: {e}; it takes {inspect.signature(make)}") from None
     meta = dict(name=name, source=source_hash(make), params=params, inputs={k: _input_id(k, v) for k,v in inputs.items()},
@@ -396,7 +413,8 @@ def _tidy(target):
     "Remove what a maker left that was killed just after the rename"
     shutil.rmtree(_work(target), ignore_errors=True)
     lock = target.with_name(f'.lock-{target.name}')
-    if lock.exists() and (fd := _locked(lock, os.O_RDWR, wait=False)) is not None: lock.unlink(missing_ok=True); os.close(fd)
+    fd = _locked(lock, os.O_RDWR, wait=False) if lock.exists() else None
+    if fd is not None: lock.unlink(missing_ok=True); os.close(fd)
 
 def _run(make, params, inputs, target, meta):
     for p in inputs.values():
@@ -421,6 +439,7 @@ def stage(
     if not os.path.lexists(target):
         with _told(target), _alone(target):
             if not os.path.lexists(target): _run(make, params, inputs, target, meta)
-    if open_sealed(target)['meta'].get('key')!=meta['key']: raise SealError(f"{target} holds something else than its name says; delete it, and make it again")
+    if open_sealed(target)['meta'].get('key')!=meta['key']:
+        raise SealError(f"{target} holds something else than its name says; delete it, and make it again")
     _tidy(target)
     return target

@@ -419,8 +419,14 @@ def test_work_survives_failure_and_goes_with_success(tmp_path):
 NOTEBOOK = '''
 from hydramoe.store import stage
 from hydramoe.core import write_json
+from dataclasses import dataclass
 SCALE = 3
-def scaled(x): return SCALE*x
+@dataclass
+class Spec:
+    x:int
+    by:int = 1
+    def __call__(self): return self.x*self.by
+def scaled(x): return Spec(SCALE, x)()
 def make(out, x): write_json(out/'y.json', scaled(x))
 d = stage(make, dict(x=2), root={root!r})
 open({root!r}+'/name', 'a').write(d.name+chr(10))
@@ -434,8 +440,8 @@ def test_a_stage_of_a_notebook(tmp_path):
         NotebookClient(nb, timeout=60, kernel_name='python3').execute()
     source = NOTEBOOK.format(root=str(tmp_path))
     run(source)
-    run('"a new first cell"\n\n'+source.replace('return SCALE*x', '"Doc"; return SCALE*x  # the same'))
-    run(source.replace('SCALE = 3', 'SCALE = 4'))
+    run('"a new first cell"\n\n'+source.replace('return Spec(SCALE, x)()', '"Doc"; return Spec(SCALE, x)()  # the same'))
+    run(source.replace('SCALE = 3', 'SCALE = 4').replace("open(", "d2 = stage(make, dict(x=3), root=d.parent)\nSpec.by = 2\nassert stage(make, dict(x=3), root=d.parent)!=d2\nopen("))
     names = (tmp_path/'name').read_text().split()
     assert names[0]==names[1]!=names[2]
     assert json.loads((tmp_path/names[0]/'y.json').read_text())==6 and json.loads((tmp_path/names[2]/'y.json').read_text())==8

@@ -1,0 +1,110 @@
+"Canonical text, seeds and atomic files beyond what the lesson shows."
+import dataclasses, json, math, os, signal, subprocess, sys, threading
+from pathlib import Path
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from hydramoe import core
+from hydramoe.core import HydraError, canonical, derive_seed, digest, one_of, progress, read_json, read_jsonl, repo_root, rng, write_bytes, write_json, write_jsonl
+
+scalars = st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=['Cs']))
+values = st.recursive(scalars, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), max_size=5), v, max_size=4), max_leaves=12)
+
+@given(values)
+def test_canonical_text_is_json_and_a_fixed_point(v):
+    assert json.loads(canonical(v))==v
+    assert canonical(json.loads(canonical(v)))==canonical(v)
+
+@given(st.dictionaries(st.text(st.characters(exclude_categories=['Cs'])), scalars, min_size=2), st.randoms())
+def test_order_of_keys_does_not_matter(d, r):
+    items = list(d.items()); r.shuffle(items)
+    assert digest(dict(items))==digest(d)
+
+@pytest.mark.parametrize('bad, at', [(math.nan, 'value'), ({'a': [1, math.inf]}, 'value.a[1]'), ({'a': {2: 'x'}}, 'value.a'), ([object()], 'value[0]'), ({'s': {1}}, 'value.s'), (b'x', 'value'),
+                                     (np.array([1., np.nan]), 'value[1]'), (int, 'value')])
+def test_what_has_no_canonical_text_is_named(bad, at):
+    with pytest.raises(HydraError) as e: canonical(bad)
+    assert str(e.value).startswith(at+' ')
+
+def test_types_that_parameters_are_made_of():
+    @dataclasses.dataclass
+    class A: p:Path; n:float
+    assert canonical([A(Path('x'), np.float32(.5)), np.arange(2), (1,), np.bool_(True)])=='[{"n":0.5,"p":"x"},[0,1],[1],true]'
+
+def test_seeds_are_the_same_everywhere():
+    code = 'from hydramoe.core import derive_seed, rng; print(derive_seed(7, "expert", 3), rng(7, "a").integers(10**9))'
+    outs = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONHASHSEED': s}).stdout for s in '12'}
+    assert outs=={f'{derive_seed(7, "expert", 3)} {rng(7, "a").integers(10**9)}\n'}
+
+@given(st.integers(0, 2**32), st.integers(0, 2**32), st.text(), st.text())
+def test_different_streams_have_different_seeds(a, b, m, n):
+    assert (derive_seed(a, m)==derive_seed(b, n))==((a, m)==(b, n))
+    assert 0<=derive_seed(a, m)<2**63
+
+@given(st.lists(st.dictionaries(st.text(), scalars, max_size=3), max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_jsonl_round_trip(rows):
+    import tempfile
+    with tempfile.TemporaryDirectory() as d: assert read_jsonl(write_jsonl(Path(d)/'r.jsonl', rows))==rows
+
+def test_killed_while_writing(tmp_path):
+    f = tmp_path/'r.json'
+    write_json(f, 'old')
+    seen = set()
+    for k in range(60):
+        pid = os.fork()
+        if not pid:
+            left = [k]
+            def hook(event, args):
+                left[0] -= event.split('.')[0] in ('open', 'os')
+                if left[0]==-1: left[0] = -10**6; os.kill(os.getpid(), signal.SIGKILL)
+            sys.addaudithook(hook)
+            try: write_json(f, 'new'*1000)
+            finally: os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        seen.add(read_json(f)); write_json(f, 'old')
+        if not killed: break
+    assert seen=={'old', 'new'*1000}
+
+def test_many_writers_one_whole_file(tmp_path):
+    f = tmp_path/'r.json'
+    texts = [str(i)*20_000 for i in range(8)]
+    threads = [threading.Thread(target=lambda t=t: [write_json(f, t) for _ in range(5)]) for t in texts]
+    for t in threads: t.start()
+    while any(t.is_alive() for t in threads):
+        if f.exists(): assert read_json(f) in texts
+    for t in threads: t.join()
+    assert read_json(f) in texts and [p.name for p in tmp_path.iterdir()]==['r.json']
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    f = write_bytes(tmp_path/'x', b'old')
+    def full(*args): raise OSError(28, 'No space left on device')
+    for call in ('fsync', 'replace'):
+        with monkeypatch.context() as m:
+            m.setattr(os, call, full)
+            with pytest.raises(OSError): write_bytes(f, b'new')
+        assert f.read_bytes()==b'old' and [p.name for p in tmp_path.iterdir()]==['x']
+
+def test_root_is_found_from_below_and_from_elsewhere(monkeypatch, tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path/'settings.ini').write_text('lib_name = someone_else\n')
+    for cwd in (root/'nbs', root/'tests', tmp_path):
+        monkeypatch.chdir(cwd)
+        assert repo_root()==root
+    monkeypatch.setattr(core, '_is_root', lambda p: False)
+    with pytest.raises(HydraError, match='no checkout'): repo_root()
+    assert core.commit() is None
+
+def test_progress_is_on_stderr_and_can_be_silenced():
+    code = 'from hydramoe.core import progress\nfor _ in progress(range(3), "counting"): pass\nprint("out")'
+    def run(**env): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**{k: v for k,v in os.environ.items() if k not in ('IN_TEST', 'HYDRAMOE_QUIET')}, **env})
+    loud, quiet = run(), run(HYDRAMOE_QUIET='1')
+    assert loud.stdout==quiet.stdout=='out\n' and 'counting' in loud.stderr and quiet.stderr=='' and run(IN_TEST='1').stderr==''
+
+def test_core_is_light():
+    code = 'import sys, hydramoe.core, hydramoe.store, hydramoe.report; print([m for m in ("torch", "transformers", "sklearn", "matplotlib", "pandas") if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout=='[]\n'
+
+def test_choices():
+    assert one_of(2, (1, 2), 'k')==2
+    with pytest.raises(HydraError, match=r"k='rnak' is not known; choose one of rank, alpha; did you mean 'rank'\?"): one_of('rnak', ['rank', 'alpha'], 'k')
