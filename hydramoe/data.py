@@ -20,12 +20,12 @@ from pathlib import Path
 import yaml
 from . import fetch
 from .base import byte_tokenizer, render, smollm2_dir
-from .core import HydraError, digest, one_of, progress, repo_root, rng, write_json, write_jsonl
+from .core import HydraError, digest, one_of, progress, repo_root, rng, versions, write_json, write_jsonl
 
-# %% ../nbs/11_data.ipynb #cell5
+# %% ../nbs/11_data.ipynb #cell6
 DOMAINS = ('math','science','reasoning','coding','writing','truthfulness','structured','tools','roleplay')
 
-# %% ../nbs/11_data.ipynb #cell7
+# %% ../nbs/11_data.ipynb #cell9
 def _messages(x, role):
     "A message list from a string or a message list"
     if isinstance(x, str): x = [dict(role=role, content=x)]
@@ -44,14 +44,14 @@ def record(
     r = dict(id=f"{source}/{digest([p, c, tools])[:12]}", prompt=p, completion=c, domain=domain, source=source, license=license)
     return r | dict(tools=tools) if tools else r
 
-# %% ../nbs/11_data.ipynb #cell10
+# %% ../nbs/11_data.ipynb #cell13
 def _cards():
     "Every card's file by name, from the wheel or the checkout"
     try: root = resource_files('hydramoe.data_cards')
     except ModuleNotFoundError: root = repo_root()/'data_cards'
     return {p.name[:-3]:p for p in sorted(root.iterdir(), key=lambda p: p.name) if p.name.endswith('.md')}
 
-# %% ../nbs/11_data.ipynb #cell11
+# %% ../nbs/11_data.ipynb #cell14
 def load_card(
     name:str # of the file in `data_cards/`, without `.md`
 )->dict: # front matter, with the keys under `hydramoe` lifted up, and `prose`
@@ -64,17 +64,14 @@ def load_card(
 
 def _checked(card):
     "`card`, if it says all that a card must say"
-    def no(why): raise HydraError(f"card {card['name']}: {why}")
-    for k in ('license','domain','use','map','canary','rows','faults'):
-        if k not in card: no(f"has no {k!r} in its front matter")
-    one_of(card['domain'], DOMAINS, f"card {card['name']}: domain"); one_of(card['use'], ('train','evaluate'), f"card {card['name']}: use")
-    if card['canary'] and card['use']=='train': no("its authors ask that it never be trained on (canary), so its use can only be 'evaluate'")
-    if 'package' in card:
-        name,_,version = card['package'].partition('==')
-        if fetch.package(name).version!=version: no(f"asks for {card['package']}, the pin in 02_fetch is {fetch.package(name).version}")
+    me,name = f"card {card['name']}",card.get('package', '').split('==')[0]
+    if lost := [k for k in ('license','domain','use','map','canary','rows','faults') if k not in card]: raise HydraError(f"{me}: has no {lost[0]!r} in its front matter")
+    one_of(card['domain'], DOMAINS, f'{me}: domain'); one_of(card['use'], ('train','evaluate'), f'{me}: use')
+    if card['canary'] and card['use']=='train': raise HydraError(f"{me}: its authors ask that it never be trained on (canary), so its use can only be 'evaluate'")
+    if name and card['package']!=f'{name}=={fetch.package(name).version}': raise HydraError(f"{me}: asks for {card['package']}, the pin in 02_fetch is {fetch.package(name).version}")
     return card
 
-# %% ../nbs/11_data.ipynb #cell13
+# %% ../nbs/11_data.ipynb #cell16
 def card_names(
     domain:str=None, # one of `DOMAINS`; all if None
     use:str=None # 'train' or 'evaluate'; both if None
@@ -83,7 +80,7 @@ def card_names(
     found = [load_card(n) for n in _cards()]
     return [c['name'] for c in found if domain in (None, c['domain']) and use in (None, c['use'])]
 
-# %% ../nbs/11_data.ipynb #cell18
+# %% ../nbs/11_data.ipynb #cell22
 def _sha(b): return hashlib.sha256(b).hexdigest()
 
 def _members(card):
@@ -98,13 +95,15 @@ def _members(card):
         found |= got
     return found
 
-# %% ../nbs/11_data.ipynb #cell20
+# %% ../nbs/11_data.ipynb #cell24
+def _text(path, data): return (gzip.decompress(data) if path.endswith('.gz') else data).decode('utf-8')
+
 def rows_of(
     path:str, # decides how the bytes are read: .json, .jsonl, .gz around either
     data:bytes # content of the file
 )->list[dict]: # one dict a row
     "The rows of a JSON or JSON-lines file"
-    text = (gzip.decompress(data) if path.endswith('.gz') else data).decode('utf-8')
+    text = _text(path, data)
     if '.jsonl' not in path and text.lstrip()[:1]=='[': return json.loads(text)
     return [json.loads(l) for l in text.splitlines() if l.strip()]
 
@@ -116,16 +115,19 @@ def from_template(
     f = string.Formatter().vformat
     return [(f(template['prompt'], (), r), f(template['completion'], (), r)) for p,b in files.items() for r in rows_of(p, b)]
 
-# %% ../nbs/11_data.ipynb #cell23
+# %% ../nbs/11_data.ipynb #cell27
 def pairs_of(
     card:dict, # from `load_card`
     files:dict # content by path
 )->list[tuple]: # (prompt, completion) or (prompt, completion, tools)
     "A card's rows, through its template or its function"
+    if 'generator' in card:
+        name,_,want = card['generator'].partition('==')
+        if (have := versions(name)[name])!=want: raise HydraError(f"card {card['name']} is generated by {card['generator']}, installed is {have}; another version may make other rows")
     if isinstance(card['map'], dict): return from_template(files, card['map'])
     return list(MAPS[one_of(card['map'], list(MAPS), f"card {card['name']}: map")](files, **card.get('args', {})))
 
-# %% ../nbs/11_data.ipynb #cell24
+# %% ../nbs/11_data.ipynb #cell28
 def load(
     name:str, # a card
     limit:int=None, # at most so many records; all if None
@@ -140,15 +142,13 @@ def load(
 
 def _license(card): return card['license'] if card['license']!='other' else card['license_name']
 
-# %% ../nbs/11_data.ipynb #cell27
+# %% ../nbs/11_data.ipynb #cell33
 def docs(
     files:dict # requests.jsonl.gz by path
 )->list[dict]: # one `doc` an item
-    "The items of evaluation requests: the files hold one request for every choice"
-    found = {}
-    for p,b in files.items():
-        for r in rows_of(p, b): found.setdefault(json.dumps(r['doc'], sort_keys=True), r['doc'])
-    return list(found.values())
+    "The items of evaluation requests: a file holds one request for every choice, the same up to the request"
+    found = {l.partition('"request":')[0]:l for p,b in files.items() for l in _text(p, b).splitlines() if l.strip()}
+    return [json.loads(l)['doc'] for l in found.values()]
 
 def math_problems(
     files:dict, # requests by path, one of them the held-out set
@@ -167,7 +167,7 @@ def champ(
         for p in json.loads(data)['problems'].values():
             yield p['_text'], '\n'.join([s['_text'] for s in p['solution']['steps']] + [f"Answer: {p['_answer']}"])
 
-# %% ../nbs/11_data.ipynb #cell30
+# %% ../nbs/11_data.ipynb #cell37
 def lettered(
     options:list[str] # answers to choose from
 )->str: # one a line
@@ -195,7 +195,7 @@ def choices(
     "A held-out multiple-choice item → the text of its right choice"
     for d in docs(files): yield re.sub(r'^Question: |\nAnswer:$', '', d['query']), d['choices'][d['gold']]
 
-# %% ../nbs/11_data.ipynb #cell33
+# %% ../nbs/11_data.ipynb #cell41
 def knights_knaves(
     files:dict, # empty: the puzzles are generated
     size:int, # how many
@@ -205,7 +205,7 @@ def knights_knaves(
     import reasoning_gym
     for x in reasoning_gym.create_dataset('knights_knaves', size=size, seed=seed): yield x['question'], x['answer']
 
-# %% ../nbs/11_data.ipynb #cell36
+# %% ../nbs/11_data.ipynb #cell45
 def _undocumented(source, f):
     "Source of function `f` without its docstring"
     lines,doc = source.splitlines(),f.body[0]
@@ -223,7 +223,7 @@ def documented_functions(
             code = _undocumented(source, f)
             if len(code)+len(ast.get_docstring(f))<=longest: yield f"Write a Python function `{f.name}({ast.unparse(f.args)})`.\n\n{ast.get_docstring(f)}", code
 
-# %% ../nbs/11_data.ipynb #cell39
+# %% ../nbs/11_data.ipynb #cell49
 def long_answers(
     files:dict, # Alpaca rows: instruction, input, output
     shortest:int=150 # characters of an answer
@@ -242,7 +242,7 @@ def sonnets(
             lines = [l.strip() for l in s.strip().splitlines() if l.strip()]
             if len(lines)==14: yield 'Finish this sonnet:\n\n'+'\n'.join(lines[:4]), '\n'.join(lines[4:])
 
-# %% ../nbs/11_data.ipynb #cell42
+# %% ../nbs/11_data.ipynb #cell53
 def _passage(r): return re.sub(r'^.{1,100}? -- ', '', r['passage']).strip()
 
 def boolq_evidence(
@@ -259,7 +259,7 @@ def boolq_evidence(
             held.add(text)
             yield f"True or false? {r['question'].capitalize()}? Give the evidence.", f"{r['label']}. {text}"
 
-# %% ../nbs/11_data.ipynb #cell45
+# %% ../nbs/11_data.ipynb #cell56
 def _database(files):
     "An SQLite file, opened in memory"
     (data,) = files.values()
@@ -284,7 +284,7 @@ def element_claims(
         (a,x),(b,y) = (known[i] for i in g.choice(len(known), 2, replace=False))
         if x!=y: yield f'True or false? {a} is {more} than {b.lower()}.', f'{x>y}. The {noun} of {a.lower()} is {x:g} {unit}, that of {b.lower()} {y:g}.'
 
-# %% ../nbs/11_data.ipynb #cell48
+# %% ../nbs/11_data.ipynb #cell60
 def _csv(head, rows): return '\n'.join(','.join('' if v is None else str(v) for v in r) for r in [head, *rows])
 def _markdown(head, rows): return '\n'.join('| '+' | '.join('' if v is None else str(v) for v in r)+' |' for r in [head, ['---']*len(head), *rows])
 def _json(head, rows): return json.dumps([dict(zip(head, r)) for r in rows])
@@ -324,7 +324,7 @@ def element_tables(
         head,rows = _table(con, g)
         yield (_convert if g.random()<.6 else _query)(head, rows, g)
 
-# %% ../nbs/11_data.ipynb #cell50
+# %% ../nbs/11_data.ipynb #cell62
 REWRITES = {'simplify':'Simplify this SQL.', 'qualify_columns':'Qualify every column of this SQL with its table. Tables: x(a, b), y(b, c), z(b, c).',
             'qualify_tables':'Qualify every table of this SQL with catalog c and schema db, and give it an alias.', 'merge_subqueries':'Merge the subqueries of this SQL.',
             'pushdown_predicates':'Push the predicates of this SQL down to where they can be applied first.', 'pushdown_projections':'Remove the columns that this SQL does not need. Tables: x(a, b), y(b, c), z(b, c).',
@@ -350,7 +350,7 @@ def jsonpath(
         for t in json.loads(data)['tests']:
             if 'result' in t: yield f"Apply the JSONPath {t['selector']} to this document:\n\n{json.dumps(t['document'])}", json.dumps(t['result'])
 
-# %% ../nbs/11_data.ipynb #cell53
+# %% ../nbs/11_data.ipynb #cell66
 def signature(
     function:dict # name, description, parameters as a JSON schema
 )->str: # `name(a: integer, b?: string): what it does`
@@ -375,7 +375,7 @@ def tool_call(
     "One call as JSON, a list of one"
     return json.dumps([dict(name=name, arguments=arguments)])
 
-# %% ../nbs/11_data.ipynb #cell54
+# %% ../nbs/11_data.ipynb #cell67
 def _first(x):
     "An answer's first accepted value; inside an object each key again lists its accepted values"
     if isinstance(x, list): return [_first(v) for v in x]
@@ -400,7 +400,7 @@ def bfcl(
             messages = [m for m in r['question'][0] if m['role']=='user']
             yield [tool_prompt(offered), *messages], json.dumps([dict(name=n, arguments=a) for n,a in calls])
 
-# %% ../nbs/11_data.ipynb #cell57
+# %% ../nbs/11_data.ipynb #cell70
 ROLES = {'human':'user', 'user':'user', 'gpt':'assistant', 'assistant':'assistant', 'function_call':'assistant', 'observation':'tool', 'tool':'tool', 'system':'system'}
 
 def turns(
@@ -419,7 +419,7 @@ def tool_dialogues(
         found = [t for t in turns(talk) if calls[len(t[0])]] or turns(talk)
         if tools and found: yield [tool_prompt(tools), *found[0][0]], found[0][1]
 
-# %% ../nbs/11_data.ipynb #cell60
+# %% ../nbs/11_data.ipynb #cell74
 SPEECH = re.compile(r"(?m)^([A-Z][A-Z' ]{2,24})\.\n((?:(?![\[ ]).+\n)+)")
 
 def _exchanges(text, shortest, longest):
@@ -450,11 +450,11 @@ def chatterbot(
         for c in yaml.safe_load(b)['conversations']:
             if len(c)>1: yield [dict(role='system', content='You are ChatterBot, a program that likes to talk.'), dict(role='user', content=str(c[0]))], str(max(c[1:], key=lambda s: len(str(s))))
 
-# %% ../nbs/11_data.ipynb #cell62
+# %% ../nbs/11_data.ipynb #cell76
 MAPS = {f.__name__:f for f in (math_problems, champ, sciq, medmcqa, choices, knights_knaves, documented_functions, long_answers, sonnets, boolq_evidence,
                                element_claims, element_tables, sql_rewrites, jsonpath, bfcl, tool_dialogues, dialogue, chatterbot)}
 
-# %% ../nbs/11_data.ipynb #cell64
+# %% ../nbs/11_data.ipynb #cell83
 class BadRows(HydraError):
     "A file of which not one row can be used"
 
@@ -466,7 +466,7 @@ def _row_pairs(row):
     if 'instruction' in row and 'output' in row: return [(f"{row['instruction']}\n\n{row.get('input') or ''}".strip(), row['output'])]
     raise ValueError(f"has the fields {', '.join(sorted(row)) or 'none'}; need prompt and completion, or messages, or instruction and output, or conversations")
 
-# %% ../nbs/11_data.ipynb #cell66
+# %% ../nbs/11_data.ipynb #cell85
 def _check_messages(ms, what):
     "Complain about a prompt or completion that is not text or messages"
     if isinstance(ms, str): ms = [dict(role='user', content=ms)]
@@ -489,7 +489,7 @@ def _row_records(row, source, domain):
     found = [record(p, c, source, domain=str(row.get('domain') or domain), license=str(row.get('license') or 'unknown'), tools=tools) for p,c in pairs]
     return [r | dict(group=found[0]['id']) for r in found] if len(found)>1 else found
 
-# %% ../nbs/11_data.ipynb #cell67
+# %% ../nbs/11_data.ipynb #cell86
 def read_records(
     path:str|Path, # JSON lines
     domain:str='user' # of rows that name none
@@ -508,7 +508,7 @@ def read_records(
     if not records: raise BadRows(f"{path}: no usable row" + ''.join(f"\n  line {r['line']}: {r['reason']}" for r in rejects[:5]))
     return records,rejects
 
-# %% ../nbs/11_data.ipynb #cell71
+# %% ../nbs/11_data.ipynb #cell91
 def prompt_key(
     record:dict # a record
 )->str: # lower case, words only
@@ -535,7 +535,7 @@ def _fill(deal, groups, n):
     while len(out)<n and (g := next(deal, None)) is not None: out += sorted(groups[g], key=lambda r: r['id'])
     return out
 
-# %% ../nbs/11_data.ipynb #cell76
+# %% ../nbs/11_data.ipynb #cell97
 @dataclass
 class Example:
     "Token ids of one record; `ids[n_prompt:]` are the labels"
@@ -561,7 +561,7 @@ def encode(
     if len(prompt)>max_prompt or len(ids)-len(prompt)>max_response: return None
     return Example(ids, len(prompt), record['id'], record['domain'])
 
-# %% ../nbs/11_data.ipynb #cell79
+# %% ../nbs/11_data.ipynb #cell101
 def distinct(
     records:list[dict] # in any order
 )->list[dict]: # sorted by id
@@ -586,7 +586,7 @@ def decontaminate(
     seen = set().union(*(grams(r['prompt'][-1]['content']) for r in held))
     return [r for r in records if not seen & grams(r['prompt'][-1]['content'])]
 
-# %% ../nbs/11_data.ipynb #cell82
+# %% ../nbs/11_data.ipynb #cell105
 def draw(
     pools:dict, # source → iterator of (record, tokens); what is drawn is gone
     amount:int, # how much
@@ -607,7 +607,7 @@ def _pool(records, tokenizer, max_length, dropped):
         if e: yield r,len(e.ids)
         else: dropped['too long'] += 1
 
-# %% ../nbs/11_data.ipynb #cell84
+# %% ../nbs/11_data.ipynb #cell107
 def counts(
     records:list[dict], # of any kind
     tokenizer=None # to count tokens as well
@@ -644,7 +644,7 @@ def mix(
             raise HydraError(f"domain {d} has too few records of at most {max_length} tokens for {test} test and {dev} development prompts and any training; ask for fewer, or raise max_length")
     return parts,{s:dict(c) for s,c in dropped.items()}
 
-# %% ../nbs/11_data.ipynb #cell86
+# %% ../nbs/11_data.ipynb #cell109
 NOUNS = 'apple river stone candle window garden hammer letter bridge basket mirror ladder carpet pepper engine violin pencil kettle saddle anchor'.split()
 NAMES = 'Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jana Kai Lena Milo Nora Otto Pia Quinn Rosa Sven Tara'.split()
 TOY = dict(
@@ -678,7 +678,7 @@ def toy_records(
         out += sorted(made, key=lambda r: digest([seed, r['id']]))[:n_per_domain]
     return out
 
-# %% ../nbs/11_data.ipynb #cell92
+# %% ../nbs/11_data.ipynb #cell115
 def cards_digest(
     names:str='' # cards, separated by commas; all if empty
 )->str: # 64 hex digits
@@ -702,9 +702,9 @@ def mixture(
 ):
     "Stage: records of the training cards, split and counted with SmolLM2's tokenizer"
     from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(smollm2_dir())
     use = names.split(',') if names else card_names(use='train')
     if bad := [n for n in use if load_card(n)['use']!='train']: raise HydraError(f"card {bad[0]} is held out for evaluation; train on {', '.join(card_names(use='train'))}")
+    tok = AutoTokenizer.from_pretrained(smollm2_dir())
     records = [r for n in progress(use, desc='read cards') for r in load(n)]
     held = [r for n in progress(card_names(use='evaluate'), desc='read held-out sets') for r in load(n)]
     _write(out, *mix(records, tok, tokens_per_domain, dev, test, max_length, seed, held), tok)

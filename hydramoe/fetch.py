@@ -81,6 +81,7 @@ def download(
             for line in p.stdout:
                 if m := re.match(r'Progress (\d+) of (\d+)', line): bar.update(int(m[1]) - bar.n)
                 else: said.append(line.rstrip())
+            if not p.wait(): bar.update(bar.total - bar.n)
     return _downloaded(name, to, p.returncode, said)
 
 def _downloaded(name, to, rc, said):

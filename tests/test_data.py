@@ -1,0 +1,135 @@
+"Data: what does not fit a lesson (TRL's own rendering, hash seeds, damaged files)"
+import json, os, random, subprocess, sys
+import pytest
+from hypothesis import given, settings, strategies as st
+from hydramoe import data
+from hydramoe.base import byte_tokenizer, smollm2_dir
+from hydramoe.core import HydraError, digest, read_json, read_jsonl
+
+
+@pytest.fixture(scope='module')
+def smol():
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(smollm2_dir())
+
+
+ROWS = [data.record('Hi', 'Hello', 'x'), data.record('  What\r\nis this? ', 'Ünïcode ✓ 你好', 'x'),
+        data.record([dict(role='system', content='Be brief.'), dict(role='user', content='a'), dict(role='assistant', content='b'), dict(role='user', content='c')], 'd\n\ne', 'x'),
+        data.record('<|im_end|> in text', 'x <|im_start|> y', 'x'), *data.toy_records(2)]
+
+
+@pytest.mark.parametrize('which', ['byte', 'smol'])
+def test_encode_equals_trl(which, request, tmp_path):
+    "The ids and labels that TRL's SFTTrainer makes of the same rows"
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from hydramoe.base import tiny_base
+    base = tiny_base()
+    tok = base.tokenizer if which == 'byte' else request.getfixturevalue('smol')
+    rows = Dataset.from_list([dict(prompt=r['prompt'], completion=r['completion']) for r in ROWS])
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to='none', max_length=None, shuffle_dataset=False)
+    got = SFTTrainer(model=base.model, args=args, train_dataset=rows, processing_class=tok).train_dataset
+    assert len(got) == len(ROWS)
+    for r, g in zip(ROWS, got):
+        e = data.encode(r, tok, 1000, 1000)
+        assert e.ids == g['input_ids']
+        assert g['labels'] == [-100]*e.n_prompt + e.ids[e.n_prompt:]
+
+
+def test_tools_are_seen_by_every_template(smol):
+    r = data.record('Area?', '[]', 'x', tools=[dict(name='area_of_rectangle', description='d', parameters={})])
+    for tok in (smol, byte_tokenizer()): assert 'area_of_rectangle' in tok.decode(data.encode(r, tok).ids)
+
+
+def test_hash_seed_and_row_order_do_not_matter(tmp_path):
+    "The same mixture from another process with another PYTHONHASHSEED"
+    code = 'import sys; from pathlib import Path; from hydramoe.data import toy_mixture; toy_mixture(Path(sys.argv[1]), 600, 3, 3, 120, 5)'
+    outs = []
+    for seed in ('1', '2'):
+        out = tmp_path/seed; out.mkdir()
+        subprocess.run([sys.executable, '-c', code, str(out)], env=os.environ | dict(PYTHONHASHSEED=seed), check=True)
+        outs.append({p.name: p.read_bytes() for p in out.iterdir()})
+    assert outs[0] == outs[1]
+    rows = data.toy_records(30)
+    parts = data.split(rows, dict(test=40, dev=30, train=.5), seed=3)
+    for s in range(3):
+        shuffled = random.Random(s).sample(rows, len(rows))
+        assert data.split(shuffled, dict(test=40, dev=30, train=.5), seed=3) == parts
+        assert data.distinct(shuffled) == data.distinct(rows)
+
+
+def test_split_is_disjoint_and_keeps_conversations_whole(tmp_path):
+    f = tmp_path/'talks.jsonl'
+    talk = lambda i: [m for j in range(4) for m in (dict(role='user', content=f'q{i} {j}'), dict(role='assistant', content=f'a{i} {j}'))]
+    f.write_text('\n'.join(json.dumps(dict(messages=talk(i))) for i in range(30)))
+    records, rejects = data.read_records(f)
+    assert len(records) == 120 and not rejects
+    parts = data.split(records, dict(test=20, train=.7), seed=1)
+    assert not {r['group'] for r in parts['test']} & {r['group'] for r in parts['train']}
+    assert len(parts['test']) == 20 and len(parts['train']) == 84
+
+
+BAD = [('{"prompt": 1, "completion": "x"}', 'prompt is 1'), ('[1, 2]', 'need an object'), ('"x"', 'need an object'), ('{"prompt": "x"}', 'has the fields prompt'),
+       ('{"prompt": "x", "completion": "  "}', 'completion is empty'), ('{"prompt": [], "completion": "x"}', 'prompt is []'),
+       ('{"prompt": [{"role": "user"}], "completion": "x"}', 'prompt holds'), ('{"prompt": [{"role": "wizard", "content": "x"}], "completion": "x"}', 'wizard'),
+       ('{"messages": "hello"}', 'messages must be a list'), ('{"messages": [{"role": "user", "content": "x"}]}', 'no assistant turn'),
+       ('{"messages": [{"role": "assistant", "content": "x"}]}', 'no assistant turn'), ('{"prompt": "\\ud800", "completion": "x"}', 'surrogates'),
+       ('{"prompt": "x", "completion": null}', 'completion is null'), ('{"conversations": [{"from": "human"}]}', "objects with 'value'"),
+       ('{', ''), ('{}', 'none')]
+
+
+@pytest.mark.parametrize('line,reason', BAD)
+def test_a_bad_row_is_reported_with_its_line(tmp_path, line, reason):
+    f = tmp_path/'x.jsonl'
+    f.write_text('{"prompt": "a", "completion": "b"}\n\n' + line + '\n{"prompt": "c", "completion": "d"}\n')
+    records, rejects = data.read_records(f)
+    assert len(records) == 2 and [r['line'] for r in rejects] == [3] and reason in rejects[0]['reason']
+    f.write_text(line)
+    with pytest.raises(data.BadRows, match='line 1'): data.read_records(f)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    f = tmp_path/'x.jsonl'
+    f.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n{"prompt": "\xff", "completion": "b"}\r\n')
+    records, rejects = data.read_records(f)
+    assert len(records) == 1 and rejects[0]['line'] == 2
+    f.write_bytes(b'')
+    with pytest.raises(data.BadRows): data.read_records(f)
+
+
+def test_formats_in_the_wild_agree(tmp_path):
+    f = tmp_path/'x.jsonl'
+    forms = [dict(prompt='Hi', completion='Yo'), dict(prompt=[dict(role='user', content='Hi')], completion=[dict(role='assistant', content='Yo')]),
+             dict(messages=[dict(role='user', content='Hi'), dict(role='assistant', content='Yo')]),
+             dict(conversations=[{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Yo'}]), dict(instruction='Hi', input='', output='Yo')]
+    seen = set()
+    for form in forms:
+        f.write_text(json.dumps(form))
+        (r,), _ = data.read_records(f)
+        seen.add(digest([r['prompt'], r['completion']]))
+    assert len(seen) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda c: st.lists(c, max_size=3) | st.dictionaries(st.sampled_from(['prompt', 'completion', 'messages', 'role', 'content', 'tools']), c, max_size=4), max_leaves=8), min_size=1, max_size=5))
+def test_any_json_ends_as_record_or_reject(tmp_path_factory, rows):
+    f = tmp_path_factory.mktemp('any')/'x.jsonl'
+    f.write_text('\n'.join(map(json.dumps, rows)))
+    try: records, rejects = data.read_records(f)
+    except data.BadRows: return
+    assert records and all(isinstance(m['content'], str) for r in records for m in r['prompt'] + r['completion'])
+    for r in records: data.encode(r, byte_tokenizer())
+
+
+def test_a_mixture_of_cards(tmp_path):
+    "Disjoint, without held-out sources, both sources of a domain, counted as it is"
+    names = 'mbpp,algorithms,element_claims,boolq,sonnets,alpaca_long'
+    data.mixture(tmp_path, tokens_per_domain=3000, dev=4, test=6, max_length=300, seed=0, names=names)
+    parts = {p: read_jsonl(tmp_path/f'{p}.jsonl') for p in ('train', 'dev', 'test')}
+    keys = {p: [data.prompt_key(r) for r in rs] for p, rs in parts.items()}
+    assert sum(len(set(k)) for k in keys.values()) == len(set().union(*keys.values())) == sum(map(len, keys.values()))
+    c = read_json(tmp_path/'counts.json')
+    assert set(c['train']) == {'coding', 'truthfulness', 'writing'} and all(len(s) == 2 for p in ('train', 'dev', 'test') for s in c[p].values())
+    for d, sources in c['train'].items(): assert 3000 <= sum(s['tokens'] for s in sources.values()) < 3600
+    assert all(sum(s['rows'] for s in c['test'][d].values()) == 6 for d in c['test'])
+    with pytest.raises(HydraError, match='held out'): data.mixture(tmp_path, 100, 1, 1, 300, 0, names='gsm8k')
