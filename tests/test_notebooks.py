@@ -1,10 +1,11 @@
 "One test for each notebook, in a fresh process; and the package is what the notebooks say."
-import json, os, shutil, subprocess, sys
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
-from hydramoe.reproduce import Graph, read_parameters, run_scale
+from hydramoe.core import cache_dir
+from hydramoe.reproduce import Graph, load_result, read_parameters, run_scale
 
 root = Path(__file__).parents[1]
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '_.' and '.ipynb_checkpoints' not in p.parts)
@@ -34,6 +35,38 @@ def test_experiment_runs_at_toy_scale(nb, toy_runs):
     r = results[nb.stem]
     assert r.name==nb.stem and r.scale=='toy' and r.rows and r.made and r.run['seconds']>0
     assert set(r.inputs.values()) >= {results[u].seal for u in Graph().needs[nb.stem]}, "a result names what it came from: pass each upstream in `inputs`"
+
+
+def elsewhere(tmp_path, name):
+    "The environment of a run whose stages and results go to a place of their own; fetched assets are shared"
+    cache = tmp_path/name/'cache'
+    cache.mkdir(parents=True)
+    for shared in ('assets', 'smollm2'):
+        if (cache_dir()/shared).exists(): (cache/shared).symlink_to(cache_dir()/shared)
+    return {**os.environ, 'HYDRAMOE_CACHE': str(cache), 'HYDRAMOE_RUNS': str(tmp_path/name/'runs')}
+
+def start_toy(env):
+    return subprocess.Popen([sys.executable, '-c', "from hydramoe.reproduce import run_scale; run_scale('toy')"], env=env, cwd=root, start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+@pytest.mark.slow
+def test_killed_again_and_again_the_experiments_end_with_the_same_numbers(tmp_path):
+    whole = elsewhere(tmp_path, 'whole')
+    began, p = time.monotonic(), start_toy(whole)
+    _, err = p.communicate(timeout=600)
+    assert p.returncode==0, err
+    took, killed = time.monotonic()-began, elsewhere(tmp_path, 'killed')
+    for share in (.1, .2, .3, .4, .5, .6):
+        p = start_toy(killed)
+        try: p.wait(share*took)
+        except subprocess.TimeoutExpired: pass
+        os.killpg(p.pid, signal.SIGKILL) if p.poll() is None else None  # the runner; kernels see it die and follow
+        p.wait()
+    p = start_toy(killed)
+    _, err = p.communicate(timeout=600)
+    assert p.returncode==0, err
+    seals = [{n: load_result(Path(e['HYDRAMOE_RUNS'])/'toy'/f'{n}.json').seal for n in Graph().order} for e in (whole, killed)]
+    assert seals[0]==seals[1]
 
 
 @pytest.mark.parametrize('nb', experiments, ids=rel)
