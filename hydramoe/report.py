@@ -80,10 +80,13 @@ def latex_table(
     "Rows as a LaTeX table"
     heads, cells, numeric, names = _layout(rows, columns, fmt)
     body = [' & '.join(map(latex_text, heads))+r' \\', r'\midrule']
-    body += [' & '.join(_bold(bold, r, c, latex_text(t), lambda t: rf'\textbf{{{t}}}') for c,t in zip(names, ts))+r' \\' for r,ts in zip(rows, cells)]
+    def _row(r, ts): return ' & '.join(_bold(bold, r, c, latex_text(t), lambda t: rf'\textbf{{{t}}}') for c,t in zip(names, ts))+r' \\'
+    body += [_row(r, ts) for r,ts in zip(rows, cells)]
     spec = ''.join('r' if n else 'l' for n in numeric)
     lines = ['% generated; do not edit', rf'\begin{{tabular}}{{@{{}}{spec}@{{}}}}', r'\toprule', *body, r'\bottomrule', r'\end{tabular}']
-    if caption: lines = [lines[0], r'\begin{table}[t]', r'\centering', rf'\caption{{{latex_text(caption)}}}', *([rf'\label{{{label}}}'] if label else []), *lines[1:], r'\end{table}']
+    if caption:
+        above = [r'\begin{table}[t]', r'\centering', rf'\caption{{{latex_text(caption)}}}', *([rf'\label{{{label}}}'] if label else [])]
+        lines = [lines[0], *above, *lines[1:], r'\end{table}']
     return '\n'.join(lines)+'\n'
 
 # %% ../nbs/05_report.ipynb #cell23
@@ -147,12 +150,12 @@ _STYLE = """
 .report pre code { background:none; padding:0; font:inherit }
 .report .scroll { overflow-x:auto; margin:1.1em 0; border:1px solid var(--line); border-radius:10px }
 .report table { border-collapse:collapse; width:100%; font-size:.92rem; font-variant-numeric:tabular-nums; margin:0 }
-.report th { text-align:left; font-weight:600; color:var(--soft); font-size:.8rem; background:var(--card); white-space:nowrap }
-.report th, .report td { padding:.55em .95em; border:0; border-bottom:1px solid var(--line); vertical-align:top; background-clip:padding-box }
+.report th { font-weight:600; color:var(--soft); font-size:.8rem; background:var(--card); white-space:nowrap }
+.report th, .report td { text-align:left; padding:.55em .95em; border:0; border-bottom:1px solid var(--line); vertical-align:top; background-clip:padding-box }
 .report td:first-child { min-width:8.5rem }
 .report tr:last-child td { border-bottom:0 }
 .report tbody tr:hover td { background:var(--card) }
-.report .n { text-align:right; white-space:nowrap }
+.report th.n, .report td.n { text-align:right; white-space:nowrap }
 .report td b { color:var(--good) }
 .report figure { margin:1.3em 0 }
 .report figure img { display:block; max-width:100%; height:auto; background:#fff; border:1px solid var(--line); border-radius:10px; padding:8px }
@@ -182,9 +185,10 @@ def html_table(
     heads, cells, numeric, names = _layout(rows, columns, fmt)
     tag = lambda t, n, s: f'<{t} class="n">{s}</{t}>' if n else f'<{t}>{s}</{t}>'
     head = ''.join(tag('th', n, html.escape(h)) for h,n in zip(heads, numeric))
-    body = [''.join(tag('td', n, _bold(bold, r, c, html.escape(t), lambda t: f'<b>{t}</b>')) for c,t,n in zip(names, ts, numeric)) for r,ts in zip(rows, cells)]
-    lines = '\n'.join(f'<tr>{b}</tr>' for b in body)
-    return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>' + (f'<p class="note">{html.escape(note)}</p>' if note else ''))
+    def _row(r, ts): return ''.join(tag('td', n, _bold(bold, r, c, html.escape(t), lambda t: f'<b>{t}</b>')) for c,t,n in zip(names, ts, numeric))
+    body = '\n'.join(f'<tr>{_row(r, ts)}</tr>' for r,ts in zip(rows, cells))
+    table = f'<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
+    return Html(f'<div class="scroll">{table}</div>' + (f'<p class="note">{html.escape(note)}</p>' if note else ''))
 
 # %% ../nbs/05_report.ipynb #cell35
 def figure_uri(
@@ -204,8 +208,8 @@ def html_figure(
     "A figure with its caption"
     uri = fig if isinstance(fig, str) else figure_uri(fig)
     if not uri.startswith('data:image/'): raise HydraError(f"a figure on a self-contained page must be a data URI or a matplotlib figure, not {uri[:60]!r}")
-    width = int.from_bytes(base64.b64decode(uri.split(',')[1][:32])[16:20], 'big')*.72 if uri.startswith('data:image/png;base64,') else 0
-    size = f' width="{width:.0f}"' if width else ''
+    pixels = int.from_bytes(base64.b64decode(uri.split(',')[1][:32])[16:20], 'big') if uri.startswith('data:image/png;base64,') else 0
+    size = f' width="{.72*pixels:.0f}"' if pixels else ''
     below = f'<figcaption>{html_text(caption)}</figcaption>' if caption else ''
     return Html(f'<figure><img src="{html.escape(uri)}" alt="{html.escape(alt or caption)}"{size}>{below}</figure>')
 
@@ -246,7 +250,8 @@ def _block(b):
     if isinstance(b, str): return html_text(b)
     if isinstance(b, list): return html_table(b)
     if hasattr(b, 'savefig'): return html_figure(b)
-    raise HydraError(f"a {type(b).__name__} is no block of a page: give text (Markdown), a list of dicts, a matplotlib figure, or what an html_ function returns")
+    raise HydraError(f"a {type(b).__name__} is no block of a page: give text (Markdown), a list of dicts, a matplotlib figure, "
+                     "or what an html_ function returns")
 
 def _blocks(blocks): return Html('\n'.join(map(_block, blocks)))
 

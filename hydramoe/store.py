@@ -355,6 +355,7 @@ class _LiveWalk(_Walk):
         for b in c.__bases__: self.value(b.__name__, b)
         for v in vars(c).values():
             v = getattr(v, '__func__', getattr(v, 'fget', v))
+            v = inspect.unwrap(v) if callable(v) else v
             if isinstance(v, types.FunctionType) and not v.__code__.co_filename.startswith('<string'): self.start(v)
 
     def value(self, name, x, rest=''):
