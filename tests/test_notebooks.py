@@ -41,7 +41,7 @@ def elsewhere(tmp_path, name):
     "The environment of a run whose stages and results go to a place of their own; fetched assets are shared"
     cache = tmp_path/name/'cache'
     cache.mkdir(parents=True)
-    for shared in ('assets', 'smollm2'):
+    for shared in ('assets', 'models', 'fingerprints'):
         if (cache_dir()/shared).exists(): (cache/shared).symlink_to(cache_dir()/shared)
     return {**os.environ, 'HYDRAMOE_CACHE': str(cache), 'HYDRAMOE_RUNS': str(tmp_path/name/'runs')}
 
