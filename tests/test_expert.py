@@ -1,0 +1,255 @@
+"Fused training against TRL, against itself alone, and against accidents"
+import json, os, shutil, signal, subprocess, sys, warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+import numpy as np, pytest, torch
+from hydramoe import expert
+from hydramoe.base import tiny_base
+from hydramoe.core import HydraError, read_json, rng, write_jsonl
+from hydramoe.data import Example
+from hydramoe.expert import TrainSpec, fit, fit_trl, gradients, plan_steps, start_expert, train_experts, train_seed
+from hydramoe.stack import LoraSpec, gated, one_hot
+from hydramoe.store import open_sealed, sealing, stage
+
+NAMES, LORA = ['large', 'middle', 'small'], LoraSpec(rank=4)
+SPEC = TrainSpec(lr=3e-3, rows=2., epochs=2, clip=.5)
+
+def examples(name, n):
+    g = rng(0, name)
+    def one(i):
+        s = int(g.integers(4, 40))
+        return Example(ids=g.integers(3, 259, s).tolist(), n_prompt=int(g.integers(1, s-1)), id=f'{name}{i}', domain=name)
+    return [one(i) for i in range(n)]
+
+ROWS = [examples('large', 30), examples('middle', 11), examples('small', 4)]
+
+def fresh(names=NAMES, quant='fp32', lora=LORA):
+    model = gated(tiny_base(quant=quant), slots=len(names), spec=lora)
+    for e,n in enumerate(names): model.stack.init_expert(e, 0, n)
+    model.stack.trainable()
+    return model
+
+def trained(spec=SPEC, rows=ROWS, names=NAMES, **kw):
+    model = fresh(names)
+    return model, fit(model, rows, spec, names=names, **kw)
+
+def far(a, b, start): return ((a-b).norm()/(a-start).norm()).item() # error relative to the way covered
+
+@pytest.mark.parametrize('spec', [SPEC, replace(SPEC, schedule='constant', clip=100.), replace(SPEC, micro_tokens=60)], ids=['linear', 'constant', 'micro'])
+def test_fused_equals_trl_one_by_one(spec, tmp_path):
+    "Unequal sizes, and experts that are absent from some steps: the same adapters as TRL + PEFT make of the same batches"
+    model = fresh(); start = model.stack.theta.clone()
+    for e,n in enumerate(NAMES): model.stack.save_peft(tmp_path/'start'/n, e, 'tiny')
+    history = fit(model, ROWS, spec, names=NAMES)
+    steps = plan_steps(ROWS, NAMES, spec)
+    absent = [sum(not any(f==e for f,_ in s) for s in steps) for e in range(3)]
+    assert absent[2] >= 7 and absent[0]==0
+    theirs = fresh()
+    for e,n in enumerate(NAMES):
+        batches = [b for s in steps if (b := [x for f,x in s if f==e])]
+        losses = fit_trl(tiny_base(), batches, tmp_path/'start'/n, tmp_path/'trl'/n, spec)
+        np.testing.assert_allclose([h['loss'][n] for h in history if n in h['loss']], losses, rtol=2e-4)
+        theirs.stack.load_peft(tmp_path/'trl'/n, e, n)
+        assert far(model.stack.theta[e], theirs.stack.theta[e], start[e]) < 1e-3
+        assert (model.stack.theta[e]-start[e]).abs().max() > 1e-2
+
+def test_alone_equals_together():
+    model, history = trained()
+    for e,n in enumerate(NAMES):
+        alone, _ = trained(replace(SPEC, steps=len(history), rows=1000), [ROWS[e]], [n])
+        assert far(alone.stack.theta[0], model.stack.theta[e], fresh([n]).stack.theta[0]) < 1e-3
+
+def test_order_of_experts_does_not_matter():
+    model, _ = trained()
+    turned, _ = trained(rows=ROWS[::-1], names=NAMES[::-1])
+    assert far(turned.stack.theta.flip(0), model.stack.theta, fresh().stack.theta) < 1e-3
+
+def test_micro_batches_do_not_matter():
+    one, _ = trained(replace(SPEC, micro_tokens=1))
+    many, _ = trained(replace(SPEC, micro_tokens=10**6))
+    assert far(one.stack.theta, many.stack.theta, fresh().stack.theta) < 1e-3
+
+def test_twice_the_same_bits():
+    (a, ha), (b, hb) = trained(), trained()
+    assert torch.equal(a.stack.theta, b.stack.theta) and ha==hb
+
+@pytest.mark.parametrize('quant', ['fp32', 'nf4'])
+def test_checkpointing_on_and_off_agree(quant):
+    out = []
+    for on in (False, True):
+        model = fresh(quant=quant)
+        fit(model, ROWS, replace(SPEC, checkpointing=on))
+        out.append(model.stack.theta.clone())
+        assert not any(m.training for m in model.base.modules() if hasattr(m, 'gradient_checkpointing'))
+    assert torch.isfinite(out[0]).all() and far(*out, fresh(quant=quant).stack.theta) < 1e-4
+
+@pytest.mark.parametrize('poison', ['weights', 'gradient'])
+def test_nan_in_one_leaves_the_others_bit_equal(poison, monkeypatch):
+    clean, _ = trained()
+    model = fresh()
+    if poison=='weights': model.stack.theta[1,5] = torch.nan
+    else:
+        def sick(model, step, spec, inner=gradients):
+            loss = inner(model, step, spec); model.stack.grad[1,3] = torch.inf; return loss
+        monkeypatch.setattr(expert, 'gradients', sick)
+    start = model.stack.theta[1].clone()
+    with pytest.warns(UserWarning, match="'middle' is not finite"): history = fit(model, ROWS, SPEC)
+    assert torch.equal(model.stack.theta[[0,2]], clean.stack.theta[[0,2]])
+    assert torch.equal(model.stack.theta[1].nan_to_num(9.), start.nan_to_num(9.))
+    assert all(h['skipped']==(['middle'] if 'middle' in h['loss'] else []) for h in history)
+    json.dumps(history, allow_nan=False)
+
+def test_one_bad_step_is_skipped_and_forgotten(monkeypatch):
+    "A single overflow costs the expert that step, and nothing else"
+    def sick(model, step, spec, inner=gradients, calls=[]):
+        loss = inner(model, step, spec); calls.append(0)
+        if len(calls)==3: model.stack.grad[0] = torch.inf
+        return loss
+    monkeypatch.setattr(expert, 'gradients', sick)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        model, history = trained()
+    assert len([w for w in said if 'large' in str(w.message)])==1 and history[2]['skipped']==['large']
+    assert torch.isfinite(model.stack.theta).all() and history[-1]['skipped']==[]
+
+class Stop(Exception): pass
+
+def stop_at(monkeypatch, k):
+    inner = expert.fit_step
+    def step(model, opt, step, i, names):
+        if i==k: raise Stop
+        return inner(model, opt, step, i, names)
+    monkeypatch.setattr(expert, 'fit_step', step)
+
+@pytest.mark.parametrize('k', [0, 1, 5, 9, 14])
+def test_resume_is_bit_equal(k, tmp_path, monkeypatch):
+    whole, history = trained()
+    with monkeypatch.context() as m:
+        stop_at(m, k)
+        with pytest.raises(Stop): trained(work=tmp_path, every=2)
+    again, resumed = trained(work=tmp_path, every=2)
+    assert torch.equal(again.stack.theta, whole.stack.theta) and resumed==history
+
+def missing(p): p.unlink()
+def truncated(p): p.write_bytes(p.read_bytes()[:-9])
+def flipped(p): b = bytearray(p.read_bytes()); b[len(b)//2] ^= 1; p.write_bytes(bytes(b))
+
+@pytest.mark.parametrize('harm', [missing, truncated, flipped])
+@pytest.mark.parametrize('file', ['state.safetensors', 'history.json', 'seal.json'])
+def test_a_damaged_checkpoint_is_refused_by_name(harm, file, tmp_path, monkeypatch):
+    whole, history = trained()
+    with monkeypatch.context() as m:
+        stop_at(m, 9)
+        with pytest.raises(Stop): trained(work=tmp_path, every=2)
+    assert sorted(p.name for p in tmp_path.glob('step-*'))==['step-000006', 'step-000008']
+    harm(tmp_path/'step-000008'/file)
+    with pytest.warns(UserWarning, match='checkpoint refused.*step-000008'): again, resumed = trained(work=tmp_path, every=2)
+    assert torch.equal(again.stack.theta, whole.stack.theta) and resumed==history
+
+def test_all_checkpoints_damaged_begins_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        stop_at(m, 9)
+        with pytest.raises(Stop): trained(work=tmp_path, every=2)
+    for p in tmp_path.glob('step-*'): missing(p/'state.safetensors')
+    with pytest.warns(UserWarning): again, _ = trained(work=tmp_path, every=2)
+    assert torch.equal(again.stack.theta, trained()[0].stack.theta)
+
+@pytest.mark.parametrize('other', [dict(spec=replace(SPEC, lr=1e-3)), dict(rows=[r[1:] for r in ROWS]), dict(names=['a', 'b', 'c'])])
+def test_a_checkpoint_of_another_run_is_refused(other, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        stop_at(m, 5)
+        with pytest.raises(Stop): trained(work=tmp_path, every=2)
+    with pytest.raises(HydraError, match='step-000004'): trained(work=tmp_path, **other)
+
+def write_rows(path, n=40):
+    rows = [dict(id=f'r{i}', domain='abc'[i%3], source='test', license='CC0', prompt=[dict(role='user', content=f'question {i}')],
+                 completion=[dict(role='assistant', content='abc'[i%3]*(3+i%7))]) for i in range(n)]
+    path.mkdir(parents=True); write_jsonl(path/'train.jsonl', rows)
+    return path
+
+JOB = dict(base='tiny', quant='fp32', lora=asdict(LORA), spec=asdict(replace(SPEC, steps=30)))
+
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+from hydramoe import expert
+from hydramoe.store import sealing
+where, at, rows, root = sys.argv[1:]
+inner, calls = getattr(expert, where), []
+def dying(*args, **kw):
+    calls.append(0)
+    if len(calls)==int(at): os.kill(os.getpid(), signal.SIGKILL)
+    return inner(*args, **kw)
+setattr(expert, where, dying)
+with sealing(Path(root)/'target', {}) as out: expert.train_experts(out, rows_dir=rows, **json.loads(os.environ['JOB']))
+"""
+
+def child(where, at, rows, root):
+    env = dict(os.environ, JOB=json.dumps(JOB), OMP_NUM_THREADS='1', HYDRAMOE_QUIET='1')
+    return subprocess.run([sys.executable, '-c', CHILD, where, str(at), str(rows), str(root)], env=env, capture_output=True, text=True)
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp('whole'); rows = write_rows(root/'rows')
+    r = child('fit_step', 10**9, rows, root)
+    assert r.returncode==0, r.stderr
+    return open_sealed(root/'target')['files'], rows
+
+@pytest.mark.parametrize('where,at', [pytest.param('fit_step', 1, marks=pytest.mark.slow), ('fit_step', 27), ('save_file', 2), pytest.param('write_json', 2, marks=pytest.mark.slow)])
+def test_kill_9_and_again(where, at, tmp_path, whole):
+    "Killed in a step, or in the middle of writing a checkpoint, and run again: the same sealed files"
+    files, rows = whole
+    assert child(where, at, rows, tmp_path).returncode==-signal.SIGKILL
+    assert not (tmp_path/'target').exists()
+    r = child('fit_step', 10**9, rows, tmp_path)
+    assert r.returncode==0, r.stderr
+    assert open_sealed(tmp_path/'target')['files']==files
+    assert [p.name for p in tmp_path.iterdir()]==['target']
+
+def test_stages_from_records_to_adapters(tmp_path):
+    rows = write_rows(tmp_path/'rows')
+    with_seed = dict(JOB, spec=asdict(replace(SPEC, steps=6)))
+    seed = stage(train_seed, with_seed, dict(rows_dir=seal_rows(rows, tmp_path)), root=tmp_path)
+    experts = stage(train_experts, with_seed, dict(rows_dir=seal_rows(rows, tmp_path), start=seed), root=tmp_path)
+    assert sorted(p.name for p in experts.iterdir())==['a', 'b', 'c', 'history.json', 'seal.json']
+    h = read_json(experts/'history.json')
+    assert set(h['experts'])=={'a', 'b', 'c'} and all(x['rows'] in (13, 14) and x['steps']>=6 for x in h['experts'].values())
+    assert 'second' not in (experts/'history.json').read_text()
+    assert stage(train_experts, with_seed, dict(rows_dir=seal_rows(rows, tmp_path), start=seed), root=tmp_path)==experts
+
+def seal_rows(rows, root):
+    if not (root/'data').exists():
+        with sealing(root/'data', {}) as d: shutil.copy(rows/'train.jsonl', d)
+    return root/'data'
+
+def test_experts_branch_from_the_seed(tmp_path):
+    model, _ = trained()
+    model.stack.save_peft(tmp_path/'seed', 0, 'tiny')
+    ids = torch.tensor([ROWS[0][0].ids])
+    want = model(input_ids=ids, gates=one_hot(torch.tensor([0]), 3)).logits
+    for lora in (LORA, LoraSpec(rank=12, alpha=48)):
+        branch = gated(tiny_base(), slots=2, spec=lora)
+        for e in range(2): start_expert(branch.stack, e, f'b{e}', tmp_path, seed=1)
+        got = branch(input_ids=ids, gates=one_hot(torch.tensor([1]), 2)).logits
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    fit(branch, ROWS[:2], SPEC, names=['b0', 'b1'])
+    a, b = branch.stack.leaves[0]
+    assert (b[0,:,4:]!=0).any() and (a[0,4:]!=0).all(), 'the added ranks learn'
+
+def test_widened_expert_is_saved_whole(tmp_path):
+    model = gated(tiny_base(), slots=1, spec=LORA); model.stack.init_expert(0, 0, 'seed'); model.stack.save_peft(tmp_path/'seed', 0, 'tiny')
+    wide = gated(tiny_base(), slots=1, spec=LoraSpec(rank=12, alpha=48))
+    start_expert(wide.stack, 0, 'wide', tmp_path/'seed', seed=1)
+    fit(wide, ROWS[:1], SPEC, names=['wide'])
+    wide.stack.save_peft(tmp_path/'wide', 0, 'tiny')
+    again = gated(tiny_base(), slots=1, spec=LoraSpec(rank=12, alpha=48)); again.stack.load_peft(tmp_path/'wide', 0, 'wide')
+    assert torch.equal(again.stack.theta, wide.stack.theta) and read_json(tmp_path/'wide'/'adapter_config.json')['r']==12
+
+@pytest.mark.parametrize('groups,says', [({'x': ['nowhere']}, 'nowhere'), ({'../x': ['r1']}, "cannot name"), ({'x': ['r1'], 'y': []}, 'no rows for expert y')])
+def test_groups_that_make_no_sense_are_refused(groups, says, tmp_path):
+    rows = write_rows(tmp_path/'rows')
+    with pytest.raises(HydraError, match=says): train_experts(tmp_path/'out', rows_dir=rows, groups=groups, **JOB)
+
+def test_rows_of_one_token_are_refused():
+    model = fresh()
+    with pytest.raises(HydraError, match="'lonely'"): fit(model, [[Example(ids=[5], n_prompt=0, id='lonely', domain='x')]], SPEC, names=['large'])
