@@ -17,7 +17,8 @@ from .core import HydraError
 def _columns(rows, columns):
     names = columns if isinstance(columns, dict) else {c: c for c in columns or (rows[0] if rows else ())}
     known = {k for r in rows for k in r}
-    if rows and (bad := [c for c in names if c not in known]): raise HydraError(f"no row has the column {bad[0]!r}; there are {', '.join(map(str, sorted(known)))}")
+    bad = [c for c in names if c not in known]
+    if rows and bad: raise HydraError(f"no row has the column {bad[0]!r}; there are {', '.join(map(str, sorted(known)))}")
     return names
 
 def _cell(v, f):
@@ -151,11 +152,11 @@ _STYLE = """
 .report .scroll { overflow-x:auto; margin:1.1em 0; border:1px solid var(--line); border-radius:10px }
 .report table { border-collapse:collapse; width:100%; font-size:.92rem; font-variant-numeric:tabular-nums; margin:0 }
 .report th { font-weight:600; color:var(--soft); font-size:.8rem; background:var(--card); white-space:nowrap }
-.report th, .report td { text-align:left; padding:.55em .95em; border:0; border-bottom:1px solid var(--line); vertical-align:top; background-clip:padding-box }
+.report th, .report td { text-align:left !important; padding:.55em .95em; border:0; border-bottom:1px solid var(--line); vertical-align:top; background-clip:padding-box }
 .report td:first-child { min-width:8.5rem }
 .report tr:last-child td { border-bottom:0 }
 .report tbody tr:hover td { background:var(--card) }
-.report th.n, .report td.n { text-align:right; white-space:nowrap }
+.report th.n, .report td.n { text-align:right !important; white-space:nowrap }
 .report td b { color:var(--good) }
 .report figure { margin:1.3em 0 }
 .report figure img { display:block; max-width:100%; height:auto; background:#fff; border:1px solid var(--line); border-radius:10px; padding:8px }
