@@ -1,0 +1,94 @@
+"The command as a shell sees it: exit codes, streams, signals, speed"
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+
+from hydramoe.cluster import lesson_texts
+
+COMMANDS = ['build', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce', 'data list', 'data show']
+TINY = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words']
+
+def hydramoe(*argv, **kw):
+    return subprocess.run([sys.executable, '-m', 'hydramoe.cli', *map(str, argv)], capture_output=True, text=True, **kw)
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    d = tmp_path_factory.mktemp('cli')
+    lines = [json.dumps(dict(prompt=t, completion=a)) for t, a in zip(*lesson_texts())]
+    (d/'mine.jsonl').write_text('\n'.join([*lines[:3], '{"prompt": "half', *lines[3:]]))
+    old, os.environ['HYDRAMOE_CACHE'] = os.environ.get('HYDRAMOE_CACHE'), str(d/'cache')
+    yield d, hydramoe('build', 'mine.jsonl', *TINY, '--k', 2, cwd=d)
+    os.environ.pop('HYDRAMOE_CACHE') if old is None else os.environ.update(HYDRAMOE_CACHE=old)
+
+def test_help_is_quick_and_lists_every_command():
+    began = time.monotonic()
+    out = hydramoe('--help')
+    assert out.returncode == 0 and time.monotonic()-began < 5
+    for c in COMMANDS: assert c.split()[0] in out.stdout
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_has_examples(command):
+    out = hydramoe(*command.split(), '--help')
+    assert out.returncode == 0 and f'hydramoe {command}' in out.stdout and '--json' in out.stdout
+
+def test_help_imports_no_torch():
+    code = "import sys, hydramoe.cli\ntry: hydramoe.cli.main(['build', '--help'])\nexcept SystemExit: pass\nprint(sorted({'torch', 'transformers', 'sklearn', 'sentence_transformers', 'papermill'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.splitlines()[-1] == '[]'
+
+@pytest.mark.parametrize('argv', [[], ['fly'], ['ask'], ['build'], ['build', 'x.jsonl', '--quant', 'int3'], ['data']])
+def test_bad_usage_is_exit_2(argv): assert hydramoe(*argv).returncode == 2
+
+@pytest.mark.parametrize('argv', [['ask', 'nowhere', 'hi'], ['check', 'nowhere'], ['explain', '.', 'hi'], ['build', 'nowhere.jsonl'], ['run', 'nowhere.ipynb'], ['data', 'show', 'nothing']])
+def test_errors_are_one_line(argv, tmp_path):
+    out = hydramoe(*argv, cwd=tmp_path)
+    assert (out.returncode, out.stdout) == (2, '')
+    assert out.stderr.startswith('hydramoe: ') and out.stderr.count('\n') == 1 and 'Traceback' not in out.stderr
+
+def test_build_reports_the_broken_line_and_makes_the_rest(made):
+    d, out = made
+    assert out.returncode == 0, out.stderr
+    assert 'line 4' in out.stderr
+    assert [json.loads(l)['line'] for l in (d/'mine-hydra.rejects.jsonl').read_text().splitlines()] == [4]
+    assert (d/'mine-hydra'/'hydra.json').is_file() and 'hydramoe ask mine-hydra' in out.stdout
+
+def test_the_command_it_suggests_works(made):
+    d, out = made
+    line = out.stdout.rsplit('try it: hydramoe ', 1)[1]
+    import shlex
+    again = hydramoe(*shlex.split(line), '--max-new-tokens', 4, cwd=d)
+    assert again.returncode == 0, again.stderr
+
+def test_built_again_it_is_the_same(made):
+    d, _ = made
+    before = json.loads(hydramoe('check', 'mine-hydra', '--json', cwd=d).stdout)['seal']
+    assert hydramoe('build', 'mine.jsonl', *TINY, '--k', 2, '--quiet', cwd=d).returncode == 0
+    assert json.loads(hydramoe('check', 'mine-hydra', '--json', cwd=d).stdout)['seal'] == before
+    other = hydramoe('build', 'mine.jsonl', *TINY, '--k', 3, '--quiet', cwd=d)
+    assert other.returncode == 2 and 'another Hydra' in other.stderr
+
+def test_json_is_all_that_is_on_stdout(made):
+    d, _ = made
+    for argv in (['ask', 'mine-hydra', 'hi', '--max-new-tokens', 3], ['explain', 'mine-hydra', 'hi'], ['check', 'mine-hydra'], ['data', 'list'], ['build', 'mine.jsonl', *TINY, '--dry-run']):
+        out = hydramoe(*argv, '--json', cwd=d)
+        assert out.returncode == 0, out.stderr
+        json.loads(out.stdout)
+
+def test_a_prompt_from_standard_input(made):
+    d, _ = made
+    a = hydramoe('ask', 'mine-hydra', '-', '--max-new-tokens', 4, cwd=d, input='What is 2+2?')
+    b = hydramoe('ask', 'mine-hydra', 'What is 2+2?', '--max-new-tokens', 4, cwd=d)
+    assert (a.returncode, a.stdout) == (0, b.stdout)
+    assert hydramoe('ask', 'mine-hydra', ' ', cwd=d).returncode == 2
+
+def test_chat_ends_with_its_input(made):
+    d, _ = made
+    out = hydramoe('chat', 'mine-hydra', '--max-new-tokens', 4, cwd=d, input='hi\nand you?\n')
+    assert out.returncode == 0 and out.stdout.strip().endswith('2 turns')
+
+def test_ctrl_c_is_130(made):
+    d, _ = made
+    p = subprocess.Popen([sys.executable, '-m', 'hydramoe.cli', 'chat', 'mine-hydra'], cwd=d, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdin.write(b'hi\n'); p.stdin.flush()
+    p.stdout.readline()
+    p.send_signal(signal.SIGINT); time.sleep(.5); p.send_signal(signal.SIGINT)
+    assert p.wait(60) == 130

@@ -1,0 +1,221 @@
+"What a Hydra promises beyond its lesson: two processes, kill -9, PEFT alone"
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+import pytest, torch
+from safetensors.torch import load_file, save_file
+
+from hydramoe.base import load_base, tiny_base
+from hydramoe.cluster import lesson_texts
+from hydramoe.core import HydraError, file_sha256, read_json, rng, write_json
+from hydramoe.hydra import BundleError, Hydra, check, seal_bundle
+from hydramoe.route import uniform
+from hydramoe.stack import LoraSpec, gated, one_hot
+
+NAMES = ['law', 'sea', 'sum']
+
+def by_hand(seed=0, names=NAMES):
+    "Three experts of noise on the tiny base"
+    base = tiny_base()
+    model = gated(base, slots=len(names), spec=LoraSpec(rank=4))
+    for e, name in enumerate(names): model.stack.init_expert(e, seed=seed, name=name)
+    model.stack.theta += torch.from_numpy(rng(seed, 'noise').normal(0, .1, model.stack.theta.shape)).float()
+    return Hydra(base, model, uniform(names))
+
+def files(root): return {str(p.relative_to(root)): file_sha256(p) for p in sorted(Path(root).rglob('*')) if p.is_file()}
+
+def ids(hydra, text): return hydra.base.tokenizer(text, return_tensors='pt').input_ids
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory): return by_hand().save(tmp_path_factory.mktemp('bundle')/'h')
+
+def test_same_logits_after_a_round_trip(bundle):
+    a, b = by_hand(), Hydra.load(bundle)
+    x, g = ids(a, 'A Hydra has nine heads'), torch.tensor([[.2, .5, .3]])
+    with torch.no_grad(): assert torch.equal(a.model(x, gates=g).logits, b.model(x, gates=g).logits)
+    assert a.generate(['ahoy', 'the law of the sea'], max_new_tokens=10) == b.generate(['ahoy', 'the law of the sea'], max_new_tokens=10)
+
+@pytest.mark.parametrize('quant', ['bf16', 'nf4'])
+def test_other_precisions_keep_the_fingerprint(bundle, quant):
+    h = Hydra.load(bundle, quant=quant)
+    assert h.base.quant == quant and len(h.ask('ahoy', max_new_tokens=4)) >= 0
+
+def test_expert_loads_in_peft_alone(bundle):
+    from peft import PeftModel
+    hydra = Hydra.load(bundle)
+    x = ids(hydra, 'A Hydra has nine heads')
+    for e, name in enumerate(NAMES):
+        alone = PeftModel.from_pretrained(tiny_base().model, bundle/'experts'/name).eval()
+        with torch.no_grad():
+            ours, theirs = hydra.model(x, gates=one_hot([e], 3)).logits, alone(x).logits
+            assert (ours-hydra.model(x).logits).abs().max() > .1
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+MAKE = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_hydra import by_hand
+by_hand().save(sys.argv[1])
+"""
+
+def test_two_processes_write_the_same_bytes(tmp_path, bundle):
+    code = MAKE.format(tests=str(Path(__file__).parent))
+    both = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path/seed)], env=os.environ | dict(PYTHONHASHSEED=seed)) for seed in ('1', '2')]
+    assert [p.wait() for p in both] == [0, 0]
+    assert files(tmp_path/'1') == files(tmp_path/'2') == files(bundle)
+
+def test_a_mixed_batch_is_its_rows(bundle):
+    h = Hydra.load(bundle)
+    prompts, experts = ['ahoy', 'what is the law of the sea?', 'sum up'], ['sea', 'base', {'law': .3, 'sum': .7}]
+    assert h.generate(prompts, expert=experts, max_new_tokens=8) == [h.ask(p, expert=e, max_new_tokens=8) for p, e in zip(prompts, experts)]
+    with torch.no_grad(): assert torch.equal(h.model(ids(h, 'ahoy'), gates=h.gates(['ahoy'], 'base')).logits, tiny_base().model(ids(h, 'ahoy')).logits)
+
+def test_beams_and_several_answers_keep_the_gate(bundle):
+    h = Hydra.load(bundle)
+    out = h.generate(['ahoy', 'sum up'], expert=['sea', 'sum'], max_new_tokens=6, num_beams=2)
+    assert out == [h.ask('ahoy', expert='sea', max_new_tokens=6, num_beams=2), h.ask('sum up', expert='sum', max_new_tokens=6, num_beams=2)]
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+def reseal(d):
+    old = read_json(d/'hydra.json')
+    (d/'hydra.json').unlink()
+    seal_bundle(d, {k: old[k] for k in ('base', 'experts', 'router', 'built')})
+
+def tensors(d, change, expert='law'):
+    f = d/'experts'/expert/'adapter_model.safetensors'
+    t = load_file(f)
+    change(t)
+    save_file(t, f, metadata={'format': 'pt'})
+
+def first(t): return sorted(t)[0]
+def drop(t): t.pop(first(t))
+def nan(t): t[first(t)][0, 0] = float('nan')
+def inf(t): t[first(t)][0, 0] = float('inf')
+def nudge(t): t[first(t)][0, 0] += 1e-3
+def both(t): name = first(t).rsplit('.lora', 1)[0]; [t.pop(k) for k in list(t) if k.startswith(name)]
+def wide(t): k = first(t).replace('lora_A', 'lora_B'); t[k] = torch.cat([t[k]]*2)
+def elsewhere(t): t['base_model.model.model.layers.9.mlp.up_proj.lora_A.weight'], t['base_model.model.model.layers.9.mlp.up_proj.lora_B.weight'] = torch.zeros(4, 64), torch.zeros(128, 4)
+
+@pytest.fixture
+def copy(bundle, tmp_path): return Path(shutil.copytree(bundle, tmp_path/'copy'))
+
+@pytest.mark.parametrize('change', [drop, nan, nudge, wide, elsewhere])
+def test_accident_names_file_and_tensor(copy, change):
+    tensors(copy, change)
+    with pytest.raises(BundleError, match=r'law/adapter_model.safetensors was altered: .*lora_'): check(copy)
+
+@pytest.mark.parametrize('change', [drop, nan, inf, both, wide, elsewhere])
+def test_a_resealed_lie_is_refused_by_the_tensors_themselves(copy, change):
+    tensors(copy, change)
+    reseal(copy)
+    with pytest.raises(HydraError, match=r'law.*lora_[AB]'): Hydra.load(copy)
+
+@pytest.mark.parametrize('name', ['adapter_model.bin', 'model.pt', 'x.pkl', 'run.py', 'noext'])
+def test_strangers_are_refused_by_name(copy, name):
+    (copy/'experts'/'sea'/name).write_bytes(b'x')
+    with pytest.raises(BundleError, match=name): check(copy)
+    with pytest.raises(BundleError, match=name): reseal(copy); check(copy)
+
+@pytest.mark.parametrize('target', ['/etc/hostname', '../../outside', 'config.json'])
+def test_links_are_refused(copy, target):
+    (copy/'router'/'more.json').symlink_to(target)
+    with pytest.raises(BundleError, match='more.json is a link'): check(copy)
+
+def test_a_linked_folder_is_refused(copy):
+    shutil.move(copy/'experts', copy.parent/'moved')
+    (copy/'experts').symlink_to(copy.parent/'moved')
+    with pytest.raises(BundleError, match='experts is a link'): check(copy)
+
+@pytest.mark.parametrize('format', [0, 2, '1', None, True, 1.0])
+def test_unknown_format(copy, format):
+    write_json(copy/'hydra.json', read_json(copy/'hydra.json') | dict(format=format))
+    with pytest.raises(BundleError, match='format'): check(copy)
+
+@pytest.mark.parametrize('text', ['', '[]', '{}', 'null', '{"format": 1}', '{"format": 1, "files": []', '[' * 2000])
+def test_broken_manifests(copy, text):
+    (copy/'hydra.json').write_text(text)
+    with pytest.raises(HydraError, match='hydra.json'): check(copy)
+
+@pytest.mark.parametrize('cut', [1, 8, 100, -1])
+def test_truncated_tensors(copy, cut):
+    f = copy/'experts'/'sum'/'adapter_model.safetensors'
+    f.write_bytes(f.read_bytes()[:cut])
+    with pytest.raises(BundleError, match='sum/adapter_model.safetensors'): check(copy)
+    with pytest.raises(BundleError, match='sum/adapter_model.safetensors'): reseal(copy); check(copy)
+
+@pytest.mark.parametrize('key', ['auto_map', 'trust_remote_code'])
+@pytest.mark.parametrize('file', ['config.json', 'experts/law/adapter_config.json'])
+def test_code_from_elsewhere(copy, key, file):
+    write_json(copy/file, read_json(copy/file) | dict(nested=[dict(deep={key: True})]))
+    reseal(copy)
+    with pytest.raises(BundleError, match=f'{file} holds {key}'): check(copy)
+
+def test_changed_scale(copy):
+    f = copy/'experts'/'law'/'adapter_config.json'
+    write_json(f, read_json(f) | dict(lora_alpha=1600))
+    with pytest.raises(BundleError, match='adapter_config.json was altered'): check(copy)
+    reseal(copy)
+    with pytest.raises(BundleError, match='lora_alpha=1600'): check(copy)
+
+def test_another_base_of_the_same_shape(bundle, tmp_path):
+    with pytest.raises(BundleError, match='another base'): Hydra.load(bundle, base=tiny_base(seed=1))
+    other = tiny_base(seed=1)
+    other.model.save_pretrained(tmp_path); other.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(BundleError, match='another base'): Hydra.load(bundle, base=str(tmp_path))
+
+def test_an_expert_that_nobody_lists(copy):
+    shutil.copytree(copy/'experts'/'sea', copy/'experts'/'spy')
+    reseal(copy)
+    with pytest.raises(BundleError, match='experts/spy is extra'): check(copy)
+
+def test_config_names_no_field_that_transformers_cannot_save(bundle):
+    cfg = read_json(bundle/'config.json')
+    assert cfg['model_type'] == 'hydra_moe' and cfg['text_config']['model_type'] == 'llama'
+    assert not {'top_k', 'temperature'} & set(cfg) and 'auto_map' not in json.dumps(cfg)
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+BUILD = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_hydra import build
+build(sys.argv[1])
+"""
+
+def rows(answers=2):
+    texts, topics = lesson_texts()
+    return [dict(id=str(i), prompt=[dict(role='user', content=t)], completion=[dict(role='assistant', content=' '.join([a]*answers))], domain='user', source='mine', license='mine')
+            for i, (t, a) in enumerate(zip(texts, topics))]
+
+def build(out, **kw): return Hydra.build(rows(), out, **(dict(base='tiny', quant='fp32', encoder='words', k=3, epochs=6, tokens=20_000) | kw))
+
+def start(out, cache, seed='0'):
+    code = BUILD.format(tests=str(Path(__file__).parent))
+    return subprocess.Popen([sys.executable, '-c', code, str(out)], env=os.environ | dict(HYDRAMOE_CACHE=str(cache), PYTHONHASHSEED=seed, HYDRAMOE_QUIET='1'))
+
+def test_build_does_not_depend_on_the_order_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    a = build(tmp_path/'a', epochs=1)
+    b = Hydra.build(rows()[::-1] + rows()[:5], tmp_path/'b', base='tiny', quant='fp32', encoder='words', k=3, epochs=1, tokens=20_000)
+    assert sorted(a.names) == sorted(b.names)
+
+def test_wishes_that_cannot_be_met(tmp_path, monkeypatch):
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path))
+    for kw, words in ((dict(k=0), 'k=0'), (dict(k=99), 'k=99'), (dict(tokens=3), 'tokens=3'), (dict(max_length=1), 'max_length=1'), (dict(targets='no_proj'), 'no_proj'), (dict(rank=0), 'rank=0')):
+        with pytest.raises(HydraError, match=words): build(None, **kw)
+    with pytest.raises(HydraError, match='no records'): Hydra.build([], base='tiny')
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_bundle_is_the_same(tmp_path):
+    assert start(tmp_path/'whole', tmp_path/'cache', '1').wait() == 0
+    want, rounds = files(tmp_path/'whole'), 0
+    for wait in (4, 6, 7, 8, 9, 10, 11):
+        p = start(tmp_path/'killed', tmp_path/'cache2', '2')
+        time.sleep(wait)
+        rounds += p.poll() is None
+        p.send_signal(signal.SIGKILL); p.wait()
+    assert rounds
+    assert start(tmp_path/'killed', tmp_path/'cache2', '3').wait() == 0
+    assert files(tmp_path/'killed') == want
+    assert not list(tmp_path.glob('.tmp-killed*')) or check(tmp_path/'killed')
