@@ -511,10 +511,10 @@ def read_records(
 # %% ../nbs/11_data.ipynb #cell91
 def prompt_key(
     record:dict # a record
-)->str: # lower case, words only
-    "What makes two prompts the same prompt: their words, whatever the case and spacing"
+)->str: # lower case, without spacing and the marks that end sentences
+    "What makes two prompts the same: their words and symbols, whatever the case, spacing and punctuation"
     text = ' '.join(m['content'] for m in record['prompt'])
-    return ' '.join(re.findall(r'\w+', text.lower())) or text
+    return re.sub(r'[\s.,;:!?]+', ' ', text.lower()).strip() or text
 
 def split(
     records:list[dict], # in any order
