@@ -191,7 +191,7 @@ def run_notebook(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.running-', dir=out.parent) as d:
         made, result = Path(d)/'notebook.ipynb', Path(d)/'result.json'
-        with _environment(HYDRAMOE_RESULT=str(result)): why = _papermill(nb, made, values)
+        with _environment(HYDRAMOE_RESULT=str(result), PYTHONWARNINGS='ignore:IProgress not found'): why = _papermill(nb, made, values)
         if why and made.exists(): os.replace(made, failed)
         if why: raise RunFailed(f"{nb.name}: {why}; the notebook as far as it came is {failed}")
         _tidy(made)
@@ -507,7 +507,9 @@ def report_page(
     e3, scale = results.get('e3_routing'), next(iter(results.values())).scale
     blocks = ['## What came out', html_table(e3.extra['table']), *_sample(e3)] if e3 else []
     for n in results:
-        for above,uri in figures(Path(folder)/f'{n}.ipynb'): blocks += [above, html_figure(uri, alt=f'a plot of {n}')]
+        nb = Path(folder)/f'{n}.ipynb'
+        blocks.append(f'## {n}\n\n{_sentence(nb)}')
+        for above,uri in figures(nb): blocks += [re.sub('^#+ ', '### ', above), html_figure(uri, alt=f'a plot of {n}')]
     blocks += ['## What it was made with', *map(_made, results.values())]
     minutes = sum(r.run['seconds'] for r in results.values())/60
     return html_page(f'Hydra: the {scale} run', blocks, lead=f"{', '.join(results)}, {minutes:.1f} minutes in all", footer=f'`hydramoe reproduce {scale}` makes this page again, and runs only what has changed.')

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hydramoe.core import cache_dir
-from hydramoe.reproduce import Graph, load_result, read_parameters, run_scale
+from hydramoe.reproduce import Graph, load_result, read_parameters, run_notebook, run_scale
 
 root = Path(__file__).parents[1]
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '_.' and '.ipynb_checkpoints' not in p.parts)
@@ -67,6 +67,21 @@ def test_killed_again_and_again_the_experiments_end_with_the_same_numbers(tmp_pa
     assert p.returncode==0, err
     seals = [{n: load_result(Path(e['HYDRAMOE_RUNS'])/'toy'/f'{n}.json').seal for n in Graph().order} for e in (whole, killed)]
     assert seals[0]==seals[1]
+
+
+# another value for each parameter, as cheap as the toy's; `scale` names the run, and `source` and `base` choose what the demo runs on
+OTHER = dict(tokens=1200, dev=2, test=3, max_length=150, k=8, seed=1, quant='bf16', rank=2, targets='q_proj,v_proj', lrs='1e-3', single_rows='1', expert_rows='2',
+             steps=40, controls=False, temperatures='0.3', draws=300, prompt='Name a river.')
+
+@pytest.mark.slow
+@pytest.mark.parametrize('nb,name', [(nb, n) for nb in experiments for n in read_parameters(nb) if n not in ('scale', 'source', 'base')], ids=lambda x: x if isinstance(x, str) else x.stem)
+def test_every_parameter_is_used(nb, name, toy_runs, tmp_path, monkeypatch):
+    # a parameter that is bound and never read lets a sweep run ten times the same; the runner cannot see it, the result can
+    toy = run_scale('toy', until=nb.stem, graph=Graph(runs=toy_runs))[nb.stem]
+    monkeypatch.setenv('HYDRAMOE_RUNS', str(toy_runs))
+    changed = load_result(run_notebook(nb, tmp_path/'out.ipynb', {name: OTHER[name]}).with_suffix('.json'))
+    def found(r): return r.rows, r.outputs, r.extra
+    assert found(changed)!=found(toy), f'{name}={OTHER[name]!r} makes no difference'
 
 
 @pytest.mark.parametrize('nb', experiments, ids=rel)
