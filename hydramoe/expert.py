@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train_single', 'TrainSpec', 'n_steps', 'spread', 'rate', 'plan_steps', 'gradients', 'Optimizers', 'save_checkpoint',
            'load_checkpoint', 'job_id', 'fit', 'fit_step', 'training', 'plot_history', 'open_base', 'sort_rows',
-           'start_expert', 'train_experts', 'summary', 'train_seed', 'fit_trl']
+           'start_expert', 'train_experts', 'summary', 'train_seed', 'on_stack', 'score_adapters', 'fit_trl']
 
 # %% ../nbs/22_expert.ipynb #cell2
 import hashlib, math, re, shutil, tempfile, warnings, torch, numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .base import load_base, tiny_base
 from .core import HydraError, canonical, derive_seed, digest, one_of, progress, read_json, read_jsonl, rng, write_json
 from .data import encode
-from .score import micro_batches, token_losses
+from .score import loss_matrix, micro_batches, save_losses, token_losses
 from .stack import LoraSpec, gated, make_plan, one_hot
 from .store import SealError, open_sealed, sealing, work_dir
 
@@ -35,6 +35,7 @@ class TrainSpec:
     seed:int=0 # of the order of rows
     micro_tokens:int=900 # most tokens of a padded micro-batch
     checkpointing:bool=False # recompute activations in the backward pass: less memory, a third more time
+    attention:str='auto' # kernel while training: 'sdpa', 'eager', or what is faster here (see `training`)
 
 # %% ../nbs/22_expert.ipynb #cell10
 def n_steps(
@@ -196,7 +197,7 @@ def fit(
     opt = Optimizers(model.stack, [sum(any(e==x for x,_ in s) for s in steps) for e in range(len(rows))], spec)
     job = job_id(model.stack, rows, names, spec)
     history = load_checkpoint(work, opt, job) if work else []
-    with training(model, spec.checkpointing), progress(total=_tokens(sum(steps[len(history):], [])), desc=f'train {len(rows)} experts', unit='tok') as bar:
+    with training(model, spec), progress(total=_tokens(sum(steps[len(history):], [])), desc=f'train {len(rows)} experts', unit='tok') as bar:
         for step in steps[len(history):]:
             history.append(fit_step(model, opt, step, len(history), names))
             bar.update(_tokens(step))
@@ -223,22 +224,29 @@ def _plain(x): return x if math.isfinite(x) else None
 @contextmanager
 def training(
     model, # `hydramoe.stack.GatedCausalLM`
-    checkpointing:bool=False # recompute activations in the backward pass
+    spec:TrainSpec=TrainSpec() # gives `checkpointing` and `attention`
 ):
-    "Factors take gradients; dropout stays off; activations are recomputed if asked"
-    was, b = model.stack.is_trainable, model.base
-    layers = [m for m in b.modules() if hasattr(m, 'gradient_checkpointing')] if checkpointing else []
+    "Factors take gradients; activations are recomputed if asked; dropout stays off; all as before at the end"
+    b, was, kernel = model.base, model.stack.is_trainable, model.base.config._attn_implementation
+    layers = [m for m in b.modules() if hasattr(m, 'gradient_checkpointing')] if spec.checkpointing else []
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='grad and param do not obey') # views of the stack: adding in place is what we want
         warnings.filterwarnings('ignore', message='.*gradient_checkpointing', category=FutureWarning)
         model.stack.trainable(True)
-        if checkpointing: b.gradient_checkpointing_enable(dict(use_reentrant=False))
+        b.set_attn_implementation(_kernel(b, spec))
+        if layers: b.gradient_checkpointing_enable(dict(use_reentrant=False))
         for m in layers: m.training = True
         try: yield
         finally:
             for m in layers: m.training = False
-            if checkpointing: b.gradient_checkpointing_disable()
+            if layers: b.gradient_checkpointing_disable()
+            b.set_attn_implementation(kernel)
             model.stack.trainable(was)
+
+def _kernel(b, spec):
+    "In bf16 on a CPU the backward pass of the fused kernel is three times slower than plain products"
+    auto = 'eager' if b.device.type=='cpu' and b.dtype==torch.bfloat16 else b.config._attn_implementation
+    return auto if spec.attention=='auto' else spec.attention
 
 # %% ../nbs/22_expert.ipynb #cell33
 def plot_history(
@@ -346,6 +354,46 @@ def train_seed(
 train_single = train_seed
 
 # %% ../nbs/22_expert.ipynb #cell50
+def on_stack(
+    adapters:dict[str,Path], # name → folder with a PEFT adapter
+    base # `hydramoe.base.Base` they were trained on
+): # `hydramoe.stack.GatedCausalLM` with the adapters in its slots, in order
+    "Put plain PEFT adapters onto a base: the largest rank, every layer that any of them adapts"
+    configs = [read_json(Path(f)/'adapter_config.json') for f in adapters.values()]
+    top = max(configs, key=lambda c: c['r'])
+    model = gated(base, len(adapters), LoraSpec(top['r'], top['lora_alpha'], ','.join(sorted({t for c in configs for t in c['target_modules']}))))
+    for e,(name,folder) in enumerate(adapters.items()): model.stack.load_peft(Path(folder), e, name)
+    return model
+
+def score_adapters(
+    out:Path, # the directory to fill: a stage's
+    *,
+    rows_dir:Path, # a data stage
+    part:str, # which of its files: PART.jsonl
+    adapters:Path|None=None, # a training stage, NAME/ an adapter; None: the base alone
+    mixes:dict[str,dict]|None=None, # name → {names: E adapters, weights: (N,E)}: columns instead of one an adapter
+    base:str='smollm2', # as `open_base` takes it
+    quant:str='nf4', # of the base
+    max_prompt:int=300, # tokens; no row may be longer
+    max_response:int=300 # tokens; the same
+)->Path: # `out`, which `load_losses` reads
+    "Seal the loss matrix of adapters, or of mixes of them, on the records of a part"
+    b = open_base(base, quant)
+    rows = [encode(r, b.tokenizer, max_prompt, max_response) for r in read_jsonl(Path(rows_dir)/f'{part}.jsonl')]
+    if None in rows: raise HydraError(f"{rows.count(None)} of {len(rows)} {part} records are longer than {max_prompt} + {max_response} tokens; a comparison leaves none out: raise the limits")
+    found = {p.parent.name: p.parent for p in sorted(Path(adapters).glob('*/adapter_config.json'))} if adapters else {}
+    model = on_stack(found, b) if found else gated(b, 1, LoraSpec(1))
+    columns = {m: _placed(x, list(found)) for m,x in mixes.items()} if mixes else dict(zip(found, torch.eye(len(found)))) or dict(base=None)
+    return save_losses(loss_matrix(model, rows, columns), out)
+
+def _placed(mix, slots):
+    "Weights in the order of the slots, 0 for adapters that the mix leaves out"
+    w = torch.tensor(mix['weights'], dtype=torch.float32)
+    gates = torch.zeros(len(w), len(slots))
+    gates[:,[slots.index(n) for n in mix['names']]] = w
+    return gates
+
+# %% ../nbs/22_expert.ipynb #cell52
 def fit_trl(
     base, # `hydramoe.base.Base`, not in a stack
     batches:list[list], # for each step its examples
