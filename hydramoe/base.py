@@ -116,6 +116,8 @@ def _quantisation(quant, device):
     if quant!='nf4': return None
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=compute_dtype(quant, device), bnb_4bit_use_double_quant=False)
 
+def _attention(quant, device): return 'eager' if compute_dtype(quant, device)==torch.bfloat16 and str(device)=='cpu' else 'sdpa'
+
 def _freeze(model):
     differentiable_nf4(model)
     return model.eval().requires_grad_(False)
@@ -132,7 +134,7 @@ def _quiet():
 def _open(path, quant, device):
     _shards(Path(path))
     with _quiet(): m = AutoModelForCausalLM.from_pretrained(path, dtype=compute_dtype(quant, device), quantization_config=_quantisation(quant, device),
-                                                  device_map={'': device}, use_safetensors=True, trust_remote_code=False)
+                                                  attn_implementation=_attention(quant, device), device_map={'': device}, use_safetensors=True, trust_remote_code=False)
     return _freeze(m)
 
 def _requantised(model):
@@ -143,10 +145,10 @@ def _requantised(model):
 def _device(device): return device or ('cuda' if torch.cuda.is_available() else 'cpu')
 
 # %% ../nbs/10_base.ipynb #cell27
-def _tiny_model(seed, layers, width):
+def _tiny_model(seed, layers, width, quant):
     cfg = LlamaConfig(vocab_size=259, hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
                       max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=True)
-    with torch.random.fork_rng(devices=[]): model = AutoModelForCausalLM.from_config(cfg)
+    with torch.random.fork_rng(devices=[]): model = AutoModelForCausalLM.from_config(cfg, attn_implementation=_attention(quant, 'cpu'))
     g = torch.Generator().manual_seed(derive_seed(seed, 'tiny_base', layers, width))
     for n,p in model.named_parameters(): p.data = torch.ones(p.shape) if p.dim()==1 else torch.randn(p.shape, generator=g)*(1.5 if 'embed' in n else 2)/width**.5
     return model
@@ -158,7 +160,7 @@ def tiny_base(
     quant:str='fp32', # 'fp32', 'bf16' or 'nf4'
 )->Base: # on the CPU, with `byte_tokenizer`
     "A random Llama for lessons and tests, the same on every machine"
-    model,dtype = _tiny_model(seed, layers, width),compute_dtype(quant)
+    model,dtype = _tiny_model(seed, layers, width, quant),compute_dtype(quant)
     name = fingerprint(model)
     model = _requantised(model) if quant=='nf4' else _freeze(model.to(dtype))
     return Base(model, byte_tokenizer(), f'tiny-{seed}', quant, 'cpu', name)

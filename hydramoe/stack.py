@@ -186,15 +186,16 @@ class Plan:
         return A,B
 
     def add(self,
-        y:Tensor, # (B,T,out) what the base layer made of x
+        y:Tensor, # (B,T,out) what the base layer made of x; written to
         x:Tensor, # (B,T,in)
         i:int # number of the layer
-    )->Tensor: # (B,T,out)
-        "Add the experts' part to a layer's output"
-        A,B = self.factors(i, x.dtype)
-        w = self.weight.to(x.dtype).repeat_interleave(self.stack.spec.rank, -1)
+    )->Tensor: # y
+        "Add the experts' part to a layer's output, in place"
         if self.kind!='one': self._fits(x)
-        return y + ((x@A.mT)*w)@B
+        A,B = self.factors(i, x.dtype)
+        z = (x@A.mT)*self.weight.to(x.dtype).repeat_interleave(self.stack.spec.rank, -1)
+        if self.kind=='rows': return y.baddbmm_(z, B)
+        return y.flatten(0, -2).addmm_(z.flatten(0, -2), B).view_as(y)
 
     def _fits(self, x):
         B,T = self.weight.shape[:2]
@@ -388,7 +389,7 @@ def logits(
     h:Tensor # (…,d) any selection of hidden states
 )->Tensor: # (…,V), in the base's precision
     "The base's head, with the caps and scales that some architectures put behind it"
-    c,y = model.config.get_text_config(),model.get_output_embeddings()(h)
+    c,y = model.config.get_text_config(),model.get_output_embeddings()(h.reshape(-1, h.shape[-1])).view(*h.shape[:-1], -1)
     y = y*getattr(c, 'logit_scale', None) if getattr(c, 'logit_scale', None) else y/(getattr(c, 'logits_scaling', None) or 1)
     cap = getattr(c, 'final_logit_softcapping', None)
     return torch.tanh(y/cap)*cap if cap else y
