@@ -21,6 +21,8 @@ from .core import HydraError, one_of, cache_dir, derive_seed, digest, read_json,
 from .store import sealing, is_sealed, open_sealed
 from .fetch import package, members, unpack, hub
 
+logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR) # it would advise, at import, to install kernels from the Hub
+
 # %% ../nbs/10_base.ipynb #cell7
 chatml = ("{% if tools %}{{ '<|im_start|>system\n# Tools\n' + tools|tojson + '<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -124,8 +126,7 @@ def _freeze(model):
 
 @contextmanager
 def _quiet():
-    "No progress bar from transformers, no advice from bitsandbytes to install kernels from the Hub"
-    logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
+    "No progress bar from transformers"
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try: yield

@@ -7,7 +7,7 @@ __all__ = ['Spot', 'LoraSpec', 'Stack', 'Plan', 'make_plan', 'one_hot', 'using',
            'hidden', 'logits']
 
 # %% ../nbs/20_stack.ipynb #cell3
-import json
+import warnings
 from collections import namedtuple
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,9 +19,12 @@ from torch import nn, Tensor
 import safetensors.torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from .core import HydraError, derive_seed, read_json, write_json
 from .store import open_sealed
 from .base import Base, target_layers, differentiable_nf4
+
+warnings.filterwarnings('ignore', message='grad and param do not obey the gradient layout') # rows of one buffer: meant so
 
 # %% ../nbs/20_stack.ipynb #cell11
 @dataclass
@@ -394,7 +397,18 @@ def logits(
     cap = getattr(c, 'final_logit_softcapping', None)
     return torch.tanh(y/cap)*cap if cap else y
 
-# %% ../nbs/20_stack.ipynb #cell58
+# %% ../nbs/20_stack.ipynb #cell69
+@patch
+def checkpointing(self:GatedCausalLM,
+    on:bool=True # off: keep all activations
+)->GatedCausalLM: # self
+    "Recompute each block in `backward` instead of keeping its activations"
+    (self.base.gradient_checkpointing_enable if on else self.base.gradient_checkpointing_disable)(**({'gradient_checkpointing_kwargs': {'use_reentrant': False}} if on else {}))
+    for m in self.base.modules():
+        if isinstance(m, GradientCheckpointingLayer): m.training = on
+    return self
+
+# %% ../nbs/20_stack.ipynb #cell77
 def _keys(spot): return f'base_model.model.{spot.name}.lora_A.weight', f'base_model.model.{spot.name}.lora_B.weight'
 
 def _whole_number(x): return int(x) if x==int(x) else x
@@ -416,7 +430,7 @@ def save_peft(self:Stack,
         bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=self.suffixes, base_model_name_or_path=base_id))
     return dir
 
-# %% ../nbs/20_stack.ipynb #cell60
+# %% ../nbs/20_stack.ipynb #cell79
 def _config(dir):
     path = dir/'adapter_config.json'
     if not path.is_file(): raise HydraError(f"{path} does not exist: {dir} is not a PEFT adapter")
