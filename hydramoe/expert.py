@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from .base import load_base, tiny_base
-from .core import HydraError, canonical, derive_seed, digest, one_of, progress, read_json, read_jsonl, rng, write_json
+from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, write_json
 from .data import encode
 from .score import loss_matrix, micro_batches, save_losses, token_losses
 from .stack import LoraSpec, gated, make_plan, one_hot
@@ -73,10 +73,13 @@ def plan_steps(
     spec:TrainSpec # gives seed, epochs, steps
 )->list[list[tuple]]: # for each step its (expert, example) pairs
     "Shuffle each expert's rows by its name, epoch by epoch, and spread them over the steps"
-    if empty := [n for n,r in zip(names, rows) if not r]: raise HydraError(f"no rows for expert {', '.join(empty)}: every expert needs at least one; leave it out or give it rows")
-    order = [np.concatenate([rng(spec.seed, 'rows', n, k).permutation(len(r)) for k in range(spec.epochs)]) for n,r in zip(names, rows)]
-    n_rows = [len(r) for r in rows]
-    return [[(e, rows[e][order[e][i]]) for e,i in step] for step in spread([n*spec.epochs for n in n_rows], n_steps(n_rows, spec))]
+    if empty := [n for n,r in zip(names, rows) if not r]:
+        raise HydraError(f"no rows for expert {', '.join(empty)}: every expert needs at least one; leave it out or give it rows")
+    order = [_order(len(r), n, spec) for n,r in zip(names, rows)]
+    plan = spread([len(o) for o in order], n_steps([len(r) for r in rows], spec))
+    return [[(e, rows[e][order[e][i]]) for e,i in step] for step in plan]
+
+def _order(n, name, spec): return np.concatenate([rng(spec.seed, 'rows', name, k).permutation(n) for k in range(spec.epochs)])
 
 # %% ../nbs/22_expert.ipynb #cell19
 def gradients(
@@ -92,11 +95,18 @@ def gradients(
     total = torch.zeros(slots, device=model.device)
     for b in micro_batches([len(x.ids) for _,x in step], spec.micro_tokens):
         of = who[b].repeat_interleave(size[b]).to(model.device)
-        with stack.bind(make_plan(one_hot(who[b], slots), stack)):
+        with stack.bind(make_plan(one_hot(who[b], slots), stack)), _adding_in_place():
             nll = token_losses(model, [step[i][1] for i in b])
             (nll/labels[of]).sum().backward()
         total.index_add_(0, of, nll.detach())
     return total/labels
+
+@contextmanager
+def _adding_in_place():
+    "Torch notes that gradients are views of a larger buffer: that is what we want"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='grad and param do not obey')
+        yield
 
 # %% ../nbs/22_expert.ipynb #cell23
 class Optimizers:
@@ -127,9 +137,8 @@ class Optimizers:
 
     def state(self)->dict[str,Tensor]: # experts, both moments, steps taken, clocks
         "All that a run needs to go on, as tensors"
-        s = [self.adamw.state.get(p) or dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=torch.tensor(0.)) for p in self.params]
-        return dict(theta=torch.stack([p.detach() for p in self.params]), clock=torch.tensor(self.clock),
-                    **{k: torch.stack([x[k] for x in s]) for k in ('exp_avg','exp_avg_sq','step')})
+        s = [self.adamw.state.get(p) or _unmoved(p) for p in self.params]
+        return dict(theta=torch.stack([p.detach() for p in self.params]), clock=torch.tensor(self.clock), **{k: torch.stack([x[k] for x in s]) for k in _unmoved(self.params[0])})
 
     def load(self,
         state:dict[str,Tensor] # of `state`
@@ -138,7 +147,9 @@ class Optimizers:
         self.clock = state['clock'].tolist()
         for e,p in enumerate(self.params):
             p.data.copy_(state['theta'][e])
-            self.adamw.state[p] = {k: state[k][e].clone().to('cpu' if k=='step' else p.device) for k in ('step','exp_avg','exp_avg_sq')}
+            self.adamw.state[p] = {k: state[k][e].clone().to(x.device) for k,x in _unmoved(p).items()}
+
+def _unmoved(p): return dict(step=torch.tensor(0.), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
 # %% ../nbs/22_expert.ipynb #cell27
 def save_checkpoint(
@@ -166,7 +177,8 @@ def load_checkpoint(
         except SealError as e:
             warnings.warn(f'checkpoint refused, going back to the one before: {e}')
             shutil.rmtree(path); continue
-        if meta['job'] != job: raise HydraError(f"{path} is a checkpoint of other rows, spec or start; give this run its own directory, or remove that one")
+        if meta['job'] != job:
+            raise HydraError(f"{path} is a checkpoint of other rows, spec or start; give this run its own directory, or remove that one")
         opt.load(load_file(path/'state.safetensors'))
         return read_json(path/'history.json')
     return []
@@ -194,14 +206,15 @@ def fit(
     "Train experts fused, in place, each as if it were alone"
     names = list(names or [n or f'expert{e}' for e,n in enumerate(model.stack.names[:len(rows)])])
     steps = [s for s in plan_steps(rows, names, spec) if s]
-    opt = Optimizers(model.stack, [sum(any(e==x for x,_ in s) for s in steps) for e in range(len(rows))], spec)
+    opt = Optimizers(model.stack, [_present(e, steps) for e in range(len(rows))], spec)
     job = job_id(model.stack, rows, names, spec)
     history = load_checkpoint(work, opt, job) if work else []
-    with training(model, spec), progress(total=_tokens(sum(steps[len(history):], [])), desc=f'train {len(rows)} experts', unit='tok') as bar:
-        for step in steps[len(history):]:
+    left = steps[len(history):]
+    with training(model, spec), progress(total=sum(map(_tokens, left)), desc=f'train {", ".join(names)}'[:30], unit='tok') as bar:
+        for step in left:
             history.append(fit_step(model, opt, step, len(history), names))
             bar.update(_tokens(step))
-            if work and len(history)%every==0 and len(history)<len(steps): save_checkpoint(work, opt, history, job)
+            if work and len(history)%every==0 and step is not left[-1]: save_checkpoint(work, opt, history, job)
     return history
 
 def fit_step(
@@ -215,9 +228,10 @@ def fit_step(
     loss = gradients(model, step, opt.spec)
     norms, skipped = opt.step({e for e,_ in step})
     for e in skipped: warnings.warn(f"step {k}: the gradient of expert {names[e]!r} is not finite; it is not stepped, the others go on")
-    return dict(step=k, tokens=_tokens(step), skipped=[names[e] for e in skipped], loss={names[e]: _plain(loss[e].item()) for e in norms},
-                norm={names[e]: _plain(x) for e,x in norms.items()})
+    return dict(step=k, tokens=_tokens(step), skipped=[names[e] for e in skipped],
+                loss={names[e]: _plain(loss[e].item()) for e in norms}, norm={names[e]: _plain(x) for e,x in norms.items()})
 
+def _present(e, steps): return sum(any(f==e for f,_ in step) for step in steps)
 def _tokens(step): return sum(len(x.ids) for _,x in step)
 def _plain(x): return x if math.isfinite(x) else None
 
@@ -230,7 +244,6 @@ def training(
     b, was, kernel = model.base, model.stack.is_trainable, model.base.config._attn_implementation
     layers = [m for m in b.modules() if hasattr(m, 'gradient_checkpointing')] if spec.checkpointing else []
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='grad and param do not obey') # views of the stack: adding in place is what we want
         warnings.filterwarnings('ignore', message='.*gradient_checkpointing', category=FutureWarning)
         model.stack.trainable(True)
         b.set_attn_implementation(_kernel(b, spec))
@@ -280,11 +293,13 @@ def sort_rows(
     if groups is None: owner = {r['id']: r['domain'] for r in records}
     else:
         owner = {i: name for name,ids in groups.items() for i in ids}
-        if lost := owner.keys() - {r['id'] for r in records}: raise HydraError(f"{len(lost)} ids of `groups` are not among the {len(records)} records, e.g. {min(lost)!r}")
+        if lost := owner.keys() - {r['id'] for r in records}:
+            raise HydraError(f"{len(lost)} ids of `groups` are not among the {len(records)} records, e.g. {min(lost)!r}")
     out = {name: [] for name in (groups or sorted(set(owner.values())))}
     for r in records:
         if r['id'] in owner: out[owner[r['id']]].append(r)
-    if bad := [n for n in out if not re.fullmatch(r'[\w][\w.-]*', n)]: raise HydraError(f"{bad[0]!r} cannot name an expert: it will be a directory; use letters, digits, `_`, `.` and `-`")
+    if bad := [n for n in out if not re.fullmatch(r'[\w][\w.-]*', n)]:
+        raise HydraError(f"{bad[0]!r} cannot name an expert: it will be a directory; use letters, digits, `_`, `.` and `-`")
     return out
 
 def start_expert(
@@ -297,10 +312,12 @@ def start_expert(
     "Fill a slot with fresh factors or with a copy of `start`, widened if its rank is smaller"
     stack.init_expert(slot, seed, name)
     if start is None: return
-    found = [start] if (Path(start)/'adapter_config.json').is_file() else [p.parent for p in sorted(Path(start).glob('*/adapter_config.json'))]
+    found = _adapters(start)
     if len(found)!=1: raise HydraError(f"{start} holds {len(found)} adapters; to branch from it, it must hold one")
     stack.load_peft(found[0], slot, name)
     if stack.ranks[slot] < stack.spec.rank: stack.widen(slot, seed)
+
+def _adapters(path): return [p.parent for pattern in ('', '*/') for p in sorted(Path(path).glob(f'{pattern}adapter_config.json'))]
 
 def train_experts(
     out:Path, # the directory to fill: a stage's
@@ -321,13 +338,15 @@ def train_experts(
     b = open_base(base, quant)
     records = sort_rows(read_jsonl(Path(rows_dir)/file), groups)
     rows = {n: [encode(r, b.tokenizer, max_prompt, max_response) for r in rs] for n,rs in records.items()}
-    kept = {n: [x for x in xs if x is not None] for n,xs in rows.items()}
+    kept = _short(rows)
     model = gated(b, slots=len(kept), spec=lora)
     for e,name in enumerate(kept): start_expert(model.stack, e, name, start, spec.seed)
     history = fit(model, list(kept.values()), spec, work_dir(out), list(kept))
     for e,name in enumerate(kept): model.stack.save_peft(Path(out)/name, e, b.id)
     write_json(Path(out)/'history.json', dict(experts=summary(rows, kept, history), spec=spec, lora=lora, history=history))
     return Path(out)
+
+def _short(rows): return {n: [x for x in xs if x is not None] for n,xs in rows.items()}
 
 def summary(
     rows:dict[str,list], # expert → its examples, None where a row was too long
@@ -380,8 +399,9 @@ def score_adapters(
     "Seal the loss matrix of adapters, or of mixes of them, on the records of a part"
     b = open_base(base, quant)
     rows = [encode(r, b.tokenizer, max_prompt, max_response) for r in read_jsonl(Path(rows_dir)/f'{part}.jsonl')]
-    if None in rows: raise HydraError(f"{rows.count(None)} of {len(rows)} {part} records are longer than {max_prompt} + {max_response} tokens; a comparison leaves none out: raise the limits")
-    found = {p.parent.name: p.parent for p in sorted(Path(adapters).glob('*/adapter_config.json'))} if adapters else {}
+    if None in rows:
+        raise HydraError(f"{rows.count(None)} of {len(rows)} {part} records are longer than {max_prompt} + {max_response} tokens; a comparison leaves none out: raise the limits")
+    found = {p.name: p for p in _adapters(adapters)} if adapters else {}
     model = on_stack(found, b) if found else gated(b, 1, LoraSpec(1))
     columns = {m: _placed(x, list(found)) for m,x in mixes.items()} if mixes else dict(zip(found, torch.eye(len(found)))) or dict(base=None)
     return save_losses(loss_matrix(model, rows, columns), out)
@@ -393,7 +413,7 @@ def _placed(mix, slots):
     gates[:,[slots.index(n) for n in mix['names']]] = w
     return gates
 
-# %% ../nbs/22_expert.ipynb #cell52
+# %% ../nbs/22_expert.ipynb #cell54
 def fit_trl(
     base, # `hydramoe.base.Base`, not in a stack
     batches:list[list], # for each step its examples
@@ -405,13 +425,14 @@ def fit_trl(
     from peft import PeftModel
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
-    model = PeftModel.from_pretrained(base.model, str(start), is_trainable=True)
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=spec.lr, weight_decay=0.)
-    clock = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: rate(k, len(batches), spec) if k<len(batches) else 0.)
     cuda = torch.device(base.device).type=='cuda'
-    with tempfile.TemporaryDirectory() as tmp:
-        args = SFTConfig(tmp, max_steps=len(batches), max_grad_norm=spec.clip, bf16=False, use_cpu=not cuda, activation_checkpointing=spec.checkpointing, max_length=None, completion_only_loss=True,
-                         logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True, seed=spec.seed)
+    with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning) # TRL's own calls
+        model = PeftModel.from_pretrained(base.model, str(start), is_trainable=True)
+        opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=spec.lr, weight_decay=0.)
+        clock = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: rate(min(k, len(batches)-1), len(batches), spec))
+        args = SFTConfig(tmp, max_steps=len(batches), max_grad_norm=spec.clip, bf16=False, use_cpu=not cuda, activation_checkpointing=spec.checkpointing, max_length=None,
+                         completion_only_loss=True, logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True, seed=spec.seed)
         trainer = _on_batches(SFTTrainer, batches)(model, args, train_dataset=_trl_rows(batches), processing_class=base.tokenizer, optimizers=(opt, clock))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -420,13 +441,13 @@ def fit_trl(
     return [h['loss'] for h in trainer.state.log_history if 'loss' in h]
 
 def _trl_rows(batches):
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
+    disable_progress_bars()
     return Dataset.from_list([dict(input_ids=x.ids, completion_mask=[0]*x.n_prompt+[1]*(len(x.ids)-x.n_prompt)) for b in batches for x in b])
 
 def _on_batches(Trainer, batches):
     "A trainer whose batches are the given ones, collated by its own collator"
     ends = np.cumsum([0]+[len(b) for b in batches])
-    class Given(Trainer):
-        def get_train_dataloader(self):
-            return torch.utils.data.DataLoader(self.train_dataset, batch_sampler=[range(a, b) for a,b in zip(ends, ends[1:])], collate_fn=self.data_collator)
-    return Given
+    parts = [range(a, b) for a,b in zip(ends, ends[1:])]
+    loader = lambda self: torch.utils.data.DataLoader(self.train_dataset, batch_sampler=parts, collate_fn=self.data_collator)
+    return type('OnBatches', (Trainer,), dict(get_train_dataloader=loader))
