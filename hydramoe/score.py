@@ -9,7 +9,7 @@ __all__ = ['micro_batches', 'collate', 'token_losses', 'response_losses', 'Losse
 
 # %% ../nbs/21_score.ipynb #cell2
 import torch, numpy as np, torch.nn.functional as F
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
