@@ -138,10 +138,10 @@ def _open(path, quant, device):
                                                   attn_implementation=_attention(quant, device), device_map={'': device}, use_safetensors=True, trust_remote_code=False)
     return _freeze(m)
 
-def _requantised(model):
+def _reopened(model, quant):
     with tempfile.TemporaryDirectory() as tmp, _quiet():
         model.save_pretrained(tmp)
-        return _open(tmp, 'nf4', 'cpu')
+        return _open(tmp, quant, 'cpu')
 
 def _device(device): return device or ('cuda' if torch.cuda.is_available() else 'cpu')
 
@@ -161,10 +161,9 @@ def tiny_base(
     quant:str='fp32', # 'fp32', 'bf16' or 'nf4'
 )->Base: # on the CPU, with `byte_tokenizer`
     "A random Llama for lessons and tests, the same on every machine"
-    model,dtype = _tiny_model(seed, layers, width, quant),compute_dtype(quant)
+    model = _tiny_model(seed, layers, width, one_of(quant, ('fp32', 'bf16', 'nf4'), 'quant'))
     name = fingerprint(model)
-    model = _requantised(model) if quant=='nf4' else _freeze(model.to(dtype))
-    return Base(model, byte_tokenizer(), f'tiny-{seed}', quant, 'cpu', name)
+    return Base(_freeze(model) if quant=='fp32' else _reopened(model, quant), byte_tokenizer(), f'tiny-{seed}', quant, 'cpu', name)
 
 # %% ../nbs/10_base.ipynb #cell37
 def _linear(model):

@@ -7,7 +7,7 @@ __all__ = ['Spot', 'LoraSpec', 'Stack', 'Plan', 'make_plan', 'one_hot', 'using',
            'hidden', 'logits']
 
 # %% ../nbs/20_stack.ipynb #cell3
-import warnings
+import inspect, warnings
 from collections import namedtuple
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -97,7 +97,9 @@ class Stack(nn.Module):
         if device!=self.theta.device: self.theta,self.scale = self.theta.to(device),self.scale.to(device); self._lay(self.is_trainable)
         return self
 
-    def extra_repr(self): return f"{self.slots} experts of rank {self.spec.rank} on {len(self.spots)} layers, {self.theta.shape[1]:,} parameters each"
+    def extra_repr(self):
+        "Shown by `print(model)`"
+        return f"{self.slots} experts of rank {self.spec.rank} on {len(self.spots)} layers, {self.theta.shape[1]:,} parameters each"
 
 # %% ../nbs/20_stack.ipynb #cell17
 def _suffixes(names, model):
@@ -403,7 +405,9 @@ def checkpointing(self:GatedCausalLM,
     on:bool=True # off: keep all activations
 )->GatedCausalLM: # self
     "Recompute each block in `backward` instead of keeping its activations"
-    (self.base.gradient_checkpointing_enable if on else self.base.gradient_checkpointing_disable)(**({'gradient_checkpointing_kwargs': {'use_reentrant': False}} if on else {}))
+    do = 'enable' if on else 'disable'
+    act = getattr(self.base, f'activation_checkpointing_{do}', None) or getattr(self.base, f'gradient_checkpointing_{do}')
+    act(**({next(iter(inspect.signature(act).parameters)): {'use_reentrant': False}} if on else {}))
     for m in self.base.modules():
         if isinstance(m, GradientCheckpointingLayer): m.training = on
     return self

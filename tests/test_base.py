@@ -1,0 +1,109 @@
+"Bases: what loads, what is refused, and what a fingerprint must survive"
+import shutil
+import pytest, torch
+import hydramoe.base as hb
+from hydramoe.base import checkpoint_fingerprint, differentiable_nf4, fingerprint, load_base, smollm2_dir, target_layers, tiny_base
+from hydramoe.core import HydraError
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
+
+@pytest.fixture(scope='module')
+def tiny(): return tiny_base()
+
+def saved(tiny, to, **kw):
+    with hb._quiet(): tiny.model.save_pretrained(to, **kw)
+    tiny.tokenizer.save_pretrained(to)
+    return to
+
+def test_no_global_random_numbers_are_used():
+    torch.manual_seed(5); want = torch.rand(3)
+    torch.manual_seed(5); tiny_base(); tiny_base(quant='nf4')
+    assert torch.equal(torch.rand(3), want)
+
+def test_fingerprint_of_shards(tiny, tmp_path):
+    saved(tiny, tmp_path, max_shard_size='100KB')
+    shards = sorted(tmp_path.glob('model-*.safetensors'))
+    assert len(shards)>1 and checkpoint_fingerprint(tmp_path)==tiny.fingerprint
+    shards[1].unlink()
+    with pytest.raises(HydraError, match=shards[1].name): load_base(tmp_path)
+
+def test_fingerprint_of_an_untied_head(tiny, tmp_path):
+    cfg = type(tiny.model.config).from_dict({**tiny.model.config.to_dict(), 'tie_word_embeddings': False})
+    model = LlamaForCausalLM(cfg)
+    before = fingerprint(model)
+    with torch.no_grad(): model.lm_head.weight[3,3] += 1
+    assert fingerprint(model)!=before
+    model.save_pretrained(tmp_path)
+    assert checkpoint_fingerprint(tmp_path)==fingerprint(model)
+
+def test_a_touched_checkpoint_is_named_anew(tiny, tmp_path):
+    saved(tiny, tmp_path)
+    first = load_base(tmp_path).fingerprint
+    saved(tiny_base(seed=1), tmp_path)
+    assert load_base(tmp_path).fingerprint!=first
+
+def test_a_pickle_is_refused(tiny, tmp_path):
+    saved(tiny, tmp_path)
+    torch.save(tiny.model.state_dict(), tmp_path/'pytorch_model.bin')
+    (tmp_path/'model.safetensors').unlink()
+    with pytest.raises(HydraError, match='safetensors only'): load_base(tmp_path)
+
+@pytest.mark.parametrize('id', ['/no/such/dir', 'no-such-base', 'a/b/c', '~/nothing/here'])
+def test_what_is_not_a_base(id):
+    with pytest.raises(HydraError, match='neither'): load_base(id)
+
+def test_a_tokenizer_without_template_or_padding(tiny, tmp_path):
+    saved(tiny, tmp_path)
+    t = hb.byte_tokenizer(); t.chat_template = None; t.pad_token = None
+    for f in ('chat_template.jinja',): (tmp_path/f).unlink(missing_ok=True)
+    t.save_pretrained(tmp_path)
+    b = load_base(tmp_path)
+    assert b.tokenizer.chat_template==hb.chatml and b.tokenizer.pad_token==b.tokenizer.eos_token
+
+def test_fused_projections_are_targets():
+    m = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
+    assert {n.split('.')[-1] for n in target_layers(m)}=={'query_key_value', 'dense', 'dense_h_to_4h', 'dense_4h_to_h'}
+    assert len(target_layers(m, 'query_key_value,dense'))==2
+
+@pytest.mark.parametrize('tokens', [1, 2, 40])
+def test_nf4_gradient_after_an_evaluation(tokens):
+    from bitsandbytes.functional import dequantize_4bit
+    lin = tiny_base(quant='nf4').model.model.layers[0].self_attn.q_proj
+    x = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(0)).to(hb.compute_dtype('nf4'))
+    with torch.no_grad(): lin(x)
+    x.requires_grad_()
+    got, = torch.autograd.grad(lin(x).float().square().sum(), x)
+    W = dequantize_4bit(lin.weight.data, lin.weight.quant_state).float()
+    want, = torch.autograd.grad((x.float()@W.T).square().sum(), x)
+    assert (got.float()-want.float()).norm() < .02*want.float().norm()
+
+def test_repacked_layers_are_unpacked():
+    "A base that someone else loaded and evaluated"
+    b = tiny_base(quant='nf4')
+    lins = list(target_layers(b.model).values())
+    before = [l.weight.data.clone() for l in lins]
+    for l in lins: l.support_avx512bf16_for_cpu = True
+    with torch.no_grad(): b.model(torch.arange(9)[None])
+    differentiable_nf4(b.model)
+    assert all(torch.equal(l.weight.data.view(-1), w.view(-1)) for l,w in zip(lins, before))
+    x = torch.randn(1, 4, 64).to(b.model.dtype).requires_grad_()
+    assert torch.autograd.grad(lins[0](x).sum(), x)[0].abs().sum()>0
+
+def test_conversion_that_dies_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path))
+    monkeypatch.setattr(hb, 'members', lambda *a: ['m.gguf'])
+    monkeypatch.setattr(hb, 'unpack', lambda *a: tmp_path)
+    def dies(*a): raise RuntimeError('killed')
+    monkeypatch.setattr(hb, '_from_gguf', dies)
+    with pytest.raises(RuntimeError, match='killed'): smollm2_dir()
+    assert not [p for p in (tmp_path/'models').iterdir() if not p.name.startswith('.')]
+
+@pytest.mark.slow
+def test_smollm2_in_every_precision():
+    "bf16 is near fp32; NF4 moves single logits a lot, the loss little"
+    loss,name = {},None
+    for q in ('fp32', 'bf16', 'nf4'):
+        b = load_base('smollm2', q, 'cpu')
+        ids = b.tokenizer('The capital of France is the city of Paris, which is known for its museums and food.', return_tensors='pt').input_ids
+        with torch.no_grad(): loss[q] = b.model(ids, labels=ids).loss.item()
+        assert b.fingerprint==(name := name or b.fingerprint)
+    assert abs(loss['bf16']-loss['fp32']) < .02*loss['fp32'] and abs(loss['nf4']-loss['fp32']) < .1*loss['fp32']

@@ -1,0 +1,333 @@
+"The one operation in all architectures, precisions, plans and threads; PEFT as the judge"
+import json, os, subprocess, sys, threading, warnings
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from hydramoe.base import Base, byte_tokenizer, tiny_base
+from hydramoe.core import HydraError
+from hydramoe.stack import GatedLinear, LoraSpec, Stack, gated, hidden, logits, make_plan, one_hot, using
+from hydramoe.store import sealing
+
+def fill(stack, seed=0):
+    for e in range(stack.slots): stack.init_expert(e, e, f'expert{e}')
+    with torch.no_grad(): stack.theta.add_(.05*torch.randn(stack.theta.shape, generator=torch.Generator().manual_seed(seed)))
+    return stack
+
+def ready(quant='fp32', slots=4, rank=4, **kw):
+    m = gated(tiny_base(quant=quant), slots, LoraSpec(rank, 2*rank, **kw))
+    fill(m.stack)
+    return m
+
+def batch(rows=3, length=12, seed=0, vocab=250, pads=(0,3,5)):
+    ids = torch.randint(3, vocab, (rows,length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    for r in range(rows): mask[r,:pads[r%len(pads)]] = 0
+    return dict(input_ids=ids, attention_mask=mask)
+
+def peft(base_model, dir):
+    from peft import PeftModel
+    with warnings.catch_warnings(action='ignore'): return PeftModel.from_pretrained(base_model, dir)
+
+# ---- architectures
+def neox():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256, eos_token_id=2, bos_token_id=1))
+def qwen2():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, eos_token_id=2, bos_token_id=1))
+def gemma2():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    return Gemma2ForCausalLM(Gemma2Config(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, final_logit_softcapping=2., eos_token_id=2, bos_token_id=1))
+def granite():
+    from transformers import GraniteConfig, GraniteForCausalLM
+    return GraniteForCausalLM(GraniteConfig(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, logits_scaling=3., eos_token_id=2, bos_token_id=1))
+def cohere():
+    from transformers import CohereConfig, CohereForCausalLM
+    return CohereForCausalLM(CohereConfig(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, logit_scale=.3, eos_token_id=2, bos_token_id=1))
+
+@pytest.mark.parametrize('make', [neox, qwen2, gemma2, granite, cohere])
+def test_other_architectures(make, tmp_path):
+    with torch.random.fork_rng(): torch.manual_seed(0); model = make().eval().requires_grad_(False)
+    twin = type(model)(model.config).eval(); twin.load_state_dict(model.state_dict())
+    x = batch()
+    before = model(**x).logits
+    m = gated(Base(model, byte_tokenizer(), make.__name__, 'fp32', 'cpu', ''), 3, LoraSpec(4, 8))
+    fill(m.stack)
+    assert torch.equal(m(**x).logits, before)
+    g = torch.rand(3, 3, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(logits(m, hidden(m, **x, gates=g)), m(**x, gates=g).logits)
+    m.stack.save_peft(tmp_path, 1, make.__name__)
+    keep = x['attention_mask'].bool()
+    torch.testing.assert_close(m(**x, gates=one_hot([1,1,1],3)).logits[keep], peft(twin, tmp_path)(**x).logits[keep], atol=1e-4, rtol=1e-4)
+    kw = dict(**x, gates=g, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(m.generate(**kw), m.generate(**kw, use_cache=False))
+    assert torch.equal(m.detach()(**x).logits, before)
+
+# ---- plans
+STACK = fill(Stack(tiny_base().model, 5, LoraSpec(rank=3, alpha=6)))
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1,4), st.integers(1,5), st.booleans(), st.sampled_from([0., .5, .9]), st.sampled_from([None, 'rows', 'dense']))
+def test_every_plan_computes_the_formula(seed, B, T, tokens, zeros, kind):
+    r = torch.Generator().manual_seed(seed)
+    g = torch.randn(B, T if tokens else 1, 5, generator=r)*(torch.rand(B, T if tokens else 1, 5, generator=r)>=zeros)
+    (A,Bm),sp = STACK.leaves[4],STACK.spots[4]
+    x,y = torch.randn(B,T,sp.inp, generator=r),torch.randn(B,T,sp.out, generator=r)
+    want = y+torch.einsum('bte,bti,eri,eor->bto', (g*STACK.scale).expand(B,T,5), x, A, Bm)
+    plan = make_plan(g, STACK, kind)
+    got = y if plan.kind=='none' else plan.add(y.clone(), x, 4)
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-3)
+
+def test_a_swap_moves_no_weights():
+    plan = make_plan(one_hot([2,2],5), STACK)
+    A,B = plan.factors(0, torch.float32)
+    assert plan.kind=='one' and A.data_ptr()==STACK.leaves[0][0][2].data_ptr() and B.data_ptr()==STACK.leaves[0][1][2].data_ptr()
+
+def test_an_expert_that_is_not_used_is_not_read():
+    "NaN in a slot that no row names does not matter"
+    s = fill(Stack(tiny_base().model, 4, LoraSpec(4)))
+    x = torch.randn(2,3,64)
+    for g in (one_hot([0,0],4), one_hot([0,1],4), torch.tensor([[.5,.5,0,0],[.5,.5,0,0]]), torch.tensor([[.9,.1,0,0]]).expand(2,3,4)):
+        want = make_plan(g, s).add(torch.zeros(2,3,64), x, 0)
+        s.theta[3] = torch.nan
+        assert torch.equal(make_plan(g, s).add(torch.zeros(2,3,64), x, 0), want)
+        s.theta[3] = 0
+
+# ---- storage
+def test_the_stack_stays_fp32_and_its_views_stay_views():
+    m = ready()
+    m.to(torch.bfloat16)
+    assert m.base.dtype==torch.bfloat16 and m.stack.theta.dtype==torch.float32
+    m.stack.leaves[0][0][1,0,0] = 9.
+    assert (m.stack.theta[1]==9).any()
+
+def test_trainable_twice_keeps_gradients_and_off_forgets_them():
+    s = Stack(tiny_base().model, 2, LoraSpec(2)).trainable()
+    s.grad += 1
+    assert s.trainable().grad.min()==1 and s.trainable(False).grad is None and not s.leaves[0][0].requires_grad
+
+def test_state_of_the_base_is_not_mixed_with_the_stack():
+    m = ready()
+    assert not [k for k in m.state_dict() if 'theta' in k or 'lora' in k]
+    assert not any(p.requires_grad for p in m.stack.trainable() and m.parameters())
+
+# ---- ranks
+def test_smaller_rank_equals_peft_and_its_padding_never_moves(tmp_path):
+    m = ready(slots=2, rank=6)
+    m.stack.init_expert(0, 3, 'small', rank=2, alpha=5)
+    x = batch()
+    m.stack.trainable()
+    with m.stack.bind(make_plan(one_hot([0,0,1],2), m.stack)): hidden(m, **x).square().sum().backward()
+    for A,B in m.stack.leaves: assert A.grad[0,2:].abs().sum()==0 and B.grad[0,:,2:].abs().sum()==0
+    for _,B in m.stack.leaves: B.data[0,:,:2] = .1
+    m.stack.trainable(False)
+    c = json.loads((m.stack.save_peft(tmp_path, 0, 'tiny-0')/'adapter_config.json').read_text())
+    assert (c['r'], c['lora_alpha'])==(2, 5)
+    keep = x['attention_mask'].bool()
+    torch.testing.assert_close(m(**x, gates=one_hot([0]*3,2)).logits[keep], peft(tiny_base().model, tmp_path)(**x).logits[keep], atol=1e-4, rtol=1e-4)
+
+def test_widened_expert_can_use_its_whole_rank():
+    m = ready(slots=1, rank=6)
+    m.stack.init_expert(0, 3, 'small', rank=2)
+    x = batch()
+    before = m(**x, gates=torch.ones(3,1)).logits
+    m.stack.widen(0)
+    assert torch.equal(m(**x, gates=torch.ones(3,1)).logits, before)
+    m.stack.trainable()
+    with m.stack.bind(make_plan(torch.ones(3,1), m.stack)): hidden(m, **x).square().sum().backward()
+    assert all((B.grad[0].abs().sum(0)>0).all() for _,B in m.stack.leaves)
+
+# ---- PEFT files
+@pytest.fixture()
+def adapter(tmp_path): return fill(Stack(tiny_base().model, 2, LoraSpec(4))).save_peft(tmp_path/'a', 1, 'tiny-0')
+
+def refused(adapter, match, **kw):
+    s = Stack(tiny_base().model, 2, LoraSpec(**{'rank': 4, **kw}))
+    with pytest.raises(HydraError, match=match): s.load_peft(adapter, 0)
+    assert s.theta.abs().sum()==0 and s.names==[None,None]
+
+@pytest.mark.parametrize('change, said', [(dict(use_dora=True), 'use_dora'), (dict(bias='all'), 'bias'), (dict(modules_to_save=['lm_head']), 'modules_to_save'),
+                                          (dict(rank_pattern={'q_proj': 2}), 'rank_pattern'), (dict(peft_type='LOHA'), 'peft_type')])
+def test_other_arithmetic_is_refused(adapter, change, said):
+    p = adapter/'adapter_config.json'
+    p.write_text(json.dumps({**json.loads(p.read_text()), **change}))
+    refused(adapter, said)
+
+def test_damage_is_named(adapter):
+    p = adapter/'adapter_model.safetensors'
+    p.write_bytes(p.read_bytes()[:-8])
+    refused(adapter, 'adapter_model.safetensors is damaged')
+
+def test_missing_parts_are_named(adapter):
+    (adapter/'adapter_model.safetensors').rename(adapter/'adapter_model.bin')
+    refused(adapter, 'pickle')
+    (adapter/'adapter_config.json').unlink()
+    refused(adapter, 'adapter_config.json does not exist')
+
+def test_other_targets_and_ranks_are_refused(adapter):
+    refused(adapter, 'rank 4 does not fit', rank=2)
+    refused(adapter, 'has no layer', targets='q_proj,v_proj')
+    few = fill(Stack(tiny_base().model, 1, LoraSpec(4, targets='q_proj'))).save_peft(adapter.parent/'few', 0, 'tiny-0')
+    refused(few, 'lacks')
+    wide = fill(Stack(tiny_base(width=128).model, 1, LoraSpec(4))).save_peft(adapter.parent/'wide', 0, 'tiny-0')
+    refused(wide, r'has shape \(4, 128\), this base and rank need \(4, 64\)')
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_non_finite_is_named(adapter, value):
+    p = adapter/'adapter_model.safetensors'
+    t = load_file(p); k = sorted(t)[-1]; t[k].view(-1)[7] = value; save_file(t, p)
+    refused(adapter, k.replace('.', r'\.')+' holds NaN or infinity')
+
+def test_an_altered_bit_in_a_sealed_adapter_is_named(adapter, tmp_path):
+    with sealing(tmp_path/'sealed', {}) as out:
+        for f in adapter.iterdir(): (out/f.name).write_bytes(f.read_bytes())
+    Stack(tiny_base().model, 1, LoraSpec(4)).load_peft(tmp_path/'sealed', 0)
+    p = tmp_path/'sealed'/'adapter_model.safetensors'
+    b = bytearray(p.read_bytes()); b[-3] ^= 1; p.chmod(0o644); p.write_bytes(b)
+    refused(tmp_path/'sealed', 'adapter_model.safetensors')
+
+def test_rank_stabilised_scale_and_bf16_files(adapter):
+    p = adapter/'adapter_config.json'
+    p.write_text(json.dumps({**json.loads(p.read_text()), 'use_rslora': True, 'lora_alpha': 6}))
+    t = load_file(adapter/'adapter_model.safetensors'); save_file({k: v.bfloat16() for k,v in t.items()}, adapter/'adapter_model.safetensors')
+    s = Stack(tiny_base().model, 1, LoraSpec(4))
+    s.load_peft(adapter, 0, 'x')
+    assert s.scale[0]==3 and s.names==['x'] and s.theta.dtype==torch.float32
+
+def test_an_adapter_that_peft_trained_loads(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    m = get_peft_model(tiny_base().model, LoraConfig(r=4, lora_alpha=12, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=False))
+    x = batch()
+    want = m(**x).logits
+    m.save_pretrained(tmp_path)
+    g = gated(tiny_base(), 2, LoraSpec(8))
+    g.stack.load_peft(tmp_path, 1)
+    keep = x['attention_mask'].bool()
+    torch.testing.assert_close(g(**x, gates=one_hot([1]*3,2)).logits[keep], want[keep], atol=1e-4, rtol=1e-4)
+
+SAVE = """
+import sys, hashlib
+from hydramoe.base import tiny_base
+from hydramoe.stack import Stack, LoraSpec
+b = tiny_base()
+s = Stack(b.model, 2, LoraSpec(4)); s.init_expert(1, 5, 'x'); d = s.save_peft(sys.argv[1], 1, 'tiny-0')
+print(b.fingerprint, *[hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(d.iterdir())])
+"""
+def test_the_same_bytes_under_two_hash_seeds(tmp_path):
+    said = [subprocess.run([sys.executable, '-W', 'ignore', '-c', SAVE, str(tmp_path/h)], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True, text=True, check=True).stdout for h in ('1','2')]
+    assert said[0]==said[1] and len(said[0].split())==3
+
+# ---- generation
+def answers(m, x, g, **kw): return m.generate(**x, gates=g, max_new_tokens=8, eos_token_id=None, pad_token_id=0, **{'do_sample': False, **kw})[:,x['input_ids'].shape[1]:]
+
+def test_sampled_sequences_keep_their_prompts_gates():
+    m,x = ready(),batch()
+    g = torch.rand(3,4, generator=torch.Generator().manual_seed(2))
+    once = answers(m, x, g)
+    assert torch.equal(answers(m, x, g, do_sample=True, top_k=1, num_return_sequences=3), once.repeat_interleave(3, 0))
+
+@pytest.mark.parametrize('shape', [(3,5), (2,4), (3,2,7,4)])
+def test_gates_that_do_not_fit(shape):
+    with pytest.raises(HydraError, match='gates'): answers(ready(), batch(), torch.ones(shape))
+
+def test_threads_do_not_mix():
+    m,x = ready(),batch()
+    gs = [one_hot([e]*3,4) for e in range(4)]+[None]
+    want = [answers(m, x, g) for g in gs]
+    got = [None]*5
+    def work(i): got[i] = [answers(m, x, gs[i]) for _ in range(3)]
+    ts = [threading.Thread(target=work, args=(i,)) for i in range(5)]
+    for t in ts: t.start()
+    for t in ts: t.join()
+    assert all(torch.equal(a, want[i]) for i in range(5) for a in got[i])
+
+def test_a_failed_generation_leaves_no_plan():
+    m,x = ready(),batch()
+    want = m(**x).logits
+    with pytest.raises(HydraError): answers(m, x, torch.ones(2,4))
+    with pytest.raises(ZeroDivisionError):
+        with using(make_plan(one_hot([0]*3,4), m.stack)): 1/0
+    assert torch.equal(m(**x).logits, want)
+
+# ---- training
+def grad(m, x, experts, thread=False):
+    m.stack.zero_grad()
+    with m.stack.bind(make_plan(one_hot(experts, m.stack.slots), m.stack)):
+        loss = logits(m, hidden(m, **x)).float().log_softmax(-1)[...,7].mul(x['attention_mask']).sum()
+        if thread:
+            t = threading.Thread(target=loss.backward); t.start(); t.join()
+        else: loss.backward()
+    return m.stack.grad.clone()
+
+@pytest.mark.parametrize('quant', ['fp32', 'bf16', 'nf4'])
+def test_checkpointing_agrees_also_on_another_thread(quant):
+    m,x = ready(quant),batch()
+    m.stack.trainable()
+    want = grad(m, x, [1,1,3])
+    assert torch.equal(grad(m.checkpointing(), x, [1,1,3], thread=True), want)
+    assert want[1].abs().sum()>0 and want[0].abs().sum()==0
+
+def test_gradient_equals_peft(tmp_path):
+    from peft import PeftModel
+    m,x = ready(),batch()
+    m.stack.save_peft(tmp_path, 2, 'tiny-0')
+    p = PeftModel.from_pretrained(tiny_base().model, tmp_path, is_trainable=True)
+    p(**x).logits.log_softmax(-1)[...,7].mul(x['attention_mask']).sum().backward()
+    m.stack.trainable()
+    grad(m, x, [2,2,2])
+    params = dict(p.named_parameters())
+    for s,(A,B) in zip(m.stack.spots, m.stack.leaves):
+        for k,mine in (('A',A), ('B',B)):
+            theirs = params[f'base_model.model.{s.name}.lora_{k}.default.weight'].grad
+            torch.testing.assert_close(mine.grad[2], theirs, atol=1e-4*theirs.abs().max().item()+1e-6, rtol=1e-3)
+
+@pytest.mark.parametrize('tokens', [1, 12])
+def test_nf4_gradient_equals_that_on_the_dequantised_weights(tokens):
+    "Also for a batch of one token, and after the evaluation that would repack the weights"
+    from bitsandbytes.functional import dequantize_4bit
+    m,x = ready('nf4'),{k: v[:1,:tokens] for k,v in batch(pads=(0,)).items()}
+    twin = tiny_base(quant=('bf16' if m.base.dtype==torch.bfloat16 else 'fp32'))
+    for s in m.stack.spots:
+        w = m.base.get_submodule(s.name).base_layer.weight
+        twin.model.get_submodule(s.name).weight.data = dequantize_4bit(w.data, w.quant_state).to(m.base.dtype)
+    t = gated(twin, 4, LoraSpec(4, 8)); fill(t.stack)
+    with torch.no_grad(): m(**x); m(**x, gates=one_hot([1],4))
+    a,b = grad(m_train(m), x, [1]),grad(m_train(t), x, [1])
+    assert (a-b).norm() < .02*b.norm() and b.norm()>0
+
+def m_train(m):
+    m.stack.trainable()
+    return m
+
+def test_nf4_batch_equals_its_rows_within_tolerance():
+    m,x = ready('nf4'),batch(pads=(0,))
+    g = torch.rand(3,4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        all_ = m(**x, gates=g).logits.float()
+        for i in range(3):
+            one = m(**{k: v[i:i+1] for k,v in x.items()}, gates=g[i:i+1]).logits.float()[0]
+            assert (one-all_[i]).norm() < .03*all_[i].norm()
+
+def test_one_stack_at_a_time_and_a_bound_stack_is_released():
+    m = ready()
+    with pytest.raises(ZeroDivisionError):
+        with m.stack.bind(make_plan(one_hot([0],4), m.stack)): 1/0
+    assert m.stack.bound is None
+    assert not any(isinstance(x, GatedLinear) for x in m.detach().modules())
+
+# ---- the real model
+@pytest.mark.slow
+def test_smollm2_same_tokens_as_peft(tmp_path):
+    from hydramoe.base import load_base
+    m = gated(load_base('smollm2', 'fp32', 'cpu'), 3, LoraSpec(8))
+    for e in range(3): m.stack.init_expert(e, e)
+    with torch.no_grad(): m.stack.theta.add_(.003*torch.randn(m.stack.theta.shape, generator=torch.Generator().manual_seed(0)))
+    m.stack.save_peft(tmp_path, 1, 'smollm2')
+    x = load_base('smollm2', 'fp32', 'cpu').tokenizer(['The sea is', 'Once upon a time there was'], return_tensors='pt', padding=True, padding_side='left')
+    kw = dict(max_new_tokens=16, do_sample=False, eos_token_id=None)
+    p = peft(load_base('smollm2', 'fp32', 'cpu').model, tmp_path)
+    assert torch.equal(m.generate(**x, gates=one_hot([1,1],3), **kw), p.generate(**x, **kw))
+    mixed = m.generate(**x, gates=torch.tensor([[.5,.5,0],[0,.2,.8]]), **kw)
+    for i in range(2):
+        row = {k: v[i:i+1] for k,v in x.items()}
+        assert torch.equal(m.generate(**row, gates=torch.tensor([[.5,.5,0],[0,.2,.8]])[i:i+1], **kw), mixed[i:i+1])
