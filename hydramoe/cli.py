@@ -76,8 +76,7 @@ def make_parser(
 # %% ../nbs/53_cli.ipynb #cell16
 def _calm(quiet):
     "Progress comes from us; the libraries below keep still"
-    calm = dict(TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1')
-    for k,v in calm.items(): os.environ.setdefault(k, v)
+    for k,v in dict(TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false').items(): os.environ.setdefault(k, v)
     if quiet: os.environ['HYDRAMOE_QUIET'] = '1'
 
 def _fail(e):
@@ -260,10 +259,11 @@ def run(a):
          ['hydramoe reproduce toy', 'hydramoe reproduce demo', 'hydramoe reproduce study --until e2_experts'],
          arg('scale', help='toy (seconds), demo (minutes), study (hours on a CPU), paper (a GPU)'), arg('--until', metavar='NAME', help='stop at this experiment'))
 def reproduce(a):
-    "The experiments, in order"
-    from hydramoe.reproduce import run_scale
+    "The experiments in order, their table, and a page with their plots"
+    from hydramoe.reproduce import demo, run_scale
+    text = '' if a.until else demo(a.scale)
     results = run_scale(a.scale, a.until)
-    return '\n'.join(f"{n}: {len(r.rows)} rows" for n,r in results.items()), {n: dict(rows=r.rows) for n,r in results.items()}
+    return text or f"{', '.join(results)}: done", {n: dict(rows=r.rows) for n,r in results.items()}
 
 # %% ../nbs/53_cli.ipynb #cell43
 @command('data list', 'The data cards', ['hydramoe data list', 'hydramoe data list --domain math --use train'],

@@ -657,6 +657,7 @@ def settled(
                          f"or leave it out for {choose_k(rows)}")
     return replace(spec, k=k, epochs=choose_epochs(rows, k) if spec.epochs is None else spec.epochs)
 
+# %% ../nbs/33_hydra.ipynb #cell91
 def training(
     spec:BuildSpec # settled
 )->tuple: # of the seed expert, of the experts: keywords of `train_seed` and `train_experts`
@@ -667,6 +668,7 @@ def training(
     second = TrainSpec(lr=spec.lr, rows=2., steps=20, epochs=spec.epochs, seed=spec.seed)
     return dict(same, spec=asdict(first)), dict(same, spec=asdict(second))
 
+# %% ../nbs/33_hydra.ipynb #cell94
 def make_stages(
     rows:Path, # from `dealt`
     counts:dict, # from `dealt`
@@ -687,7 +689,7 @@ def make_stages(
     router = stage(measure_routers, how, dict(rows=found, x=x, experts=experts), **kw)
     return dict(domains=found, seed=seed, experts=experts, router=router)
 
-# %% ../nbs/33_hydra.ipynb #cell90
+# %% ../nbs/33_hydra.ipynb #cell96
 def assembled(
     made:dict, # from `make_stages`
     counts:dict, # from `dealt`
@@ -730,7 +732,7 @@ def build(cls:Hydra,
     if out is not None: hydra.save(out)
     return hydra
 
-# %% ../nbs/33_hydra.ipynb #cell101
+# %% ../nbs/33_hydra.ipynb #cell107
 @patch
 def explain(self:Hydra,
     prompt:str|list # one prompt or conversation
@@ -755,7 +757,7 @@ def explain_bundle(
     e = explain_route(Router.load(Path(path)/'router'), prompt_text(dict(prompt=as_messages(prompt))))
     return dict(e, text=route_text(e), base=man['base']['id']), plot_route(e)
 
-# %% ../nbs/33_hydra.ipynb #cell105
+# %% ../nbs/33_hydra.ipynb #cell111
 SHARE = dict(fp32=.59, bf16=.39, nf4=.35) # of the matrix rate that fused training of SmolLM2 reached on two cores
 
 def matrix_rate(
