@@ -180,7 +180,13 @@ def _load(a):
     from hydramoe.hydra import Hydra
     return Hydra.load(a.bundle, base=a.base)
 
-def _answer(a): return dict(max_new_tokens=a.max_new_tokens, expert=a.expert, temperature=a.temperature, seed=a.seed)
+def _answer(a, route):
+    "How to answer, with the experts that were asked for or that the router chose"
+    return dict(max_new_tokens=a.max_new_tokens, expert=a.expert or route, temperature=a.temperature, seed=a.seed)
+
+def _route(hydra, prompt):
+    os.environ['HYDRAMOE_QUIET'] = '1' # one prompt needs no progress bar
+    return {x['name']: x['weight'] for x in hydra.explain(prompt)['experts']}
 
 @command('ask', 'Answer one prompt', ['hydramoe ask my-hydra "Who wrote Faust?"', 'hydramoe ask my-hydra - < question.txt',
                                       'hydramoe ask my-hydra "Who wrote Faust?" --expert base', 'hydramoe ask my-hydra "Who wrote Faust?" --json'],
@@ -189,8 +195,9 @@ def ask(a):
     "Prompt in, answer out"
     prompt = sys.stdin.read() if a.prompt=='-' else a.prompt
     hydra = _load(a)
-    answer, e = hydra.ask(prompt, **_answer(a)), hydra.explain(prompt)
-    return answer, dict(prompt=prompt, answer=answer, expert=a.expert, route={x['name']: x['weight'] for x in e['experts']})
+    route = _route(hydra, prompt)
+    answer = hydra.ask(prompt, **_answer(a, route))
+    return answer, dict(prompt=prompt, answer=answer, expert=a.expert, route=route)
 
 @command('explain', 'Say which experts a prompt gets, and why',
          ['hydramoe explain my-hydra "Who wrote Faust?"', 'hydramoe explain my-hydra "Who wrote Faust?" --png route.png'],
@@ -198,6 +205,7 @@ def ask(a):
 def explain(a):
     "The route of a prompt"
     from hydramoe.hydra import explain_bundle
+    os.environ['HYDRAMOE_QUIET'] = '1'
     e, figure = explain_bundle(a.bundle, a.prompt)
     if a.png: figure.savefig(a.png, dpi=150, bbox_inches='tight')
     return e.pop('text'), e
@@ -222,9 +230,9 @@ def _turn(chat, text, a):
     "One answer, written as it grows; returns the names of its experts"
     from transformers import TextStreamer
     show = {} if a.json else dict(streamer=TextStreamer(chat.hydra.base.tokenizer, skip_prompt=True, skip_special_tokens=True))
-    chat(text, **_answer(a), **show)
-    experts = chat.hydra.explain(chat.messages[:-1])['experts']
-    return a.expert or ', '.join(f"{x['name']} {x['weight']:.0%}" for x in experts if x['weight']>=.1)
+    route = _route(chat.hydra, chat.messages + [dict(role='user', content=text)])
+    chat(text, **_answer(a, route), **show)
+    return a.expert or ', '.join(f'{n} {w:.0%}' for n,w in route.items() if w>=.1)
 
 @command('chat', 'Talk to a Hydra', ['hydramoe chat my-hydra', 'hydramoe chat my-hydra --system "Answer in one sentence."'],
          _BUNDLE, arg('--system', help='an instruction that stands before all turns'), _TOKENS, _EXPERT, _WARM, _SEED, _BASE)

@@ -1,15 +1,33 @@
 "The command as a shell sees it: exit codes, streams, signals, speed"
-import json, os, signal, subprocess, sys, time
+import contextlib, io, json, os, shlex, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 
+from hydramoe.cli import main
 from hydramoe.cluster import lesson_texts
 
 COMMANDS = ['build', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce', 'data list', 'data show']
 TINY = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words']
 
 def hydramoe(*argv, **kw):
+    "In a process of its own"
     return subprocess.run([sys.executable, '-m', 'hydramoe.cli', *map(str, argv)], capture_output=True, text=True, **kw)
+
+def here(*argv, cwd, input=''):
+    "In this process, which has torch in memory already: what a shell would see"
+    out, err, stdin, old, env = io.StringIO(), io.StringIO(), sys.stdin, os.getcwd(), dict(os.environ)
+    os.chdir(cwd)
+    sys.stdin = io.StringIO(input)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try: code = main([str(a) for a in argv])
+            except SystemExit as e: code = e.code
+    finally:
+        os.chdir(old)
+        sys.stdin = stdin
+        os.environ.clear(); os.environ.update(env)
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -28,7 +46,7 @@ def test_help_is_quick_and_lists_every_command():
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_help_has_examples(command):
-    out = hydramoe(*command.split(), '--help')
+    out = here(*command.split(), '--help', cwd='.')
     assert out.returncode == 0 and f'hydramoe {command}' in out.stdout and '--json' in out.stdout
 
 def test_help_imports_no_torch():
@@ -36,11 +54,11 @@ def test_help_imports_no_torch():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.splitlines()[-1] == '[]'
 
 @pytest.mark.parametrize('argv', [[], ['fly'], ['ask'], ['build'], ['build', 'x.jsonl', '--quant', 'int3'], ['data']])
-def test_bad_usage_is_exit_2(argv): assert hydramoe(*argv).returncode == 2
+def test_bad_usage_is_exit_2(argv): assert here(*argv, cwd='.').returncode == 2
 
 @pytest.mark.parametrize('argv', [['ask', 'nowhere', 'hi'], ['check', 'nowhere'], ['explain', '.', 'hi'], ['build', 'nowhere.jsonl'], ['run', 'nowhere.ipynb'], ['data', 'show', 'nothing']])
 def test_errors_are_one_line(argv, tmp_path):
-    out = hydramoe(*argv, cwd=tmp_path)
+    out = here(*argv, cwd=tmp_path)
     assert (out.returncode, out.stdout) == (2, '')
     assert out.stderr.startswith('hydramoe: ') and out.stderr.count('\n') == 1 and 'Traceback' not in out.stderr
 
@@ -54,35 +72,34 @@ def test_build_reports_the_broken_line_and_makes_the_rest(made):
 def test_the_command_it_suggests_works(made):
     d, out = made
     line = out.stdout.rsplit('try it: hydramoe ', 1)[1]
-    import shlex
-    again = hydramoe(*shlex.split(line), '--max-new-tokens', 4, cwd=d)
+    again = here(*shlex.split(line), '--max-new-tokens', 4, cwd=d)
     assert again.returncode == 0, again.stderr
 
 def test_built_again_it_is_the_same(made):
     d, _ = made
-    before = json.loads(hydramoe('check', 'mine-hydra', '--json', cwd=d).stdout)['seal']
-    assert hydramoe('build', 'mine.jsonl', *TINY, '--k', 2, '--quiet', cwd=d).returncode == 0
-    assert json.loads(hydramoe('check', 'mine-hydra', '--json', cwd=d).stdout)['seal'] == before
-    other = hydramoe('build', 'mine.jsonl', *TINY, '--k', 3, '--quiet', cwd=d)
+    before = json.loads(here('check', 'mine-hydra', '--json', cwd=d).stdout)['seal']
+    assert here('build', 'mine.jsonl', *TINY, '--k', 2, '--quiet', cwd=d).returncode == 0
+    assert json.loads(here('check', 'mine-hydra', '--json', cwd=d).stdout)['seal'] == before
+    other = here('build', 'mine.jsonl', *TINY, '--k', 3, '--quiet', cwd=d)
     assert other.returncode == 2 and 'another Hydra' in other.stderr
 
 def test_json_is_all_that_is_on_stdout(made):
     d, _ = made
     for argv in (['ask', 'mine-hydra', 'hi', '--max-new-tokens', 3], ['explain', 'mine-hydra', 'hi'], ['check', 'mine-hydra'], ['data', 'list'], ['build', 'mine.jsonl', *TINY, '--dry-run']):
-        out = hydramoe(*argv, '--json', cwd=d)
+        out = here(*argv, '--json', cwd=d)
         assert out.returncode == 0, out.stderr
         json.loads(out.stdout)
 
 def test_a_prompt_from_standard_input(made):
     d, _ = made
-    a = hydramoe('ask', 'mine-hydra', '-', '--max-new-tokens', 4, cwd=d, input='What is 2+2?')
-    b = hydramoe('ask', 'mine-hydra', 'What is 2+2?', '--max-new-tokens', 4, cwd=d)
+    a = here('ask', 'mine-hydra', '-', '--max-new-tokens', 4, cwd=d, input='What is 2+2?')
+    b = here('ask', 'mine-hydra', 'What is 2+2?', '--max-new-tokens', 4, cwd=d)
     assert (a.returncode, a.stdout) == (0, b.stdout)
-    assert hydramoe('ask', 'mine-hydra', ' ', cwd=d).returncode == 2
+    assert here('ask', 'mine-hydra', ' ', cwd=d).returncode == 2
 
 def test_chat_ends_with_its_input(made):
     d, _ = made
-    out = hydramoe('chat', 'mine-hydra', '--max-new-tokens', 4, cwd=d, input='hi\nand you?\n')
+    out = here('chat', 'mine-hydra', '--max-new-tokens', 4, cwd=d, input='hi\nand you?\n')
     assert out.returncode == 0 and out.stdout.strip().endswith('2 turns')
 
 def test_ctrl_c_is_130(made):
