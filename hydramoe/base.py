@@ -35,7 +35,8 @@ def byte_tokenizer(
     t = Tokenizer(models.BPE(vocab={c:i for i,c in enumerate(marks+sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     t.add_special_tokens(marks)
-    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token=marks[0], bos_token=marks[1], eos_token=marks[2], pad_token=marks[0], chat_template=chatml)
+    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token=marks[0], bos_token=marks[1], eos_token=marks[2], pad_token=marks[0],
+                                   chat_template=chatml)
 
 # %% ../nbs/10_base.ipynb #cell11
 @dataclass
@@ -70,7 +71,8 @@ def _shards(path):
     index = path/'model.safetensors.index.json'
     names = sorted(set(json.loads(index.read_text())['weight_map'].values())) if index.is_file() else ['model.safetensors']
     if lost := [n for n in names if not (path/n).is_file()]:
-        raise HydraError(f"{path} has no {lost[0]}: a base is read from safetensors only; convert other checkpoints first (model.save_pretrained writes safetensors)")
+        raise HydraError(f"{path} has no {lost[0]}: a base is read from safetensors only; "
+                         "convert other checkpoints first (model.save_pretrained writes safetensors)")
     return [path/n for n in names]
 
 def checkpoint_fingerprint(
@@ -116,7 +118,8 @@ def differentiable_nf4(
 # %% ../nbs/10_base.ipynb #cell25
 def _quantisation(quant, device):
     if quant!='nf4': return None
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=compute_dtype(quant, device), bnb_4bit_use_double_quant=False)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=False,
+                              bnb_4bit_compute_dtype=compute_dtype(quant, device))
 
 def _attention(quant, device): return 'eager' if compute_dtype(quant, device)==torch.bfloat16 and str(device)=='cpu' else 'sdpa'
 
@@ -134,8 +137,8 @@ def _quiet():
 
 def _open(path, quant, device):
     _shards(Path(path))
-    with _quiet(): m = AutoModelForCausalLM.from_pretrained(path, dtype=compute_dtype(quant, device), quantization_config=_quantisation(quant, device),
-                                                  attn_implementation=_attention(quant, device), device_map={'': device}, use_safetensors=True, trust_remote_code=False)
+    how = dict(dtype=compute_dtype(quant, device), quantization_config=_quantisation(quant, device), attn_implementation=_attention(quant, device))
+    with _quiet(): m = AutoModelForCausalLM.from_pretrained(path, device_map={'': device}, use_safetensors=True, trust_remote_code=False, **how)
     return _freeze(m)
 
 def _reopened(model, quant):
@@ -151,7 +154,8 @@ def _tiny_model(seed, layers, width, quant):
                       max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]): model = AutoModelForCausalLM.from_config(cfg, attn_implementation=_attention(quant, 'cpu'))
     g = torch.Generator().manual_seed(derive_seed(seed, 'tiny_base', layers, width))
-    for n,p in model.named_parameters(): p.data = torch.ones(p.shape) if p.dim()==1 else torch.randn(p.shape, generator=g)*(1.5 if 'embed' in n else 2)/width**.5
+    for n,p in model.named_parameters():
+        p.data = torch.ones(p.shape) if p.dim()==1 else torch.randn(p.shape, generator=g)*(1.5 if 'embed' in n else 2)/width**.5
     return model
 
 def tiny_base(
@@ -180,7 +184,8 @@ def target_layers(
     if names==['all-linear']: return layers
     hits = {t: {n for n in layers if n==t or n.endswith('.'+t)} for t in (t.strip() for t in names)}
     if lost := [t for t,h in hits.items() if not h]:
-        raise HydraError(f"no linear layer is called {lost[0]!r}; this model has {', '.join(sorted({n.split('.')[-1] for n in layers}))}, or take 'all-linear'")
+        raise HydraError(f"no linear layer is called {lost[0]!r}; this model has {', '.join(sorted({n.split('.')[-1] for n in layers}))}, "
+                         "or take 'all-linear'")
     return {n:m for n,m in layers.items() if any(n in h for h in hits.values())}
 
 # %% ../nbs/10_base.ipynb #cell41
@@ -228,7 +233,8 @@ def smollm2_dir(
 def _find(id):
     if id=='smollm2': return smollm2_dir()
     if Path(id).expanduser().is_dir(): return Path(id).expanduser()
-    if str(id).startswith(('.','/','~')) or str(id).count('/')!=1: raise HydraError(f"base {id!r} is neither 'smollm2', nor a directory that exists, nor a Hub id 'org/name' or 'org/name@revision'")
+    if str(id).startswith(('.','/','~')) or str(id).count('/')!=1:
+        raise HydraError(f"base {id!r} is neither 'smollm2', nor a directory that exists, nor a Hub id 'org/name' or 'org/name@revision'")
     name,_,revision = str(id).partition('@')
     return hub(name, revision or 'main')
 

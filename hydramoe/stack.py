@@ -34,7 +34,8 @@ class LoraSpec:
     alpha:float=16 # an expert's scale s is alpha/rank
     targets:str='all-linear' # which layers are adapted, see `target_layers`
     def __post_init__(self):
-        if self.rank<1 or self.alpha<=0: raise HydraError(f"rank={self.rank}, alpha={self.alpha}: both must be positive (usual: rank 8 to 64, alpha twice the rank)")
+        if self.rank<1 or self.alpha<=0:
+            raise HydraError(f"rank={self.rank}, alpha={self.alpha}: both must be positive (usual: rank 8 to 64, alpha twice the rank)")
 
 # %% ../nbs/20_stack.ipynb #cell13
 Spot = namedtuple('Spot', 'name inp out at') # a layer, its sizes, and where its factors begin in a row of `theta`
@@ -66,16 +67,18 @@ class Stack(nn.Module):
         layers = target_layers(base_model, self.spec.targets)
         self.spots,P = _layout(layers, self.spec.rank)
         device = next(base_model.parameters()).device
-        self.theta,self.scale = torch.zeros(slots, P, device=device),torch.full((slots,), self.spec.alpha/self.spec.rank, device=device)
+        self.theta = torch.zeros(slots, P, device=device)
+        self.scale = torch.full((slots,), self.spec.alpha/self.spec.rank, device=device)
         self.ranks,self.names = [self.spec.rank]*slots,[None]*slots
         self.suffixes = _suffixes([s.name for s in self.spots], base_model)
         self._lay(False)
 
     def _lay(self, train):
-        self.leaves = [(a.detach().requires_grad_(train), b.detach().requires_grad_(train)) for a,b in _views(self.theta, self.spots, self.spec.rank)]
+        pairs = _views(self.theta, self.spots, self.spec.rank)
+        self.leaves = [(a.detach().requires_grad_(train), b.detach().requires_grad_(train)) for a,b in pairs]
         self.grad = torch.zeros_like(self.theta) if train else None
         if train:
-            for leaf,grad in zip(self.leaves, _views(self.grad, self.spots, self.spec.rank)): leaf[0].grad,leaf[1].grad = grad
+            for (a,b),grad in zip(self.leaves, _views(self.grad, self.spots, self.spec.rank)): a.grad,b.grad = grad
 
     def trainable(self, on:bool=True):
         "Make the layers' views leaves of autograd that write to `grad` (E,P), or plain again; returns the stack"
@@ -175,7 +178,7 @@ class Plan:
     kind:str # 'none', 'one', 'rows' or 'dense'
     stack:Stack # whose experts it names
     index:Tensor|None = None # experts in use: (1,) for one, (B,k) for rows, (U,) for dense
-    weight:Tensor|None = None # gate times scale: (1,), (B,1,k) or (B,T,U)
+    weight:Tensor|float|None = None # gate times scale: a number for one, (B,1,k) for rows, (B,T,U) for dense
     kept:dict|None = None # layer -> its gathered factors, kept for a whole generation; None keeps nothing
 
     def factors(self,
@@ -187,30 +190,42 @@ class Plan:
         A,B = self.stack.leaves[i]
         if self.kind=='one': A,B = A[self.index[0]].to(dtype),B[self.index[0]].to(dtype).mT
         else: A,B = A[self.index].to(dtype).flatten(-3, -2),B[self.index].to(dtype).mT.flatten(-3, -2)
-        if self.kept is not None: self.kept[i] = A,B
+        if self.kept is not None:
+            if self.kind=='rows': B = B*self.wide(dtype).mT
+            self.kept[i] = A,B
         return A,B
 
+    def wide(self, dtype):
+        "The weights repeated over each expert's rank: (B,1 or T,k·r)"
+        if self.kept is None: return self.weight.to(dtype).repeat_interleave(self.stack.spec.rank, -1)
+        if 'wide' not in self.kept: self.kept['wide'] = self.weight.to(dtype).repeat_interleave(self.stack.spec.rank, -1)
+        return self.kept['wide']
+
     def add(self,
-        y:Tensor, # (B,T,out) what the base layer made of x; written to
+        y:Tensor, # (B,T,out) what the base layer made of x; written to unless autograd is on
         x:Tensor, # (B,T,in)
         i:int # number of the layer
-    )->Tensor: # y
-        "Add the experts' part to a layer's output, in place"
+    )->Tensor: # (B,T,out)
+        "Add the experts' part to a layer's output"
         if self.kind!='one': self._fits(x)
         A,B = self.factors(i, x.dtype)
-        z = (x@A.mT)*self.weight.to(x.dtype).repeat_interleave(self.stack.spec.rank, -1)
-        if self.kind=='rows': return y.baddbmm_(z, B)
-        return y.flatten(0, -2).addmm_(z.flatten(0, -2), B).view_as(y)
+        z = x@A.mT
+        if self.kind=='dense' or (self.kind=='rows' and self.kept is None): z = z*self.wide(x.dtype)
+        if self.kind=='rows': return (y.baddbmm if torch.is_grad_enabled() else y.baddbmm_)(z, B)
+        flat = y.flatten(0, -2)
+        return (flat.addmm if torch.is_grad_enabled() else flat.addmm_)(z.flatten(0, -2), B, alpha=self.weight if self.kind=='one' else 1).view_as(y)
 
     def _fits(self, x):
         B,T = self.weight.shape[:2]
         if x.dim()!=3 or x.shape[0]!=B or T not in (1, x.shape[1]):
-            raise HydraError(f"gates for {B} rows"+(f" of {T} tokens" if T>1 else "")+f" met an input of shape {tuple(x.shape)}; give one row of gates for each row of input_ids")
+            raise HydraError(f"gates for {B} rows"+(f" of {T} tokens" if T>1 else "")+f" met an input of shape {tuple(x.shape)}; "
+                             "give one row of gates for each row of input_ids")
 
 # %% ../nbs/20_stack.ipynb #cell30
 def _checked(gates, slots):
     if gates.dim() not in (2,3) or gates.shape[-1]!=slots or not gates.is_floating_point():
-        raise HydraError(f"gates of shape {tuple(gates.shape)} and type {gates.dtype}: a stack of {slots} wants floats of shape (rows,{slots}) or (rows,tokens,{slots})")
+        raise HydraError(f"gates of shape {tuple(gates.shape)} and type {gates.dtype}: a stack of {slots} wants floats of shape "
+                         f"(rows,{slots}) or (rows,tokens,{slots})")
     if not torch.isfinite(gates).all(): raise HydraError("gates hold NaN or infinity; every weight must be a finite number")
     return gates if gates.dim()==3 else gates[:,None]
 
@@ -225,7 +240,8 @@ def make_plan(
     on = g!=0
     used = on.any(0).any(0).nonzero()[:,0]
     if not len(used): return Plan('none', stack)
-    if kind is None and len(used)==1 and (g[...,used]==g[0,0,used]).all(): return Plan('one', stack, used, g[0,0,used]*stack.scale[used])
+    if kind is None and len(used)==1 and (g[...,used]==g[0,0,used]).all():
+        return Plan('one', stack, used, (g[0,0,used]*stack.scale[used]).item())
     k = on.sum(-1).max().item()
     if kind=='dense' or g.shape[1]>1 or (kind is None and k>1 and k==len(used)): return _dense(g, stack, used)
     index = on[:,0].float().topk(k).indices.sort().values
@@ -310,12 +326,13 @@ class GatedCausalLM(PreTrainedModel, GenerationMixin):
         self.base,self.stack,self.generation_config = base,stack,base.generation_config
         for i,s in enumerate(stack.spots): _replace(base, s.name, GatedLinear(base.get_submodule(s.name), stack, i))
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, gates=None, logits_to_keep=0, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, gates=None, logits_to_keep=None, **kwargs):
         "As the base's forward; `gates` (B,E), (B,1,E) or (B,T,E), None for the base or the bound plan"
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         plan = self.plan_for(gates, past, input_ids.shape[1] if input_ids is not None else kwargs['inputs_embeds'].shape[1])
-        with using(plan): return self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                                           logits_to_keep=logits_to_keep, **kwargs)
+        if logits_to_keep is not None: kwargs['logits_to_keep'] = logits_to_keep
+        with using(plan):
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
 
     def generate(self, *args, gates=None, **kw):
         "As transformers' generate; `gates` one row for each prompt"
@@ -358,9 +375,12 @@ def plan_for(self:GatedCausalLM,
 )->Plan|None: # None: the base, or whatever is bound
     "The plan of one forward; inside `generate`, that of the whole generation"
     if gates is None: return None
-    if self.stack.is_trainable and torch.is_grad_enabled() and self.checkpoints: raise HydraError("gradient checkpointing repeats the forward later: wrap forward and backward in `with model.stack.bind(make_plan(gates, model.stack))` instead of passing gates=")
+    if self.stack.is_trainable and torch.is_grad_enabled() and self.checkpoints:
+        raise HydraError("gradient checkpointing repeats the forward later: wrap forward and backward in "
+                         "`with model.stack.bind(make_plan(gates, model.stack))` instead of passing gates=")
     kept = self.keep.get()
-    if gates.dim()==3 and gates.shape[1]>1: return make_plan(gates[:,(past+torch.arange(length)).clamp(max=gates.shape[1]-1)], self.stack)
+    if gates.dim()==3 and gates.shape[1]>1:
+        return make_plan(gates[:,(past+torch.arange(length)).clamp(max=gates.shape[1]-1)], self.stack)
     if kept is None: return make_plan(gates, self.stack)
     if kept.get('gates') is not gates:
         kept['gates'],kept['plan'] = gates,make_plan(gates, self.stack)
@@ -374,7 +394,8 @@ def gated(
     spec:LoraSpec|None=None # their shape
 )->GatedCausalLM: # slots are empty: `init_expert` or `load_peft` fill them
     "Put a stack of experts on a base"
-    if any(isinstance(m, GatedLinear) for m in base.model.modules()): raise HydraError(f"the base {base.id} carries a stack already: call `detach()` on its GatedCausalLM first")
+    if any(isinstance(m, GatedLinear) for m in base.model.modules()):
+        raise HydraError(f"the base {base.id} carries a stack already: call `detach()` on its GatedCausalLM first")
     differentiable_nf4(base.model)
     return GatedCausalLM(base.model, Stack(base.model, slots, spec))
 
@@ -428,26 +449,32 @@ def save_peft(self:Stack,
     dir.mkdir(parents=True, exist_ok=True)
     r = self.ranks[e]
     tensors = {}
-    for s,(A,B) in zip(self.spots, self.leaves): tensors.update(zip(_keys(s), (A[e,:r].detach().cpu().contiguous(), B[e,:,:r].detach().cpu().contiguous())))
+    for s,(A,B) in zip(self.spots, self.leaves):
+        tensors.update(zip(_keys(s), (t.detach().cpu().contiguous() for t in (A[e,:r], B[e,:,:r]))))
     save_file({k: tensors[k] for k in sorted(tensors)}, dir/'adapter_model.safetensors', metadata={'format': 'pt'})
-    write_json(dir/'adapter_config.json', dict(peft_type='LORA', task_type='CAUSAL_LM', r=r, lora_alpha=_whole_number(round(self.scale[e].item()*r, 6)), lora_dropout=0.0,
-        bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=self.suffixes, base_model_name_or_path=base_id))
+    write_json(dir/'adapter_config.json', dict(peft_type='LORA', task_type='CAUSAL_LM', r=r, lora_alpha=_whole_number(round(self.scale[e].item()*r, 6)),
+        lora_dropout=0.0, bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=self.suffixes, base_model_name_or_path=base_id))
     return dir
 
 # %% ../nbs/20_stack.ipynb #cell79
+_odd = ('use_dora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'layer_replication', 'lora_bias', 'fan_in_fan_out',
+        'trainable_token_indices', 'target_parameters') # what makes an adapter more than plain LoRA
+
 def _config(dir):
     path = dir/'adapter_config.json'
     if not path.is_file(): raise HydraError(f"{path} does not exist: {dir} is not a PEFT adapter")
     c = read_json(path)
     if c.get('peft_type')!='LORA': raise HydraError(f"{path}: peft_type is {c.get('peft_type')!r}; only LORA fits a stack")
-    odd = [k for k in ('use_dora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'layer_replication', 'lora_bias', 'fan_in_fan_out', 'trainable_token_indices', 'target_parameters') if c.get(k)]
+    odd = [k for k in _odd if c.get(k)]
     odd += ['bias'] if c.get('bias', 'none')!='none' else []
     if odd: raise HydraError(f"{path}: {odd[0]}={c[odd[0]]!r} is not plain LoRA; train the adapter without it")
     return int(c['r']), c['lora_alpha']/(c['r']**.5 if c.get('use_rslora') else c['r'])
 
 def _adapter(dir):
     path = dir/'adapter_model.safetensors'
-    if not path.is_file(): raise HydraError(f"{path} does not exist"+("; adapter_model.bin is a pickle, which can run code: convert it to safetensors with PEFT" if (dir/'adapter_model.bin').exists() else ""))
+    if not path.is_file():
+        raise HydraError(f"{path} does not exist"+("; adapter_model.bin is a pickle, which can run code: convert it to safetensors with PEFT"
+                                                   if (dir/'adapter_model.bin').exists() else ""))
     try: return path, safetensors.torch.load_file(path)
     except Exception as e: raise HydraError(f"{path} is damaged: {e}") from None
 
@@ -468,16 +495,21 @@ def load_peft(self:Stack,
     self.theta[e],self.scale[e],self.ranks[e],self.names[e] = row,scale,r,name or dir.name
     return e
 
+def _and_more(names): return names[0]+(f" and {len(names)-1} more" if names[1:] else "")
+
 @patch
 def _row(self:Stack, path, tensors, r):
     "One expert's row of `theta`, from the tensors of an adapter"
     want = {k for s in self.spots for k in _keys(s)}
-    if lost := sorted(want-set(tensors)): raise HydraError(f"{path} lacks {lost[0]}"+(f" and {len(lost)-1} more" if lost[1:] else "")+f": an expert here adapts {len(self.spots)} layers ({', '.join(self.suffixes[:8])})")
-    if more := sorted(set(tensors)-want): raise HydraError(f"{path} holds {more[0]}"+(f" and {len(more)-1} more" if more[1:] else "")+", for which this stack has no layer: make the stack with the adapter's targets")
+    if lost := sorted(want-set(tensors)):
+        raise HydraError(f"{path} lacks {_and_more(lost)}: an expert here adapts {len(self.spots)} layers ({', '.join(self.suffixes[:8])})")
+    if more := sorted(set(tensors)-want):
+        raise HydraError(f"{path} holds {_and_more(more)}, for which this stack has no layer: make the stack with the adapter's targets")
     row = torch.zeros(1, self.theta.shape[1])
     for s,views in zip(self.spots, _views(row, self.spots, self.spec.rank)):
         for k,view in zip(_keys(s), (views[0][0,:r], views[1][0,:,:r])):
-            if tensors[k].shape!=view.shape: raise HydraError(f"{path}: {k} has shape {tuple(tensors[k].shape)}, this base and rank need {tuple(view.shape)}")
+            if tensors[k].shape!=view.shape:
+                raise HydraError(f"{path}: {k} has shape {tuple(tensors[k].shape)}, this base and rank need {tuple(view.shape)}")
             if not torch.isfinite(tensors[k]).all(): raise HydraError(f"{path}: {k} holds NaN or infinity")
             view.copy_(tensors[k])
     return row[0].to(self.theta.device)
