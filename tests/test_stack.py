@@ -331,3 +331,10 @@ def test_smollm2_same_tokens_as_peft(tmp_path):
     for i in range(2):
         row = {k: v[i:i+1] for k,v in x.items()}
         assert torch.equal(m.generate(**row, gates=torch.tensor([[.5,.5,0],[0,.2,.8]])[i:i+1], **kw), mixed[i:i+1])
+
+def test_one_plan_for_a_generation(monkeypatch):
+    import hydramoe.stack as hs
+    m,x,made = ready(),batch(),[]
+    monkeypatch.setattr(hs, 'make_plan', lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1])
+    answers(m, x, torch.full((3,4), .25), num_beams=2)
+    assert len(made)==1 and len(made[0].kept)==len(m.stack.spots)+1
