@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from hydramoe.base import load_base, tiny_base
 from hydramoe.cluster import lesson_texts
-from hydramoe.core import HydraError, file_sha256, read_json, rng, write_json
+from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra import BundleError, Hydra, check, seal_bundle
 from hydramoe.route import uniform
 from hydramoe.stack import LoraSpec, gated, one_hot
@@ -173,6 +173,41 @@ def test_config_names_no_field_that_transformers_cannot_save(bundle):
     cfg = read_json(bundle/'config.json')
     assert cfg['model_type'] == 'hydra_moe' and cfg['text_config']['model_type'] == 'llama'
     assert not {'top_k', 'temperature'} & set(cfg) and 'auto_map' not in json.dumps(cfg)
+
+def spots(x, at=()):
+    "The path of every value in a JSON text"
+    yield at
+    for k in (x if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ()): yield from spots(x[k], at+(k,))
+
+def put(x, at, v):
+    "`x` with another value at a path; `...` takes it away"
+    if not at: return v
+    x = json.loads(json.dumps(x))
+    y = x
+    for k in at[:-1]: y = y[k]
+    if v is ...: del y[at[-1]]
+    else: y[at[-1]] = v
+    return x
+
+def rewritten(d, name, text):
+    "One JSON file replaced, every digest made to fit"
+    write_json(d/name, text)
+    man = read_json(d/'hydra.json')
+    if not isinstance(man, dict) or not isinstance(man.get('files'), dict): return
+    if name != 'hydra.json': man['files'][name] = file_sha256(d/name)
+    write_json(d/'hydra.json', man | dict(seal=digest({k: v for k, v in man.items() if k != 'seal'})))
+
+@pytest.mark.parametrize('name', ['hydra.json', 'config.json', 'tensors.json', 'experts/law/adapter_config.json', 'router/router.json'])
+def test_any_forged_value_is_refused_or_harmless(copy, bundle, name):
+    "No forgery ends in anything but a refusal that says why, or in the same Hydra"
+    whole, manifest, want = read_json(copy/name), read_json(copy/'hydra.json'), Hydra.load(bundle).model.stack.theta
+    for at in [*spots(whole)][:40]:
+        for v in (..., None, True, 'x', [{}]):
+            if at == () and v is ...: continue
+            rewritten(copy, name, put(whole, at, v))
+            try: assert torch.equal(Hydra.load(copy).model.stack.theta, want), (at, v)
+            except HydraError as e: assert str(e)
+            write_json(copy/'hydra.json', manifest)
 
 # --- building --------------------------------------------------------------------------------------------------------
 
