@@ -806,7 +806,7 @@ def explain_bundle(
     path:str|Path, # a bundle
     prompt:str|list # one prompt or conversation
 )->tuple: # as `Hydra.explain` and `Hydra.plot` give them
-    "Explain the route of a prompt without loading the base: a second instead of ten"
+    "Explain the route of a prompt without loading the base"
     man = check(path)
     e = explain_route(Router.load(Path(path)/'router'), prompt_text(dict(prompt=as_messages(prompt))))
     return dict(e, text=route_text(e), base=man['base']['id']), plot_route(e)
