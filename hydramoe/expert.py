@@ -34,8 +34,6 @@ class TrainSpec:
     clip:float=1. # longest gradient of an expert, a longer one is scaled down
     seed:int=0 # of the order of rows
     micro_tokens:int=900 # most tokens of a padded micro-batch
-    checkpointing:bool=False # recompute activations in the backward pass: less memory, a third more time
-    attention:str='auto' # kernel while training: 'sdpa', 'eager', or what is faster here (see `training`)
 
 # %% ../nbs/22_expert.ipynb #cell10
 def n_steps(
@@ -201,7 +199,8 @@ def fit(
     spec:TrainSpec=TrainSpec(), # how
     work:Path|None=None, # where checkpoints go, and are looked for; None: none
     names:list[str]|None=None, # of the experts; None: those of the stack
-    every:int=10 # steps from checkpoint to checkpoint
+    every:int=10, # steps from checkpoint to checkpoint
+    checkpointing:bool=False # recompute activations: less memory, a third more time, the same result
 )->list[dict]: # for each step {step, tokens, loss, norm, skipped}, by expert name
     "Train experts fused, in place, each as if it were alone"
     names = list(names or [n or f'expert{e}' for e,n in enumerate(model.stack.names[:len(rows)])])
@@ -210,7 +209,7 @@ def fit(
     job = job_id(model.stack, rows, names, spec)
     history = load_checkpoint(work, opt, job) if work else []
     left = steps[len(history):]
-    with training(model, spec), progress(total=sum(map(_tokens, left)), desc=f'train {", ".join(names)}'[:30], unit='tok') as bar:
+    with training(model, checkpointing), progress(total=sum(map(_tokens, left)), desc=f'train {", ".join(names)}'[:30], unit='tok') as bar:
         for step in left:
             history.append(fit_step(model, opt, step, len(history), names))
             bar.update(_tokens(step))
@@ -238,28 +237,16 @@ def _plain(x): return x if math.isfinite(x) else None
 @contextmanager
 def training(
     model, # `hydramoe.stack.GatedCausalLM`
-    spec:TrainSpec=TrainSpec() # gives `checkpointing` and `attention`
+    checkpointing:bool=False # recompute activations in the backward pass
 ):
-    "Factors take gradients; activations are recomputed if asked; dropout stays off; all as before at the end"
-    b, was, kernel = model.base, model.stack.is_trainable, model.base.config._attn_implementation
-    layers = [m for m in b.modules() if hasattr(m, 'gradient_checkpointing')] if spec.checkpointing else []
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*gradient_checkpointing', category=FutureWarning)
-        model.stack.trainable(True)
-        b.set_attn_implementation(_kernel(b, spec))
-        if layers: b.gradient_checkpointing_enable(dict(use_reentrant=False))
-        for m in layers: m.training = True
-        try: yield
-        finally:
-            for m in layers: m.training = False
-            if layers: b.gradient_checkpointing_disable()
-            b.set_attn_implementation(kernel)
-            model.stack.trainable(was)
-
-def _kernel(b, spec):
-    "In bf16 on a CPU the backward pass of the fused kernel is three times slower than plain products"
-    auto = 'eager' if b.device.type=='cpu' and b.dtype==torch.bfloat16 else b.config._attn_implementation
-    return auto if spec.attention=='auto' else spec.attention
+    "Factors take gradients, activations are recomputed if asked; as before at the end"
+    was = model.stack.is_trainable
+    model.stack.trainable(True)
+    model.checkpointing(checkpointing)
+    try: yield
+    finally:
+        model.checkpointing(False)
+        model.stack.trainable(was)
 
 # %% ../nbs/22_expert.ipynb #cell33
 def plot_history(
@@ -331,7 +318,8 @@ def train_experts(
     spec:TrainSpec=TrainSpec(), # how to train
     max_prompt:int=300, # tokens; rows with a longer prompt are dropped, and counted
     max_response:int=300, # tokens; the same
-    file:str='train.jsonl' # in `rows_dir`
+    file:str='train.jsonl', # in `rows_dir`
+    checkpointing:bool=False # recompute activations in the backward pass, for a large base
 )->Path: # `out`: NAME/ for each expert, and history.json
     "Train a group of experts fused, from records to adapters"
     lora, spec = (c(**x) if isinstance(x, dict) else x for c,x in ((LoraSpec, lora), (TrainSpec, spec)))
@@ -341,7 +329,7 @@ def train_experts(
     kept = _short(rows)
     model = gated(b, slots=len(kept), spec=lora)
     for e,name in enumerate(kept): start_expert(model.stack, e, name, start, spec.seed)
-    history = fit(model, list(kept.values()), spec, work_dir(out), list(kept))
+    history = fit(model, list(kept.values()), spec, work_dir(out), list(kept), checkpointing=checkpointing)
     for e,name in enumerate(kept): model.stack.save_peft(Path(out)/name, e, b.id)
     write_json(Path(out)/'history.json', dict(experts=summary(rows, kept, history), spec=spec, lora=lora, history=history))
     return Path(out)
@@ -419,7 +407,8 @@ def fit_trl(
     batches:list[list], # for each step its examples
     start:Path, # the adapter to start from
     out:Path, # where the trained adapter goes
-    spec:TrainSpec=TrainSpec() # rate, warm-up, schedule, clipping
+    spec:TrainSpec=TrainSpec(), # rate, warm-up, schedule, clipping
+    checkpointing:bool=False # recompute activations in the backward pass
 )->list[float]: # mean loss of each step
     "Train one adapter with TRL and PEFT on the given batches"
     from peft import PeftModel
@@ -431,7 +420,7 @@ def fit_trl(
         model = PeftModel.from_pretrained(base.model, str(start), is_trainable=True)
         opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=spec.lr, weight_decay=0.)
         clock = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: rate(min(k, len(batches)-1), len(batches), spec))
-        args = SFTConfig(tmp, max_steps=len(batches), max_grad_norm=spec.clip, bf16=False, use_cpu=not cuda, activation_checkpointing=spec.checkpointing, max_length=None,
+        args = SFTConfig(tmp, max_steps=len(batches), max_grad_norm=spec.clip, bf16=False, use_cpu=not cuda, activation_checkpointing=checkpointing, max_length=None,
                          completion_only_loss=True, logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True, seed=spec.seed)
         trainer = _on_batches(SFTTrainer, batches)(model, args, train_dataset=_trl_rows(batches), processing_class=base.tokenizer, optimizers=(opt, clock))
         trainer.remove_callback(PrinterCallback)

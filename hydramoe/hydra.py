@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'EXPERT', 'USE', 'ENOUGH', 'LIMITS', 'TEMPERATURES', 'LIBS',
            'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests', 'seal_bundle',
-           'read_manifest', 'check_files', 'check_adapter', 'check', 'base_uri', 'open_uri', 'model_card', 'on_stack',
-           'BuildSpec', 'choose_k', 'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains',
-           'seed_expert', 'domain_experts', 'measure_routers', 'dealt', 'settled', 'training', 'make_stages',
-           'assembled', 'described', 'explain_bundle', 'matrix_rate', 'shapes', 'forecast']
+           'read_manifest', 'check_files', 'check_adapter', 'check', 'base_uri', 'open_uri', 'model_card', 'BuildSpec',
+           'choose_k', 'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert',
+           'domain_experts', 'measure_routers', 'dealt', 'settled', 'training', 'make_stages', 'assembled', 'described',
+           'explain_bundle', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
 import contextlib, hashlib, json, math, os, re, secrets, shutil, sys, time
@@ -30,7 +30,7 @@ from .data import encode, read_records
 from .cluster import Domains, check_names, discover, embed_stage, load_embeddings, prompt_text
 from .stack import GatedCausalLM, LoraSpec, gated
 from .score import response_losses
-from .expert import TrainSpec, open_base, train_experts, train_seed
+from .expert import TrainSpec, on_stack, open_base, train_experts, train_seed
 from .route import Router, explain_route, plot_route, route_text, similarity, uniform
 
 # %% ../nbs/33_hydra.ipynb #cell8
@@ -466,22 +466,6 @@ def model_card(
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/33_hydra.ipynb #cell52
-def _spec(folders):
-    "The stack that holds these adapters: the largest rank, every layer that any of them adapts"
-    cfgs = [read_json(f/'adapter_config.json') for f in folders]
-    top = max(cfgs, key=lambda c: c['r'])
-    targets = sorted({t for c in cfgs for t in c['target_modules']})
-    return LoraSpec(rank=top['r'], alpha=top['lora_alpha'], targets=','.join(targets))
-
-def on_stack(
-    adapters:dict, # name → folder with a PEFT adapter
-    base:Base # what they were trained on
-)->GatedCausalLM: # the base with the adapters in its slots
-    "Put plain PEFT adapters onto a base"
-    model = gated(base, slots=len(adapters), spec=_spec([Path(f) for f in adapters.values()]))
-    for e,(name,folder) in enumerate(adapters.items()): model.stack.load_peft(Path(folder), e, name)
-    return model
-
 @patch(cls_method=True)
 def from_adapters(cls:Hydra,
     adapters:dict, # name → folder with a PEFT adapter

@@ -162,12 +162,16 @@ def _papermill(nb, made, values):
     return f"{len(left)} cells were not run, though no error was reported" if left else None
 
 # %% ../nbs/52_reproduce.ipynb #cell28
-def _last(text): return '\n'.join(line.rstrip('\r').split('\r')[-1] for line in text.split('\n'))
+def _last(text):
+    lines = [line.rstrip('\r').split('\r')[-1] for line in text.split('\n')]
+    return '\n'.join(line for line in lines if not re.search(r'\d%\|', line))
 
 def _tidy(path):
     nb = read_json(path)
-    for o in (o for c in nb['cells'] for o in c.get('outputs', []) if o['output_type']=='stream'):
-        o['text'] = _last(o['text'] if isinstance(o['text'], str) else ''.join(o['text']))
+    for c in (c for c in nb['cells'] if c['cell_type']=='code'):
+        for o in c['outputs']:
+            if o['output_type']=='stream': o['text'] = _last(''.join(o['text']))
+        c['outputs'] = [o for o in c['outputs'] if o['output_type']!='stream' or o['text'].strip()]
     write_json(path, nb)
 
 def _finish(result, values, seconds, made, about):

@@ -78,7 +78,7 @@ def test_checkpointing_on_and_off_agree(quant):
     out = []
     for on in (False, True):
         model = fresh(quant=quant)
-        fit(model, ROWS, replace(SPEC, checkpointing=on))
+        fit(model, ROWS, SPEC, checkpointing=on)
         out.append(model.stack.theta.clone())
         assert not any(m.training for m in model.base.modules() if hasattr(m, 'gradient_checkpointing'))
     assert torch.isfinite(out[0]).all() and far(*out, fresh(quant=quant).stack.theta) < 1e-4
