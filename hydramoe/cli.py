@@ -265,13 +265,13 @@ def run(a):
 
 @command('reproduce', 'Run the experiments of a scale, but what is unchanged',
          ['hydramoe reproduce toy', 'hydramoe reproduce demo', 'hydramoe reproduce study --until e2_experts'],
-         arg('scale', help='toy (seconds), demo (minutes), study (hours on a CPU), paper (a GPU)'), arg('--until', metavar='NAME', help='stop at this experiment'))
+         arg('scale', help='toy (seconds), demo (minutes), study (hours on a CPU)'), arg('--until', metavar='NAME', help='stop at this experiment'))
 def reproduce(a):
     "The experiments in order, their table, and a page with their plots"
-    from hydramoe.reproduce import demo, run_scale
-    text = '' if a.until else demo(a.scale)
-    results = run_scale(a.scale, a.until)
-    return text or f"{', '.join(results)}: done", {n: dict(rows=r.rows) for n,r in results.items()}
+    from hydramoe.reproduce import Graph, demo, members, run_scale
+    graph = Graph()
+    text = demo(a.scale, graph) if a.until is None else f"{', '.join(run_scale(a.scale, a.until, graph))}: done"
+    return text, {n: dict(rows=graph.result(n, a.scale).rows) for n in members(graph, a.scale, a.until)}
 
 # %% ../nbs/53_cli.ipynb #cell43
 @command('data list', 'The data cards', ['hydramoe data list', 'hydramoe data list --domain math --use train'],
