@@ -125,7 +125,8 @@ def embed(
     model = _sentence_model(str(encoder_dir(encoder)))
     x = np.zeros((len(texts), model.get_embedding_dimension()), np.float32)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    for i in progress(range(0, len(order), batch_size), desc='embed', unit=' batches'):
+    starts = range(0, len(order), batch_size)
+    for i in progress(starts, desc='embed', unit=' batches') if len(starts)>1 else starts:
         rows = order[i:i+batch_size]
         batch = [texts[j] for j in rows]
         x[rows] = model.encode(batch, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)

@@ -233,4 +233,4 @@ def progress(
     quiet = bool(os.environ.get('HYDRAMOE_QUIET') or os.environ.get('IN_TEST'))
     every = .2 if sys.stderr.isatty() else 10
     return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=unit!='it', disable=quiet,
-                file=sys.stderr, mininterval=every, delay=.5, dynamic_ncols=True)
+                file=sys.stderr, mininterval=every, dynamic_ncols=True)

@@ -104,7 +104,8 @@ def test_chat_ends_with_its_input(made):
 
 def test_ctrl_c_is_130(made):
     d, _ = made
-    p = subprocess.Popen([sys.executable, '-m', 'hydramoe.cli', 'chat', 'mine-hydra'], cwd=d, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = subprocess.Popen([sys.executable, '-m', 'hydramoe.cli', 'chat', 'mine-hydra'], cwd=d, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a test run started in the background ignores it, and children inherit that
     p.stdin.write(b'hi\n'); p.stdin.flush()
     p.stdout.readline()
     p.send_signal(signal.SIGINT); time.sleep(.5); p.send_signal(signal.SIGINT)
