@@ -265,7 +265,7 @@ def run(a):
 
 @command('reproduce', 'Run the experiments of a scale, but what is unchanged',
          ['hydramoe reproduce toy', 'hydramoe reproduce demo', 'hydramoe reproduce study --until e2_experts'],
-         arg('scale', help='toy (seconds), demo (minutes), study (hours on a CPU)'), arg('--until', metavar='NAME', help='stop at this experiment'))
+         arg('scale', help='toy (seconds), demo (minutes), pilot (its data, searched and with controls), study (hours)'), arg('--until', metavar='NAME', help='stop at this experiment'))
 def reproduce(a):
     "The experiments in order, their table, and a page with their plots"
     from hydramoe.reproduce import Graph, demo, members, run_scale

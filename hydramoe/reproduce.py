@@ -368,7 +368,7 @@ def upstream(
     return load_result(f)
 
 # %% ../nbs/52_reproduce.ipynb #cell59
-SCALES = ('paper', 'study', 'demo') # that may be published, the most telling first
+SCALES = ('paper', 'study', 'pilot', 'demo') # that may be published, the most telling first
 
 def results_dir(
 )->Path:
