@@ -51,7 +51,7 @@ def read_parameters(
 
 # %% ../nbs/52_reproduce.ipynb #cell13
 def _fit(p, value):
-    if p.type is float and type(value) is int: value = float(value)
+    if p.type is float and type(value) is int and abs(value)<=2**53: value = float(value)
     if type(value) is p.type and not (p.type is float and not math.isfinite(value)): return value
     raise HydraError(f"parameter {p.name}={value!r} is a {type(value).__name__}; {p.name} takes a {'finite ' if p.type is float else ''}{p.type.__name__} ({p.help or 'no help'}; default {p.default!r})")
 

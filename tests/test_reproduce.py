@@ -161,7 +161,7 @@ def test_every_value_survives_the_command_line(tv):
 @given(st.sampled_from(list(TYPED)), st.one_of(*TYPED.values(), st.none(), st.just(float('nan'))))
 def test_a_value_of_another_type_is_refused(kind, value):
     declared = dict(x=Parameter('x', kind, kind(), ''))
-    fits = type(value) is kind and value==value or kind is float and type(value) is int
+    fits = type(value) is kind and value==value or kind is float and type(value) is int and abs(value)<=2**53 # a float holds no larger whole number for sure
     if fits: assert check_parameters(declared, dict(x=value))['x']==value
     else:
         with pytest.raises(HydraError, match='takes a'): check_parameters(declared, dict(x=value))
