@@ -477,13 +477,20 @@ def _check_messages(ms, what):
         m['content'].encode('utf-8') # a lone surrogate is no text
     if not ms[-1]['content'].strip(): raise ValueError(f'{what} is empty')
 
+def _tools(given):
+    "A row's tools, a list or the JSON of one; a ValueError if they are anything else"
+    tools = json.loads(given) if isinstance(given, str) else given
+    if tools is None: return None
+    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools): raise ValueError(f'tools is {json.dumps(tools)[:40]}; need a list of objects')
+    json.dumps(tools, ensure_ascii=False).encode('utf-8') # a lone surrogate is no text
+    return tools
+
 def _row_records(row, source, domain):
     "The records of one row, or a ValueError that says what is wrong"
     if not isinstance(row, dict): raise ValueError(f'is a {type(row).__name__}; need an object in braces')
     for key,part in (('messages','content'), ('conversations','value')):
         if key in row and not (isinstance(row[key], list) and all(isinstance(m, dict) and part in m for m in row[key])): raise ValueError(f'{key} must be a list of objects with {part!r}')
-    tools = json.loads(row['tools']) if isinstance(row.get('tools'), str) else row.get('tools')
-    pairs = _row_pairs(row)
+    tools, pairs = _tools(row.get('tools')), _row_pairs(row)
     if not pairs: raise ValueError('has no assistant turn after a user turn')
     for p,c in pairs: _check_messages(p, 'prompt'); _check_messages(c, 'completion')
     found = [record(p, c, source, domain=str(row.get('domain') or domain), license=str(row.get('license') or 'unknown'), tools=tools) for p,c in pairs]

@@ -1,7 +1,7 @@
 "Data: what does not fit a lesson (TRL's own rendering, hash seeds, damaged files)"
 import json, os, random, subprocess, sys
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from hydramoe import data
 from hydramoe.base import byte_tokenizer, smollm2_dir
 from hydramoe.core import HydraError, digest, read_json, read_jsonl
@@ -112,6 +112,7 @@ def test_formats_in_the_wild_agree(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda c: st.lists(c, max_size=3) | st.dictionaries(st.sampled_from(['prompt', 'completion', 'messages', 'role', 'content', 'tools']), c, max_size=4), max_leaves=8), min_size=1, max_size=5))
+@example(rows=[{'prompt': '0', 'completion': '0', 'tools': 1}])
 def test_any_json_ends_as_record_or_reject(tmp_path_factory, rows):
     f = tmp_path_factory.mktemp('any')/'x.jsonl'
     f.write_text('\n'.join(map(json.dumps, rows)))
