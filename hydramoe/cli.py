@@ -11,7 +11,7 @@ import argparse, contextlib, json, os, sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
-from .core import HydraError, cache_dir, read_json
+from .core import HydraError, read_json
 
 # %% ../nbs/53_cli.ipynb #cell8
 @dataclass

@@ -9,7 +9,6 @@ __all__ = ['softmax', 'top_k', 'Router', 'similarity', 'heard', 'classifier', 'u
 # %% ../nbs/30_route.ipynb #cell2
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
