@@ -7,7 +7,10 @@ from hydramoe import data, fetch
 from hydramoe.core import HydraError, repo_root
 
 NAMES = data.card_names()
+PUBLIC = [n for n in data.card_names(verified=None) if n not in NAMES]
+OURS = {'domain', 'use', 'verified', 'map', 'canary', 'rows', 'faults', 'roles'}
 load = functools.cache(data.load)
+def front_of(name): return yaml.safe_load((repo_root()/'data_cards'/f'{name}.md').read_text().split('---\n', 2)[1])
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -20,20 +23,66 @@ def test_a_card_gives_what_it_says(name):
     assert data.load(name, limit=3, seed=1) == data.load(name, limit=3, seed=1) != data.load(name, limit=3, seed=2)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', NAMES + PUBLIC)
 def test_front_matter_is_the_hubs(name):
     from huggingface_hub import DatasetCardData
-    text = (repo_root()/'data_cards'/f'{name}.md').read_text()
-    front = yaml.safe_load(text.split('---\n', 2)[1])
+    front = front_of(name)
     ours = front.pop('hydramoe')
     known = DatasetCardData(**front)
-    assert known.pretty_name and known.license and known.language == ['en'] and known.size_categories
-    assert set(front) <= {'pretty_name', 'license', 'license_name', 'language', 'task_categories', 'size_categories', 'tags'}
-    assert set(ours) <= {'domain', 'use', 'package', 'members', 'generator', 'map', 'args', 'canary', 'rows', 'faults'}
-    assert isinstance(ours['canary'], bool) and len(data.load_card(name)['prose']) > 150
+    assert known.pretty_name and known.license and known.language and known.size_categories
+    assert known.license != 'other' or front.get('license_name')
+    assert set(front) <= {'pretty_name', 'license', 'license_name', 'license_link', 'language', 'task_categories', 'size_categories', 'tags'}
+    assert set(ours) <= OURS | ({'package', 'members', 'generator', 'args'} if name in NAMES else {'hub', 'revision', 'split', 'subset', 'layout', 'columns', 'sample', 'size'})
+    assert isinstance(ours['canary'], bool) and isinstance(ours['faults'], list) and len(data.load_card(name)['prose']) > 150
+
+
+@pytest.mark.parametrize('name', PUBLIC)
+def test_a_public_card_claims_no_more_than_it_knows(name):
+    "Its map does on its sample exactly what it says, and nothing is said to have been counted here"
+    card = data.load_card(name)
+    assert card['verified'] in ('schema', 'unverified') and not {'package', 'members', 'generator'} & set(card)
+    assert card['rows'] == 'unknown' or isinstance(card['rows'], int)
+    with pytest.raises(HydraError, match=f"{re.escape(card['hub'])} on the Hub"): data.load(name)
+    if card['verified'] == 'unverified': return
+    assert '/' in card['hub'] and '/' in card['layout']['repository'] and card['layout']['path'] and 1 <= len(card['sample']) <= 3
+    for s in card['sample']:
+        pairs = data.sample_pairs(card, s['row'])
+        said = list(zip(s['prompt'], s['completion'])) if isinstance(s['prompt'], list) else [(s['prompt'], s['completion'])]
+        assert pairs[-len(said):] == said and all(p.strip() and c.strip() for p, c in pairs)
+        assert set(s['row']) <= set(card['columns'])
+    touched = set()
+    class Row(dict): # tells which columns are looked at
+        def __getitem__(self, k): touched.add(k); return dict.__getitem__(self, k)
+        def get(self, k, default=None): touched.add(k); return dict.get(self, k, default)
+    for s in card['sample']: data.map_row(Row(s['row']), card['map'], card.get('roles'))
+    assert touched - {'tools', 'input'} <= set(card['columns'])
+
+
+PLAIN = dict(name='plain', license='mit', domain='general', use='train', verified='schema', hub='owner/set', revision='unknown', layout=dict(repository='owner/code', path='README.md'),
+             columns=['q', 'a'], map=dict(prompt='{q}', completion='{a}'), sample=[dict(row=dict(q='Why?', a='So.'), prompt='Why?', completion='So.')], canary=False, rows='unknown', faults=[])
+TALK = dict(columns=['chat'], map={'sharegpt': 'chat', 'from': 'who', 'value': 'text'}, roles=dict(sage='assistant'),
+            sample=[dict(row=dict(chat=[dict(who=w, text=t) for w, t in (('system', 's'), ('human', 'a'), ('sage', 'b'), ('human', 'c'), ('sage', 'd'))]), prompt=['a', 'c'], completion=['b', 'd'])])
+
+@pytest.mark.parametrize('change', [{}, TALK, TALK | dict(sample=[dict(TALK['sample'][0], prompt='c', completion='d')]), dict(map='pairs', columns=['prompt', 'completion'], sample=[dict(row=dict(prompt='x', completion='y'), prompt='x', completion='y')]),
+                                    dict(columns=['instruction', 'output'], map='alpaca', sample=[dict(row=dict(instruction='x', output='y'), prompt='x', completion='y')]), dict(verified='unverified', map='unknown')])
+def test_a_whole_public_card_passes(change): assert data._checked(PLAIN | change)
+
+@pytest.mark.parametrize('change,why', [
+    (dict(verified='data'), "'data' is for a card with `package`"), (dict(verified='sure'), 'verified'), (dict(domain='misc'), 'domain'), (dict(hub='https://x/y'), 'need owner/name'), (dict(revision='abc'), '40 hex'),
+    (dict(layout=dict(repository='owner', path='x')), 'need the repository'), (dict(sample=[]), 'needs one row'), (dict(sample=[dict(row=dict(q='x'))]), 'needs one row'), (dict(map='unknown'), 'map names unknown'),
+    (dict(columns=['q']), "needs the column 'a'"), (dict(sample=[dict(PLAIN['sample'][0], row=dict(q='Why?', a='So.', z=1))]), "has the column 'z'"), (dict(canary=True), 'never be trained on'),
+    (TALK | dict(roles={}), 'role "sage" is none of'), (TALK | dict(sample=[dict(TALK['sample'][0], prompt=['a'], completion=['b'])]), 'the card says')])
+def test_a_public_card_with_a_fault_is_refused(change, why):
+    with pytest.raises(HydraError, match=why): data._checked(PLAIN | change)
+
+
+def test_a_card_of_another_state_is_asked_for_by_name():
+    assert set(NAMES) == set(data.card_names(verified='data')) and not set(NAMES) & set(data.card_names(verified='schema'))
+    assert not data.card_names('general') and set(data.card_names('general', verified=None)) <= set(PUBLIC)
 
 
 def test_every_domain_is_fed_and_examined():
+    assert len(data.card_names(use='train')) >= 16 and len(data.card_names(use='evaluate')) >= 10
     for d in data.DOMAINS: assert len(data.card_names(d, 'train')) >= 2 and data.card_names(d, 'evaluate')
 
 

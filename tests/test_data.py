@@ -74,7 +74,7 @@ BAD = [('{"prompt": 1, "completion": "x"}', 'prompt is 1'), ('[1, 2]', 'need an 
        ('{"prompt": [{"role": "user"}], "completion": "x"}', 'prompt holds'), ('{"prompt": [{"role": "wizard", "content": "x"}], "completion": "x"}', 'wizard'),
        ('{"messages": "hello"}', 'messages must be a list'), ('{"messages": [{"role": "user", "content": "x"}]}', 'no assistant turn'),
        ('{"messages": [{"role": "assistant", "content": "x"}]}', 'no assistant turn'), ('{"prompt": "\\ud800", "completion": "x"}', 'surrogates'),
-       ('{"prompt": "x", "completion": null}', 'completion is null'), ('{"conversations": [{"from": "human"}]}', "objects with 'value'"),
+       ('{"prompt": "x", "completion": null}', 'completion is null'), ('{"conversations": [{"from": "human"}]}', "objects with 'from' and 'value'"),
        ('{', ''), ('{}', 'none')]
 
 
