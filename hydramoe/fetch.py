@@ -38,6 +38,7 @@ PACKAGES = {
     'mendeleev': Package('1.3.0', '76f415767b654634e51dead755513ef431abf200e892eab8468aa659ff218d1c', 1.4),
     'sqlglot': Package('30.30.0', 'b8e344042c85d7baa1d0d827127dfe1611ce9ac59bceab6fe370665baeb14ce7', 6.2, sdist=True),
     'champ-dataset': Package('1.0.0', 'aa59df5ae28e2ec76a401a46faf3d6395920be8009a01ce451f7d5c131d82201', 7.6),
+    'chitchat-dataset': Package('0.9.0', '7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e', 8.1),
     'chatterbot-corpus': Package('1.3.3', '86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154', 0.3),
 }
 
