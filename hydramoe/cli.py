@@ -116,19 +116,23 @@ def _out(a): return Path(a.out or Path(a.files[0]).stem+'-hydra')
 def _rejected(rejects, out):
     "Say what was refused and write it beside the bundle; returns the file, or None"
     if not rejects: return None
-    from hydramoe.core import write_jsonl
-    file, r = write_jsonl(out.with_name(out.name+'.rejects.jsonl'), rejects), rejects[0]
+    from hydramoe.formats import write_rejects
+    file, r = write_rejects(out.with_name(out.name+'.rejects.jsonl'), rejects), rejects[0]
     rows = 'a row was' if len(rejects)==1 else f'{len(rejects)} rows were'
     print(f"hydramoe: {rows} refused, the first in line {r['line']} of {r['file']}: {r['reason']}; all are in {file}", file=sys.stderr)
     return str(file)
 
 # %% ../nbs/53_cli.ipynb #cell24
 _BUILD = ['hydramoe build mine.jsonl --dry-run', 'hydramoe build mine.jsonl', 'hydramoe build mine.jsonl more.jsonl --k 4 --rank 16 --out my-hydra',
-          'hydramoe build mine.jsonl --base ~/models/Qwen3-0.6B --quant bf16', '', 'a line of mine.jsonl is', '{"prompt": "Who wrote Faust?", "completion": "Goethe."}',
+          'hydramoe build mine.jsonl --base ~/models/Qwen3-0.6B --quant bf16', 'hydramoe build sheet.csv --map prompt=question,completion=answer', '', 'a line of mine.jsonl is', '{"prompt": "Who wrote Faust?", "completion": "Goethe."}',
           'or', '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}']
 
 @command('build', 'Make a Hydra from your own examples', _BUILD,
-         arg('files', nargs='+', metavar='FILE', help='JSON lines, each a prompt with its completion, or messages'),
+         arg('files', nargs='+', metavar='FILE', help='JSON lines, JSON, CSV or Parquet: prompts with completions, messages, Alpaca or ShareGPT'),
+         arg('--form', choices=['pairs', 'messages', 'sharegpt', 'alpaca'], help='of the rows (default: each by its columns)'),
+         arg('--format', choices=['jsonl', 'json', 'csv', 'tsv', 'parquet'], help='of the files (default: seen from their content)'),
+         arg('--map', action='append', metavar='OURS=THEIRS', help='columns by other names, such as prompt=question,completion=answer'),
+         arg('--encoding', help='of text files, such as cp1252 (default: by their first bytes, else utf-8)'),
          arg('--base', default='smollm2', help="the base: 'smollm2', a path, or a Hub id, ORG/NAME@REVISION (default %(default)s)"),
          arg('--k', type=int, metavar='N', help='experts (default: one for each 20 rows, nine at most)'),
          arg('--rank', type=int, default=8, metavar='N', help='of each expert (default %(default)s)'),
@@ -143,9 +147,11 @@ _BUILD = ['hydramoe build mine.jsonl --dry-run', 'hydramoe build mine.jsonl', 'h
          arg('--dry-run', action='store_true', help='say what would be made, how long it would take and how much memory; train nothing'))
 def build(a):
     "Records in, bundle out"
+    from hydramoe.formats import parse_columns
     from hydramoe.hydra import BuildSpec, Hydra, check, gather
+    how = dict(form=a.form, format=a.format, columns=parse_columns(a.map), encoding=a.encoding)
     spec = BuildSpec(**{k:v for k,v in vars(a).items() if k in BuildSpec.__dataclass_fields__})
-    (records, rejects), out = gather(a.files), _out(a)
+    (records, rejects), out = gather(a.files, **how), _out(a)
     refused = _rejected(rejects, out)
     if a.dry_run: return dry_run(records, spec, refused)
     if os.path.lexists(out): check(out)
