@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'prompt_text', 'lesson_texts', 'encoder_dir', 'embed', 'embed_stage', 'load_embeddings', 'check_names',
-           'Domains', 'kmeans', 'distinctive', 'name_domains', 'discover', 'cluster_texts', 'agreement',
-           'random_domains', 'layout', 'plot_map', 'save_arrays', 'load_arrays']
+           'Domains', 'kmeans', 'find_prices', 'assign_balanced', 'balanced_kmeans', 'distinctive', 'name_domains',
+           'discover', 'cluster_texts', 'agreement', 'random_domains', 'layout', 'plot_map', 'save_arrays',
+           'load_arrays']
 
 # %% ../nbs/12_cluster.ipynb #cell2
 import functools, hashlib, logging, re, unicodedata, warnings
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -19,13 +21,14 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors, save as save_tensors
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, HashingVectorizer
 from sklearn.manifold import TSNE
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from threadpoolctl import threadpool_limits
-from .core import HydraError, derive_seed, digest, progress, read_json, read_jsonl
+from .core import HydraError, default_threads, derive_seed, digest, progress, read_json, read_jsonl
 from .core import rng, write_bytes, write_json
 from .fetch import unpack
 from .store import open_sealed
@@ -224,7 +227,223 @@ def kmeans(
     order = np.argsort(-np.bincount(fit.labels_, minlength=k), kind='stable')
     return fit.cluster_centers_[order], np.argsort(order)[fit.labels_]
 
-# %% ../nbs/12_cluster.ipynb #cell36
+# %% ../nbs/12_cluster.ipynb #cell38
+def _shares(costs, prices, eps): # (n,k), (k,) → (n,k), rows that add up to 1
+    "How much of each row each cluster gets at temperature eps"
+    a = (costs + prices.astype(np.float32))*np.float32(-1/eps)
+    a -= a.max(1, keepdims=True)
+    np.exp(np.maximum(a, -20, out=a), out=a)
+    return np.divide(a, a.sum(1, keepdims=True), out=a)
+
+def _newton(costs, room, prices, eps, good):
+    "Newton's steps, none longer than 3 eps, towards prices that fill each cluster to its room"
+    for _ in range(6):
+        s = _shares(costs, prices, eps)
+        n = s.sum(0, dtype=np.float64)
+        if np.abs(n-room).sum()<=good*len(costs): break
+        prices = prices + eps*np.clip(np.linalg.solve(np.diag(n+.01*room)-s.T@s, n-room), -3, 3)
+    return prices-prices.min()
+
+# %% ../nbs/12_cluster.ipynb #cell40
+def _unit(costs):
+    "The temperature to begin with: half the spread of a row's costs"
+    few = costs[:512]
+    return max(.5*float(few.std(1).mean()), 1e-7*float(np.abs(few).max()), 1e-30)
+
+def _overflow(costs, room, prices):
+    "How many rows find their cluster full"
+    n = np.bincount((costs+prices.astype(np.float32)).argmin(1), minlength=len(room))
+    return np.maximum(n-room, 0).sum()
+
+def find_prices(
+    costs:np.ndarray, # (n,k) fp32: what it costs to put a row into a cluster
+    room:np.ndarray, # (k,) rows that each may take; scaled so that they add up to n
+    prices:np.ndarray|None=None, # (k,) where to begin; None: at 0
+    eps:float|None=None, # temperature to begin with; None: half the spread of a row's costs
+    good:float=.01 # stop when at most this share of the rows finds its cluster full
+)->tuple[np.ndarray,float]: # prices (k,), the least is 0; the temperature reached
+    "Prices at which the clusters fill evenly, by Newton's method at falling temperature"
+    room,unit = room*(len(costs)/room.sum()),_unit(costs)
+    eps = eps or unit
+    best = (np.inf, np.zeros(len(room)) if prices is None else prices, eps)
+    while eps>=1e-4*unit and best[0]>good*len(costs):
+        prices = _newton(costs, room, best[1], eps, good)
+        over = _overflow(costs, room, prices)
+        if over<best[0]: best = (over, prices, eps)
+        eps *= .4
+    return best[1:]
+
+# %% ../nbs/12_cluster.ipynb #cell43
+def _edge(costs, labels, c, empty): # → (k,)
+    "What it costs to move the cheapest row, or empty place, of c to each other cluster"
+    rows = np.flatnonzero(labels==c)
+    w = (costs[rows]-costs[rows,c][:,None]).min(0, initial=np.inf).astype(float)
+    if empty[c]: w = np.minimum(w, 0)
+    w[c] = np.inf
+    return w
+
+def _paths(w, sources): # lengths (k,k), mask (k,) → distances (k,), the node before each or -1
+    "Shortest paths from any of the sources (Bellman–Ford)"
+    d,before = np.where(sources, 0, np.inf),np.full(len(w), -1)
+    while True:
+        t = d[:,None]+w
+        b,v = t.argmin(0),t.min(0)
+        if not (v<d).any(): return d,before
+        d,before = np.minimum(v, d),np.where(v<d, b, before)
+
+def _push(costs, labels, extra, empty, path, w, tol):
+    "Move as many rows as can go along a path at the same price"
+    free,move = {},{}
+    for a,b in zip(path, path[1:]):
+        rows = np.flatnonzero(labels==a)
+        move[a] = rows[costs[rows,b]-costs[rows,a]<=w[a,b]+tol]
+        free[a] = int(empty[a]) if w[a,b]+tol>=0 else 0
+    n = min(extra[path[0]], -extra[path[-1]], *(len(move[a])+free[a] for a in move))
+    for a,b in zip(path, path[1:]):
+        f = min(free[a], n)
+        empty[a] -= f; empty[b] += f
+        labels[move[a][:n-f]] = b
+    extra[path[0]] -= n; extra[path[-1]] += n
+
+# %% ../nbs/12_cluster.ipynb #cell44
+def _repair(costs, labels, room, prices): # → labels; prices that prove it
+    "From an assignment that is right at its prices to the best one within the room"
+    k,labels,prices = len(room),labels.copy(),prices.copy()
+    empty = np.zeros(k, int); empty[prices.argmin()] = room.sum()-len(labels)
+    extra = np.bincount(labels, minlength=k)+empty-room
+    w = np.stack([_edge(costs, labels, c, empty) for c in range(k)])
+    while (extra>0).any():
+        d,before = _paths(np.maximum(w+prices-prices[:,None], 0), extra>0)
+        path = [int(np.where(extra<0, d, np.inf).argmin())]
+        prices += np.maximum(d[path[0]]-d, 0)
+        while before[path[0]]>=0: path.insert(0, int(before[path[0]]))
+        _push(costs, labels, extra, empty, path, w, 1e-6*_unit(costs))
+        for c in path: w[c] = _edge(costs, labels, c, empty)
+    return labels,prices-prices.min()
+
+# %% ../nbs/12_cluster.ipynb #cell48
+def _rank(groups): # (n,) → (n,)
+    "How many of its group come before each"
+    order,n = np.argsort(groups, kind='stable'),np.bincount(groups)
+    rank = np.empty(len(groups), int)
+    rank[order] = np.arange(len(groups)) - np.repeat(np.cumsum(n)-n, n)
+    return rank
+
+def _spill(costs, labels, room, prices): # → labels
+    "Rows of full clusters to the nearest with room, those that lose least first"
+    labels = labels.copy()
+    while True:
+        extra = np.bincount(labels, minlength=len(room))-room
+        rows = np.flatnonzero(extra[labels]>0)
+        if not len(rows): return labels
+        a,i = costs[rows]+prices.astype(np.float32),np.arange(len(rows))
+        own = a[i,labels[rows]]
+        a[:,extra>=0] = np.inf
+        goal = a.argmin(1)
+        first = np.argsort(a[i,goal]-own, kind='stable')
+        first = first[_rank(labels[rows[first]])<extra[labels[rows[first]]]]
+        first = first[_rank(goal[first])<-extra[goal[first]]]
+        labels[rows[first]] = goal[first]
+
+# %% ../nbs/12_cluster.ipynb #cell51
+def _margins(a): # costs with prices (n,k) → labels (n,), margins (n,)
+    "The cheapest cluster of each row, and how much more the next one costs"
+    i,labels = np.arange(len(a)),a.argmin(1).astype(np.int32)
+    least = a[i,labels]
+    a[i,labels] = np.inf
+    return labels,a.min(1)-least
+
+def _depth(costs, prices, share): # → (k,)
+    "For each cluster, the margin that the given share of its rows does not reach"
+    labels,margin = _margins(costs+prices.astype(np.float32))
+    order,n = np.argsort(margin, kind='stable'),np.bincount(labels, minlength=len(prices))
+    at = order[_rank(labels[order])==(share*n).astype(int)[labels[order]]]
+    depth = np.full(len(prices), np.inf, np.float32)
+    depth[labels[at]] = margin[at]
+    return depth
+
+def _border(costs, prices, depth): # → labels, which are near a border, and the costs of those
+    "Label one block of rows"
+    labels,margin = _margins(costs+prices.astype(np.float32))
+    near = margin<depth[labels]
+    return labels,near,costs[near]
+
+def _settle(each, room, prices, eps, depth, exact): # each: f → the results of f on each block of costs, in order
+    "Label every row, then reconsider those near a border until each cluster is within its room"
+    while True:
+        labels,near,costs = map(np.concatenate, zip(*each(lambda c: _border(c, prices, depth))))
+        left = room-np.bincount(labels[~near], minlength=len(room))
+        if (left>=0).all(): break
+        depth = np.where(left<0, np.inf, depth)
+    if not len(costs): return labels
+    prices,_ = find_prices(costs, left, prices, eps, .02*len(labels)/len(costs))
+    first = (costs+prices.astype(np.float32)).argmin(1)
+    labels[near] = _repair(costs, first, left, prices)[0] if exact else _spill(costs, first, left, prices)
+    return labels
+
+# %% ../nbs/12_cluster.ipynb #cell52
+def assign_balanced(
+    costs:np.ndarray, # (n,k): what it costs to put a row into a cluster, e.g. squared distances
+    exact:bool|None=None, # the very best, however long it takes; None: up to 2,048 rows
+    seed:int=0 # of the sample that prices are found on
+)->np.ndarray: # (n,) labels; no cluster has more than ⌈n/k⌉ rows
+    "Give each row a cluster: capacities hold, total cost is (nearly) least"
+    costs = np.asarray(costs, np.float32)
+    if costs.ndim!=2 or not costs.size: raise HydraError(f"costs of shape {costs.shape} cannot be balanced; need (n, k), neither of them 0")
+    if not np.isfinite(costs.sum(dtype=np.float64)): raise HydraError("costs hold a value that is not finite; balance rows that have one only")
+    n,k = costs.shape
+    room,exact = np.full(k, -(-n//k)),n<=2048 if exact is None else exact
+    few = costs if exact else costs[np.sort(rng(seed, 'assign_balanced').permutation(n)[:max(2048, 32*k)])]
+    prices,eps = find_prices(few, room, good=.03)
+    depth = np.full(k, np.inf, np.float32) if len(few)==n else _depth(few, prices, .3)
+    return _settle(lambda f: [f(costs)], room, prices, eps, depth, exact)
+
+# %% ../nbs/12_cluster.ipynb #cell57
+def _scores(x, centroids, center): # (n,d), (k,d), (d,) → (n,k)
+    "Squared distances less a constant of the row, through one matrix product"
+    c = centroids-center
+    scores = np.asarray(x, np.float32)@(-2*c).T.astype(np.float32)
+    scores += ((c**2).sum(1) + 2*(c@center)).astype(np.float32)
+    if not np.isfinite(scores.sum(dtype=np.float64)): raise HydraError("a row holds a value that is not finite; leave such rows out")
+    return scores
+
+def _means(x, labels, old): # → (k,d)
+    "The mean of each cluster's rows; an empty one stays where it was"
+    n = np.bincount(labels, minlength=len(old))
+    m = csr_matrix((np.ones(len(x), np.float32), (labels, np.arange(len(x)))), shape=(len(old), len(x)))
+    return np.where(n[:,None]>0, (m@x)/np.maximum(n, 1)[:,None], old).astype(np.float32)
+
+def _balanced_centroids(x, k, seed, steps): # → centroids (k,d), prices (k,), temperature
+    "Balanced k-means on rows that fit into memory"
+    center,room = x.mean(0, dtype=np.float64).astype(np.float32),np.full(k, len(x)/k)
+    c,prices,eps = x[np.sort(rng(seed, 'balanced_kmeans').permutation(len(x))[:k])],None,None
+    for _ in range(steps):
+        prices,eps = find_prices(s := _scores(x, c, center), room, prices, eps and 2.5*eps, .03)
+        c = _means(x, (s+prices.astype(np.float32)).argmin(1), c)
+    s = _scores(x, c, center)
+    prices,eps = find_prices(s, room, prices, eps and 2.5*eps)
+    return c,center,prices,eps,_depth(s, prices, .3)
+
+# %% ../nbs/12_cluster.ipynb #cell58
+def balanced_kmeans(
+    x:np.ndarray, # (N,d) embeddings, or a memory-mapped array of them
+    k:int, # clusters
+    seed:int=0, # of the sample and of the start
+    sample:int=512, # rows a cluster that centroids are found on
+    steps:int=6, # rounds of k-means on the sample
+    block:int=16_384 # rows a pass multiplies at once
+)->tuple[np.ndarray,np.ndarray]: # centroids (k,d); labels (N,), none more often than ⌈N/k⌉ times
+    "k-means whose clusters are all of one size: c-BTM's training clusters, streamed"
+    if not 1<=k<=len(x): raise HydraError(f"k={k} clusters cannot be made of {len(x)} rows; choose k from 1 to {len(x)}")
+    rows = np.sort(rng(seed, 'sample').permutation(len(x))[:max(2048, sample*k)])
+    with threadpool_limits(1), ThreadPoolExecutor(default_threads()) as pool:
+        c,center,prices,eps,depth = _balanced_centroids(np.asarray(x[rows], np.float32), k, seed, steps)
+        exact = len(x)<=2048
+        each = lambda f: list(pool.map(lambda i: f(_scores(x[i:i+block], c, center)), range(0, len(x), block)))
+        labels = _settle(each, np.full(k, -(-len(x)//k)), prices, eps, np.full_like(depth, np.inf) if exact else depth, exact)
+    return c,labels.astype(int)
+
+# %% ../nbs/12_cluster.ipynb #cell63
 _STOP = sorted(ENGLISH_STOP_WORDS | {'answer', 'did', 'does', 'doing', 'don', 'following', 'given', 'question', 'using'})
 
 def distinctive(
@@ -247,7 +466,7 @@ def distinctive(
     fit = [(held[c]>0) & (held[c]>=min(2, held[c].max())) & (score[c]>=0) for c in range(len(p))]
     return [[str(words[w]) for w in r if f[w]][:most] for r,f in zip(ranked, fit)]
 
-# %% ../nbs/12_cluster.ipynb #cell39
+# %% ../nbs/12_cluster.ipynb #cell66
 def _ascii(word):
     "A word in plain letters, accents dropped"
     plain = unicodedata.normalize('NFKD', word.lower()).encode('ascii', 'ignore').decode()
@@ -273,7 +492,7 @@ def name_domains(
         names.append(next(t for t in map(lambda t: t.strip('-'), tries) if t not in names))
     return names
 
-# %% ../nbs/12_cluster.ipynb #cell42
+# %% ../nbs/12_cluster.ipynb #cell69
 def discover(
     x:np.ndarray, # (N,d) embeddings
     texts:Sequence[str], # the N texts, to name the domains by
@@ -296,7 +515,7 @@ def cluster_texts(
     x = embed(texts, encoder)
     return *discover(x, texts, k, seed, encoder), x
 
-# %% ../nbs/12_cluster.ipynb #cell46
+# %% ../nbs/12_cluster.ipynb #cell73
 def agreement(
     labels:Sequence, # (N,) clusters
     truth:Sequence # (N,) what they should be compared with: topics, sources
@@ -308,7 +527,7 @@ def agreement(
     nmi,ari = normalized_mutual_info_score(truth, labels), adjusted_rand_score(truth, labels)
     return dict(nmi=float(nmi), ari=float(ari), purity=sum(most.values())/len(labels))
 
-# %% ../nbs/12_cluster.ipynb #cell49
+# %% ../nbs/12_cluster.ipynb #cell76
 def random_domains(
     n:int, # texts
     sizes:int|Sequence[int], # size of each cluster, or k for k clusters as equal as can be
@@ -319,7 +538,7 @@ def random_domains(
     if sum(sizes)!=n: raise HydraError(f"sizes {list(map(int, sizes))} add up to {sum(sizes)}, not to n={n}")
     return rng(seed, 'random_domains').permutation(np.repeat(np.arange(len(sizes)), sizes))
 
-# %% ../nbs/12_cluster.ipynb #cell53
+# %% ../nbs/12_cluster.ipynb #cell80
 def layout(
     x:np.ndarray, # (N,d) embeddings
     seed:int=0 # of t-SNE
@@ -332,7 +551,7 @@ def layout(
     tsne = TSNE(2, perplexity=min(30, (len(x)-1)/3), init=start, random_state=derive_seed(seed, 'layout')%2**32)
     with threadpool_limits(1): return tsne.fit_transform(x)
 
-# %% ../nbs/12_cluster.ipynb #cell56
+# %% ../nbs/12_cluster.ipynb #cell83
 _COLORS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#444444']
 _MARKS = 'osD^vPX*<>'
 
@@ -391,7 +610,7 @@ def plot_map(
     plt.close(fig)
     return fig
 
-# %% ../nbs/12_cluster.ipynb #cell60
+# %% ../nbs/12_cluster.ipynb #cell87
 FORMAT = 1
 
 def save_arrays(
@@ -410,7 +629,7 @@ def save_arrays(
     write_json(Path(path)/f'{stem}.json', body | dict(digest=digest(body)))
     return Path(path)
 
-# %% ../nbs/12_cluster.ipynb #cell62
+# %% ../nbs/12_cluster.ipynb #cell89
 def _body(file):
     "The checked content of a description file"
     body = read_json(file)
