@@ -9,17 +9,18 @@ __all__ = ['DOMAINS', 'ROLES', 'FORMS', 'VERIFIED', 'NAME', 'NEEDS', 'COMPARED',
            'sciq', 'medmcqa', 'pubmed', 'choices', 'knights_knaves', 'legal_support', 'piqa', 'winogrande',
            'documented_functions', 'codeio', 'long_answers', 'preferred', 'verse', 'sonnets', 'boolq_evidence',
            'faithful', 'element_claims', 'element_tables', 'sql_rewrites', 'jsonpath', 'signature', 'tool_prompt',
-           'tool_call', 'bfcl', 'no_call', 'tool_dialogues', 'dialogue', 'chitchat', 'chatterbot', 'BadRows',
-           'read_records', 'prompt_key', 'split', 'Example', 'encode', 'distinct', 'grams', 'decontaminate', 'draw',
-           'counts', 'mix', 'toy_records', 'cards_digest', 'mixture', 'toy_mixture']
+           'tool_call', 'bfcl', 'no_call', 'tool_dialogues', 'dialogue', 'chitchat', 'chatterbot', 'inventory',
+           'cards_digest', 'BadRows', 'read_records', 'prompt_key', 'split', 'Example', 'encode', 'distinct', 'grams',
+           'decontaminate', 'draw', 'counts', 'mix', 'toy_records', 'mixture', 'toy_mixture']
 
 # %% ../nbs/11_data.ipynb #cell3
-import ast, copy, csv, fnmatch, functools, gzip, hashlib, importlib, io, json, os, re, sqlite3, string
+import ast, copy, csv, fnmatch, functools, gzip, hashlib, io, json, os, re, sqlite3, string
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib.resources import files as resource_files
+from importlib.util import find_spec
 from pathlib import Path
-import yaml
+import numpy as np, yaml
 from . import fetch
 from .base import byte_tokenizer, render, smollm2_dir
 from .core import HydraError, digest, one_of, progress, repo_root, rng, versions, write_json, write_jsonl
@@ -302,8 +303,10 @@ def rows_of(
 # %% ../nbs/11_data.ipynb #cell45
 def _function(name, me):
     "The function that a card's `map` names, of this notebook or of 13_craft"
-    more = {} if name in MAPS or not importlib.util.find_spec('hydramoe.craft') else importlib.import_module('hydramoe.craft').MAPS
-    return (MAPS | more)[one_of(name, [*MAPS, *more], f'{me}: map')]
+    crafted = {}
+    if name not in MAPS and find_spec('hydramoe.craft'):
+        from hydramoe.craft import MAPS as crafted # that room stands on this one
+    return (MAPS | crafted)[one_of(name, [*MAPS, *crafted], f'{me}: map')]
 
 def pairs_of(
     card:dict, # from `load_card`
@@ -760,7 +763,33 @@ MAPS = {f.__name__:f for f in (math_problems, champ, sciq, medmcqa, pubmed, choi
                                long_answers, preferred, sonnets, verse, boolq_evidence, faithful, element_claims, element_tables, sql_rewrites, jsonpath,
                                bfcl, no_call, tool_dialogues, dialogue, chitchat, chatterbot)}
 
-# %% ../nbs/11_data.ipynb #cell109
+# %% ../nbs/11_data.ipynb #cell107
+def _letters(r): return sum(len(m['content']) for m in r['prompt'] + r['completion'])
+
+def inventory(
+    out:Path, # receives inventory.json: card → domain, rows, usable, tokens, and quantiles of the response's characters
+    names:str, # cards, separated by commas
+    cards:str, # `cards_digest(names)`, for the key of the stage
+    longest:int=1800 # characters of a usable record, prompt and response
+):
+    "Stage: how much each card gives"
+    from transformers import AutoTokenizer
+    tok,found = AutoTokenizer.from_pretrained(smollm2_dir()),{}
+    for n in progress(names.split(','), desc='count cards'):
+        rs = load(n)
+        use = [r for r in rs if _letters(r)<=longest]
+        ids = tok(['\n'.join(m['content'] for m in r['prompt'] + r['completion']) for r in use], add_special_tokens=False)['input_ids'] if use else []
+        spread = np.quantile([len(r['completion'][0]['content']) for r in rs], [.05,.25,.5,.75,.95]).round().tolist()
+        found[n] = dict(domain=rs[0]['domain'], rows=len(rs), usable=len(use), tokens=sum(map(len, ids)), response=spread)
+    write_json(Path(out)/'inventory.json', found)
+
+def cards_digest(
+    names:str='' # cards, separated by commas; all if empty
+)->str: # 64 hex digits
+    "The hash of the cards' text, for the key of what is made from them"
+    return digest({n:p.read_text(encoding='utf-8') for n,p in _cards().items() if not names or n in names.split(',')})
+
+# %% ../nbs/11_data.ipynb #cell113
 class BadRows(HydraError):
     "A file of which not one row can be used"
 
@@ -782,7 +811,7 @@ def read_records(
     if not records: raise BadRows(f"{path}: no usable row" + ''.join(f"\n  line {r['line']}: {r['reason']}" for r in rejects[:5]))
     return records,rejects
 
-# %% ../nbs/11_data.ipynb #cell114
+# %% ../nbs/11_data.ipynb #cell118
 def prompt_key(
     record:dict # a record
 )->str: # lower case, without spacing and the marks that end sentences
@@ -809,7 +838,7 @@ def _fill(deal, groups, n):
     while len(out)<n and (g := next(deal, None)) is not None: out += sorted(groups[g], key=lambda r: r['id'])
     return out
 
-# %% ../nbs/11_data.ipynb #cell120
+# %% ../nbs/11_data.ipynb #cell124
 @dataclass
 class Example:
     "Token ids of one record; `ids[n_prompt:]` are the labels"
@@ -835,7 +864,7 @@ def encode(
     if len(prompt)>max_prompt or len(ids)-len(prompt)>max_response: return None
     return Example(ids, len(prompt), record['id'], record['domain'])
 
-# %% ../nbs/11_data.ipynb #cell124
+# %% ../nbs/11_data.ipynb #cell128
 def distinct(
     records:list[dict] # in any order
 )->list[dict]: # sorted by id
@@ -865,7 +894,7 @@ def decontaminate(
     seen = set().union(*(grams(r['prompt'][-1]['content']) for r in held))
     return [r for r in records if not seen & _shown(r)]
 
-# %% ../nbs/11_data.ipynb #cell128
+# %% ../nbs/11_data.ipynb #cell132
 def draw(
     pools:dict, # source → iterator of (record, tokens); what is drawn is gone
     amount:int, # how much
@@ -886,7 +915,7 @@ def _pool(records, tokenizer, max_length, dropped):
         if e: yield r,len(e.ids)
         else: dropped['too long'] += 1
 
-# %% ../nbs/11_data.ipynb #cell130
+# %% ../nbs/11_data.ipynb #cell134
 def counts(
     records:list[dict], # of any kind
     tokenizer=None # to count tokens as well
@@ -923,7 +952,7 @@ def mix(
             raise HydraError(f"domain {d} has too few records of at most {max_length} tokens for {test} test and {dev} development prompts and any training; ask for fewer, or raise max_length")
     return parts,{s:dict(c) for s,c in dropped.items()}
 
-# %% ../nbs/11_data.ipynb #cell132
+# %% ../nbs/11_data.ipynb #cell136
 NOUNS = 'apple river stone candle window garden hammer letter bridge basket mirror ladder carpet pepper engine violin pencil kettle saddle anchor'.split()
 NAMES = 'Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jana Kai Lena Milo Nora Otto Pia Quinn Rosa Sven Tara'.split()
 TOY = dict(
@@ -957,13 +986,7 @@ def toy_records(
         out += sorted(made, key=lambda r: digest([seed, r['id']]))[:n_per_domain]
     return out
 
-# %% ../nbs/11_data.ipynb #cell138
-def cards_digest(
-    names:str='' # cards, separated by commas; all if empty
-)->str: # 64 hex digits
-    "The hash of the cards' text, for the key of what is made from them"
-    return digest({n:p.read_text(encoding='utf-8') for n,p in _cards().items() if not names or n in names.split(',')})
-
+# %% ../nbs/11_data.ipynb #cell142
 def _write(out, parts, dropped, tokenizer):
     "The files of a mixture"
     for p,rs in parts.items(): write_jsonl(Path(out)/f'{p}.jsonl', rs)
