@@ -69,7 +69,7 @@ _STRANGE = re.compile('[\0\udc80-\udcff]')
 
 def _strange(c):
     if c=='\0': return 'holds a NUL byte: the file is damaged here, or is no text'
-    return f"holds the byte 0x{ord(c)-0xdc00:02x}, which is not UTF-8; if the whole file is in another encoding, name it: encoding='cp1252' (Windows) or 'latin-1'"
+    return f"holds the byte 0x{ord(c)-0xdc00:02x}, which is not UTF-8; if the whole file is in another encoding, name it: encoding='cp1252' (Windows) or 'latin-1', on the command line --encoding cp1252"
 
 def _parsed(line, raw, parse, limit):
     "The `Row` of a text"
@@ -296,7 +296,7 @@ def _json_kind(text, suffix):
     lines = suffix in ('jsonl','ndjson')
     if first[:1]=='[' : return 'json' if re.match(r'\[\s*(\{|$)', first) and (value is None or _is_rows(value)) or not lines and not (value and rest.strip()) else 'jsonl'
     if value is None: return 'jsonl' if lines else 'json'
-    return 'jsonl' if rest.strip() or _named(value) or not any(map(_is_rows, value.values())) else 'json'
+    return 'jsonl' if rest.strip() or _named(value) or lines and not any(map(_is_rows, value.values())) else 'json'
 
 def _kind(path, head, text):
     "The format of a file, from how it begins and, where that leaves it open, from its name"
@@ -365,11 +365,16 @@ def _ours(row, columns, form, mended):
     if raw := [k for k,v in row.items() if isinstance(v, bytes)]: mended.add('bytes read as UTF-8 text')
     return name, row | {k:row[k].decode('utf-8') for k in raw}
 
+def _cell(column, text):
+    "A conversation that stands as JSON in one cell"
+    try: return _json(text)
+    except ValueError: raise ValueError(f'{column} is {text[:30]!r}…, which is not JSON. A list that pandas wrote into CSV cannot be read back: export JSON lines or Parquet') from None
+
 def _talk(row, name, columns, mended):
     "Put the row's conversation in order; returns how `map_row` is to read it"
     column = NEEDS[name][0]
     talk = row[column]
-    if isinstance(talk, str) and talk.lstrip()[:1]=='[': talk = row[column] = _json(talk)
+    if isinstance(talk, str) and talk.lstrip()[:1]=='[': talk = row[column] = _cell(column, talk)
     one = talk[0] if isinstance(talk, list) and talk and isinstance(talk[0], dict) else {}
     a,b = ('from','value') if 'from' in one or name=='sharegpt' and 'role' not in one else ('role','content')
     role,text = columns.get('role') or columns.get('from') or a, columns.get('content') or columns.get('value') or b
@@ -409,9 +414,12 @@ class BadRows(HydraError):
 
 GUESS = dict(prompt=('question','query','input','instruction','user','request','text'), completion=('answer','response','output','reply','assistant','target','label'))
 
+def _list(names): return ', '.join(n.strip() or '(no name)' for n in names[:12]) + (f', and {len(names)-12} more' if len(names)>12 else '')
+
 def _hint(names):
     "How to rename columns, with the likeliest ones"
-    low = {n.strip().casefold():n for n in reversed(names)}
+    if len(names)<2: return 'one column cannot hold both'
+    low = {str(n).strip().casefold():n for n in reversed(names)}
     theirs = [next((low[g] for g in guess if g in low), names[min(i, len(names)-1)]) for i,guess in enumerate(GUESS.values())]
     return f"say which is which: columns=dict(prompt={theirs[0]!r}, completion={theirs[1]!r}), or --map prompt={theirs[0]},completion={theirs[1]}"
 
@@ -455,7 +463,7 @@ def detect(
     rows, table = list(islice(rows_in(f), 20)), f.format in ('csv','tsv','parquet')
     names = list(dict.fromkeys(str(k) for r in rows if isinstance(r.value, dict) for k in r.value))
     f.form, f.columns = form, _columns(columns or {}, names, table)
-    if table and names and not _fits(f, names): raise BadRows(f"{path}: no usable row: it has the columns {', '.join(names)}; need {' and '.join(NEEDS[form or 'pairs'])}; {_hint(names)}")
+    if table and names and not _fits(f, names): raise BadRows(f"{path}: no usable row: it has the columns {_list(names)}; need {' and '.join(NEEDS[form or 'pairs'])}; {_hint(names)}")
     f.seen = _seen(f, rows, names)
     return f
 
@@ -487,9 +495,9 @@ def _described(f):
     "One line: the format, the forms of the first rows, what is renamed or not read, the first record"
     s, r = f.seen, f.seen.get('first')
     how = [WORDS[f.format], *([f.encoding] if f.format!='parquet' else []), *([f'delimiter {f.delimiter!r}'] if f.format=='csv' else []), *([f'list {f.key!r}'] if f.key else [])]
-    parts = [', '.join(how), f"of the first {s.get('rows', 0)} rows {_forms(s.get('forms', {})) or 'none seen'}"]
+    parts = [', '.join(how), f"{'the first' if (n := s.get('rows', 0))==20 else 'its'} {n} row{'s'*(n!=1)}: {_forms(s.get('forms', {})) or 'not looked at'}"]
     if f.columns: parts.append(', '.join(f'{o} from {t!r}' for o,t in f.columns.items()))
-    if s.get('unused'): parts.append('not read: ' + ', '.join(s['unused'][:8]) + ('…' if len(s['unused'])>8 else ''))
+    if s.get('unused'): parts.append('not read: ' + _list(s['unused']))
     if r: parts.append(f"first record {_short(r['prompt'][-1]['content'])} → {_short(r['completion'][0]['content'])}")
     return f"{f.path.name}: " + '; '.join(parts)
 
@@ -521,7 +529,9 @@ def _jsonl_text(reject):
 class _Rejects:
     "Takes rejects one by one"
     def __init__(self, f): self.f = f
-    def append(self, reject): self.f.write(_jsonl_text(reject))
+    def append(self, reject):
+        "One line more"
+        self.f.write(_jsonl_text(reject))
 
 @contextmanager
 def rejects_file(
@@ -566,6 +576,11 @@ def _settle(form, row, domain, tally, first):
     tally.used += 1; tally.records += len(new); tally.forms[name] += 1; tally.repairs.update(mended)
     return new, None
 
+def _advice(form):
+    "A guess at the user's columns, where rows have none of ours"
+    names = form.seen.get('names')
+    return f"\n{_hint(names)}" if names and not any(n in NEEDS for n in form.seen['forms']) and not _fits(form, names) else ''
+
 def _same_id(value, ids, tally):
     "Count a user's id that another row has"
     i = value.get('id') if isinstance(value, dict) else None
@@ -583,6 +598,7 @@ def stream_records(
     **how # what to override: as for `detect`
 ): # iterator of records
     "The records of a file one by one, in bounded memory"
+    if isinstance(path, Form) and how: raise HydraError(f"{', '.join(how)} cannot be changed in what `detect` saw: give it to `detect`")
     form, tally = path if isinstance(path, Form) else detect(path, **how), Tally() if tally is None else tally
     first, ids, some, start = {} if distinct else None, set(), [], tally.used
     for n,row in enumerate(rows_in(form, max_chars), 1):
@@ -593,7 +609,7 @@ def stream_records(
         if rejects is None: raise BadRows(f'{form.path} line {row.line}: {why}; to go on without such rows, say where they go: rejects=[], or rejects_file(PATH)')
         rejects.append(bad := _reject(row, n, why))
         if len(some)<5: some.append(f"\n  line {bad['line']}: {bad['reason']}")
-    if tally.used==start: raise BadRows(f"{form.path}: no usable row{''.join(some) or ': it has no rows at all'}")
+    if tally.used==start: raise BadRows(f"{form.path}: no usable row{''.join(some) or ': it has no rows at all'}{_advice(form)}")
 
 def read_records(
     path:str|Path|Form, # a file, or what `detect` saw of it
@@ -603,6 +619,5 @@ def read_records(
     **how # what to override: as for `detect`, and `max_chars`
 )->tuple[list[dict],list[dict]]: # records, and rejects as `{line, row, reason, raw}`
     "Read a user's file whole; every row ends as records, as a reject or as a repeat, which is among the rejects"
-    rejects = []
-    if not isinstance(path, Form): how['form'] = form
+    rejects, how = [], how | (dict(form=form) if form else {})
     return list(stream_records(path, rejects, domain, tally, distinct=True, **how)), rejects

@@ -5,8 +5,8 @@ import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from hydramoe import formats
-from hydramoe.core import HydraError, digest
-from hydramoe.formats import BadRows, Form, Tally, detect, read_records, rejects_file, rows_in, stream_records, write_rejects
+from hydramoe.core import HydraError
+from hydramoe.formats import BadRows, Form, Tally, read_records, rejects_file, stream_records, write_rejects
 
 TALK = [dict(role='user', content='Hi'), dict(role='assistant', content='Yo')]
 ROWS = [dict(prompt=f'q{i} é✓', completion=f'a{i}, "said"\nhe; |\t') for i in range(6)]
@@ -111,7 +111,7 @@ def test_repairs_are_counted(tmp_path):
 # --- what is wrong is told --------------------------------------------------------------------------------------------
 
 FAULTS = [('x.csv', b'prompt,completion\n', 'no rows'), ('x.csv', b'a,b\n1,2\n', 'columns a, b; need prompt and completion; say which'), ('x.csv', b'prompt,prompt\n1,2\n', "names 'prompt' twice"),
-          ('x.jsonl', b'', 'empty'), ('x.json', b' \n ', 'empty'), ('x.json', b'[]', 'no rows'), ('x.json', b'{}', 'no usable row'), ('x.json', b'[{"prompt": "a", "completion": "b"}, {"pro', 'cut off'),
+          ('x.jsonl', b'', 'empty'), ('x.json', b' \n ', 'empty'), ('x.json', b'[]', 'no rows'), ('x.json', b'{}', 'without a list'), ('x.json', b'[{"prompt": "a", "completion": "b"}, {"pro', 'cut off'),
           ('x.json', b'[{"prompt": "a", "completion": "b"}] x', 'goes on'), ('x.json', b'{"a": [{}], "b": [{}]}', 'two lists'), ('x.json', b'{"prompt": {"0": "a"}, "completion": {"0": "b"}, ', ''),
           ('x.xlsx', b'PK\x03\x04...', 'not exported'), ('x', b'Dear all', 'say format='), ('x.jsonl', b'\0'*100, 'NUL'), ('x.jsonl', b'[1, 2]', 'line 1: is a list'), ('x.csv.gz', b'\x1f\x8b\x08broken', ''),
           ('x.jsonl', gzip.compress(b'{"prompt": "a", "completion": "b"}\n'*999)[:40], 'cut off'), ('x.jsonl', b'"'*9, 'line 1'), ('x.csv', b'prompt,completion\n"a,b\n', 'quote')]
@@ -120,6 +120,28 @@ FAULTS = [('x.csv', b'prompt,completion\n', 'no rows'), ('x.csv', b'a,b\n1,2\n',
 def test_a_file_of_which_nothing_can_be_used(tmp_path, name, data, why):
     with pytest.raises(HydraError) as e: read_records(written(tmp_path, name, data))
     assert why in str(e.value) and name in str(e.value)
+
+
+BAD = [('{"prompt": 1, "completion": "x"}', 'prompt is 1'), ('[1, 2]', 'need an object'), ('"x"', 'need an object'), ('{"prompt": "x"}', 'has the fields prompt'),
+       ('{"prompt": "x", "completion": "  "}', 'completion is empty'), ('{"prompt": [], "completion": "x"}', 'prompt is []'),
+       ('{"prompt": [{"role": "user"}], "completion": "x"}', 'prompt holds'), ('{"prompt": [{"role": "wizard", "content": "x"}], "completion": "x"}', 'wizard'),
+       ('{"messages": "hello"}', 'messages must be a list'), ('{"messages": [{"role": "user", "content": "x"}]}', 'no assistant turn'),
+       ('{"messages": [{"role": "assistant", "content": "x"}]}', 'no assistant turn'), ('{"prompt": "\\ud800", "completion": "x"}', 'surrogates'),
+       ('{"prompt": "x", "completion": null}', 'completion is null'), ('{"conversations": [{"from": "human"}]}', "'from' and 'value'"), ('{"prompt": "a", "completion": "b", "tools": 1}', 'tools is 1'),
+       ('{', ''), ('{}', 'none')]
+
+@pytest.mark.parametrize('line,reason', BAD)
+def test_a_bad_row_is_reported_with_its_line(tmp_path, line, reason):
+    f = written(tmp_path, 'x.jsonl', '{"prompt": "a", "completion": "b"}\n\n' + line + '\n{"prompt": "c", "completion": "d"}\n')
+    t, records, rejects = accounted(f)
+    assert len(records) == 2 and [(r['line'], r['row'], r['raw']) for r in rejects] == [(3, 2, line)] and reason in rejects[0]['reason']
+    with pytest.raises(BadRows, match='line 1'): read_records(written(tmp_path, 'y.jsonl', line))
+
+
+def test_forms_in_the_wild_agree(tmp_path):
+    forms = [dict(prompt='Hi', completion='Yo'), dict(prompt=TALK[:1], completion=TALK[1:]), dict(messages=TALK), dict(conversations=[{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Yo'}]), dict(instruction='Hi', input='', output='Yo')]
+    t, (r,), rejects = accounted(written(tmp_path, 'x.jsonl', jsonl(forms)))
+    assert (t.rows, t.used, t.repeated) == (5, 1, 4) and {x['reason'] for x in rejects} == {'repeats line 1'}
 
 
 ODD = {'deep': '{"prompt": ' + '['*100_000 + ']'*100_000 + ', "completion": "x"}', 'unused deep': '{"x": ' + '['*5000 + ']'*5000 + ', "prompt": "a"}', 'huge': '{"prompt": ' + '9'*5000 + ', "completion": "x"}',
