@@ -337,7 +337,7 @@ def unified(
     parts = {p:_budgeted([r for r in clean if at[r['id']]==p], p, want.get(p), sizes, seed) for p in PARTS}
     for p in PARTS: _enough(parts[p], p, want.get(p), {r['domain'] for r in clean}, shares)
     _note(removed, 'left over', clean, [r for rs in parts.values() for r in rs])
-    counts = dict(steps=STEPS, parts={p:_tally(rs, sizes) for p,rs in parts.items()}, sources=_sources(given, removed, parts), held=len(held))
+    counts = dict(steps=STEPS, parts={p:_tally(rs, sizes) for p,rs in parts.items()}, sources=_sources(given, removed, parts), held=dict(sorted(Counter(r['source'] for r in held).items())))
     return Unified(**{p:kind_of(p)(sorted((r | dict(part=p) for r in rs), key=lambda r: r['id'])) for p,rs in parts.items()}),counts
 
 # %% ../nbs/15_unify.ipynb #cell63
@@ -412,7 +412,7 @@ Instruction data for training a Hydra: a base model with experts, and a router t
 {parts}
 
 A hash of the prompt decides the part; turns of one conversation share it. Of rows whose prompts are nearly the same (Jaccard index of word triples from {threshold}) one is kept,
-so no near duplicate is in two parts. Do not train on `dev` or `test`. Before the split, rows were removed that share a prompt, or thirteen words in a row, with one of {held:,} rows of held-out evaluation sets.
+so no near duplicate is in two parts. Do not train on `dev` or `test`. Before the split, rows were removed that share a prompt, or thirteen words in a row, with one of {held:,} rows of held-out evaluation sets: {exams}.
 
 ## Domains
 
@@ -429,7 +429,9 @@ Every row keeps the licence of its source; nothing is relicensed here. {law} Lic
 {removed}
 ## Known faults
 
-Where no training split of a source can be had, rows of an evaluation split serve as training data; the source's own card says so, and no score on that set may be reported. Some sources are machine-written.
+Where no training split of a source can be had, rows of an evaluation split serve as training data; the source's own card says so, and no score on that set may be reported. What the cards say of their sources:
+
+{faults}
 """
 LAW = {'public domain':'All of it is in the public domain.', 'attribution':'Used as a whole, it asks for attribution of each source.',
        'share-alike':'Used as a whole, it asks for attribution, and for the same terms on what is derived from the share-alike sources.',
@@ -453,8 +455,9 @@ def dataset_card(
     "The Hub's card of a unified set"
     about,sources = about or {},_source_table(counts, about or {})
     cells = {p:[sum(c[k] for d in counts['parts'][p].values() for c in d.values()) for k in ('rows','tokens')] for p in PARTS[::-1]}
+    faults = [f"- {s['source']}: {'; '.join(about.get(s['source'], {}).get('faults') or ['none noted'])}" for s in sources]
     lines = [f"| `{p}` | {kind_of(p).__doc__.lower()} | {r:,} | {t:,} |" for p,(r,t) in cells.items()]
-    text = _PROSE.format(name=name, rows=sum(r for r,_ in cells.values()), n=len(sources), parts='\n'.join(lines), threshold=threshold, held=counts['held'], base=base,
+    text = _PROSE.format(name=name, rows=sum(r for r,_ in cells.values()), n=len(sources), parts='\n'.join(lines), threshold=threshold, held=sum(counts['held'].values()), exams=', '.join(counts['held']) or 'none', faults='\n'.join(faults), base=base,
                          domains=markdown_table(domain_rows(counts)), law=LAW[strictest(l for s in sources for l in s['licence'].split(', '))],
                          sources=markdown_table(sources, dict(source='source', name='name', from_='from', licence='licence', class_='class', rows='rows')), removed=markdown_table(removed_rows(counts)))
     return f'---\n{DatasetCardData(**_front(counts, about, name)).to_yaml()}\n---\n{text}'

@@ -1,12 +1,12 @@
 "Unify: what holds for any rows (order, sides, growth, idempotence, the ledger), other processes, damaged sets, and a Hub that fails"
-import os, random, subprocess, sys
+import os, shutil, subprocess, sys
 import pytest
 from huggingface_hub import DatasetCard
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from hydramoe import unify as U
 from hydramoe.base import byte_tokenizer
 from hydramoe.core import HydraError, read_json, read_jsonl
-from hydramoe.data import card_names, grams, load, load_card, prompt_key, record, toy_records
+from hydramoe.data import card_names, cards_digest, grams, load, load_card, prompt_key, record, toy_records
 from hydramoe.store import stage
 
 TOK = byte_tokenizer()
@@ -160,7 +160,6 @@ def test_push(made):
 
 
 def test_push_sends_nothing_it_should_not(made, tmp_path):
-    import shutil
     for spoil, why in ((lambda d: (d/'notes.txt').write_text('x'), 'extra'), (lambda d: (d/'dev.jsonl').unlink(), 'missing'), (lambda d: (d/'test.jsonl').write_text(''), 'altered')):
         copy = shutil.copytree(made, tmp_path/why); spoil(copy); hub = Hub()
         with pytest.raises(HydraError, match=why): U.push_to_hub(copy, 'me/set', hub)
@@ -191,11 +190,11 @@ def test_every_licence_of_our_cards_is_known_or_said_to_be_unclear():
 
 @pytest.mark.slow
 def test_real_cards(tmp_path):
-    "The whole set: nothing held out is in it, every domain is in every part, and the order of the cards does not matter"
-    names = card_names(use='train')
-    records = [r for n in names for r in load(n)]
+    "The whole set, sealed: nothing held out is in it, no two rows are near, and every domain has enough of several sources"
+    made = stage(U.unify, dict(max_length=300, cards=cards_digest()), root=tmp_path)
+    got, counts = U.open_unified(made), read_json(made/'counts.json')
     held = [r for n in card_names(use='evaluate') for r in load(n)]
-    got, counts = U.unified(records, TOK, dict(experts=20_000, router=5, dev=5, test=5), held, 1500)
-    assert U.unified(random.Random(0).sample(records, len(records)), TOK, dict(experts=20_000, router=5, dev=5, test=5), held, 1500) == (got, counts)
     assert set(U.leaks(flat(got), held)) == {''} and len(set(U.near_clusters(flat(got)))) == len(flat(got))
-    assert all(len(counts['parts'][p]) == len({load_card(n)['domain'] for n in names}) for p in U.PARTS)
+    assert not {r['source'] for r in flat(got)} & set(counts['held'])
+    for row in U.domain_rows(counts): assert row['tokens'] >= 150_000 and sum(row[p] for p in U.PARTS) >= 1500 and row['sources'] >= 2, row
+    assert {f['path'] for f in DatasetCard.load(made/'README.md').data.configs[0]['data_files']} == {f'{p}.jsonl' for p in U.PARTS}
