@@ -154,8 +154,8 @@ def main():
     p.add_argument('--threads', type=int, default=0, help='of both sides; 0: OMP_NUM_THREADS, or all cores')
     p.add_argument('--fast', action='store_true', help='40,000 rows, 4,096 for auction and optimum, no records')
     p.add_argument('--json', action='store_true', help='print JSON alone')
+    if p.parse_args().fast: p.set_defaults(rows=40_000, small=4096, records=0)
     a = p.parse_args()
-    if a.fast: a.rows, a.small, a.records = 40_000, 4096, 0
     if a.threads: os.environ['OMP_NUM_THREADS'] = str(a.threads)
     from hydramoe.core import default_threads, machine
     threads = default_threads()

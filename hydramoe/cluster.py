@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'prompt_text', 'lesson_texts', 'encoder_dir', 'embed', 'embed_stage', 'load_embeddings', 'check_names',
-           'Domains', 'kmeans', 'find_prices', 'assign_balanced', 'balanced_kmeans', 'distinctive', 'name_domains',
-           'discover', 'cluster_texts', 'agreement', 'random_domains', 'layout', 'plot_map', 'save_arrays',
-           'load_arrays']
+           'Domains', 'kmeans', 'find_prices', 'assign_balanced', 'balanced_kmeans', 'hierarchical', 'distinctive',
+           'name_domains', 'discover', 'cluster_texts', 'membership', 'agreement', 'random_domains', 'stability',
+           'choose_k', 'plot_k', 'layout', 'plot_map', 'save_arrays', 'load_arrays']
 
 # %% ../nbs/12_cluster.ipynb #cell2
-import functools, hashlib, logging, re, unicodedata, warnings
+import functools, hashlib, html, json, logging, re, shutil, unicodedata, warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+import yaml
+from IPython.display import HTML
 from matplotlib import patheffects, pyplot as plt
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
@@ -24,14 +26,15 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, HashingVectorizer
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, HashingVectorizer, TfidfTransformer
 from sklearn.manifold import TSNE
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from threadpoolctl import threadpool_limits
-from .core import HydraError, default_threads, derive_seed, digest, progress, read_json, read_jsonl
-from .core import rng, write_bytes, write_json
+from .core import HydraError, cache_dir, default_threads, derive_seed, digest, file_sha256, one_of, progress
+from .core import read_json, read_jsonl, rng, versions, write_bytes, write_json
 from .fetch import unpack
-from .store import open_sealed
+from .store import SealError, open_sealed, sealing
 
 # %% ../nbs/12_cluster.ipynb #cell6
 def prompt_text(
@@ -116,34 +119,59 @@ def encoder_dir(
     if (Path(encoder)/'modules.json').is_file(): return Path(encoder)
     raise HydraError(f"encoder={str(encoder)!r} is not 'minilm', not 'words', and no folder with a modules.json; give one of these")
 
+def _encode(model, texts, batch_size): # → (n,d)
+    "Embed texts, `batch_size` at a time"
+    starts = range(0, len(texts), batch_size)
+    return np.concatenate([model.encode(texts[i:i+batch_size], batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False) for i in starts])
+
 def embed(
     texts:Sequence[str], # N texts
-    encoder:str='minilm', # `minilm`, `words`, or a folder that sentence-transformers can open
-    batch_size:int=64 # texts a forward pass
+    encoder:str='minilm', # `minilm`, `words`, or a folder: one that sentence-transformers can open, or one of `fit_tfidf`
+    batch_size:int=64, # texts a forward pass
+    keep:Path|None=None # folder to keep finished pieces in; None: keep nothing
 )->np.ndarray: # (N,d) fp32, rows of unit length (zero for a text without words under `words`)
     "One vector a text; texts of like length share a pass"
     if bad := [i for i,t in enumerate(texts) if not isinstance(t, str)]:
         raise HydraError(f"text {bad[0]} is a {type(texts[bad[0]]).__name__}; embed takes a list of str")
     if encoder=='words': return _hashed(texts) if len(texts) else np.zeros((0,1024), np.float32)
+    if (Path(encoder)/'tfidf.json').is_file(): return _tfidf(texts, *load_tfidf(encoder))
     model = _sentence_model(str(encoder_dir(encoder)))
     x = np.zeros((len(texts), model.get_embedding_dimension()), np.float32)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    starts = range(0, len(order), batch_size)
-    for i in progress(starts, desc='embed', unit=' batches') if len(starts)>1 else starts:
-        rows = order[i:i+batch_size]
-        batch = [texts[j] for j in rows]
-        x[rows] = model.encode(batch, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+    starts = range(0, len(order), 16*batch_size)
+    for i in progress(starts, desc='embed', unit=' pieces') if len(starts)>1 else starts:
+        rows = order[i:i+16*batch_size]
+        piece = [texts[j] for j in rows]
+        x[rows] = _kept(keep, [piece, batch_size], encoder, lambda: _encode(model, piece, batch_size)) if keep else _encode(model, piece, batch_size)
     return x
 
 # %% ../nbs/12_cluster.ipynb #cell20
+@functools.lru_cache(maxsize=8)
+def _encoder_id(folder):
+    "The hash of an encoder's files"
+    files = sorted(p for p in Path(folder).rglob('*') if p.is_file())
+    return digest([[p.relative_to(folder).as_posix(), file_sha256(p)] for p in files])
+
+def _kept(folder, what, encoder, make): # → make(), or what it returned the last time
+    "Keep an array under a key of all that it depends on"
+    libs = versions('torch', 'transformers', 'sentence-transformers')
+    at = Path(folder)/digest([what, _encoder_id(str(encoder_dir(encoder))), libs])[:40]
+    try: return load_embeddings(at)['x']
+    except SealError: shutil.rmtree(at, ignore_errors=True)
+    x = make()
+    with sealing(at, dict(encoder=str(encoder))) as out: write_bytes(out/'x.safetensors', save_tensors(dict(x=x)))
+    return x
+
+# %% ../nbs/12_cluster.ipynb #cell22
 def embed_stage(
     out:Path, # the directory to fill
     rows:Path, # sealed directory with `PART.jsonl` record files
     parts:str='train dev test', # which of them, by name
     encoder:str='minilm' # see `embed`
 )->None: # writes `x.safetensors`: one (N,d) array a part
-    "A stage: embed the prompts of record files"
-    x = {p: embed([prompt_text(r) for r in read_jsonl(rows/f'{p}.jsonl')], encoder) for p in parts.split()}
+    "A stage: embed the prompts of record files; killed, it goes on where it was"
+    keep = cache_dir()/'embedded'
+    x = {p: embed([prompt_text(r) for r in read_jsonl(rows/f'{p}.jsonl')], encoder, keep=keep) for p in parts.split()}
     write_bytes(out/'x.safetensors', save_tensors(x))
 
 def load_embeddings(
@@ -153,7 +181,7 @@ def load_embeddings(
     open_sealed(path)
     return load_tensors((Path(path)/'x.safetensors').read_bytes())
 
-# %% ../nbs/12_cluster.ipynb #cell23
+# %% ../nbs/12_cluster.ipynb #cell27
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]{0,99}')
 
 def check_names(
@@ -169,13 +197,15 @@ def check_names(
         raise HydraError(f"{what} name {twice[0]!r} occurs twice; rename one")
     return names
 
-# %% ../nbs/12_cluster.ipynb #cell26
+# %% ../nbs/12_cluster.ipynb #cell30
 @dataclass(eq=False)
 class Domains:
     "The discovered domains: a named centroid each"
     centroids:np.ndarray # (k,d) fp32
     names:list[str] # k unique names, usable as folder names
     encoder:str='minilm' # what embeds a text into the centroids' space
+    lines:list[str]|None=None # k one-line descriptions
+    edits:list[dict]|None=None # what a person changed, see `edit_domains`
 
     def __post_init__(self):
         self.names = check_names(self.names)
@@ -184,6 +214,7 @@ class Domains:
             raise HydraError(f"{len(self)} names need centroids of shape ({len(self)}, d), not {self.centroids.shape}")
         for name,c in zip(self.names, self.centroids):
             if not np.isfinite(c).all(): raise HydraError(f"centroid of {name!r} is not finite")
+        if self.lines is not None and len(self.lines)!=len(self): raise HydraError(f"{len(self)} domains need as many lines, not {len(self.lines)}")
 
     def __len__(self): return len(self.names)
 
@@ -202,32 +233,33 @@ class Domains:
 
     def save(self, path): # a directory, made if missing
         "Write `domains.safetensors` and `domains.json`"
-        meta = dict(names=self.names, encoder=self.encoder)
+        meta = dict(names=self.names, encoder=self.encoder) | {k: v for k,v in dict(lines=self.lines, edits=self.edits).items() if v is not None}
         return save_arrays(path, 'domains', dict(centroids=self.centroids), meta)
 
     @classmethod
     def load(cls, path): # what `save` wrote
         "Open saved domains, strictly"
         arrays,meta = load_arrays(path, 'domains', ['centroids'])
-        return cls(arrays['centroids'], meta['names'], meta['encoder'])
+        return cls(arrays['centroids'], meta['names'], meta['encoder'], meta.get('lines'), meta.get('edits'))
 
-# %% ../nbs/12_cluster.ipynb #cell31
+# %% ../nbs/12_cluster.ipynb #cell35
 def kmeans(
     x:np.ndarray, # (N,d) embeddings
     k:int, # clusters
-    seed:int=0, # of the ten starts
+    seed:int=0, # of the starts
+    starts:int=10 # random starts, of which the best is kept
 )->tuple[np.ndarray,np.ndarray]: # centroids (k,d); labels (N,), the largest cluster is 0
     "scikit-learn's k-means, repeatable, clusters numbered by size"
     x = np.asarray(x, np.float32)
     distinct = len(np.unique(x, axis=0))
     if not 1<=k<=distinct:
         raise HydraError(f"k={k} clusters cannot be made of {len(x)} rows of which {distinct} differ; choose k from 1 to {distinct}")
-    starts = derive_seed(seed, 'kmeans')%2**32
-    with threadpool_limits(1): fit = KMeans(k, n_init=10, random_state=starts).fit(x)
+    state = derive_seed(seed, 'kmeans')%2**32
+    with threadpool_limits(1): fit = KMeans(k, n_init=starts, random_state=state).fit(x)
     order = np.argsort(-np.bincount(fit.labels_, minlength=k), kind='stable')
     return fit.cluster_centers_[order], np.argsort(order)[fit.labels_]
 
-# %% ../nbs/12_cluster.ipynb #cell38
+# %% ../nbs/12_cluster.ipynb #cell42
 def _shares(costs, prices, eps): # (n,k), (k,) → (n,k), rows that add up to 1
     "How much of each row each cluster gets at temperature eps"
     a = (costs + prices.astype(np.float32))*np.float32(-1/eps)
@@ -244,7 +276,7 @@ def _newton(costs, room, prices, eps, good):
         prices = prices + eps*np.clip(np.linalg.solve(np.diag(n+.01*room)-s.T@s, n-room), -3, 3)
     return prices-prices.min()
 
-# %% ../nbs/12_cluster.ipynb #cell40
+# %% ../nbs/12_cluster.ipynb #cell44
 def _unit(costs):
     "The temperature to begin with: half the spread of a row's costs"
     few = costs[:512]
@@ -273,7 +305,7 @@ def find_prices(
         eps *= .4
     return best[1:]
 
-# %% ../nbs/12_cluster.ipynb #cell43
+# %% ../nbs/12_cluster.ipynb #cell47
 def _edge(costs, labels, c, empty): # → (k,)
     "What it costs to move the cheapest row, or empty place, of c to each other cluster"
     rows = np.flatnonzero(labels==c)
@@ -305,7 +337,7 @@ def _push(costs, labels, extra, empty, path, w, tol):
         labels[move[a][:n-f]] = b
     extra[path[0]] -= n; extra[path[-1]] += n
 
-# %% ../nbs/12_cluster.ipynb #cell44
+# %% ../nbs/12_cluster.ipynb #cell48
 def _repair(costs, labels, room, prices): # → labels; prices that prove it
     "From an assignment that is right at its prices to the best one within the room"
     k,labels,prices = len(room),labels.copy(),prices.copy()
@@ -321,7 +353,7 @@ def _repair(costs, labels, room, prices): # → labels; prices that prove it
         for c in path: w[c] = _edge(costs, labels, c, empty)
     return labels,prices-prices.min()
 
-# %% ../nbs/12_cluster.ipynb #cell48
+# %% ../nbs/12_cluster.ipynb #cell52
 def _rank(groups): # (n,) → (n,)
     "How many of its group come before each"
     order,n = np.argsort(groups, kind='stable'),np.bincount(groups)
@@ -345,7 +377,7 @@ def _spill(costs, labels, room, prices): # → labels
         first = first[_rank(goal[first])<-extra[goal[first]]]
         labels[rows[first]] = goal[first]
 
-# %% ../nbs/12_cluster.ipynb #cell51
+# %% ../nbs/12_cluster.ipynb #cell55
 def _margins(a): # costs with prices (n,k) → labels (n,), margins (n,)
     "The cheapest cluster of each row, and how much more the next one costs"
     i,labels = np.arange(len(a)),a.argmin(1).astype(np.int32)
@@ -381,7 +413,7 @@ def _settle(each, room, prices, eps, depth, exact): # each: f → the results of
     labels[near] = _repair(costs, first, left, prices)[0] if exact else _spill(costs, first, left, prices)
     return labels
 
-# %% ../nbs/12_cluster.ipynb #cell52
+# %% ../nbs/12_cluster.ipynb #cell56
 def assign_balanced(
     costs:np.ndarray, # (n,k): what it costs to put a row into a cluster, e.g. squared distances
     exact:bool|None=None, # the very best, however long it takes; None: up to 2,048 rows
@@ -398,7 +430,7 @@ def assign_balanced(
     depth = np.full(k, np.inf, np.float32) if len(few)==n else _depth(few, prices, .3)
     return _settle(lambda f: [f(costs)], room, prices, eps, depth, exact)
 
-# %% ../nbs/12_cluster.ipynb #cell57
+# %% ../nbs/12_cluster.ipynb #cell61
 def _scores(x, centroids, center): # (n,d), (k,d), (d,) → (n,k)
     "Squared distances less a constant of the row, through one matrix product"
     c = centroids-center
@@ -424,7 +456,7 @@ def _balanced_centroids(x, k, seed, steps): # → centroids (k,d), prices (k,), 
     prices,eps = find_prices(s, room, prices, eps and 2.5*eps)
     return c,center,prices,eps,_depth(s, prices, .3)
 
-# %% ../nbs/12_cluster.ipynb #cell58
+# %% ../nbs/12_cluster.ipynb #cell62
 def balanced_kmeans(
     x:np.ndarray, # (N,d) embeddings, or a memory-mapped array of them
     k:int, # clusters
@@ -443,7 +475,35 @@ def balanced_kmeans(
         labels = _settle(each, np.full(k, -(-len(x)//k)), prices, eps, np.full_like(depth, np.inf) if exact else depth, exact)
     return c,labels.astype(int)
 
-# %% ../nbs/12_cluster.ipynb #cell63
+# %% ../nbs/12_cluster.ipynb #cell67
+def _allot(sizes, most, k): # sizes (g,), most (g,) → parts (g,) that add up to k, 1 to most each
+    "Deal k parts to groups, one by one to the group whose parts are largest"
+    parts = np.ones(len(sizes), int)
+    while parts.sum()<k: parts[np.where(parts<most, sizes/parts, -1).argmax()] += 1
+    return parts
+
+def hierarchical(
+    x:np.ndarray, # (N,d) embeddings
+    k:int, # clusters in all
+    seed:int=0, # of every start
+    groups:int|None=None, # clusters of the first cut; None: √k, rounded up
+    balanced:bool=False # clusters of one size, by `balanced_kmeans`
+)->tuple[np.ndarray,np.ndarray,np.ndarray]: # centroids (k,d); labels (N,); the group of each cluster (k,)
+    "k-means in two cuts, for many clusters"
+    x,cut = np.asarray(x, np.float32),balanced_kmeans if balanced else kmeans
+    if not 1<=k<=(n := len(np.unique(x, axis=0))): raise HydraError(f"k={k} clusters cannot be made of {n} different rows; choose k from 1 to {n}")
+    first = cut(x, min(k, groups or int(np.ceil(k**.5))), seed)[1]
+    first = np.unique(first, return_inverse=True)[1]
+    most = np.array([len(np.unique(x[first==g], axis=0)) for g in range(first.max()+1)])
+    parts = _allot(np.bincount(first), most, k)
+    labels,centroids = np.zeros(len(x), int),[]
+    for g,n in enumerate(parts):
+        c,l = cut(x[first==g], int(n), derive_seed(seed, 'hierarchical', g))
+        labels[first==g] = sum(map(len, centroids))+l
+        centroids.append(c)
+    return np.concatenate(centroids), labels, np.repeat(np.arange(len(parts)), parts)
+
+# %% ../nbs/12_cluster.ipynb #cell70
 _STOP = sorted(ENGLISH_STOP_WORDS | {'answer', 'did', 'does', 'doing', 'don', 'following', 'given', 'question', 'using'})
 
 def distinctive(
@@ -466,7 +526,7 @@ def distinctive(
     fit = [(held[c]>0) & (held[c]>=min(2, held[c].max())) & (score[c]>=0) for c in range(len(p))]
     return [[str(words[w]) for w in r if f[w]][:most] for r,f in zip(ranked, fit)]
 
-# %% ../nbs/12_cluster.ipynb #cell66
+# %% ../nbs/12_cluster.ipynb #cell73
 def _ascii(word):
     "A word in plain letters, accents dropped"
     plain = unicodedata.normalize('NFKD', word.lower()).encode('ascii', 'ignore').decode()
@@ -492,17 +552,18 @@ def name_domains(
         names.append(next(t for t in map(lambda t: t.strip('-'), tries) if t not in names))
     return names
 
-# %% ../nbs/12_cluster.ipynb #cell69
+# %% ../nbs/12_cluster.ipynb #cell76
 def discover(
     x:np.ndarray, # (N,d) embeddings
     texts:Sequence[str], # the N texts, to name the domains by
     k:int, # domains
     seed:int=0, # of k-means' starts
-    encoder:str='minilm' # what made `x`; kept with the domains
+    encoder:str='minilm', # what made `x`; kept with the domains
+    balanced:bool=False # clusters of one size: see `balanced_kmeans`
 )->tuple[Domains,np.ndarray]: # the domains; labels (N,)
     "Cluster embeddings and name the clusters"
     if len(x)!=len(texts): raise HydraError(f"{len(x)} embeddings and {len(texts)} texts: need one a text")
-    centroids,labels = kmeans(x, k, seed)
+    centroids,labels = (balanced_kmeans if balanced else kmeans)(x, k, seed)
     return Domains(centroids, name_domains(texts, labels), str(encoder)), labels
 
 def cluster_texts(
@@ -515,7 +576,21 @@ def cluster_texts(
     x = embed(texts, encoder)
     return *discover(x, texts, k, seed, encoder), x
 
-# %% ../nbs/12_cluster.ipynb #cell73
+# %% ../nbs/12_cluster.ipynb #cell81
+def membership(
+    distances:np.ndarray, # (N,k) squared, see `Domains.distances`
+    temperature:float=.1, # small: the nearest takes all; large: all alike
+    top:int|None=None # clusters that share a row; None: all
+)->np.ndarray: # (N,k), rows that add up to 1
+    "Soft membership: how much of each row belongs to each cluster"
+    d = np.asarray(distances, float)
+    if not temperature>0: raise HydraError(f"temperature={temperature} must be above 0; c-BTM takes 0.1")
+    if top is not None and not 1<=top<=d.shape[1]: raise HydraError(f"top={top} of {d.shape[1]} clusters; choose 1 to {d.shape[1]}, or None for all")
+    if top: d = np.where(np.argsort(np.argsort(d, 1, kind='stable'), 1)<top, d, np.inf)
+    w = np.exp((d.min(1, keepdims=True)-d)/temperature)
+    return w/w.sum(1, keepdims=True)
+
+# %% ../nbs/12_cluster.ipynb #cell85
 def agreement(
     labels:Sequence, # (N,) clusters
     truth:Sequence # (N,) what they should be compared with: topics, sources
@@ -527,7 +602,7 @@ def agreement(
     nmi,ari = normalized_mutual_info_score(truth, labels), adjusted_rand_score(truth, labels)
     return dict(nmi=float(nmi), ari=float(ari), purity=sum(most.values())/len(labels))
 
-# %% ../nbs/12_cluster.ipynb #cell76
+# %% ../nbs/12_cluster.ipynb #cell88
 def random_domains(
     n:int, # texts
     sizes:int|Sequence[int], # size of each cluster, or k for k clusters as equal as can be
@@ -538,7 +613,59 @@ def random_domains(
     if sum(sizes)!=n: raise HydraError(f"sizes {list(map(int, sizes))} add up to {sum(sizes)}, not to n={n}")
     return rng(seed, 'random_domains').permutation(np.repeat(np.arange(len(sizes)), sizes))
 
-# %% ../nbs/12_cluster.ipynb #cell80
+# %% ../nbs/12_cluster.ipynb #cell92
+def stability(
+    x:np.ndarray, # (N,d) embeddings
+    k:int, # clusters
+    seed:int=0, # of the draws and of k-means' starts
+    draws:int=5 # bootstrap samples
+)->np.ndarray: # (draws,) ARI of each with the clustering of all rows
+    "Bootstrap stability: do clusters of a resample agree with those of all rows?"
+    x,found = np.asarray(x, np.float32),[]
+    labels = kmeans(x, k, seed)[1]
+    for i in range(draws):
+        rows = rng(seed, 'stability', i).integers(0, len(x), len(x))
+        if len(np.unique(x[rows], axis=0))<k: raise HydraError(f"a resample of {len(x)} rows has fewer than k={k} different ones; choose a smaller k")
+        found.append(adjusted_rand_score(labels, cdist(x, kmeans(x[rows], k, derive_seed(seed, i), 3)[0]).argmin(1)))
+    return np.array(found)
+
+def choose_k(
+    x:np.ndarray, # (N,d) embeddings
+    ks:Sequence[int]=(2,3,4,6,8,12,16,24,32), # what to try; those above N/3 are left out
+    seed:int=0, # of the rows, the draws and the starts
+    draws:int=5, # bootstrap samples for each k
+    most:int=2000 # rows to look at
+)->tuple[int,list[dict]]: # the k with the largest silhouette × stability; {k, silhouette, stability, low, high} of each
+    "Choose how many clusters, by silhouette and bootstrap stability"
+    x = np.asarray(x, np.float32)[np.sort(rng(seed, 'choose_k').permutation(len(x))[:most])]
+    ks = [k for k in ks if 2<=k<=len(x)//3]
+    if not ks: raise HydraError(f"no k between 2 and a third of {len(x)} rows was given; a third of the rows is the most that can be judged")
+    found = []
+    for k in progress(ks, desc='choose k', unit=' k'):
+        labels,again = kmeans(x, k, seed)[1],stability(x, k, seed, draws)
+        found.append(dict(k=k, silhouette=float(silhouette_score(x, labels)), stability=float(again.mean()), low=float(again.min()), high=float(again.max())))
+    return max(found, key=lambda r: max(0, r['silhouette'])*max(0, r['stability']))['k'], found
+
+# %% ../nbs/12_cluster.ipynb #cell95
+_COLORS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#444444']
+_MARKS = 'osD^vPX*<>'
+
+def plot_k(
+    found:list[dict] # rows of `choose_k`
+)->Figure: # silhouette and stability against k
+    "How many clusters: the two measures, and the k with the largest product"
+    ks,best = [r['k'] for r in found],max(found, key=lambda r: max(0, r['silhouette'])*max(0, r['stability']))['k']
+    fig,ax = plt.subplots(figsize=(6, 3.4), layout='constrained')
+    ax.plot(ks, [r['silhouette'] for r in found], 'o-', color=_COLORS[0], label='silhouette')
+    ax.plot(ks, [r['stability'] for r in found], 's--', color=_COLORS[3], label='stability (ARI of resamples)')
+    ax.fill_between(ks, [r['low'] for r in found], [r['high'] for r in found], color=_COLORS[3], alpha=.15, linewidth=0)
+    ax.axvline(best, color='#444444', lw=1, ls=':')
+    ax.annotate(f'k = {best}', (best, 1.02), xycoords=('data', 'axes fraction'), ha='center', va='bottom')
+    ax.set(xlabel='clusters k', ylim=(min(0, *(r['silhouette'] for r in found)), 1.02), xticks=ks); ax.legend(frameon=False, loc='best')
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/12_cluster.ipynb #cell98
 def layout(
     x:np.ndarray, # (N,d) embeddings
     seed:int=0 # of t-SNE
@@ -551,10 +678,7 @@ def layout(
     tsne = TSNE(2, perplexity=min(30, (len(x)-1)/3), init=start, random_state=derive_seed(seed, 'layout')%2**32)
     with threadpool_limits(1): return tsne.fit_transform(x)
 
-# %% ../nbs/12_cluster.ipynb #cell83
-_COLORS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#444444']
-_MARKS = 'osD^vPX*<>'
-
+# %% ../nbs/12_cluster.ipynb #cell101
 def _anchor(p): # (n,2) → (2,)
     "The point in the thick of a group, which its mean may miss"
     return p[np.sort(cdist(p, p), axis=1)[:,len(p)//3].argmin()]
@@ -610,7 +734,7 @@ def plot_map(
     plt.close(fig)
     return fig
 
-# %% ../nbs/12_cluster.ipynb #cell87
+# %% ../nbs/12_cluster.ipynb #cell105
 FORMAT = 1
 
 def save_arrays(
@@ -629,7 +753,7 @@ def save_arrays(
     write_json(Path(path)/f'{stem}.json', body | dict(digest=digest(body)))
     return Path(path)
 
-# %% ../nbs/12_cluster.ipynb #cell89
+# %% ../nbs/12_cluster.ipynb #cell107
 def _body(file):
     "The checked content of a description file"
     body = read_json(file)
