@@ -15,7 +15,7 @@ import json, re, sqlite3, string
 from collections import Counter, defaultdict
 import jsonschema
 from .core import HydraError, rng
-from .data import SPEECH, docs, rows_of, tool_call, tool_prompt
+from .data import SPEECH, docs, grams, rows_of, tool_call, tool_prompt
 
 # %% ../nbs/13_craft.ipynb #cell6
 def gather(
@@ -801,12 +801,13 @@ def passage_tasks(
     seed:int=0 # deals the tasks
 )->list[tuple]: # (task, passage)
     "A paragraph of an encyclopaedia asked for in one of five ways → the paragraph, or its missing part"
-    g,seen,out = rng(seed, 'passage_tasks'),{r['passage'] for r in rows_of(without, files[without])},[]
+    g,seen,out = rng(seed, 'passage_tasks'),set(),[]
+    held = set().union(*(grams(r['passage']) for r in rows_of(without, files[without])))
     for r in (r for p,b in files.items() if p!=without for r in rows_of(p, b)):
         title,_,text = r['passage'].partition(' -- ')
         text = ' '.join(text.replace('``', '"').replace("''", '"').split())
-        if r['passage'] in seen or not shortest<=len(text)<=longest or not text.isascii() or len(title)>60: continue
-        seen.add(r['passage'])
+        if text in seen or not shortest<=len(text)<=longest or not text.isascii() or len(title)>60 or held & grams(text): continue
+        seen.add(text)
         out.append(_prose_task(text, f'an encyclopaedia article on “{title}”', g))
     return out
 

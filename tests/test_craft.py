@@ -204,13 +204,11 @@ def test_passages_are_given_back_and_none_is_held_out():
     files, args = files_of('passage_tasks')
     text = lambda r: ' '.join(r['passage'].partition(' -- ')[2].replace('``', '"').replace("''", '"').split())
     rows_ = {p: data.rows_of(p, b) for p, b in files.items()}
-    held, all_ = {text(r) for r in rows_[args['without']]}, {text(r) for rs in rows_.values() for r in rs}
-    by_start = {}
-    for t in all_-held: by_start.setdefault(t[:12], []).append(t)
+    left = {text(r) for rs in rows_.values() for r in rs} - {text(r) for r in rows_[args['without']]}
     for r in load('passage_tasks'):
-        near = all_-held if ask(r).startswith(('Continue', 'A part')) else by_start.get(answer(r)[:12], ())
-        near = [w for w in near if answer(r) in w]
-        assert any(craft.gives_back(ask(r), answer(r), w) for w in near), r['id']
+        head, _, body = ask(r).partition('\n\n')
+        whole = f'{body} {answer(r)}' if head.startswith('Continue') else body.replace('…', answer(r)) if head.startswith('A part') else answer(r)
+        assert whole in left and craft.gives_back(ask(r), answer(r), whole), r['id']
 
 
 # no leaks
@@ -221,7 +219,8 @@ def test_nothing_held_out_is_crafted(name):
     keys, seen = held_out()
     for r in load(name):
         assert data.prompt_key(r) not in keys and ask(r) not in keys, r['id']
-        assert not seen & (runs(ask(r)) | runs(answer(r))), (r['id'], seen & (runs(ask(r)) | runs(answer(r))))
+        shared = sorted(seen & (runs(ask(r)) | runs(answer(r))))[:3]
+        assert not shared, (r['id'], shared)
 
 
 @functools.cache
