@@ -1,4 +1,4 @@
-"""Balanced k-means, measured: `python benchmarks/cluster.py --json` (about 5 minutes); `--fast` takes seconds.
+"""Balanced k-means, measured: `python benchmarks/cluster.py --json` (about 10 minutes on two cores); `--fast` takes seconds.
 
 Data: a Gaussian mixture in 384 dimensions, 64 components of Zipf-distributed sizes (component i holds a share
 proportional to 1/i; centres N(0,1), noise N(0,1) in each dimension), as fp32 in a memory-mapped .npy file; and, where there
@@ -137,6 +137,7 @@ def by_rows(x):
 def records(most):
     "MiniLM embeddings of training records, or why not"
     from hydramoe.cluster import embed, prompt_text
+    from hydramoe.core import cache_dir
     from hydramoe.data import card_names, load
     texts = {}
     for name in card_names(use='train'):
@@ -144,13 +145,13 @@ def records(most):
         except ValueError as e: print(f'{name}: {e}', file=sys.stderr)
         if len(texts)>=most: break
     texts = list(texts)[:most]
-    return embed(texts) if len(texts)>=4096 else f'{len(texts)} records: too few for {K} clusters'
+    return embed(texts, keep=cache_dir()/'embedded') if len(texts)>=4096 else f'{len(texts)} records: too few for {K} clusters'
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--rows', type=int, default=1_000_000, help='of the mixture')
     p.add_argument('--small', type=int, default=20_032, help='rows for auction and optimum; rounded down to a multiple of 64')
-    p.add_argument('--records', type=int, default=20_032, help='training records to embed with MiniLM, at most; 0: none')
+    p.add_argument('--records', type=int, default=8192, help='training records to embed with MiniLM, at most; 0: none')
     p.add_argument('--threads', type=int, default=0, help='of both sides; 0: OMP_NUM_THREADS, or all cores')
     p.add_argument('--fast', action='store_true', help='40,000 rows, 4,096 for auction and optimum, no records')
     p.add_argument('--json', action='store_true', help='print JSON alone')

@@ -6,7 +6,9 @@
 __all__ = ['FORMAT', 'prompt_text', 'lesson_texts', 'encoder_dir', 'embed', 'embed_stage', 'load_embeddings', 'check_names',
            'Domains', 'kmeans', 'find_prices', 'assign_balanced', 'balanced_kmeans', 'hierarchical', 'distinctive',
            'name_domains', 'discover', 'cluster_texts', 'membership', 'agreement', 'random_domains', 'stability',
-           'choose_k', 'plot_k', 'layout', 'plot_map', 'save_arrays', 'load_arrays']
+           'choose_k', 'plot_k', 'layout', 'plot_map', 'map_html', 'save_arrays', 'load_arrays', 'nearest_texts',
+           'speaker', 'describe', 'write_domains_yaml', 'read_domains_yaml', 'edit_domains', 'fit_tfidf', 'load_tfidf',
+           'hidden_mean']
 
 # %% ../nbs/12_cluster.ipynb #cell2
 import functools, hashlib, html, json, logging, re, shutil, unicodedata, warnings
@@ -30,6 +32,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, HashingVectorizer, TfidfTransformer
 from sklearn.manifold import TSNE
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 from .core import HydraError, cache_dir, default_threads, derive_seed, digest, file_sha256, one_of, progress
 from .core import read_json, read_jsonl, rng, versions, write_bytes, write_json
@@ -735,6 +738,47 @@ def plot_map(
     return fig
 
 # %% ../nbs/12_cluster.ipynb #cell105
+_GLYPHS = '●■▲◆▼▶✚✖★◀'
+_SCRIPT = """(()=>{const f=document.getElementById('ID'),svg=f.querySelector('svg'),cap=f.querySelector('figcaption'),ring=f.querySelector('circle');
+const p=[...f.querySelectorAll('[data-x]')].map(e=>{const t=e.querySelector('title'),o={x:+e.dataset.x,y:+e.dataset.y,s:t.textContent};t.remove();return o});
+svg.addEventListener('pointermove',ev=>{const q=new DOMPoint(ev.clientX,ev.clientY).matrixTransform(svg.getScreenCTM().inverse());
+let b=p[0],d=Infinity;for(const o of p){const e=(o.x-q.x)**2+(o.y-q.y)**2;if(e<d){d=e;b=o}}
+ring.setAttribute('cx',b.x);ring.setAttribute('cy',b.y);ring.style.visibility='visible';cap.textContent=b.s})})()"""
+
+def _escape(text, most=300):
+    "A text as it may stand in HTML: no markup, no control characters, not too long"
+    text = ''.join(c if c.isprintable() else ' ' for c in text[:most]) + '…'*(len(text)>most)
+    return html.escape(' '.join(text.split()))
+
+def _mark(x, y, c, text):
+    "One text as a mark with a tooltip"
+    return (f'<text data-x="{x:.1f}" data-y="{y:.1f}" x="{x:.1f}" y="{y+4:.1f}" fill="{_COLORS[c%7]}" fill-opacity=".8">'
+            f'{_GLYPHS[c%10]}<title>{text}</title></text>')
+
+def map_html(
+    x:np.ndarray, # (N,d) embeddings
+    labels:np.ndarray, # (N,) domain of each
+    names:Sequence[str], # of the domains
+    texts:Sequence[str], # the N texts
+    most:int=1500, # texts drawn, at most
+    seed:int=0 # of the layout and of the choice of texts
+)->HTML: # self-contained; `.data` is the text of it
+    "The map of domains to explore: the text nearest to the pointer is shown"
+    keep = np.sort(rng(seed, 'plot_map').permutation(len(x))[:most])
+    p,labels = layout(np.asarray(x)[keep], seed),np.asarray(labels)[keep]
+    p = [40,30] + (p-p.min(0))/np.maximum(np.ptp(p, axis=0), 1e-9)*[640,440]
+    marks = ''.join(_mark(*p[i], int(labels[i]), _escape(f'[{names[labels[i]]}] {texts[j]}')) for i,j in enumerate(keep))
+    seen = [c for c in range(len(names)) if (labels==c).any()]
+    at = _apart([_anchor(p[labels==c]) for c in seen], np.array([7.5*len(names[c]) for c in seen]), 17)
+    words = ''.join(f'<text x="{a:.1f}" y="{b:.1f}">{_escape(names[c])}</text>' for c,(a,b) in zip(seen, at))
+    id = 'map-'+digest([p.tolist(), list(names), marks])[:12]
+    return HTML(f'<figure id="{id}" style="margin:0;max-width:720px;font:13px sans-serif;color:#111;background:#fff">'
+        f'<svg viewBox="0 0 720 500" width="100%" text-anchor="middle"><g font-size="11">{marks}</g><g font-size="13" font-weight="bold" '
+        f'fill="#111" stroke="#fff" stroke-width="3" paint-order="stroke" pointer-events="none">{words}</g>'
+        '<circle r="8" fill="none" stroke="#111" stroke-width="2" style="visibility:hidden"/></svg><figcaption style="min-height:4em;'
+        f'padding:4px 8px;border-top:1px solid #ccc">Move over the map to read.</figcaption><script>{_SCRIPT.replace("ID", id)}</script></figure>')
+
+# %% ../nbs/12_cluster.ipynb #cell108
 FORMAT = 1
 
 def save_arrays(
@@ -753,7 +797,7 @@ def save_arrays(
     write_json(Path(path)/f'{stem}.json', body | dict(digest=digest(body)))
     return Path(path)
 
-# %% ../nbs/12_cluster.ipynb #cell107
+# %% ../nbs/12_cluster.ipynb #cell110
 def _body(file):
     "The checked content of a description file"
     body = read_json(file)
@@ -786,3 +830,180 @@ def load_arrays(
     for n,a in arrays.items():
         if not np.isfinite(a).all(): raise HydraError(f"{file}: array {n!r} holds a value that is not finite")
     return arrays,body['meta']
+
+# %% ../nbs/12_cluster.ipynb #cell115
+def nearest_texts(
+    texts:Sequence[str], # N texts
+    labels:np.ndarray, # (N,) cluster of each, from 0
+    distances:np.ndarray, # (N,k) to the centroids
+    most:int=5 # texts a cluster
+)->list[list[str]]: # of each of the k clusters, the nearest first
+    "The texts that are most typical of each cluster"
+    order = [np.flatnonzero(np.asarray(labels)==c) for c in range(distances.shape[1])]
+    return [[texts[i] for i in rows[np.argsort(distances[rows,c], kind='stable')][:most]] for c,rows in enumerate(order)]
+
+def speaker(
+    base, # a `hydramoe.base.Base`
+    tokens:int=24 # tokens of an answer, at most
+): # a function: prompt → answer, `str`
+    "The base model's greedy answer to a prompt"
+    def say(prompt):
+        from hydramoe.base import render
+        t = base.tokenizer(render(base.tokenizer, [dict(role='user', content=prompt)]), return_tensors='pt', add_special_tokens=False).to(base.device)
+        out = base.model.generate(**t, max_new_tokens=tokens, do_sample=False, pad_token_id=base.tokenizer.pad_token_id)
+        return base.tokenizer.decode(out[0, t['input_ids'].shape[1]:], skip_special_tokens=True)
+    return say
+
+def describe(
+    texts:Sequence[str], # N texts
+    labels:np.ndarray, # (N,) cluster of each, from 0
+    distances:np.ndarray, # (N,k) to the centroids
+    say=None, # function prompt → answer, or a `Base`, to add a sentence; None: words alone
+    words:int=6 # distinctive words
+)->list[str]: # one line a cluster
+    "A line on each domain: its size, its words and, when asked, a model's sentence"
+    n,k = np.bincount(labels, minlength=distances.shape[1]),distances.shape[1]
+    found = distinctive(texts, labels, words) + [[]]*k
+    lines = [f"{n[c]} texts: {', '.join(found[c]) or 'no words of their own'}" for c in range(k)]
+    if say is None: return lines
+    say = speaker(say) if hasattr(say, 'tokenizer') else say
+    ask = 'Say in one short sentence what these requests have in common.\n'
+    told = [_escape(say(ask+'\n'.join(f'- {t[:200]}' for t in ts)), 160) for ts in nearest_texts(texts, labels, distances)]
+    return [f'{html.unescape(t)} ({l})' if t else l for t,l in zip(told, lines)]
+
+# %% ../nbs/12_cluster.ipynb #cell118
+_HEAD = """# What was discovered. Edit `name`, `line` and `split`, then read this file with edit_domains.
+#   rename: change `name`      merge: give several clusters one name      split: `split: 2` makes two of one
+"""
+
+def write_domains_yaml(
+    path:str|Path, # the file to write
+    domains:Domains, # what was discovered
+    labels:np.ndarray, # (N,) domain of each text
+    texts:Sequence[str], # the N texts
+    distances:np.ndarray # (N,k) to the centroids
+)->Path: # `path`
+    "Write the domains into a file for a person to edit"
+    shown = nearest_texts(texts, labels, distances, 3)
+    lines,n = domains.lines or describe(texts, labels, distances),np.bincount(labels, minlength=len(domains)).tolist()
+    body = [dict(cluster=c, name=domains.names[c], split=1, rows=n[c], line=lines[c], examples=[t[:100] for t in shown[c]]) for c in range(len(domains))]
+    text = _HEAD+yaml.safe_dump(dict(domains=body), sort_keys=False, allow_unicode=True, width=120)
+    return write_bytes(path, text.encode('utf-8'))
+
+# %% ../nbs/12_cluster.ipynb #cell120
+_KEYS = ('cluster', 'name', 'split', 'rows', 'line', 'examples')
+
+def _entry(path, k, i, e):
+    "One checked entry of the file"
+    if not isinstance(e, dict): raise HydraError(f"{path}: entry {i} is {e!r}; need a mapping with cluster and name")
+    for key in e: one_of(key, _KEYS, f'{path}: entry {i}, key')
+    c,split = e.get('cluster'),e.get('split', 1)
+    if type(c) is not int or not 0<=c<k: raise HydraError(f"{path}: entry {i} has cluster: {c!r}; need a number from 0 to {k-1}")
+    if type(split) is not int or split<1: raise HydraError(f"{path}: cluster {c} has split: {split!r}; need a whole number, 1 for none")
+    if not isinstance(e.get('line', ''), str): raise HydraError(f"{path}: cluster {c} has line: {e['line']!r}; put it into quotes")
+    check_names([e.get('name')], f'{path}: cluster {c},')
+    return dict(cluster=c, name=e['name'], split=split, line=e.get('line', ''))
+
+def read_domains_yaml(
+    path:str|Path, # what `write_domains_yaml` wrote, edited
+    k:int # domains that were discovered
+)->list[dict]: # {cluster, name, split, line}, in the order of the file
+    "Read an edited file, strictly"
+    try: body = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError: raise HydraError(f"{path} does not exist; write it with write_domains_yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise HydraError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(body, dict) or set(body)!={'domains'} or not isinstance(body['domains'], list):
+        raise HydraError(f"{path} must hold `domains:` and under it one entry a cluster, nothing else")
+    plan = [_entry(path, k, i, e) for i,e in enumerate(body['domains'])]
+    seen = Counter(e['cluster'] for e in plan)
+    if twice := [c for c,n in seen.items() if n>1]: raise HydraError(f"{path}: cluster {twice[0]} stands there twice; delete one entry")
+    if lost := sorted(set(range(k))-set(seen)): raise HydraError(f"{path}: cluster {lost[0]} is missing; to drop a domain, merge it with another")
+    check_names(dict.fromkeys(e['name'] for e in plan), f'{path}: domain')
+    if both := [e['name'] for e in plan if e['split']>1 and sum(f['name']==e['name'] for f in plan)>1]:
+        raise HydraError(f"{path}: {both[0]!r} is merged and split at once; do one, write the file again, then the other")
+    return plan
+
+# %% ../nbs/12_cluster.ipynb #cell122
+def _parts(name, entries, x, seed): # → names, centroids, labels
+    "What one name becomes"
+    split = entries[0]['split']
+    if split==1: return [name], x.mean(0, keepdims=True), np.zeros(len(x), int)
+    c,l = kmeans(x, split, seed)
+    return [f'{name}-{i+1}' for i in range(split)], c, l
+
+def edit_domains(
+    path:str|Path, # the edited file
+    domains:Domains, # what was discovered
+    x:np.ndarray, # (N,d) embeddings
+    labels:np.ndarray, # (N,) domain of each
+    seed:int=0 # of k-means where a domain is split
+)->tuple[Domains,np.ndarray]: # the domains as edited, `edits` filled; labels (N,)
+    "Rename, merge and split domains as a file says"
+    x,labels,plan = np.asarray(x, np.float32),np.asarray(labels),read_domains_yaml(path, len(domains))
+    names,centroids,lines,new,edits = [],[],[],np.zeros(len(x), int),list(domains.edits or [])
+    for name in dict.fromkeys(e['name'] for e in plan):
+        of = [e for e in plan if e['name']==name]
+        rows = np.isin(labels, [e['cluster'] for e in of])
+        if not rows.any(): raise HydraError(f"{path}: {name!r} has no rows; merge it with another")
+        made,c,l = _parts(name, of, x[rows], seed)
+        if len(of)==len(made)==1: c = domains.centroids[of[0]['cluster']][None]
+        new[rows] = len(names)+l
+        edits += [dict(was=domains.names[e['cluster']], became=made) for e in of if made!=[domains.names[e['cluster']]]]
+        names += made; centroids += [c]; lines += ['; '.join(filter(None, (e['line'] for e in of)))]*len(made)
+    return Domains(np.concatenate(centroids), names, domains.encoder, lines, edits or None), new
+
+# %% ../nbs/12_cluster.ipynb #cell125
+def _hashed_counts(texts):
+    v = HashingVectorizer(n_features=2**14, stop_words='english', token_pattern=r'\b[^\W\d]\w+\b', alternate_sign=False, norm=None)
+    return v.transform(texts)
+
+def _tfidf(texts, idf, components): # → (N,dims) fp32
+    "TF-IDF, SVD, unit length"
+    if not len(texts): return np.zeros((0,len(components)), np.float32)
+    t = _hashed_counts(texts).multiply(idf).tocsr()
+    x = normalize(normalize(t)@components.T)
+    return np.asarray(x, np.float32)
+
+def fit_tfidf(
+    texts:Sequence[str], # N texts, the training prompts
+    path:str|Path, # folder to write; then an encoder for `embed`
+    dims:int=100, # dimensions; c-BTM's 100, or N−1 if that is less
+    seed:int=0 # of the SVD
+)->Path: # the folder
+    "Fit c-BTM's TF-IDF encoder and keep it"
+    if len(texts)<2: raise HydraError(f"{len(texts)} texts are too few to fit TF-IDF on; give at least 2")
+    counts = _hashed_counts(texts)
+    idf = TfidfTransformer().fit(counts).idf_
+    svd = TruncatedSVD(min(dims, len(texts)-1), random_state=derive_seed(seed, 'fit_tfidf')%2**32)
+    with threadpool_limits(1): svd.fit(normalize(counts.multiply(idf).tocsr()))
+    return save_arrays(path, 'tfidf', dict(idf=idf.astype(np.float32), components=svd.components_.astype(np.float32)), dict(texts=len(texts)))
+
+def load_tfidf(
+    path:str|Path # what `fit_tfidf` wrote
+)->tuple[np.ndarray,np.ndarray]: # idf (16384,), components (dims,16384)
+    "The arrays of a TF-IDF encoder, checked"
+    arrays,_ = load_arrays(path, 'tfidf', ['idf', 'components'])
+    return arrays['idf'],arrays['components']
+
+# %% ../nbs/12_cluster.ipynb #cell128
+def hidden_mean(
+    texts:Sequence[str], # N texts
+    base, # a `hydramoe.base.Base`
+    layer:int, # depth: 0 the token embeddings, L after the last of L layers
+    batch_size:int=16, # texts a forward pass
+    most:int=256 # tokens of a text that are read
+)->np.ndarray: # (N,hidden) fp32, rows of unit length
+    "The base model's mean hidden state over each text's tokens"
+    import torch
+    last = base.model.config.num_hidden_layers
+    if not 0<=layer<=last: raise HydraError(f"layer={layer} of a model with {last} layers; choose 0 to {last}")
+    x,order = np.zeros((len(texts), base.model.config.hidden_size), np.float32),sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    for i in progress(range(0, len(order), batch_size), desc='hidden states', unit=' batches'):
+        rows = order[i:i+batch_size]
+        t = base.tokenizer([texts[j] or ' ' for j in rows], return_tensors='pt', padding=True, padding_side='right', truncation=True, max_length=most)
+        with torch.no_grad():
+            h = base.model.base_model(input_ids=t['input_ids'].to(base.device), attention_mask=t['attention_mask'].to(base.device),
+                                      output_hidden_states=True, use_cache=False).hidden_states[layer].float()
+        m = t['attention_mask'].to(h)[:,:,None]
+        x[rows] = torch.nn.functional.normalize((h*m).sum(1)/m.sum(1), dim=-1).cpu().numpy()
+    return x
