@@ -463,7 +463,7 @@ def balanced_kmeans(
     x:np.ndarray, # (N,d) embeddings, or a memory-mapped array of them
     k:int, # clusters
     seed:int=0, # of the sample and of the start
-    sample:int=512, # rows a cluster that centroids are found on
+    sample:int=256, # rows a cluster that centroids are found on
     steps:int=6, # rounds of k-means on the sample
     block:int=16_384 # rows a pass multiplies at once
 )->tuple[np.ndarray,np.ndarray]: # centroids (k,d); labels (N,), none more often than ⌈N/k⌉ times
@@ -755,13 +755,13 @@ def _escape(text, most=300):
 
 def _mark(x, y, c, text):
     "One text as a mark with a tooltip"
-    return (f'<text data-x="{x:.1f}" data-y="{y:.1f}" x="{x:.1f}" y="{y+4:.1f}" fill="{_COLORS[c%7]}" fill-opacity=".8">'
+    return (f'<text data-x="{x:.1f}" data-y="{y:.1f}" x="{x:.1f}" y="{y+5:.1f}" fill="{_COLORS[c%7]}" fill-opacity=".8">'
             f'{_GLYPHS[c%10]}<title>{text}</title></text>')
 
 def _figure(id, marks, words): # id of the element; SVG of the texts and of the names
     "Picture, caption and script as one element"
     return (f'<figure id="{id}" style="margin:0;max-width:720px;font:13px sans-serif;color:#111;background:#fff">'
-        f'<svg viewBox="0 0 720 500" width="100%" text-anchor="middle"><g font-size="11">{marks}</g><g font-size="13" font-weight="bold" '
+        f'<svg viewBox="0 0 720 500" width="100%" text-anchor="middle"><g font-size="14">{marks}</g><g font-size="13" font-weight="bold" '
         f'fill="#111" stroke="#fff" stroke-width="3" paint-order="stroke" pointer-events="none">{words}</g>'
         '<circle r="8" fill="none" stroke="#111" stroke-width="2" style="visibility:hidden"/></svg><figcaption style="min-height:4em;'
         f'padding:4px 8px;border-top:1px solid #ccc">Move over the map to read.</figcaption><script>{_SCRIPT.replace("ID", id)}</script></figure>')
