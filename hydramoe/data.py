@@ -116,6 +116,7 @@ def map_row(
     roles:dict=None # the set's own role names → ours, beside `ROLES`
 )->list[tuple]: # (prompt, completion), or (prompt, completion, tools)
     "The pairs of one row; a ValueError says what is wrong with it"
+    if not isinstance(row, dict): raise ValueError(f'is a {type(row).__name__}; need an object in braces')
     extra = map if isinstance(map, dict) else {}
     if {'prompt','completion'} <= set(extra): found = [(fill(map['prompt'], row), fill(map['completion'], row))]
     else:
@@ -173,8 +174,15 @@ def _cards():
     "Every card's file by name, from the wheel or the checkout, and from `$HYDRAMOE_CARDS`"
     try: root = resource_files('hydramoe.data_cards')
     except ModuleNotFoundError: root = repo_root()/'data_cards'
-    own = Path(os.environ['HYDRAMOE_CARDS']).iterdir() if os.environ.get('HYDRAMOE_CARDS') else ()
-    return {p.name[:-3]:p for p in sorted([*root.iterdir(), *own], key=lambda p: p.name) if p.name.endswith('.md')}
+    ours,own = ({p.name[:-3]:p for p in folder.iterdir() if p.name.endswith('.md')} if folder else {} for folder in (root, _own_folder()))
+    if both := set(ours) & set(own): raise HydraError(f"$HYDRAMOE_CARDS has a card {min(both)!r}, and so has hydramoe; give yours another name")
+    return dict(sorted((ours | own).items()))
+
+def _own_folder():
+    "The folder of the user's own cards, or None"
+    folder = os.environ.get('HYDRAMOE_CARDS')
+    if folder and not Path(folder).is_dir(): raise HydraError(f'$HYDRAMOE_CARDS is {folder}, which is not a folder; name the one that holds your cards, or unset it')
+    return Path(folder) if folder else None
 
 @functools.lru_cache(maxsize=None)
 def _parsed(name, text):
