@@ -463,7 +463,7 @@ def detect(
     rows, table = list(islice(rows_in(f), 20)), f.format in ('csv','tsv','parquet')
     names = list(dict.fromkeys(str(k) for r in rows if isinstance(r.value, dict) for k in r.value))
     f.form, f.columns = form, _columns(columns or {}, names, table)
-    if table and names and not _fits(f, names): raise BadRows(f"{path}: no usable row: it has the columns {_list(names)}; need {' and '.join(NEEDS[form or 'pairs'])}; {_hint(names)}")
+    if table and names and not _fits(f, names): raise BadRows(f"{path}: no usable row: it has the columns {_list(names)}{' (read from its first line)' if f.format in ('csv','tsv') else ''}; need {' and '.join(NEEDS[form or 'pairs'])}; {_hint(names)}")
     f.seen = _seen(f, rows, names)
     return f
 
@@ -576,6 +576,10 @@ def _settle(form, row, domain, tally, first):
     tally.used += 1; tally.records += len(new); tally.forms[name] += 1; tally.repairs.update(mended)
     return new, None
 
+def _reasons(some):
+    "Some reasons, each with the line where it was met first and the number of rows it was met in after"
+    return ''.join(f"\n  line {line}: {' '.join(why.split())}" + (f" (and in {n:,} more row{'s'*(n>1)})" if n else '') for why,(line,n) in some.items())
+
 def _advice(form):
     "A guess at the user's columns, where rows have none of ours"
     names = form.seen.get('names')
@@ -600,7 +604,7 @@ def stream_records(
     "The records of a file one by one, in bounded memory"
     if isinstance(path, Form) and how: raise HydraError(f"{', '.join(how)} cannot be changed in what `detect` saw: give it to `detect`")
     form, tally = path if isinstance(path, Form) else detect(path, **how), Tally() if tally is None else tally
-    first, ids, some, start = {} if distinct else None, set(), [], tally.used
+    first, ids, some, start = {} if distinct else None, set(), {}, tally.used
     for n,row in enumerate(rows_in(form, max_chars), 1):
         new, why = _settle(form, row, domain, tally, first)
         if distinct: _same_id(row.value, ids, tally)
@@ -608,8 +612,9 @@ def stream_records(
         if why is None: continue
         if rejects is None: raise BadRows(f'{form.path} line {row.line}: {why}; to go on without such rows, say where they go: rejects=[], or rejects_file(PATH)')
         rejects.append(bad := _reject(row, n, why))
-        if len(some)<5: some.append(f"\n  line {bad['line']}: {bad['reason']}")
-    if tally.used==start: raise BadRows(f"{form.path}: no usable row{''.join(some) or ': it has no rows at all'}{_advice(form)}")
+        if why in some: some[why][1] += 1
+        elif len(some)<5: some[why] = [row.line, 0]
+    if tally.used==start: raise BadRows(f"{form.path}: no usable row{_reasons(some) or ': it has no rows at all'}{_advice(form)}")
 
 def read_records(
     path:str|Path|Form, # a file, or what `detect` saw of it

@@ -110,7 +110,7 @@ def test_repairs_are_counted(tmp_path):
 
 # --- what is wrong is told --------------------------------------------------------------------------------------------
 
-FAULTS = [('x.csv', b'prompt,completion\n', 'no rows'), ('x.csv', b'a,b\n1,2\n', 'columns a, b; need prompt and completion; say which'), ('x.csv', b'prompt,prompt\n1,2\n', "names 'prompt' twice"),
+FAULTS = [('x.csv', b'prompt,completion\n', 'no rows'), ('x.csv', b'a,b\n1,2\n', 'columns a, b (read from its first line); need prompt and completion; say which'), ('x.csv', b'prompt,prompt\n1,2\n', "names 'prompt' twice"),
           ('x.jsonl', b'', 'empty'), ('x.json', b' \n ', 'empty'), ('x.json', b'[]', 'no rows'), ('x.json', b'{}', 'without a list'), ('x.json', b'[{"prompt": "a", "completion": "b"}, {"pro', 'cut off'),
           ('x.json', b'[{"prompt": "a", "completion": "b"}] x', 'goes on'), ('x.json', b'{"a": [{}], "b": [{}]}', 'two lists'), ('x.json', b'{"prompt": {"0": "a"}, "completion": {"0": "b"}, ', ''),
           ('x.xlsx', b'PK\x03\x04...', 'not exported'), ('x', b'Dear all', 'say format='), ('x.jsonl', b'\0'*100, 'NUL'), ('x.jsonl', b'[1, 2]', 'line 1: is a list'), ('x.csv.gz', b'\x1f\x8b\x08broken', ''),
