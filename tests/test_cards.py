@@ -20,7 +20,13 @@ def test_a_card_gives_what_it_says(name):
     assert all(r['domain'] == card['domain'] and r['source'] == name and r['license'] for r in rows)
     assert all(r['prompt'][-1]['role'] in ('user', 'tool') and r['completion'][-1]['role'] == 'assistant' for r in rows)
     assert all(m['content'].strip() for r in rows for m in r['completion'])
-    assert data.load(name, limit=3, seed=1) == data.load(name, limit=3, seed=1) != data.load(name, limit=3, seed=2)
+
+
+@pytest.mark.parametrize('name', ['sonnets', 'human_eval', 'bfcl_sql'])
+def test_a_sample_is_drawn_by_the_seed(name):
+    few = data.load(name, limit=3, seed=1)
+    assert few == data.load(name, limit=3, seed=1) != data.load(name, limit=3, seed=2)
+    assert {r['id'] for r in few} < {r['id'] for r in load(name)} and len(few) == 3
 
 
 @pytest.mark.parametrize('name', NAMES + PUBLIC)

@@ -106,7 +106,6 @@ def test_any_json_ends_as_records_or_a_value_error(row):
 @settings(max_examples=100, deadline=None)
 @given(anything, st.sampled_from(['pairs', 'alpaca', 'messages', 'sharegpt', {'messages': 'prompt', 'role': 'from'}, {'prompt': '{prompt}', 'completion': '{output[0]} {input?}', 'system': '{domain?}'}, {'alpaca': {'instruction': 'prompt'}}]))
 def test_any_row_under_any_map_ends_as_pairs_or_a_value_error(row, map):
-    if not isinstance(row, dict): row = dict(prompt=row, output=row)
     try: pairs = data.map_row(row, map)
     except ValueError: return
     assert pairs and all(2 <= len(p) <= 3 for p in pairs)
