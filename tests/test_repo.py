@@ -38,7 +38,7 @@ def test_what_is_imported_is_declared():
     foreign = {n: {canonicalize_name(d) for d in dists[n]} for n in names - set(sys.stdlib_module_names) - {'hydramoe'} if n in dists}
     missing = {n for n,ds in foreign.items() if not ds & declared}
     # these come with what is declared, and cannot be absent where that is present
-    assert missing <= {'numpy', 'mistune', 'tokenizers', 'nbclient', 'nbformat', 'traitlets', 'IPython', 'huggingface_hub', 'scipy', 'packaging', 'threadpoolctl'}
+    assert missing <= {'numpy', 'mistune', 'tokenizers', 'nbclient', 'nbformat', 'traitlets', 'IPython', 'huggingface_hub', 'httpx', 'scipy', 'packaging', 'threadpoolctl'}
 
 
 def test_exported_code_is_documented_and_has_no_star_imports():
@@ -112,7 +112,9 @@ def test_a_result_is_whole_and_portable(f):
     assert not re.search(r'"/(?:\w[\w.-]*/)+', f.read_text()), 'a path of one machine'
     for name,seal in r.made['upstream'].items(): assert load_result(root/'results'/f'{name}-{r.scale}.json').seal==seal
     declared = members(Graph(), r.scale)
-    assert r.params==declared[r.name], 'params/ has changed since; run the scale again'
+    # a parameter that the notebook has learnt since is no reason to doubt an older result; a changed value is
+    changed = {k: (v, declared[r.name].get(k)) for k,v in r.params.items() if declared[r.name].get(k)!=v}
+    assert not changed, f'params/ has changed since; run the scale again: {changed}'
 
 @pytest.mark.parametrize('f', [f for f in results if f.name.startswith('e3_routing')], ids=lambda f: f.name)
 def test_e3_names_its_systems_by_kind(f):
