@@ -15,7 +15,7 @@ import json, re, sqlite3, string
 from collections import Counter, defaultdict
 import jsonschema
 from .core import HydraError, rng
-from .data import SPEECH, docs, grams, rows_of, tool_call, tool_prompt
+from .data import SPEECH, docs, grams, no_call, rows_of, tool_call, tool_prompt
 
 # %% ../nbs/13_craft.ipynb #cell6
 def gather(
@@ -310,17 +310,21 @@ def _asked(r): return r['question'][0][-1]['content'].strip()
 
 def _plain(x): return {k:_plain(v[0] if isinstance(v, list) and v else v) for k,v in x.items() if v not in ([''],'') and not (isinstance(v, list) and v and v[0]=='')} if isinstance(x, dict) else [_plain(v) for v in x] if isinstance(x, list) else x
 
+def _fresh(files, without):
+    "English questions of one turn that share no function and no request with the held-out ones"
+    held = [r for p in without for r in rows_of(p, files[p])]
+    names,asked = {f['name'] for r in held for f in r['function']},{_asked(r) for r in held}
+    for r in (r for p,b in files.items() if p not in without and 'possible_answer' not in p for r in rows_of(p, b)):
+        alone = sum(m['role']!='system' for m in r['question'][0])==1 and _asked(r).isascii() and _asked(r) not in asked
+        if alone and not names & {f['name'] for f in r['function']}: yield r
+
 def live_requests(
     files:dict, # BFCL's files: live questions, their answers, and the held-out questions
     without:list[str] # paths of the held-out questions
 )->list[dict]: # question, functions, name and arguments of the call
     "Requests in English with functions that no held-out question uses"
-    held = [r for p in without for r in rows_of(p, files[p])]
-    names,asked = {f['name'] for r in held for f in r['function']},{_asked(r) for r in held}
-    answers = {r['id']:r['ground_truth'] for p,b in files.items() if 'possible_answer' in p for r in rows_of(p, b)}
-    out = []
-    for r in (r for p,b in files.items() if p not in without and 'possible_answer' not in p for r in rows_of(p, b)):
-        if len([m for m in r['question'][0] if m['role']!='system'])>1 or not _asked(r).isascii() or _asked(r) in asked or names & {f['name'] for f in r['function']}: continue
+    answers,out = {r['id']:r['ground_truth'] for p,b in files.items() if 'possible_answer' in p for r in rows_of(p, b)},[]
+    for r in _fresh(files, without):
         ((name,given),) = answers[r['id']][0].items()
         out.append(dict(question=_asked(r), functions=r['function'], name=name, arguments=_plain(given)))
     return [r for r in out if any(f['name']==r['name'] and accepts(f, r['arguments']) for f in r['functions'])]
@@ -479,29 +483,19 @@ def filled_calls(
     return gather(draw, size, rng(seed, 'filled_calls'))
 
 # %% ../nbs/13_craft.ipynb #cell60
-def _words(text): return set(re.findall(r'[a-z]{3,}', re.sub(r'(?<=[a-z])(?=[A-Z])', ' ', text).lower()))
-
-def _declined(offered):
-    "No call, and why"
-    return '[]\n\n' + ' '.join(f"`{f['name']}` is there to {_imperative(f['description'])}." for f in offered) + ' That is not what is asked for.'
-
 def no_calls(
-    files:dict, # as `live_requests`
+    files:dict, # BFCL's live negatives, and the held-out questions
     without:list[str], # paths of the held-out questions
-    size:int, # how many
-    seed:int # of the draw
-)->list[tuple]: # (functions and request, no call and why)
-    "A real request and functions of other programs → no call, and what they are for"
-    live = live_requests(files, without)
-    functions = list({f['name']:f for r in live for f in r['functions'] if len(f.get('description', ''))>15}.values())
-    def draw(g, i):
-        "One record, or None"
-        r = live[i%len(live)]
-        theirs = _words(r['question']).union(*(_words(f['name']+' '+f['description']) for f in r['functions']))
-        offered = [functions[j] for j in g.choice(len(functions), g.integers(1, 4), replace=False)]
-        if any(_words(f['name']) & theirs for f in offered): return None
-        return [tool_prompt(offered), dict(role='user', content=r['question'])], _declined(offered)
-    return gather(draw, size, rng(seed, 'no_calls'))
+    taken:int=250 # rows that the card `bfcl_no_call` takes
+): # iterator of (functions and request, no call and why)
+    "A request that its functions do not serve → no call, and what they are for"
+    seen = {p[-1]['content'].strip() for p,_ in no_call(files, taken, without)}
+    for r in _fresh(files, without):
+        offered = [f for f in r['function'] if f.get('description')][:3]
+        said = len(re.findall('[A-Za-z]{2,}', _asked(r)))>3 and _asked(r).replace('\n', ' ').isprintable()
+        if not offered or not said or _asked(r) in seen: continue
+        seen.add(_asked(r))
+        yield [tool_prompt(offered), dict(role='user', content=_asked(r))], '[]\n\n' + ' '.join(f"`{f['name']}` is there to {_imperative(f['description'])}." for f in offered) + ' That does not serve this request as it stands.'
 
 # %% ../nbs/13_craft.ipynb #cell64
 PUZZLES = dict(
