@@ -428,9 +428,10 @@ def assign_balanced(
     n,k = costs.shape
     room,exact = np.full(k, -(-n//k)),n<=2048 if exact is None else exact
     few = costs if exact else costs[np.sort(rng(seed, 'assign_balanced').permutation(n)[:max(2048, 32*k)])]
-    prices,eps = find_prices(few, room, good=.03)
-    depth = np.full(k, np.inf, np.float32) if len(few)==n else _depth(few, prices, .3)
-    return _settle(lambda f: [f(costs)], room, prices, eps, depth, exact)
+    with threadpool_limits(1):
+        prices,eps = find_prices(few, room, good=.03)
+        depth = np.full(k, np.inf, np.float32) if len(few)==n else _depth(few, prices, .3)
+        return _settle(lambda f: [f(costs)], room, prices, eps, depth, exact)
 
 # %% ../nbs/12_cluster.ipynb #cell63
 def _scores(x, centroids, center): # (n,d), (k,d), (d,) → (n,k)

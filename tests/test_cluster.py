@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from hydramoe.cluster import Domains, agreement, assign_balanced, balanced_kmeans, cluster_texts, distinctive, embed, kmeans, lesson_texts, load_arrays, name_domains
 from hydramoe.cluster import plot_map, random_domains, save_arrays
 from hydramoe.cluster import choose_k, edit_domains, fit_tfidf, hierarchical, map_html, membership, read_domains_yaml, write_domains_yaml
-from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
+from hydramoe.core import HydraError, digest, file_sha256, read_json, repo_root, rng, write_json
 
 texts,topics = lesson_texts()
 
@@ -348,3 +348,11 @@ def test_tfidf_is_the_same_after_saving_and_knows_topics(tmp_path):
     x = embed(texts, at)
     assert np.array_equal(x, embed(texts, str(fit_tfidf(texts, tmp_path/'u', dims=30))))
     assert np.allclose(embed(['12345 67'], at), 0) and agreement(kmeans(x, 5)[1], topics)['nmi']>.2
+
+@pytest.mark.slow
+def test_the_benchmark_tells_what_it_should():
+    r = subprocess.run([sys.executable, repo_root()/'benchmarks'/'cluster.py', '--fast', '--json'], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    out = json.loads(r.stdout)
+    assert {'balanced_vs_plain', 'inertia_vs_plain', 'inertia_vs_optimal', 'speed_vs_auction', 'max_over_mean', 'peak_gib', 'seconds_per_million'} <= set(out)
+    assert 1-1e-6<=out['mixture_small']['optimum_over_bound']<1.0001 and out['inertia_vs_optimal']<=1.02 and out['max_over_mean']<=1.1
