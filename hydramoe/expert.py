@@ -4,22 +4,32 @@
 
 # %% auto #0
 __all__ = ['train_single', 'TrainSpec', 'n_steps', 'spread', 'rate', 'plan_steps', 'gradients', 'Optimizers', 'save_checkpoint',
-           'load_checkpoint', 'job_id', 'fit', 'fit_step', 'training', 'plot_history', 'open_base', 'sort_rows',
-           'start_expert', 'train_experts', 'summary', 'train_seed', 'on_stack', 'score_adapters', 'fit_trl']
+           'load_checkpoint', 'job_id', 'fit', 'fit_step', 'training', 'plot_history', 'using_threads', 'open_base',
+           'sort_rows', 'start_expert', 'train_experts', 'summary', 'train_seed', 'GroupSpec', 'shapes',
+           'expert_weights', 'group_size', 'divide', 'make_jobs', 'merge_histories', 'collect', 'slots', 'run_jobs',
+           'on_stack', 'score_adapters', 'fit_trl']
 
 # %% ../nbs/22_expert.ipynb #cell2
-import hashlib, math, re, shutil, tempfile, warnings, torch, numpy as np
+import hashlib, math, os, queue, re, shutil, signal, tempfile, threading, warnings, torch, numpy as np
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from multiprocessing import get_context
 from pathlib import Path
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from .base import load_base, tiny_base
+from transformers import AutoConfig, AutoModelForCausalLM
+from .base import _find, load_base, target_layers, tiny_base
 from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, write_json
 from .data import encode
 from .score import loss_matrix, micro_batches, save_losses, token_losses
 from .stack import LoraSpec, gated, make_plan, one_hot
-from .store import SealError, open_sealed, sealing, work_dir
+from .store import SealError, open_sealed, sealing, stage, work_dir
 
 # %% ../nbs/22_expert.ipynb #cell8
 @dataclass(frozen=True)
@@ -158,11 +168,19 @@ def save_checkpoint(
 )->Path: # the sealed checkpoint
     "Seal the state after `len(history)` steps; keep the last two"
     path = Path(work)/f'step-{len(history):06d}'
-    with sealing(path, dict(job=job)) as d:
+    with sealing(path, dict(job=job)) as d, _disk_errors():
         save_file({k: v.contiguous().cpu() for k,v in opt.state().items()}, d/'state.safetensors')
         write_json(d/'history.json', history)
     for old in sorted(Path(work).glob('step-*'))[:-2]: shutil.rmtree(old)
     return path
+
+@contextmanager
+def _disk_errors():
+    "What safetensors says of a full disk, as the OSError that `sealing` explains"
+    try: yield
+    except SafetensorError as e:
+        if not (code := re.search(r'os error (\d+)', str(e))): raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from e
 
 def load_checkpoint(
     work:Path, # directory of the run's checkpoints
@@ -209,11 +227,12 @@ def fit(
     job = job_id(model.stack, rows, names, spec)
     history = load_checkpoint(work, opt, job) if work else []
     left = steps[len(history):]
-    with training(model, checkpointing), progress(total=sum(map(_tokens, left)), desc=f'train {", ".join(names)}'[:30], unit='tok') as bar:
+    with training(model, checkpointing), _sigterm() as asked, progress(total=sum(map(_tokens, left)), desc=f'train {", ".join(names)}'[:30], unit='tok') as bar:
         for step in left:
             history.append(fit_step(model, opt, step, len(history), names))
             bar.update(_tokens(step))
-            if work and len(history)%every==0 and step is not left[-1]: save_checkpoint(work, opt, history, job)
+            if work and (asked or len(history)%every==0) and step is not left[-1]: save_checkpoint(work, opt, history, job)
+            if asked: raise SystemExit(128+signal.SIGTERM)
     return history
 
 def fit_step(
@@ -233,6 +252,15 @@ def fit_step(
 def _present(e, steps): return sum(any(f==e for f,_ in step) for step in steps)
 def _tokens(step): return sum(len(x.ids) for _,x in step)
 def _plain(x): return x if math.isfinite(x) else None
+
+@contextmanager
+def _sigterm():
+    "A list that SIGTERM fills, so that a step is finished and kept before the process ends"
+    asked = []
+    if threading.current_thread() is not threading.main_thread(): yield asked; return
+    was = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try: yield asked
+    finally: signal.signal(signal.SIGTERM, was or signal.SIG_DFL)
 
 @contextmanager
 def training(
@@ -265,6 +293,18 @@ def plot_history(
     return ax.figure
 
 # %% ../nbs/22_expert.ipynb #cell44
+@contextmanager
+def using_threads(
+    n:int # of torch, inside the block
+):
+    "Compute with so many threads, whatever the caller has"
+    was = torch.get_num_threads()
+    if n<1: raise HydraError(f"threads={n}: a job computes with 1 thread or more")
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(was)
+
+# %% ../nbs/22_expert.ipynb #cell47
 def open_base(
     base:str, # 'tiny' (the toy of tests and lessons), or what `load_base` takes
     quant:str='fp32' # 'fp32', 'bf16' or 'nf4'
@@ -275,14 +315,14 @@ def open_base(
 def sort_rows(
     records:list[dict], # with id and domain
     groups:dict[str,list[str]]|None=None # expert → record ids; None: one expert a domain
-)->dict[str,list[dict]]: # expert → its records, in the order of the file; records of no group are left out
+)->dict[str,list[dict]]: # expert → its records; experts by name, records as in the file, those of no group left out
     "Which record trains which expert"
     if groups is None: owner = {r['id']: r['domain'] for r in records}
     else:
         owner = {i: name for name,ids in groups.items() for i in ids}
         if lost := owner.keys() - {r['id'] for r in records}:
             raise HydraError(f"{len(lost)} ids of `groups` are not among the {len(records)} records, e.g. {min(lost)!r}")
-    out = {name: [] for name in (groups or sorted(set(owner.values())))}
+    out = {name: [] for name in sorted(groups or set(owner.values()))}
     for r in records:
         if r['id'] in owner: out[owner[r['id']]].append(r)
     if bad := [n for n in out if not re.fullmatch(r'[\w][\w.-]*', n)]:
@@ -319,7 +359,8 @@ def train_experts(
     max_prompt:int=300, # tokens; rows with a longer prompt are dropped, and counted
     max_response:int=300, # tokens; the same
     file:str='train.jsonl', # in `rows_dir`
-    checkpointing:bool=False # recompute activations in the backward pass, for a large base
+    checkpointing:bool=False, # recompute activations in the backward pass, for a large base
+    threads:int=1 # of torch: the last bits of a sum hang on their number, so it is given here and not found
 )->Path: # `out`: NAME/ for each expert, and history.json
     "Train a group of experts fused, from records to adapters"
     lora, spec = (c(**x) if isinstance(x, dict) else x for c,x in ((LoraSpec, lora), (TrainSpec, spec)))
@@ -329,8 +370,9 @@ def train_experts(
     kept = _short(rows)
     model = gated(b, slots=len(kept), spec=lora)
     for e,name in enumerate(kept): start_expert(model.stack, e, name, start, spec.seed)
-    history = fit(model, list(kept.values()), spec, work_dir(out), list(kept), checkpointing=checkpointing)
-    for e,name in enumerate(kept): model.stack.save_peft(Path(out)/name, e, b.id)
+    with using_threads(threads): history = fit(model, list(kept.values()), spec, work_dir(out), list(kept), checkpointing=checkpointing)
+    with _disk_errors():
+        for e,name in enumerate(kept): model.stack.save_peft(Path(out)/name, e, b.id)
     write_json(Path(out)/'history.json', dict(experts=summary(rows, kept, history), spec=spec, lora=lora, history=history))
     return Path(out)
 
@@ -360,7 +402,153 @@ def train_seed(
 
 train_single = train_seed
 
-# %% ../nbs/22_expert.ipynb #cell50
+# %% ../nbs/22_expert.ipynb #cell53
+@dataclass(frozen=True)
+class GroupSpec:
+    "Which experts share a job, and with how many threads it computes: part of the result"
+    size:int|None=None # experts trained fused in one job; None: as many as `memory` holds
+    memory:float=8. # GB that a job's experts may take: factors, gradients, AdamW's moments; base and activations come on top
+    threads:int=1 # of torch inside a job
+
+# %% ../nbs/22_expert.ipynb #cell55
+def shapes(
+    base:str # its name
+): # the base as a model on the meta device: sizes without numbers
+    "The layers of a base from its configuration alone"
+    cfg = tiny_base().model.config if base=='tiny' else AutoConfig.from_pretrained(_find(base), trust_remote_code=False)
+    with torch.device('meta'): return AutoModelForCausalLM.from_config(cfg)
+
+def expert_weights(
+    base:nn.Module, # a model, from `shapes` or real
+    lora:LoraSpec # rank and targets
+)->int: # numbers in the factors of one expert
+    "The size of an expert"
+    return sum(lora.rank*(l.in_features+l.out_features) for l in target_layers(base, lora.targets).values())
+
+def group_size(
+    weights:int, # of one expert
+    group:GroupSpec # `size`, or `memory` to find it from
+)->int: # 1 or more
+    "Experts that one job trains fused"
+    if (group.size or 1)<1 or group.memory<=0: raise HydraError(f"{group}: size must be 1 or more, memory more than 0")
+    return group.size or max(1, int(group.memory*1e9/(5*4*weights)))
+
+# %% ../nbs/22_expert.ipynb #cell58
+def divide(
+    rows:dict[str,int], # expert → how many rows it has
+    size:int # most experts in a group
+)->list[list[str]]: # groups of names
+    "Deal experts into as few groups as can be, large and small ones alike"
+    order = sorted(rows, key=lambda n: (-rows[n], n))
+    k = math.ceil(len(rows)/size)
+    return [sorted(order[i::k]) for i in range(k)]
+
+# %% ../nbs/22_expert.ipynb #cell61
+def make_jobs(
+    make:Callable, # a stage function with `groups` and `threads`, such as `train_experts`
+    rows:dict[str,list[dict]], # expert → its records, from `sort_rows`
+    size:int, # experts a job, from `group_size`
+    params:dict, # of `make`, for all jobs
+    inputs:dict, # of `make`: sealed directories
+    threads:int=1, # inside a job
+    **how # as `stage` takes them: libs, device, dtype, root
+)->list[Callable]: # called, each returns its sealed directory
+    "Deal experts into jobs"
+    groups = [{n: [r['id'] for r in rows[n]] for n in names} for names in divide({n: len(r) for n,r in rows.items()}, size)]
+    return [partial(stage, make, dict(params, groups=g, threads=threads), inputs, **how) for g in groups]
+
+def merge_histories(
+    histories:list[list[dict]] # of `fit`, one a job
+)->list[dict]: # the same of all experts, as if one job had trained them
+    "Put the histories of jobs side by side, step by step"
+    def one(entries):
+        "The step of all jobs that reach it"
+        at = [h for h in entries if h]
+        pairs = {k: {n: x for h in at for n,x in h.get(k, {}).items()} for k in ('loss', 'norm', 'dev') if any(k in h for h in at)}
+        return dict(step=at[0]['step'], tokens=sum(h['tokens'] for h in at), skipped=sorted(n for h in at for n in h['skipped']), **pairs)
+    return [one(entries) for entries in zip_longest(*histories)]
+
+def collect(
+    out:Path, # the directory to fill: a stage's
+    **parts:Path # what jobs made
+)->Path: # `out`, as `train_experts` would have filled it
+    "A stage: the experts of several jobs in one directory"
+    found = [read_json(p/'history.json') for _,p in sorted(parts.items())]
+    for adapter in (a for p in parts.values() for a in _adapters(p)): shutil.copytree(adapter, Path(out)/adapter.name)
+    experts = {n: x for h in found for n,x in h['experts'].items()}
+    write_json(Path(out)/'history.json', dict(found[0], experts=experts, history=merge_histories([h['history'] for h in found])))
+    return Path(out)
+
+# %% ../nbs/22_expert.ipynb #cell64
+def slots(
+    workers:int|None=None # processes at a time; None: one a GPU, or one in all
+)->list[str]: # for each worker the GPU that it sees, '' for none
+    "Places for jobs on this machine"
+    gpus = [s for s in os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(torch.cuda.device_count())))).split(',') if s]
+    if workers is not None and workers<1: raise HydraError(f"workers={workers}: give 1 or more, or None for one a GPU")
+    return [gpus[i%len(gpus)] if gpus else '' for i in range(workers or len(gpus) or 1)]
+
+def _take(slot):
+    "In a new process, before CUDA wakes: see one GPU, or none"
+    os.environ['CUDA_VISIBLE_DEVICES'] = slot
+
+def _in_process(job, slot, retries):
+    "Run a job in a process of its own, and again if that is killed"
+    for left in reversed(range(retries+1)):
+        try:
+            with ProcessPoolExecutor(1, get_context('spawn'), _take, (slot,)) as pool: return pool.submit(job).result()
+        except (BrokenProcessPool, SystemExit):
+            if not left: raise HydraError(f"a worker was killed {retries+1} times over the same job: is memory short? give fewer workers, or a smaller group") from None
+            warnings.warn('a worker was killed; its job goes on from its last checkpoint in a new one')
+
+def _local(jobs, retries, workers=None):
+    "One process a job, as many at a time as there are slots"
+    free = queue.SimpleQueue()
+    for s in slots(workers): free.put(s)
+    def one(job):
+        "A job on the next free slot"
+        slot = free.get()
+        try: return _in_process(job, slot, retries)
+        finally: free.put(slot)
+    with ThreadPoolExecutor(free.qsize()) as pool: return list(pool.map(one, jobs))
+
+# %% ../nbs/22_expert.ipynb #cell67
+def _ray(jobs, retries, workers=None, gpus=0., address=None):
+    "Ray tasks; a killed worker's task is sent again"
+    try: import ray
+    except ImportError: raise HydraError("the executor 'ray' needs Ray: pip install 'hydramoe[ray]'") from None
+    ours = not ray.is_initialized()
+    if ours: _start_ray(ray, workers, address)
+    try:
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(_call)
+        return ray.get([task.remote(j) for j in jobs])
+    except ray.exceptions.RayTaskError as e: raise e.cause from None
+    except ray.exceptions.WorkerCrashedError: raise HydraError(f"a Ray worker was killed {retries+1} times over the same job: is memory short?") from None
+    finally:
+        if ours: ray.shutdown()
+
+def _call(job): return job()
+
+def _start_ray(ray, workers, address):
+    "Join a cluster, or start one that nobody else can reach"
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    if address: ray.init(address, log_to_driver=False)
+    else: ray.init(num_cpus=len(slots(workers)), _node_ip_address='127.0.0.1', include_dashboard=False, log_to_driver=False)
+
+def _here(jobs, retries): return [j() for j in jobs]
+
+def run_jobs(
+    jobs:list[Callable], # calls that can be pickled, such as `make_jobs` makes
+    executor:str='here', # 'here', 'local' or 'ray'
+    retries:int=2, # times that a killed worker is replaced
+    **options # local: workers. ray: workers, gpus (a job's share), address
+)->list: # what the jobs return, in their order
+    "Run jobs somewhere; where does not show in what they make"
+    return _EXECUTORS[one_of(executor, _EXECUTORS, 'executor')](jobs, retries, **options)
+
+_EXECUTORS = dict(here=_here, local=_local, ray=_ray)
+
+# %% ../nbs/22_expert.ipynb #cell71
 def on_stack(
     adapters:dict[str,Path], # name → folder with a PEFT adapter
     base # `hydramoe.base.Base` they were trained on
@@ -401,7 +589,7 @@ def _placed(mix, slots):
     gates[:,[slots.index(n) for n in mix['names']]] = w
     return gates
 
-# %% ../nbs/22_expert.ipynb #cell54
+# %% ../nbs/22_expert.ipynb #cell75
 def fit_trl(
     base, # `hydramoe.base.Base`, not in a stack
     batches:list[list], # for each step its examples
