@@ -596,7 +596,9 @@ def fit_trl(
     start:Path, # the adapter to start from
     out:Path, # where the trained adapter goes
     spec:TrainSpec=TrainSpec(), # rate, warm-up, schedule, clipping
-    checkpointing:bool=False # recompute activations in the backward pass
+    checkpointing:bool=False, # recompute activations in the backward pass
+    bf16:bool=False, # compute in bf16 (autocast), for a base in bf16
+    callbacks:tuple=() # of transformers' `Trainer`
 )->list[float]: # mean loss of each step
     "Train one adapter with TRL and PEFT on the given batches"
     from peft import PeftModel
@@ -608,9 +610,9 @@ def fit_trl(
         model = PeftModel.from_pretrained(base.model, str(start), is_trainable=True)
         opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=spec.lr, weight_decay=0.)
         clock = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: rate(min(k, len(batches)-1), len(batches), spec))
-        args = SFTConfig(tmp, max_steps=len(batches), max_grad_norm=spec.clip, bf16=False, use_cpu=not cuda, activation_checkpointing=checkpointing, max_length=None,
+        args = SFTConfig(tmp, max_steps=len(batches), max_grad_norm=spec.clip, bf16=bf16, use_cpu=not cuda, activation_checkpointing=checkpointing, max_length=None,
                          completion_only_loss=True, logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True, seed=spec.seed)
-        trainer = _on_batches(SFTTrainer, batches)(model, args, train_dataset=_trl_rows(batches), processing_class=base.tokenizer, optimizers=(opt, clock))
+        trainer = _on_batches(SFTTrainer, batches)(model, args, train_dataset=_trl_rows(batches), processing_class=base.tokenizer, optimizers=(opt, clock), callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.save_pretrained(out)
