@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'COMMANDS', 'Command', 'arg', 'command', 'make_parser', 'main', 'build', 'dry_run', 'ask', 'explain',
-           'check', 'chat', 'run', 'reproduce', 'data_list', 'data_show']
+           'check', 'chat', 'run', 'reproduce', 'data_list', 'data_show', 'data_prepare', 'data_check', 'data_card']
 
 # %% ../nbs/53_cli.ipynb #cell3
 import argparse, contextlib, json, os, sys
@@ -116,19 +116,23 @@ def _out(a): return Path(a.out or Path(a.files[0]).stem+'-hydra')
 def _rejected(rejects, out):
     "Say what was refused and write it beside the bundle; returns the file, or None"
     if not rejects: return None
-    from hydramoe.core import write_jsonl
-    file, r = write_jsonl(out.with_name(out.name+'.rejects.jsonl'), rejects), rejects[0]
+    from hydramoe.formats import write_rejects
+    file, r = write_rejects(out.with_name(out.name+'.rejects.jsonl'), rejects), rejects[0]
     rows = 'a row was' if len(rejects)==1 else f'{len(rejects)} rows were'
     print(f"hydramoe: {rows} refused, the first in line {r['line']} of {r['file']}: {r['reason']}; all are in {file}", file=sys.stderr)
     return str(file)
 
 # %% ../nbs/53_cli.ipynb #cell24
 _BUILD = ['hydramoe build mine.jsonl --dry-run', 'hydramoe build mine.jsonl', 'hydramoe build mine.jsonl more.jsonl --k 4 --rank 16 --out my-hydra',
-          'hydramoe build mine.jsonl --base ~/models/Qwen3-0.6B --quant bf16', '', 'a line of mine.jsonl is', '{"prompt": "Who wrote Faust?", "completion": "Goethe."}',
+          'hydramoe build mine.jsonl --base ~/models/Qwen3-0.6B --quant bf16', 'hydramoe build sheet.csv --map prompt=question,completion=answer', '', 'a line of mine.jsonl is', '{"prompt": "Who wrote Faust?", "completion": "Goethe."}',
           'or', '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}']
 
 @command('build', 'Make a Hydra from your own examples', _BUILD,
-         arg('files', nargs='+', metavar='FILE', help='JSON lines, each a prompt with its completion, or messages'),
+         arg('files', nargs='+', metavar='FILE', help='JSON lines, JSON, CSV or Parquet: prompts with completions, messages, Alpaca or ShareGPT'),
+         arg('--form', choices=['pairs', 'messages', 'sharegpt', 'alpaca'], help='of the rows (default: each by its columns)'),
+         arg('--format', choices=['jsonl', 'json', 'csv', 'tsv', 'parquet'], help='of the files (default: seen from their content)'),
+         arg('--map', action='append', metavar='OURS=THEIRS', help='columns by other names, such as prompt=question,completion=answer'),
+         arg('--encoding', help='of text files, such as cp1252 (default: by their first bytes, else utf-8)'),
          arg('--base', default='smollm2', help="the base: 'smollm2', a path, or a Hub id, ORG/NAME@REVISION (default %(default)s)"),
          arg('--k', type=int, metavar='N', help='experts (default: one for each 20 rows, nine at most)'),
          arg('--rank', type=int, default=8, metavar='N', help='of each expert (default %(default)s)'),
@@ -143,9 +147,11 @@ _BUILD = ['hydramoe build mine.jsonl --dry-run', 'hydramoe build mine.jsonl', 'h
          arg('--dry-run', action='store_true', help='say what would be made, how long it would take and how much memory; train nothing'))
 def build(a):
     "Records in, bundle out"
+    from hydramoe.formats import parse_columns
     from hydramoe.hydra import BuildSpec, Hydra, check, gather
+    how = dict(form=a.form, format=a.format, columns=parse_columns(a.map), encoding=a.encoding)
     spec = BuildSpec(**{k:v for k,v in vars(a).items() if k in BuildSpec.__dataclass_fields__})
-    (records, rejects), out = gather(a.files), _out(a)
+    (records, rejects), out = gather(a.files, **how), _out(a)
     refused = _rejected(rejects, out)
     if a.dry_run: return dry_run(records, spec, refused)
     if os.path.lexists(out): check(out)
@@ -274,15 +280,16 @@ def reproduce(a):
     return text, {n: dict(rows=graph.result(n, a.scale).rows) for n in members(graph, a.scale, a.until)}
 
 # %% ../nbs/53_cli.ipynb #cell43
-@command('data list', 'The data cards', ['hydramoe data list', 'hydramoe data list --domain math --use train'],
-         arg('--domain', help='of these only'), arg('--use', choices=['train', 'evaluate'], help='for this only'))
+@command('data list', 'The data cards', ['hydramoe data list', 'hydramoe data list --domain math --use train', 'hydramoe data list --verified all'],
+         arg('--domain', help='of these only'), arg('--use', choices=['train', 'evaluate'], help='for this only'),
+         arg('--verified', choices=['data', 'schema', 'unverified', 'all'], default='data', help='how far a card is verified: data is fetched and counted here, schema is a Hub set whose mapping is tested (default %(default)s)'))
 def data_list(a):
     "One line a card"
     from hydramoe.data import card_names, load_card
-    cards = [load_card(n) for n in card_names(a.domain, a.use)]
-    rows = [{k: c.get(k) for k in ('name', 'domain', 'use', 'rows', 'license')} for c in cards]
-    text = [f"{r['name']:24} {r['domain']:13} {r['use']:9} {r['rows']:>7} rows  {r['license']}" for r in rows]
-    return '\n'.join(text), rows
+    cards = [load_card(n) for n in card_names(a.domain, a.use, None if a.verified=='all' else a.verified)]
+    rows = [{k: c.get(k) for k in ('name', 'domain', 'use', 'verified', 'rows', 'license')} for c in cards]
+    text = [f"{r['name']:30} {r['domain']:13} {r['use']:9} {r['verified']:10} {r['rows']:>9} rows  {r['license']}" for r in rows]
+    return '\n'.join([*text, f"{len(rows)} cards"]), rows
 
 @command('data show', 'One data set: its card, and its first records', ['hydramoe data show math', 'hydramoe data show math --rows 5 --json'],
          arg('name', help='of a card, as `hydramoe data list` shows it'), arg('--rows', type=int, default=2, metavar='N', help='records to show; 0 fetches nothing (default %(default)s)'))
@@ -290,10 +297,40 @@ def data_show(a):
     "The card's own words, and what a record looks like"
     from hydramoe.data import load, load_card
     card = load_card(a.name)
-    records = load(a.name, limit=a.rows) if a.rows>0 else []
+    records = load(a.name, limit=a.rows) if a.rows>0 and card['verified']=='data' else []
     shown = ['\n'.join(f"{m['role']}: {m['content']}" for m in r['prompt']+r['completion']) for r in records]
-    head = ', '.join(f"{k} {card[k]}" for k in ('domain', 'use', 'rows', 'license'))
+    head = ', '.join(f"{k} {card[k]}" for k in ('domain', 'use', 'verified', 'rows', 'license'))
     return '\n\n'.join([f"{a.name}: {head}", card['prose'], *shown]), dict(card=card, records=records)
+
+# %% ../nbs/53_cli.ipynb #celld2
+@command('data prepare', 'Fetch, map and seal data sets, with a Croissant description', ['hydramoe data prepare math', 'hydramoe data prepare dolly --json'],
+         arg('names', nargs='+', metavar='NAME', help='of a card, as `hydramoe data list --verified all` shows it'))
+def data_prepare(a):
+    "Where each set's records are now"
+    from hydramoe.cards import prepare
+    made = {n: str(prepare(n)) for n in a.names}
+    return '\n'.join(f'{n}: {p}' for n,p in made.items()), made
+
+@command('data check', 'Hold cards to what they say', ['hydramoe data check math', 'hydramoe data check --no-fetch'],
+         arg('names', nargs='*', metavar='NAME', help='of a card (default: every card)'), arg('--no-fetch', action='store_true', help='do not fetch, map and count; only read the cards'))
+def data_check(a):
+    "Every fault of every card; an error if there is one"
+    from hydramoe.cards import check_card
+    from hydramoe.data import card_names
+    found = [check_card(n, not a.no_fetch) for n in a.names or card_names(verified=None)]
+    text = [f"{c['name']:30} {c['verified']:10} " + ('; '.join(c['faults']) or 'fine') for c in found]
+    if bad := [c for c in found if c['faults']]: raise HydraError(f"{len(bad)} of {len(found)} cards have faults: " + ' | '.join(f"{c['name']}: {'; '.join(c['faults'])}" for c in bad))
+    return '\n'.join([*text, f'{len(found)} cards, no faults']), found
+
+@command('data card', 'Write a card by looking at a file of your own', ['hydramoe data card mine.csv', 'hydramoe data card chats.json --name chats --domain roleplay --out cards'],
+         arg('file', help='JSONL, JSON, CSV or Parquet'), arg('--name', help="of the card (default: the file's)"),
+         arg('--domain', default='general', help='one of the nine, or general (default %(default)s)'), arg('--out', default='data_cards', metavar='DIR', help='folder for NAME.md and NAME.jsonl (default %(default)s)'))
+def data_card(a):
+    "The new card, and what to do with it"
+    from hydramoe.cards import new_card
+    path = new_card(a.file, a.name or Path(a.file).stem, a.out, a.domain)
+    then = f'Write its prose and licence, then: export HYDRAMOE_CARDS={path.parent} and hydramoe data check {path.stem}'
+    return f'{path}\n\n{path.read_text()}\n{then}', dict(card=str(path))
 
 # %% ../nbs/53_cli.ipynb #cell48
 if __name__=='__main__' and '__file__' in globals(): sys.exit(main())

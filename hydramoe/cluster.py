@@ -4,31 +4,40 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'prompt_text', 'lesson_texts', 'encoder_dir', 'embed', 'embed_stage', 'load_embeddings', 'check_names',
-           'Domains', 'kmeans', 'distinctive', 'name_domains', 'discover', 'cluster_texts', 'agreement',
-           'random_domains', 'layout', 'plot_map', 'save_arrays', 'load_arrays']
+           'Domains', 'kmeans', 'find_prices', 'assign_balanced', 'balanced_kmeans', 'hierarchical', 'distinctive',
+           'name_domains', 'discover', 'cluster_texts', 'membership', 'agreement', 'random_domains', 'stability',
+           'choose_k', 'plot_k', 'layout', 'plot_map', 'map_html', 'save_arrays', 'load_arrays', 'nearest_texts',
+           'speaker', 'describe', 'write_domains_yaml', 'read_domains_yaml', 'edit_domains', 'fit_tfidf', 'load_tfidf',
+           'hidden_mean']
 
 # %% ../nbs/12_cluster.ipynb #cell2
-import functools, hashlib, logging, re, unicodedata, warnings
+import functools, hashlib, html, json, logging, re, shutil, unicodedata, warnings
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+import yaml
+from IPython.display import HTML
 from matplotlib import patheffects, pyplot as plt
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors, save as save_tensors
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, HashingVectorizer
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, HashingVectorizer, TfidfTransformer
 from sklearn.manifold import TSNE
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
-from .core import HydraError, derive_seed, digest, progress, read_json, read_jsonl
-from .core import rng, write_bytes, write_json
+from .core import HydraError, cache_dir, default_threads, derive_seed, digest, file_sha256, one_of, progress
+from .core import read_json, read_jsonl, rng, versions, write_bytes, write_json
 from .fetch import unpack
-from .store import open_sealed
+from .store import SealError, open_sealed, sealing
 
 # %% ../nbs/12_cluster.ipynb #cell6
 def prompt_text(
@@ -113,34 +122,59 @@ def encoder_dir(
     if (Path(encoder)/'modules.json').is_file(): return Path(encoder)
     raise HydraError(f"encoder={str(encoder)!r} is not 'minilm', not 'words', and no folder with a modules.json; give one of these")
 
+def _encode(model, texts, batch_size): # → (n,d)
+    "Embed texts, `batch_size` at a time"
+    starts = range(0, len(texts), batch_size)
+    return np.concatenate([model.encode(texts[i:i+batch_size], batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False) for i in starts])
+
 def embed(
     texts:Sequence[str], # N texts
-    encoder:str='minilm', # `minilm`, `words`, or a folder that sentence-transformers can open
-    batch_size:int=64 # texts a forward pass
+    encoder:str='minilm', # `minilm`, `words`, or a folder: one that sentence-transformers can open, or one of `fit_tfidf`
+    batch_size:int=64, # texts a forward pass
+    keep:Path|None=None # folder to keep finished pieces in; None: keep nothing
 )->np.ndarray: # (N,d) fp32, rows of unit length (zero for a text without words under `words`)
     "One vector a text; texts of like length share a pass"
     if bad := [i for i,t in enumerate(texts) if not isinstance(t, str)]:
         raise HydraError(f"text {bad[0]} is a {type(texts[bad[0]]).__name__}; embed takes a list of str")
     if encoder=='words': return _hashed(texts) if len(texts) else np.zeros((0,1024), np.float32)
+    if (Path(encoder)/'tfidf.json').is_file(): return _tfidf(texts, *load_tfidf(encoder))
     model = _sentence_model(str(encoder_dir(encoder)))
     x = np.zeros((len(texts), model.get_embedding_dimension()), np.float32)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    starts = range(0, len(order), batch_size)
-    for i in progress(starts, desc='embed', unit=' batches') if len(starts)>1 else starts:
-        rows = order[i:i+batch_size]
-        batch = [texts[j] for j in rows]
-        x[rows] = model.encode(batch, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+    starts = range(0, len(order), 16*batch_size)
+    for i in progress(starts, desc='embed', unit=' pieces') if len(starts)>1 else starts:
+        rows = order[i:i+16*batch_size]
+        piece = [texts[j] for j in rows]
+        x[rows] = _kept(keep, [piece, batch_size], encoder, lambda: _encode(model, piece, batch_size)) if keep else _encode(model, piece, batch_size)
     return x
 
 # %% ../nbs/12_cluster.ipynb #cell20
+@functools.lru_cache(maxsize=8)
+def _encoder_id(folder):
+    "The hash of an encoder's files"
+    files = sorted(p for p in Path(folder).rglob('*') if p.is_file())
+    return digest([[p.relative_to(folder).as_posix(), file_sha256(p)] for p in files])
+
+def _kept(folder, what, encoder, make): # → make(), or what it returned the last time
+    "Keep an array under a key of all that it depends on"
+    libs = versions('torch', 'transformers', 'sentence-transformers')
+    at = Path(folder)/digest([what, _encoder_id(str(encoder_dir(encoder))), libs])[:40]
+    try: return load_embeddings(at)['x']
+    except SealError: shutil.rmtree(at, ignore_errors=True)
+    x = make()
+    with sealing(at, dict(encoder=str(encoder))) as out: write_bytes(out/'x.safetensors', save_tensors(dict(x=x)))
+    return x
+
+# %% ../nbs/12_cluster.ipynb #cell22
 def embed_stage(
     out:Path, # the directory to fill
     rows:Path, # sealed directory with `PART.jsonl` record files
     parts:str='train dev test', # which of them, by name
     encoder:str='minilm' # see `embed`
 )->None: # writes `x.safetensors`: one (N,d) array a part
-    "A stage: embed the prompts of record files"
-    x = {p: embed([prompt_text(r) for r in read_jsonl(rows/f'{p}.jsonl')], encoder) for p in parts.split()}
+    "A stage: embed the prompts of record files; killed, it goes on where it was"
+    keep = cache_dir()/'embedded'
+    x = {p: embed([prompt_text(r) for r in read_jsonl(rows/f'{p}.jsonl')], encoder, keep=keep) for p in parts.split()}
     write_bytes(out/'x.safetensors', save_tensors(x))
 
 def load_embeddings(
@@ -150,7 +184,7 @@ def load_embeddings(
     open_sealed(path)
     return load_tensors((Path(path)/'x.safetensors').read_bytes())
 
-# %% ../nbs/12_cluster.ipynb #cell23
+# %% ../nbs/12_cluster.ipynb #cell27
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]{0,99}')
 
 def check_names(
@@ -166,13 +200,15 @@ def check_names(
         raise HydraError(f"{what} name {twice[0]!r} occurs twice; rename one")
     return names
 
-# %% ../nbs/12_cluster.ipynb #cell26
+# %% ../nbs/12_cluster.ipynb #cell30
 @dataclass(eq=False)
 class Domains:
     "The discovered domains: a named centroid each"
     centroids:np.ndarray # (k,d) fp32
     names:list[str] # k unique names, usable as folder names
     encoder:str='minilm' # what embeds a text into the centroids' space
+    lines:list[str]|None=None # k one-line descriptions
+    edits:list[dict]|None=None # what a person changed, see `edit_domains`
 
     def __post_init__(self):
         self.names = check_names(self.names)
@@ -181,6 +217,7 @@ class Domains:
             raise HydraError(f"{len(self)} names need centroids of shape ({len(self)}, d), not {self.centroids.shape}")
         for name,c in zip(self.names, self.centroids):
             if not np.isfinite(c).all(): raise HydraError(f"centroid of {name!r} is not finite")
+        if self.lines is not None and len(self.lines)!=len(self): raise HydraError(f"{len(self)} domains need as many lines, not {len(self.lines)}")
 
     def __len__(self): return len(self.names)
 
@@ -199,32 +236,277 @@ class Domains:
 
     def save(self, path): # a directory, made if missing
         "Write `domains.safetensors` and `domains.json`"
-        meta = dict(names=self.names, encoder=self.encoder)
+        meta = dict(names=self.names, encoder=self.encoder) | {k: v for k,v in dict(lines=self.lines, edits=self.edits).items() if v is not None}
         return save_arrays(path, 'domains', dict(centroids=self.centroids), meta)
 
     @classmethod
     def load(cls, path): # what `save` wrote
         "Open saved domains, strictly"
         arrays,meta = load_arrays(path, 'domains', ['centroids'])
-        return cls(arrays['centroids'], meta['names'], meta['encoder'])
+        return cls(arrays['centroids'], meta['names'], meta['encoder'], meta.get('lines'), meta.get('edits'))
 
-# %% ../nbs/12_cluster.ipynb #cell31
+# %% ../nbs/12_cluster.ipynb #cell35
 def kmeans(
     x:np.ndarray, # (N,d) embeddings
     k:int, # clusters
-    seed:int=0, # of the ten starts
+    seed:int=0, # of the starts
+    starts:int=10 # random starts, of which the best is kept
 )->tuple[np.ndarray,np.ndarray]: # centroids (k,d); labels (N,), the largest cluster is 0
     "scikit-learn's k-means, repeatable, clusters numbered by size"
     x = np.asarray(x, np.float32)
     distinct = len(np.unique(x, axis=0))
     if not 1<=k<=distinct:
         raise HydraError(f"k={k} clusters cannot be made of {len(x)} rows of which {distinct} differ; choose k from 1 to {distinct}")
-    starts = derive_seed(seed, 'kmeans')%2**32
-    with threadpool_limits(1): fit = KMeans(k, n_init=10, random_state=starts).fit(x)
+    state = derive_seed(seed, 'kmeans')%2**32
+    with threadpool_limits(1): fit = KMeans(k, n_init=starts, random_state=state).fit(x)
     order = np.argsort(-np.bincount(fit.labels_, minlength=k), kind='stable')
     return fit.cluster_centers_[order], np.argsort(order)[fit.labels_]
 
-# %% ../nbs/12_cluster.ipynb #cell36
+# %% ../nbs/12_cluster.ipynb #cell42
+def _shares(costs, prices, eps): # (n,k), (k,) → (n,k), rows that add up to 1
+    "How much of each row each cluster gets at temperature eps"
+    a = (costs + prices.astype(np.float32))*np.float32(-1/eps)
+    a -= a.max(1, keepdims=True)
+    np.exp(np.maximum(a, -20, out=a), out=a)
+    return np.divide(a, a.sum(1, keepdims=True), out=a)
+
+def _newton(costs, room, prices, eps, good):
+    "Newton's steps, none longer than 3 eps, towards prices that fill each cluster to its room"
+    for _ in range(6):
+        s = _shares(costs, prices, eps)
+        n = s.sum(0, dtype=np.float64)
+        if np.abs(n-room).sum()<=good*len(costs): break
+        prices = prices + eps*np.clip(np.linalg.solve(np.diag(n+.01*room)-s.T@s, n-room), -3, 3)
+    return prices-prices.min()
+
+# %% ../nbs/12_cluster.ipynb #cell44
+def _unit(costs):
+    "The temperature to begin with: half the spread of a row's costs"
+    few = costs[:512]
+    return max(.5*float(few.std(1).mean()), 1e-7*float(np.abs(few).max()), 1e-30)
+
+def _overflow(costs, room, prices):
+    "How many rows find their cluster full"
+    n = np.bincount((costs+prices.astype(np.float32)).argmin(1), minlength=len(room))
+    return np.maximum(n-room, 0).sum()
+
+def find_prices(
+    costs:np.ndarray, # (n,k) fp32: what it costs to put a row into a cluster
+    room:np.ndarray, # (k,) rows that each may take; scaled so that they add up to n
+    prices:np.ndarray|None=None, # (k,) where to begin; None: at 0
+    eps:float|None=None, # temperature to begin with; None: half the spread of a row's costs
+    good:float=.01 # stop when at most this share of the rows finds its cluster full
+)->tuple[np.ndarray,float]: # prices (k,), the least is 0; the temperature reached
+    "Prices at which the clusters fill evenly, by Newton's method at falling temperature"
+    room,unit = room*(len(costs)/room.sum()),_unit(costs)
+    eps = eps or unit
+    best = (np.inf, np.zeros(len(room)) if prices is None else prices, eps)
+    while eps>=1e-4*unit and best[0]>good*len(costs):
+        prices = _newton(costs, room, best[1], eps, good)
+        over = _overflow(costs, room, prices)
+        if over<best[0]: best = (over, prices, eps)
+        eps *= .4
+    return best[1:]
+
+# %% ../nbs/12_cluster.ipynb #cell47
+def _edge(costs, labels, c, empty): # → (k,)
+    "What it costs to move the cheapest row, or empty place, of c to each other cluster"
+    rows = np.flatnonzero(labels==c)
+    w = (costs[rows]-costs[rows,c][:,None]).min(0, initial=np.inf).astype(float)
+    if empty[c]: w = np.minimum(w, 0)
+    w[c] = np.inf
+    return w
+
+def _paths(w, sources): # lengths (k,k), mask (k,) → distances (k,), the node before each or -1
+    "Shortest paths from any of the sources (Bellman–Ford)"
+    d,before = np.where(sources, 0, np.inf),np.full(len(w), -1)
+    while True:
+        t = d[:,None]+w
+        b,v = t.argmin(0),t.min(0)
+        if not (v<d).any(): return d,before
+        d,before = np.minimum(v, d),np.where(v<d, b, before)
+
+def _push(costs, labels, extra, empty, path, w, tol):
+    "Move as many rows as can go along a path at the same price"
+    free,move = {},{}
+    for a,b in zip(path, path[1:]):
+        rows = np.flatnonzero(labels==a)
+        move[a] = rows[costs[rows,b]-costs[rows,a]<=w[a,b]+tol]
+        free[a] = int(empty[a]) if w[a,b]+tol>=0 else 0
+    n = min(extra[path[0]], -extra[path[-1]], *(len(move[a])+free[a] for a in move))
+    for a,b in zip(path, path[1:]):
+        f = min(free[a], n)
+        empty[a] -= f; empty[b] += f
+        labels[move[a][:n-f]] = b
+    extra[path[0]] -= n; extra[path[-1]] += n
+
+# %% ../nbs/12_cluster.ipynb #cell48
+def _repair(costs, labels, room, prices): # → labels; prices that prove it
+    "From an assignment that is right at its prices to the best one within the room"
+    k,labels,prices = len(room),labels.copy(),prices.copy()
+    empty = np.zeros(k, int); empty[prices.argmin()] = room.sum()-len(labels)
+    extra = np.bincount(labels, minlength=k)+empty-room
+    w = np.stack([_edge(costs, labels, c, empty) for c in range(k)])
+    while (extra>0).any():
+        d,before = _paths(np.maximum(w+prices-prices[:,None], 0), extra>0)
+        path = [int(np.where(extra<0, d, np.inf).argmin())]
+        prices += np.maximum(d[path[0]]-d, 0)
+        while before[path[0]]>=0: path.insert(0, int(before[path[0]]))
+        _push(costs, labels, extra, empty, path, w, 1e-6*_unit(costs))
+        for c in path: w[c] = _edge(costs, labels, c, empty)
+    return labels,prices-prices.min()
+
+# %% ../nbs/12_cluster.ipynb #cell52
+def _rank(groups): # (n,) → (n,)
+    "How many of its group come before each"
+    order,n = np.argsort(groups, kind='stable'),np.bincount(groups)
+    rank = np.empty(len(groups), int)
+    rank[order] = np.arange(len(groups)) - np.repeat(np.cumsum(n)-n, n)
+    return rank
+
+def _spill(costs, labels, room, prices): # → labels
+    "Rows of full clusters to the nearest with room, those that lose least first"
+    labels = labels.copy()
+    while True:
+        extra = np.bincount(labels, minlength=len(room))-room
+        rows = np.flatnonzero(extra[labels]>0)
+        if not len(rows): return labels
+        a,i = costs[rows]+prices.astype(np.float32),np.arange(len(rows))
+        own = a[i,labels[rows]]
+        a[:,extra>=0] = np.inf
+        goal = a.argmin(1)
+        first = np.argsort(a[i,goal]-own, kind='stable')
+        first = first[_rank(labels[rows[first]])<extra[labels[rows[first]]]]
+        first = first[_rank(goal[first])<-extra[goal[first]]]
+        labels[rows[first]] = goal[first]
+
+# %% ../nbs/12_cluster.ipynb #cell55
+def _margins(a): # costs with prices (n,k) → labels (n,), margins (n,)
+    "The cheapest cluster of each row, and how much more the next one costs"
+    i,labels = np.arange(len(a)),a.argmin(1).astype(np.int32)
+    least = a[i,labels]
+    a[i,labels] = np.inf
+    return labels,a.min(1)-least
+
+def _depth(costs, prices, share): # → (k,)
+    "For each cluster, the margin that the given share of its rows does not reach"
+    labels,margin = _margins(costs+prices.astype(np.float32))
+    order,n = np.argsort(margin, kind='stable'),np.bincount(labels, minlength=len(prices))
+    at = order[_rank(labels[order])==(share*n).astype(int)[labels[order]]]
+    depth = np.full(len(prices), np.inf, np.float32)
+    depth[labels[at]] = margin[at]
+    return depth
+
+def _border(costs, prices, depth): # → labels, which are near a border, and the costs of those
+    "Label one block of rows"
+    labels,margin = _margins(costs+prices.astype(np.float32))
+    near = margin<depth[labels]
+    return labels,near,costs[near]
+
+def _settle(each, room, prices, eps, depth, exact): # each: f → the results of f on each block of costs, in order
+    "Label every row, then reconsider those near a border until each cluster is within its room"
+    while True:
+        labels,near,costs = map(np.concatenate, zip(*each(lambda c: _border(c, prices, depth))))
+        left = room-np.bincount(labels[~near], minlength=len(room))
+        if (left>=0).all(): break
+        depth = np.where(left<0, np.inf, depth)
+    if not len(costs): return labels
+    prices,_ = find_prices(costs, left, prices, eps, .02*len(labels)/len(costs))
+    first = (costs+prices.astype(np.float32)).argmin(1)
+    labels[near] = _repair(costs, first, left, prices)[0] if exact else _spill(costs, first, left, prices)
+    return labels
+
+# %% ../nbs/12_cluster.ipynb #cell56
+def assign_balanced(
+    costs:np.ndarray, # (n,k): what it costs to put a row into a cluster, e.g. squared distances
+    exact:bool|None=None, # the very best, however long it takes; None: up to 2,048 rows
+    seed:int=0 # of the sample that prices are found on
+)->np.ndarray: # (n,) labels; no cluster has more than ⌈n/k⌉ rows
+    "Give each row a cluster: capacities hold, total cost is (nearly) least"
+    costs = np.asarray(costs, np.float32)
+    if costs.ndim!=2 or not costs.size: raise HydraError(f"costs of shape {costs.shape} cannot be balanced; need (n, k), neither of them 0")
+    if not np.isfinite(costs.sum(dtype=np.float64)): raise HydraError("costs hold a value that is not finite; balance rows that have one only")
+    n,k = costs.shape
+    room,exact = np.full(k, -(-n//k)),n<=2048 if exact is None else exact
+    few = costs if exact else costs[np.sort(rng(seed, 'assign_balanced').permutation(n)[:max(2048, 32*k)])]
+    prices,eps = find_prices(few, room, good=.03)
+    depth = np.full(k, np.inf, np.float32) if len(few)==n else _depth(few, prices, .3)
+    return _settle(lambda f: [f(costs)], room, prices, eps, depth, exact)
+
+# %% ../nbs/12_cluster.ipynb #cell61
+def _scores(x, centroids, center): # (n,d), (k,d), (d,) → (n,k)
+    "Squared distances less a constant of the row, through one matrix product"
+    c = centroids-center
+    scores = np.asarray(x, np.float32)@(-2*c).T.astype(np.float32)
+    scores += ((c**2).sum(1) + 2*(c@center)).astype(np.float32)
+    if not np.isfinite(scores.sum(dtype=np.float64)): raise HydraError("a row holds a value that is not finite; leave such rows out")
+    return scores
+
+def _means(x, labels, old): # → (k,d)
+    "The mean of each cluster's rows; an empty one stays where it was"
+    n = np.bincount(labels, minlength=len(old))
+    m = csr_matrix((np.ones(len(x), np.float32), (labels, np.arange(len(x)))), shape=(len(old), len(x)))
+    return np.where(n[:,None]>0, (m@x)/np.maximum(n, 1)[:,None], old).astype(np.float32)
+
+def _balanced_centroids(x, k, seed, steps): # → centroids (k,d), prices (k,), temperature
+    "Balanced k-means on rows that fit into memory"
+    center,room = x.mean(0, dtype=np.float64).astype(np.float32),np.full(k, len(x)/k)
+    c,prices,eps = x[np.sort(rng(seed, 'balanced_kmeans').permutation(len(x))[:k])],None,None
+    for _ in range(steps):
+        prices,eps = find_prices(s := _scores(x, c, center), room, prices, eps and 2.5*eps, .03)
+        c = _means(x, (s+prices.astype(np.float32)).argmin(1), c)
+    s = _scores(x, c, center)
+    prices,eps = find_prices(s, room, prices, eps and 2.5*eps)
+    return c,center,prices,eps,_depth(s, prices, .3)
+
+# %% ../nbs/12_cluster.ipynb #cell62
+def balanced_kmeans(
+    x:np.ndarray, # (N,d) embeddings, or a memory-mapped array of them
+    k:int, # clusters
+    seed:int=0, # of the sample and of the start
+    sample:int=512, # rows a cluster that centroids are found on
+    steps:int=6, # rounds of k-means on the sample
+    block:int=16_384 # rows a pass multiplies at once
+)->tuple[np.ndarray,np.ndarray]: # centroids (k,d); labels (N,), none more often than ⌈N/k⌉ times
+    "k-means whose clusters are all of one size: c-BTM's training clusters, streamed"
+    if not 1<=k<=len(x): raise HydraError(f"k={k} clusters cannot be made of {len(x)} rows; choose k from 1 to {len(x)}")
+    rows = np.sort(rng(seed, 'sample').permutation(len(x))[:max(2048, sample*k)])
+    with threadpool_limits(1), ThreadPoolExecutor(default_threads()) as pool:
+        c,center,prices,eps,depth = _balanced_centroids(np.asarray(x[rows], np.float32), k, seed, steps)
+        exact = len(x)<=2048
+        each = lambda f: list(pool.map(lambda i: f(_scores(x[i:i+block], c, center)), range(0, len(x), block)))
+        labels = _settle(each, np.full(k, -(-len(x)//k)), prices, eps, np.full_like(depth, np.inf) if exact else depth, exact)
+    return c,labels.astype(int)
+
+# %% ../nbs/12_cluster.ipynb #cell67
+def _allot(sizes, most, k): # sizes (g,), most (g,) → parts (g,) that add up to k, 1 to most each
+    "Deal k parts to groups, one by one to the group whose parts are largest"
+    parts = np.ones(len(sizes), int)
+    while parts.sum()<k: parts[np.where(parts<most, sizes/parts, -1).argmax()] += 1
+    return parts
+
+def hierarchical(
+    x:np.ndarray, # (N,d) embeddings
+    k:int, # clusters in all
+    seed:int=0, # of every start
+    groups:int|None=None, # clusters of the first cut; None: √k, rounded up
+    balanced:bool=False # clusters of one size, by `balanced_kmeans`
+)->tuple[np.ndarray,np.ndarray,np.ndarray]: # centroids (k,d); labels (N,); the group of each cluster (k,)
+    "k-means in two cuts, for many clusters"
+    x,cut = np.asarray(x, np.float32),balanced_kmeans if balanced else kmeans
+    if not 1<=k<=(n := len(np.unique(x, axis=0))): raise HydraError(f"k={k} clusters cannot be made of {n} different rows; choose k from 1 to {n}")
+    first = cut(x, min(k, groups or int(np.ceil(k**.5))), seed)[1]
+    first = np.unique(first, return_inverse=True)[1]
+    most = np.array([len(np.unique(x[first==g], axis=0)) for g in range(first.max()+1)])
+    parts = _allot(np.bincount(first), most, k)
+    labels,centroids = np.zeros(len(x), int),[]
+    for g,n in enumerate(parts):
+        c,l = cut(x[first==g], int(n), derive_seed(seed, 'hierarchical', g))
+        labels[first==g] = sum(map(len, centroids))+l
+        centroids.append(c)
+    return np.concatenate(centroids), labels, np.repeat(np.arange(len(parts)), parts)
+
+# %% ../nbs/12_cluster.ipynb #cell70
 _STOP = sorted(ENGLISH_STOP_WORDS | {'answer', 'did', 'does', 'doing', 'don', 'following', 'given', 'question', 'using'})
 
 def distinctive(
@@ -247,7 +529,7 @@ def distinctive(
     fit = [(held[c]>0) & (held[c]>=min(2, held[c].max())) & (score[c]>=0) for c in range(len(p))]
     return [[str(words[w]) for w in r if f[w]][:most] for r,f in zip(ranked, fit)]
 
-# %% ../nbs/12_cluster.ipynb #cell39
+# %% ../nbs/12_cluster.ipynb #cell73
 def _ascii(word):
     "A word in plain letters, accents dropped"
     plain = unicodedata.normalize('NFKD', word.lower()).encode('ascii', 'ignore').decode()
@@ -273,17 +555,18 @@ def name_domains(
         names.append(next(t for t in map(lambda t: t.strip('-'), tries) if t not in names))
     return names
 
-# %% ../nbs/12_cluster.ipynb #cell42
+# %% ../nbs/12_cluster.ipynb #cell76
 def discover(
     x:np.ndarray, # (N,d) embeddings
     texts:Sequence[str], # the N texts, to name the domains by
     k:int, # domains
     seed:int=0, # of k-means' starts
-    encoder:str='minilm' # what made `x`; kept with the domains
+    encoder:str='minilm', # what made `x`; kept with the domains
+    balanced:bool=False # clusters of one size: see `balanced_kmeans`
 )->tuple[Domains,np.ndarray]: # the domains; labels (N,)
     "Cluster embeddings and name the clusters"
     if len(x)!=len(texts): raise HydraError(f"{len(x)} embeddings and {len(texts)} texts: need one a text")
-    centroids,labels = kmeans(x, k, seed)
+    centroids,labels = (balanced_kmeans if balanced else kmeans)(x, k, seed)
     return Domains(centroids, name_domains(texts, labels), str(encoder)), labels
 
 def cluster_texts(
@@ -296,7 +579,21 @@ def cluster_texts(
     x = embed(texts, encoder)
     return *discover(x, texts, k, seed, encoder), x
 
-# %% ../nbs/12_cluster.ipynb #cell46
+# %% ../nbs/12_cluster.ipynb #cell81
+def membership(
+    distances:np.ndarray, # (N,k) squared, see `Domains.distances`
+    temperature:float=.1, # small: the nearest takes all; large: all alike
+    top:int|None=None # clusters that share a row; None: all
+)->np.ndarray: # (N,k), rows that add up to 1
+    "Soft membership: how much of each row belongs to each cluster"
+    d = np.asarray(distances, float)
+    if not temperature>0: raise HydraError(f"temperature={temperature} must be above 0; c-BTM takes 0.1")
+    if top is not None and not 1<=top<=d.shape[1]: raise HydraError(f"top={top} of {d.shape[1]} clusters; choose 1 to {d.shape[1]}, or None for all")
+    if top: d = np.where(np.argsort(np.argsort(d, 1, kind='stable'), 1)<top, d, np.inf)
+    w = np.exp((d.min(1, keepdims=True)-d)/temperature)
+    return w/w.sum(1, keepdims=True)
+
+# %% ../nbs/12_cluster.ipynb #cell85
 def agreement(
     labels:Sequence, # (N,) clusters
     truth:Sequence # (N,) what they should be compared with: topics, sources
@@ -308,7 +605,7 @@ def agreement(
     nmi,ari = normalized_mutual_info_score(truth, labels), adjusted_rand_score(truth, labels)
     return dict(nmi=float(nmi), ari=float(ari), purity=sum(most.values())/len(labels))
 
-# %% ../nbs/12_cluster.ipynb #cell49
+# %% ../nbs/12_cluster.ipynb #cell88
 def random_domains(
     n:int, # texts
     sizes:int|Sequence[int], # size of each cluster, or k for k clusters as equal as can be
@@ -319,7 +616,59 @@ def random_domains(
     if sum(sizes)!=n: raise HydraError(f"sizes {list(map(int, sizes))} add up to {sum(sizes)}, not to n={n}")
     return rng(seed, 'random_domains').permutation(np.repeat(np.arange(len(sizes)), sizes))
 
-# %% ../nbs/12_cluster.ipynb #cell53
+# %% ../nbs/12_cluster.ipynb #cell92
+def stability(
+    x:np.ndarray, # (N,d) embeddings
+    k:int, # clusters
+    seed:int=0, # of the draws and of k-means' starts
+    draws:int=5 # bootstrap samples
+)->np.ndarray: # (draws,) ARI of each with the clustering of all rows
+    "Bootstrap stability: do clusters of a resample agree with those of all rows?"
+    x,found = np.asarray(x, np.float32),[]
+    labels = kmeans(x, k, seed)[1]
+    for i in range(draws):
+        rows = rng(seed, 'stability', i).integers(0, len(x), len(x))
+        if len(np.unique(x[rows], axis=0))<k: raise HydraError(f"a resample of {len(x)} rows has fewer than k={k} different ones; choose a smaller k")
+        found.append(adjusted_rand_score(labels, cdist(x, kmeans(x[rows], k, derive_seed(seed, i), 3)[0]).argmin(1)))
+    return np.array(found)
+
+def choose_k(
+    x:np.ndarray, # (N,d) embeddings
+    ks:Sequence[int]=(2,3,4,6,8,12,16,24,32), # what to try; those above N/3 are left out
+    seed:int=0, # of the rows, the draws and the starts
+    draws:int=5, # bootstrap samples for each k
+    most:int=2000 # rows to look at
+)->tuple[int,list[dict]]: # the k with the largest silhouette × stability; {k, silhouette, stability, low, high} of each
+    "Choose how many clusters, by silhouette and bootstrap stability"
+    x = np.asarray(x, np.float32)[np.sort(rng(seed, 'choose_k').permutation(len(x))[:most])]
+    ks = [k for k in ks if 2<=k<=len(x)//3]
+    if not ks: raise HydraError(f"no k between 2 and a third of {len(x)} rows was given; a third of the rows is the most that can be judged")
+    found = []
+    for k in progress(ks, desc='choose k', unit=' k'):
+        labels,again = kmeans(x, k, seed)[1],stability(x, k, seed, draws)
+        found.append(dict(k=k, silhouette=float(silhouette_score(x, labels)), stability=float(again.mean()), low=float(again.min()), high=float(again.max())))
+    return max(found, key=lambda r: max(0, r['silhouette'])*max(0, r['stability']))['k'], found
+
+# %% ../nbs/12_cluster.ipynb #cell95
+_COLORS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#444444']
+_MARKS = 'osD^vPX*<>'
+
+def plot_k(
+    found:list[dict] # rows of `choose_k`
+)->Figure: # silhouette and stability against k
+    "How many clusters: the two measures, and the k with the largest product"
+    ks,best = [r['k'] for r in found],max(found, key=lambda r: max(0, r['silhouette'])*max(0, r['stability']))['k']
+    fig,ax = plt.subplots(figsize=(6, 3.4), layout='constrained')
+    ax.plot(ks, [r['silhouette'] for r in found], 'o-', color=_COLORS[0], label='silhouette')
+    ax.plot(ks, [r['stability'] for r in found], 's--', color=_COLORS[3], label='stability (ARI of resamples)')
+    ax.fill_between(ks, [r['low'] for r in found], [r['high'] for r in found], color=_COLORS[3], alpha=.15, linewidth=0)
+    ax.axvline(best, color='#444444', lw=1, ls=':')
+    ax.annotate(f'k = {best}', (best, 1.02), xycoords=('data', 'axes fraction'), ha='center', va='bottom')
+    ax.set(xlabel='clusters k', ylim=(min(0, *(r['silhouette'] for r in found)), 1.02), xticks=ks); ax.legend(frameon=False, loc='best')
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/12_cluster.ipynb #cell98
 def layout(
     x:np.ndarray, # (N,d) embeddings
     seed:int=0 # of t-SNE
@@ -332,10 +681,7 @@ def layout(
     tsne = TSNE(2, perplexity=min(30, (len(x)-1)/3), init=start, random_state=derive_seed(seed, 'layout')%2**32)
     with threadpool_limits(1): return tsne.fit_transform(x)
 
-# %% ../nbs/12_cluster.ipynb #cell56
-_COLORS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#444444']
-_MARKS = 'osD^vPX*<>'
-
+# %% ../nbs/12_cluster.ipynb #cell101
 def _anchor(p): # (n,2) → (2,)
     "The point in the thick of a group, which its mean may miss"
     return p[np.sort(cdist(p, p), axis=1)[:,len(p)//3].argmin()]
@@ -391,7 +737,48 @@ def plot_map(
     plt.close(fig)
     return fig
 
-# %% ../nbs/12_cluster.ipynb #cell60
+# %% ../nbs/12_cluster.ipynb #cell105
+_GLYPHS = '●■▲◆▼▶✚✖★◀'
+_SCRIPT = """(()=>{const f=document.getElementById('ID'),svg=f.querySelector('svg'),cap=f.querySelector('figcaption'),ring=f.querySelector('circle');
+const p=[...f.querySelectorAll('[data-x]')].map(e=>{const t=e.querySelector('title'),o={x:+e.dataset.x,y:+e.dataset.y,s:t.textContent};t.remove();return o});
+svg.addEventListener('pointermove',ev=>{const q=new DOMPoint(ev.clientX,ev.clientY).matrixTransform(svg.getScreenCTM().inverse());
+let b=p[0],d=Infinity;for(const o of p){const e=(o.x-q.x)**2+(o.y-q.y)**2;if(e<d){d=e;b=o}}
+ring.setAttribute('cx',b.x);ring.setAttribute('cy',b.y);ring.style.visibility='visible';cap.textContent=b.s})})()"""
+
+def _escape(text, most=300):
+    "A text as it may stand in HTML: no markup, no control characters, not too long"
+    text = ''.join(c if c.isprintable() else ' ' for c in text[:most]) + '…'*(len(text)>most)
+    return html.escape(' '.join(text.split()))
+
+def _mark(x, y, c, text):
+    "One text as a mark with a tooltip"
+    return (f'<text data-x="{x:.1f}" data-y="{y:.1f}" x="{x:.1f}" y="{y+4:.1f}" fill="{_COLORS[c%7]}" fill-opacity=".8">'
+            f'{_GLYPHS[c%10]}<title>{text}</title></text>')
+
+def map_html(
+    x:np.ndarray, # (N,d) embeddings
+    labels:np.ndarray, # (N,) domain of each
+    names:Sequence[str], # of the domains
+    texts:Sequence[str], # the N texts
+    most:int=1500, # texts drawn, at most
+    seed:int=0 # of the layout and of the choice of texts
+)->HTML: # self-contained; `.data` is the text of it
+    "The map of domains to explore: the text nearest to the pointer is shown"
+    keep = np.sort(rng(seed, 'plot_map').permutation(len(x))[:most])
+    p,labels = layout(np.asarray(x)[keep], seed),np.asarray(labels)[keep]
+    p = [40,30] + (p-p.min(0))/np.maximum(np.ptp(p, axis=0), 1e-9)*[640,440]
+    marks = ''.join(_mark(*p[i], int(labels[i]), _escape(f'[{names[labels[i]]}] {texts[j]}')) for i,j in enumerate(keep))
+    seen = [c for c in range(len(names)) if (labels==c).any()]
+    at = _apart([_anchor(p[labels==c]) for c in seen], np.array([7.5*len(names[c]) for c in seen]), 17)
+    words = ''.join(f'<text x="{a:.1f}" y="{b:.1f}">{_escape(names[c])}</text>' for c,(a,b) in zip(seen, at))
+    id = 'map-'+digest([p.tolist(), list(names), marks])[:12]
+    return HTML(f'<figure id="{id}" style="margin:0;max-width:720px;font:13px sans-serif;color:#111;background:#fff">'
+        f'<svg viewBox="0 0 720 500" width="100%" text-anchor="middle"><g font-size="11">{marks}</g><g font-size="13" font-weight="bold" '
+        f'fill="#111" stroke="#fff" stroke-width="3" paint-order="stroke" pointer-events="none">{words}</g>'
+        '<circle r="8" fill="none" stroke="#111" stroke-width="2" style="visibility:hidden"/></svg><figcaption style="min-height:4em;'
+        f'padding:4px 8px;border-top:1px solid #ccc">Move over the map to read.</figcaption><script>{_SCRIPT.replace("ID", id)}</script></figure>')
+
+# %% ../nbs/12_cluster.ipynb #cell108
 FORMAT = 1
 
 def save_arrays(
@@ -410,7 +797,7 @@ def save_arrays(
     write_json(Path(path)/f'{stem}.json', body | dict(digest=digest(body)))
     return Path(path)
 
-# %% ../nbs/12_cluster.ipynb #cell62
+# %% ../nbs/12_cluster.ipynb #cell110
 def _body(file):
     "The checked content of a description file"
     body = read_json(file)
@@ -443,3 +830,180 @@ def load_arrays(
     for n,a in arrays.items():
         if not np.isfinite(a).all(): raise HydraError(f"{file}: array {n!r} holds a value that is not finite")
     return arrays,body['meta']
+
+# %% ../nbs/12_cluster.ipynb #cell115
+def nearest_texts(
+    texts:Sequence[str], # N texts
+    labels:np.ndarray, # (N,) cluster of each, from 0
+    distances:np.ndarray, # (N,k) to the centroids
+    most:int=5 # texts a cluster
+)->list[list[str]]: # of each of the k clusters, the nearest first
+    "The texts that are most typical of each cluster"
+    order = [np.flatnonzero(np.asarray(labels)==c) for c in range(distances.shape[1])]
+    return [[texts[i] for i in rows[np.argsort(distances[rows,c], kind='stable')][:most]] for c,rows in enumerate(order)]
+
+def speaker(
+    base, # a `hydramoe.base.Base`
+    tokens:int=24 # tokens of an answer, at most
+): # a function: prompt → answer, `str`
+    "The base model's greedy answer to a prompt"
+    def say(prompt):
+        from hydramoe.base import render
+        t = base.tokenizer(render(base.tokenizer, [dict(role='user', content=prompt)]), return_tensors='pt', add_special_tokens=False).to(base.device)
+        out = base.model.generate(**t, max_new_tokens=tokens, do_sample=False, pad_token_id=base.tokenizer.pad_token_id)
+        return base.tokenizer.decode(out[0, t['input_ids'].shape[1]:], skip_special_tokens=True)
+    return say
+
+def describe(
+    texts:Sequence[str], # N texts
+    labels:np.ndarray, # (N,) cluster of each, from 0
+    distances:np.ndarray, # (N,k) to the centroids
+    say=None, # function prompt → answer, or a `Base`, to add a sentence; None: words alone
+    words:int=6 # distinctive words
+)->list[str]: # one line a cluster
+    "A line on each domain: its size, its words and, when asked, a model's sentence"
+    n,k = np.bincount(labels, minlength=distances.shape[1]),distances.shape[1]
+    found = distinctive(texts, labels, words) + [[]]*k
+    lines = [f"{n[c]} texts: {', '.join(found[c]) or 'no words of their own'}" for c in range(k)]
+    if say is None: return lines
+    say = speaker(say) if hasattr(say, 'tokenizer') else say
+    ask = 'Say in one short sentence what these requests have in common.\n'
+    told = [_escape(say(ask+'\n'.join(f'- {t[:200]}' for t in ts)), 160) for ts in nearest_texts(texts, labels, distances)]
+    return [f'{html.unescape(t)} ({l})' if t else l for t,l in zip(told, lines)]
+
+# %% ../nbs/12_cluster.ipynb #cell118
+_HEAD = """# What was discovered. Edit `name`, `line` and `split`, then read this file with edit_domains.
+#   rename: change `name`      merge: give several clusters one name      split: `split: 2` makes two of one
+"""
+
+def write_domains_yaml(
+    path:str|Path, # the file to write
+    domains:Domains, # what was discovered
+    labels:np.ndarray, # (N,) domain of each text
+    texts:Sequence[str], # the N texts
+    distances:np.ndarray # (N,k) to the centroids
+)->Path: # `path`
+    "Write the domains into a file for a person to edit"
+    shown = nearest_texts(texts, labels, distances, 3)
+    lines,n = domains.lines or describe(texts, labels, distances),np.bincount(labels, minlength=len(domains)).tolist()
+    body = [dict(cluster=c, name=domains.names[c], split=1, rows=n[c], line=lines[c], examples=[t[:100] for t in shown[c]]) for c in range(len(domains))]
+    text = _HEAD+yaml.safe_dump(dict(domains=body), sort_keys=False, allow_unicode=True, width=120)
+    return write_bytes(path, text.encode('utf-8'))
+
+# %% ../nbs/12_cluster.ipynb #cell120
+_KEYS = ('cluster', 'name', 'split', 'rows', 'line', 'examples')
+
+def _entry(path, k, i, e):
+    "One checked entry of the file"
+    if not isinstance(e, dict): raise HydraError(f"{path}: entry {i} is {e!r}; need a mapping with cluster and name")
+    for key in e: one_of(key, _KEYS, f'{path}: entry {i}, key')
+    c,split = e.get('cluster'),e.get('split', 1)
+    if type(c) is not int or not 0<=c<k: raise HydraError(f"{path}: entry {i} has cluster: {c!r}; need a number from 0 to {k-1}")
+    if type(split) is not int or split<1: raise HydraError(f"{path}: cluster {c} has split: {split!r}; need a whole number, 1 for none")
+    if not isinstance(e.get('line', ''), str): raise HydraError(f"{path}: cluster {c} has line: {e['line']!r}; put it into quotes")
+    check_names([e.get('name')], f'{path}: cluster {c},')
+    return dict(cluster=c, name=e['name'], split=split, line=e.get('line', ''))
+
+def read_domains_yaml(
+    path:str|Path, # what `write_domains_yaml` wrote, edited
+    k:int # domains that were discovered
+)->list[dict]: # {cluster, name, split, line}, in the order of the file
+    "Read an edited file, strictly"
+    try: body = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError: raise HydraError(f"{path} does not exist; write it with write_domains_yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise HydraError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(body, dict) or set(body)!={'domains'} or not isinstance(body['domains'], list):
+        raise HydraError(f"{path} must hold `domains:` and under it one entry a cluster, nothing else")
+    plan = [_entry(path, k, i, e) for i,e in enumerate(body['domains'])]
+    seen = Counter(e['cluster'] for e in plan)
+    if twice := [c for c,n in seen.items() if n>1]: raise HydraError(f"{path}: cluster {twice[0]} stands there twice; delete one entry")
+    if lost := sorted(set(range(k))-set(seen)): raise HydraError(f"{path}: cluster {lost[0]} is missing; to drop a domain, merge it with another")
+    check_names(dict.fromkeys(e['name'] for e in plan), f'{path}: domain')
+    if both := [e['name'] for e in plan if e['split']>1 and sum(f['name']==e['name'] for f in plan)>1]:
+        raise HydraError(f"{path}: {both[0]!r} is merged and split at once; do one, write the file again, then the other")
+    return plan
+
+# %% ../nbs/12_cluster.ipynb #cell122
+def _parts(name, entries, x, seed): # → names, centroids, labels
+    "What one name becomes"
+    split = entries[0]['split']
+    if split==1: return [name], x.mean(0, keepdims=True), np.zeros(len(x), int)
+    c,l = kmeans(x, split, seed)
+    return [f'{name}-{i+1}' for i in range(split)], c, l
+
+def edit_domains(
+    path:str|Path, # the edited file
+    domains:Domains, # what was discovered
+    x:np.ndarray, # (N,d) embeddings
+    labels:np.ndarray, # (N,) domain of each
+    seed:int=0 # of k-means where a domain is split
+)->tuple[Domains,np.ndarray]: # the domains as edited, `edits` filled; labels (N,)
+    "Rename, merge and split domains as a file says"
+    x,labels,plan = np.asarray(x, np.float32),np.asarray(labels),read_domains_yaml(path, len(domains))
+    names,centroids,lines,new,edits = [],[],[],np.zeros(len(x), int),list(domains.edits or [])
+    for name in dict.fromkeys(e['name'] for e in plan):
+        of = [e for e in plan if e['name']==name]
+        rows = np.isin(labels, [e['cluster'] for e in of])
+        if not rows.any(): raise HydraError(f"{path}: {name!r} has no rows; merge it with another")
+        made,c,l = _parts(name, of, x[rows], seed)
+        if len(of)==len(made)==1: c = domains.centroids[of[0]['cluster']][None]
+        new[rows] = len(names)+l
+        edits += [dict(was=domains.names[e['cluster']], became=made) for e in of if made!=[domains.names[e['cluster']]]]
+        names += made; centroids += [c]; lines += ['; '.join(filter(None, (e['line'] for e in of)))]*len(made)
+    return Domains(np.concatenate(centroids), names, domains.encoder, lines, edits or None), new
+
+# %% ../nbs/12_cluster.ipynb #cell125
+def _hashed_counts(texts):
+    v = HashingVectorizer(n_features=2**14, stop_words='english', token_pattern=r'\b[^\W\d]\w+\b', alternate_sign=False, norm=None)
+    return v.transform(texts)
+
+def _tfidf(texts, idf, components): # → (N,dims) fp32
+    "TF-IDF, SVD, unit length"
+    if not len(texts): return np.zeros((0,len(components)), np.float32)
+    t = _hashed_counts(texts).multiply(idf).tocsr()
+    x = normalize(normalize(t)@components.T)
+    return np.asarray(x, np.float32)
+
+def fit_tfidf(
+    texts:Sequence[str], # N texts, the training prompts
+    path:str|Path, # folder to write; then an encoder for `embed`
+    dims:int=100, # dimensions; c-BTM's 100, or N−1 if that is less
+    seed:int=0 # of the SVD
+)->Path: # the folder
+    "Fit c-BTM's TF-IDF encoder and keep it"
+    if len(texts)<2: raise HydraError(f"{len(texts)} texts are too few to fit TF-IDF on; give at least 2")
+    counts = _hashed_counts(texts)
+    idf = TfidfTransformer().fit(counts).idf_
+    svd = TruncatedSVD(min(dims, len(texts)-1), random_state=derive_seed(seed, 'fit_tfidf')%2**32)
+    with threadpool_limits(1): svd.fit(normalize(counts.multiply(idf).tocsr()))
+    return save_arrays(path, 'tfidf', dict(idf=idf.astype(np.float32), components=svd.components_.astype(np.float32)), dict(texts=len(texts)))
+
+def load_tfidf(
+    path:str|Path # what `fit_tfidf` wrote
+)->tuple[np.ndarray,np.ndarray]: # idf (16384,), components (dims,16384)
+    "The arrays of a TF-IDF encoder, checked"
+    arrays,_ = load_arrays(path, 'tfidf', ['idf', 'components'])
+    return arrays['idf'],arrays['components']
+
+# %% ../nbs/12_cluster.ipynb #cell128
+def hidden_mean(
+    texts:Sequence[str], # N texts
+    base, # a `hydramoe.base.Base`
+    layer:int, # depth: 0 the token embeddings, L after the last of L layers
+    batch_size:int=16, # texts a forward pass
+    most:int=256 # tokens of a text that are read
+)->np.ndarray: # (N,hidden) fp32, rows of unit length
+    "The base model's mean hidden state over each text's tokens"
+    import torch
+    last = base.model.config.num_hidden_layers
+    if not 0<=layer<=last: raise HydraError(f"layer={layer} of a model with {last} layers; choose 0 to {last}")
+    x,order = np.zeros((len(texts), base.model.config.hidden_size), np.float32),sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    for i in progress(range(0, len(order), batch_size), desc='hidden states', unit=' batches'):
+        rows = order[i:i+batch_size]
+        t = base.tokenizer([texts[j] or ' ' for j in rows], return_tensors='pt', padding=True, padding_side='right', truncation=True, max_length=most)
+        with torch.no_grad():
+            h = base.model.base_model(input_ids=t['input_ids'].to(base.device), attention_mask=t['attention_mask'].to(base.device),
+                                      output_hidden_states=True, use_cache=False).hidden_states[layer].float()
+        m = t['attention_mask'].to(h)[:,:,None]
+        x[rows] = torch.nn.functional.normalize((h*m).sum(1)/m.sum(1), dim=-1).cpu().numpy()
+    return x

@@ -6,19 +6,21 @@
 __all__ = ['DOMAINS', 'ROLES', 'FORMS', 'VERIFIED', 'NAME', 'NEEDS', 'COMPARED', 'FORMATS', 'COLUMNS', 'REWRITES', 'SPEECH',
            'MAPS', 'NOUNS', 'NAMES', 'TOY', 'record', 'turns', 'fill', 'map_row', 'row_records', 'load_card',
            'sample_pairs', 'card_names', 'rows_of', 'pairs_of', 'load', 'docs', 'math_problems', 'champ', 'lettered',
-           'sciq', 'medmcqa', 'choices', 'knights_knaves', 'documented_functions', 'long_answers', 'sonnets',
-           'boolq_evidence', 'element_claims', 'element_tables', 'sql_rewrites', 'jsonpath', 'signature', 'tool_prompt',
-           'tool_call', 'bfcl', 'tool_dialogues', 'dialogue', 'chatterbot', 'BadRows', 'read_records', 'prompt_key',
-           'split', 'Example', 'encode', 'distinct', 'grams', 'decontaminate', 'draw', 'counts', 'mix', 'toy_records',
-           'cards_digest', 'mixture', 'toy_mixture']
+           'sciq', 'medmcqa', 'pubmed', 'choices', 'knights_knaves', 'legal_support', 'piqa', 'winogrande',
+           'documented_functions', 'codeio', 'long_answers', 'preferred', 'verse', 'sonnets', 'boolq_evidence',
+           'faithful', 'element_claims', 'element_tables', 'sql_rewrites', 'jsonpath', 'signature', 'tool_prompt',
+           'tool_call', 'bfcl', 'no_call', 'tool_dialogues', 'dialogue', 'chitchat', 'chatterbot', 'inventory',
+           'cards_digest', 'BadRows', 'read_records', 'prompt_key', 'split', 'Example', 'encode', 'distinct', 'grams',
+           'decontaminate', 'draw', 'counts', 'mix', 'toy_records', 'mixture', 'toy_mixture']
 
 # %% ../nbs/11_data.ipynb #cell3
-import ast, copy, fnmatch, functools, gzip, hashlib, importlib, json, re, sqlite3, string
+import ast, copy, csv, fnmatch, functools, gzip, hashlib, io, json, os, re, sqlite3, string
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib.resources import files as resource_files
+from importlib.util import find_spec
 from pathlib import Path
-import yaml
+import numpy as np, yaml
 from . import fetch
 from .base import byte_tokenizer, render, smollm2_dir
 from .core import HydraError, digest, one_of, progress, repo_root, rng, versions, write_json, write_jsonl
@@ -168,10 +170,11 @@ def row_records(
 
 # %% ../nbs/11_data.ipynb #cell28
 def _cards():
-    "Every card's file by name, from the wheel or the checkout"
+    "Every card's file by name, from the wheel or the checkout, and from `$HYDRAMOE_CARDS`"
     try: root = resource_files('hydramoe.data_cards')
     except ModuleNotFoundError: root = repo_root()/'data_cards'
-    return {p.name[:-3]:p for p in sorted(root.iterdir(), key=lambda p: p.name) if p.name.endswith('.md')}
+    own = Path(os.environ['HYDRAMOE_CARDS']).iterdir() if os.environ.get('HYDRAMOE_CARDS') else ()
+    return {p.name[:-3]:p for p in sorted([*root.iterdir(), *own], key=lambda p: p.name) if p.name.endswith('.md')}
 
 @functools.lru_cache(maxsize=None)
 def _parsed(name, text):
@@ -198,12 +201,12 @@ def load_card(
 
 def _checked(card):
     "`card`, if it says all that a card must say"
-    me,fetched = f"card {card['name']}",'package' in card or 'generator' in card
+    me,fetched = f"card {card['name']}",bool({'package','generator','file'} & set(card))
     state = one_of(card.get('verified'), VERIFIED, f'{me}: verified')
     if lost := [k for k in NEEDS[state] if k not in card]: raise HydraError(f"{me}: has no {lost[0]!r} in its front matter; a card with `verified: {state}` needs {', '.join(NEEDS[state])}")
-    one_of(card['domain'], DOMAINS if fetched else (*DOMAINS, 'general'), f'{me}: domain'); one_of(card['use'], ('train','evaluate'), f'{me}: use')
+    one_of(card['domain'], DOMAINS if fetched and 'file' not in card else (*DOMAINS, 'general'), f'{me}: domain'); one_of(card['use'], ('train','evaluate'), f'{me}: use')
     if card['canary'] and card['use']=='train': raise HydraError(f"{me}: its authors ask that it never be trained on (canary), so its use can only be 'evaluate'")
-    if fetched!=(state=='data'): raise HydraError(f"{me}: `verified: {state}` does not fit; 'data' is for a card with `package` or `generator`, which is fetched and counted here, and for no other")
+    if fetched!=(state=='data'): raise HydraError(f"{me}: `verified: {state}` does not fit; 'data' is for a card with `package`, `generator` or `file`, which is fetched and counted here, and for no other")
     (_check_source if fetched else _check_public)(card, me)
     return card
 
@@ -264,8 +267,16 @@ def card_names(
 # %% ../nbs/11_data.ipynb #cell40
 def _sha(b): return hashlib.sha256(b).hexdigest()
 
+def _file(card):
+    "The JSON lines that lie beside a card of one's own"
+    path = _cards()[card['name']].parent/card['file']
+    if not path.is_file(): raise HydraError(f"card {card['name']}: its file {path} is missing; put it back, or make the card again")
+    if (have := _sha(path.read_bytes()))!=card['sha256']: raise HydraError(f"card {card['name']}: {path} has sha256 {have}, the card says {card['sha256']}; put the file back, or make the card again")
+    return {path.name: path.read_bytes()}
+
 def _members(card):
     "The card's files by path, each checked against its sha256"
+    if 'file' in card: return _file(card)
     if 'package' not in card: return {}
     pkg,found = card['package'].split('==')[0],{}
     for pattern,sha in card['members'].items():
@@ -280,19 +291,22 @@ def _members(card):
 def _text(path, data): return (gzip.decompress(data) if path.endswith('.gz') else data).decode('utf-8')
 
 def rows_of(
-    path:str, # decides how the bytes are read: .json, .jsonl, .gz around either
+    path:str, # decides how the bytes are read: .json, .jsonl, .csv, .gz around any
     data:bytes # content of the file
 )->list[dict]: # one dict a row
-    "The rows of a JSON or JSON-lines file"
+    "The rows of a file of JSON, JSON lines or CSV"
     text = _text(path, data)
+    if '.csv' in path: return list(csv.DictReader(io.StringIO(text)))
     if '.jsonl' not in path and text.lstrip()[:1]=='[': return json.loads(text)
     return [json.loads(l) for l in text.splitlines() if l.strip()]
 
 # %% ../nbs/11_data.ipynb #cell45
 def _function(name, me):
     "The function that a card's `map` names, of this notebook or of 13_craft"
-    more = {} if name in MAPS or not importlib.util.find_spec('hydramoe.craft') else importlib.import_module('hydramoe.craft').MAPS
-    return (MAPS | more)[one_of(name, [*MAPS, *more], f'{me}: map')]
+    crafted = {}
+    if name not in MAPS and find_spec('hydramoe.craft'):
+        from hydramoe.craft import MAPS as crafted # that room stands on this one
+    return (MAPS | crafted)[one_of(name, [*MAPS, *crafted], f'{me}: map')]
 
 def pairs_of(
     card:dict, # from `load_card`
@@ -305,7 +319,7 @@ def pairs_of(
         if (have := versions(name)[name])!=want: raise HydraError(f"{me} is generated by {card['generator']}, installed is {have}; another version may make other rows")
     if isinstance(card['map'], str) and card['map'] not in FORMS: return list(_function(card['map'], me)(files, **card.get('args', {})))
     try: return [pair for p,b in files.items() for r in rows_of(p, b) for pair in map_row(r, card['map'], card.get('roles'))]
-    except ValueError as e: raise HydraError(f'{me}: a row of {card["package"]} does not fit the map: {e}') from None
+    except ValueError as e: raise HydraError(f'{me}: a row of {card.get("package") or card["file"]} does not fit the map: {e}') from None
 
 # %% ../nbs/11_data.ipynb #cell47
 def load(
@@ -323,7 +337,7 @@ def load(
 
 def _license(card): return card['license'] if card['license']!='other' else card['license_name']
 
-# %% ../nbs/11_data.ipynb #cell52
+# %% ../nbs/11_data.ipynb #cell54
 def docs(
     files:dict # requests.jsonl.gz by path
 )->list[dict]: # one `doc` an item
@@ -348,7 +362,7 @@ def champ(
         for p in json.loads(data)['problems'].values():
             yield p['_text'], '\n'.join([s['_text'] for s in p['solution']['steps']] + [f"Answer: {p['_answer']}"])
 
-# %% ../nbs/11_data.ipynb #cell56
+# %% ../nbs/11_data.ipynb #cell58
 def lettered(
     options:list[str] # answers to choose from
 )->str: # one a line
@@ -370,13 +384,20 @@ def medmcqa(
         options = [d[k] for k in ('opa','opb','opc','opd')]
         if d['exp']: yield f"{d['question']}\n{lettered(options)}", f"{'ABCD'[d['cop']]}. {options[d['cop']]}\n\n{d['exp']}"
 
+def pubmed(
+    files:dict # rows: question, passage, answer
+):
+    "Question of a study → yes, no or maybe, and the abstract that says why"
+    for r in (r for p,b in files.items() for r in rows_of(p, b)):
+        yield r['question'].capitalize(), f"{r['answer'].capitalize()}.\n\n" + re.sub(r'(?m)^Context \(\d+\): ', '', r['passage'])
+
 def choices(
     files:dict # requests by path: `query`, `choices`, `gold`
 ):
-    "A held-out multiple-choice item → the text of its right choice"
+    "A multiple-choice item → the text of its right choice"
     for d in docs(files): yield re.sub(r'^Question: |\nAnswer:$', '', d['query']), d['choices'][d['gold']]
 
-# %% ../nbs/11_data.ipynb #cell60
+# %% ../nbs/11_data.ipynb #cell62
 def knights_knaves(
     files:dict, # empty: the puzzles are generated
     size:int, # how many
@@ -386,7 +407,27 @@ def knights_knaves(
     import reasoning_gym
     for x in reasoning_gym.create_dataset('knights_knaves', size=size, seed=seed): yield x['question'], x['answer']
 
-# %% ../nbs/11_data.ipynb #cell64
+def legal_support(
+    files:dict # rows: claim, two conclusions, which is right
+):
+    "A legal claim and two conclusions of courts → the one that supports it"
+    for r in (r for p,b in files.items() for r in rows_of(p, b)):
+        both = {l:r[f'legal_conclusion_{l}'] for l in 'ab'}
+        yield f"Claim: {r['legal-claim']}\n\nWhich conclusion of a court supports it?\n{lettered(both.values())}", f"{r['correct_choice'].upper()}. {both[r['correct_choice']]}"
+
+def piqa(
+    files:dict # requests by path
+):
+    "A goal of everyday life → the way that works"
+    for d in docs(files): yield d['goal'], d[f"sol{d['label']+1}"]
+
+def winogrande(
+    files:dict # requests by path
+):
+    "A sentence with a gap → the sentence filled as common sense has it"
+    for d in docs(files): yield f"Fill the gap: {d['sentence']}", d['sentence'].replace('_', d[f"option{d['answer']}"])
+
+# %% ../nbs/11_data.ipynb #cell66
 def _undocumented(source, f):
     "Source of function `f` without its docstring"
     lines,doc = source.splitlines(),f.body[0]
@@ -404,7 +445,25 @@ def documented_functions(
             code = _undocumented(source, f)
             if len(code)+len(ast.get_docstring(f))<=longest: yield f"Write a Python function `{f.name}({ast.unparse(f.args)})`.\n\n{ast.get_docstring(f)}", code
 
-# %% ../nbs/11_data.ipynb #cell68
+# %% ../nbs/11_data.ipynb #cell67
+def _objects(text):
+    "JSON objects one after another, with or without line breaks between"
+    decoder,at = json.JSONDecoder(),0
+    while at<len(text):
+        found,end = decoder.raw_decode(text, at)
+        yield found
+        at = end + len(text[end:end+100]) - len(text[end:end+100].lstrip())
+
+def codeio(
+    files:dict, # empty: the tasks come with the generator's package
+    longest:int=1400 # characters of a program
+):
+    "A task with inputs and outputs → the Python function that does it"
+    text = gzip.decompress((resource_files('reasoning_gym')/'data'/'codeio.jsonl.gz').read_bytes()).decode('utf-8')
+    tasks = {r['task_description']:r for r in _objects(text) if len(r['code_sample'])<=longest}
+    for ask,r in tasks.items(): yield f"{ask}\n\n{r['input_output_spec']}\n\nWrite the Python function `main_solution`.", r['code_sample']
+
+# %% ../nbs/11_data.ipynb #cell71
 def long_answers(
     files:dict, # Alpaca rows: instruction, input, output
     shortest:int=150 # characters of an answer
@@ -413,6 +472,25 @@ def long_answers(
     for p,b in files.items():
         for r in rows_of(p, b):
             if len(r['output'])>=shortest: yield f"{r['instruction']}\n\n{r['input']}".strip(), r['output']
+
+def preferred(
+    files:dict, # comparisons: conversations, chosen
+    shortest:int=150 # characters of an answer
+):
+    "A conversation → the answer that was preferred, where it is a text and no program"
+    for r in (r for p,b in files.items() for r in rows_of(p, b)):
+        said = [dict(role=ROLES[t['from']], content=t['value']) for t in r['conversations']]
+        if len(r['chosen']['value'])>=shortest and '```' not in r['chosen']['value']: yield said, r['chosen']['value']
+
+def verse(
+    files:dict, # poems as plain text
+    lines:int=10 # of a prompt, and of its answer
+):
+    "Some lines of a long poem → the lines after them, no line twice"
+    for path,b in files.items():
+        poem = [l.strip() for l in b.decode('latin-1').replace('\r', '').splitlines()]
+        poem = [re.sub(r'\s+\d+$', '', l) for l in poem if 20<=len(l)<=75 and not l.isupper()]
+        for i in range(0, len(poem)-2*lines+1, 2*lines): yield 'Go on with this poem:\n\n'+'\n'.join(poem[i:i+lines]), '\n'.join(poem[i+lines:i+2*lines])
 
 def sonnets(
     files:dict # plain text, sonnets under Roman numerals
@@ -423,7 +501,7 @@ def sonnets(
             lines = [l.strip() for l in s.strip().splitlines() if l.strip()]
             if len(lines)==14: yield 'Finish this sonnet:\n\n'+'\n'.join(lines[:4]), '\n'.join(lines[4:])
 
-# %% ../nbs/11_data.ipynb #cell72
+# %% ../nbs/11_data.ipynb #cell75
 def _passage(r): return re.sub(r'^.{1,100}? -- ', '', r['passage']).strip()
 
 def boolq_evidence(
@@ -440,7 +518,19 @@ def boolq_evidence(
             held.add(text)
             yield f"True or false? {r['question'].capitalize()}? Give the evidence.", f"{r['label']}. {text}"
 
-# %% ../nbs/11_data.ipynb #cell75
+# %% ../nbs/11_data.ipynb #cell78
+def faithful(
+    files:dict # rows: a sentence, a faithful and an unfaithful shortening
+):
+    "A source and a claim → whether it says so, and what it says; of each source one claim"
+    seen = set()
+    for i,r in enumerate(r for p,b in files.items() for r in rows_of(p, b)):
+        if r['article_sent'] in seen or r['correct_sent']==r['incorrect_sent']: continue
+        seen.add(r['article_sent'])
+        claim,verdict = [(r['correct_sent'],'True. It says: '), (r['incorrect_sent'],'False. It says only: ')][i%2]
+        yield f"Source: {r['article_sent']}\n\nTrue or false, going by the source? {claim}", verdict + r['correct_sent']
+
+# %% ../nbs/11_data.ipynb #cell81
 def _database(files):
     "An SQLite file, opened in memory"
     (data,) = files.values()
@@ -465,7 +555,7 @@ def element_claims(
         (a,x),(b,y) = (known[i] for i in g.choice(len(known), 2, replace=False))
         if x!=y: yield f'True or false? {a} is {more} than {b.lower()}.', f'{x>y}. The {noun} of {a.lower()} is {x:g} {unit}, that of {b.lower()} {y:g}.'
 
-# %% ../nbs/11_data.ipynb #cell79
+# %% ../nbs/11_data.ipynb #cell85
 def _csv(head, rows): return '\n'.join(','.join('' if v is None else str(v) for v in r) for r in [head, *rows])
 def _markdown(head, rows): return '\n'.join('| '+' | '.join('' if v is None else str(v) for v in r)+' |' for r in [head, ['---']*len(head), *rows])
 def _json(head, rows): return json.dumps([dict(zip(head, r)) for r in rows])
@@ -505,7 +595,7 @@ def element_tables(
         head,rows = _table(con, g)
         yield (_convert if g.random()<.6 else _query)(head, rows, g)
 
-# %% ../nbs/11_data.ipynb #cell81
+# %% ../nbs/11_data.ipynb #cell87
 REWRITES = {'simplify':'Simplify this SQL.', 'qualify_columns':'Qualify every column of this SQL with its table. Tables: x(a, b), y(b, c), z(b, c).',
             'qualify_tables':'Qualify every table of this SQL with catalog c and schema db, and give it an alias.', 'merge_subqueries':'Merge the subqueries of this SQL.',
             'pushdown_predicates':'Push the predicates of this SQL down to where they can be applied first.', 'pushdown_projections':'Remove the columns that this SQL does not need. Tables: x(a, b), y(b, c), z(b, c).',
@@ -531,7 +621,7 @@ def jsonpath(
         for t in json.loads(data)['tests']:
             if 'result' in t: yield f"Apply the JSONPath {t['selector']} to this document:\n\n{json.dumps(t['document'])}", json.dumps(t['result'])
 
-# %% ../nbs/11_data.ipynb #cell85
+# %% ../nbs/11_data.ipynb #cell91
 def signature(
     function:dict # name, description, parameters as a JSON schema
 )->str: # `name(a: integer, b?: string): what it does`
@@ -556,7 +646,7 @@ def tool_call(
     "One call as JSON, a list of one"
     return json.dumps([dict(name=name, arguments=arguments)])
 
-# %% ../nbs/11_data.ipynb #cell86
+# %% ../nbs/11_data.ipynb #cell93
 def _first(x):
     "An answer's first accepted value; inside an object each key again lists its accepted values"
     if isinstance(x, list): return [_first(v) for v in x]
@@ -568,20 +658,48 @@ def _offered(functions, wanted, distractors):
     others = [f['name'] for f in functions if f['name'] not in wanted][:distractors]
     return [f for f in functions if f['name'] in wanted or f['name'] in others]
 
+def _calls(answer):
+    "The calls of a true answer, `{name: {parameter: accepted values}}` or Python source; none if an argument is no plain value"
+    if isinstance(answer, dict): return [(n, _first(a)) for n,a in answer.items()]
+    call = ast.parse(answer, mode='eval').body
+    try: return [] if call.args else [(ast.unparse(call.func), {k.arg:ast.literal_eval(k.value) for k in call.keywords})]
+    except ValueError: return []
+
+def _questions(files, without):
+    "Rows of questions, but none with a function that a held-out file has"
+    rows = {p:rows_of(p, b) for p,b in files.items() if 'possible_answer' not in p}
+    held = {f['name'] for p in without for r in rows[p] for f in r['function']}
+    return [r for p,rs in rows.items() if p not in without for r in rs if not held & {f['name'] for f in r['function']}]
+
+def _asked(r):
+    "What the user says; the system's words are dropped"
+    turns = r['question'][0] if isinstance(r['question'][0], list) else r['question']
+    return [m for m in turns if m['role']=='user']
+
 def bfcl(
     files:dict, # questions, and answers under possible_answer/
-    distractors:int=2 # functions offered beside the right ones
+    distractors:int=2, # functions offered beside the right ones
+    without:list=() # paths of held-out questions, whose functions are left alone
 ):
     "A request and functions → the calls"
     answers = {r['id']:r['ground_truth'] for p,b in files.items() if 'possible_answer' in p for r in rows_of(p, b)}
-    for p,b in files.items():
-        for r in rows_of(p, b) if 'possible_answer' not in p else ():
-            calls = [(n, _first(a)) for c in answers[r['id']] for n,a in c.items()]
-            offered = _offered(r['function'], {n for n,_ in calls}, distractors)
-            messages = [m for m in r['question'][0] if m['role']=='user']
-            yield [tool_prompt(offered), *messages], json.dumps([dict(name=n, arguments=a) for n,a in calls])
+    for r in _questions(files, without):
+        calls = [c for a in answers[r['id']] for c in _calls(a)]
+        if len(calls)!=len(answers[r['id']]): continue
+        offered = _offered(r['function'], {n for n,_ in calls}, distractors)
+        yield [tool_prompt(offered), *_asked(r)], json.dumps([dict(name=n, arguments=a) for n,a in calls])
 
-# %% ../nbs/11_data.ipynb #cell89
+def no_call(
+    files:dict, # questions that none of their functions can answer
+    size:int=None, # how many, chosen by a hash; all if None
+    without:list=() # paths of held-out questions, whose functions are left alone
+):
+    "A request and functions of no use to it → no call"
+    rows = sorted(_questions(files, without), key=lambda r: digest(r['id']))
+    for r in rows[:size]:
+        if _asked(r): yield [tool_prompt(_offered(r['function'], (), 3)), *_asked(r)], '[]'
+
+# %% ../nbs/11_data.ipynb #cell96
 def tool_dialogues(
     files:dict # conversations with tools
 ):
@@ -592,7 +710,7 @@ def tool_dialogues(
         found = [t for t in turns(talk) if calls[len(t[0])]] or turns(talk)
         if tools and found: yield [tool_prompt(tools), *found[0][0]], found[0][1]
 
-# %% ../nbs/11_data.ipynb #cell93
+# %% ../nbs/11_data.ipynb #cell100
 SPEECH = re.compile(r"(?m)^([A-Z][A-Z' ]{2,24})\.\n((?:(?![\[ ]).+\n)+)")
 
 def _exchanges(text, shortest, longest):
@@ -615,6 +733,23 @@ def dialogue(
         for a,b in _exchanges(text, shortest, longest):
             yield [dict(role='system', content=f'You are {string.capwords(b[1])} in {title}, by Shakespeare.'), dict(role='user', content=f'{string.capwords(a[1])}: {a[2]}')], b[2]
 
+def chitchat(
+    files:dict, # chats: turns of messages, and the question that began them
+    size:int, # how many records, chosen by a hash
+    shortest:int=40, # characters of the answer
+    longest:int=400 # characters of any turn
+):
+    "Three turns of a chat → the fourth; no turn twice, no address and no number of a telephone"
+    found = {}
+    for data in files.values():
+        for key,chat in ((k, c) for k,c in json.loads(data).items() if 'prompt' in c):
+            said = ['\n'.join(m['text'].strip() for m in turn) for turn in chat['messages']]
+            for i in range(1, len(said)-3, 4):
+                w = said[i:i+4]
+                if len(w[3])<shortest or max(map(len, w))>longest or not all(w) or re.search(r'@|https?:|\d{5}', ' '.join(w)): continue
+                found[f'{key} {i}'] = [dict(role='system', content=f"You are a student who chats with another. You were asked: {chat['prompt']}"), *(dict(role=r, content=t) for r,t in zip(('user','assistant','user'), w))], w[3]
+    for k in sorted(found, key=digest)[:size]: yield found[k]
+
 def chatterbot(
     files:dict # YAML conversations: a remark, then possible answers
 ):
@@ -623,11 +758,38 @@ def chatterbot(
         for c in yaml.safe_load(b)['conversations']:
             if len(c)>1: yield [dict(role='system', content='You are ChatterBot, a program that likes to talk.'), dict(role='user', content=str(c[0]))], str(max(c[1:], key=lambda s: len(str(s))))
 
-# %% ../nbs/11_data.ipynb #cell95
-MAPS = {f.__name__:f for f in (math_problems, champ, sciq, medmcqa, choices, knights_knaves, documented_functions, long_answers, sonnets, boolq_evidence,
-                               element_claims, element_tables, sql_rewrites, jsonpath, bfcl, tool_dialogues, dialogue, chatterbot)}
-
 # %% ../nbs/11_data.ipynb #cell102
+MAPS = {f.__name__:f for f in (math_problems, champ, sciq, medmcqa, pubmed, choices, knights_knaves, legal_support, piqa, winogrande, documented_functions, codeio,
+                               long_answers, preferred, sonnets, verse, boolq_evidence, faithful, element_claims, element_tables, sql_rewrites, jsonpath,
+                               bfcl, no_call, tool_dialogues, dialogue, chitchat, chatterbot)}
+
+# %% ../nbs/11_data.ipynb #cell107
+def _letters(r): return sum(len(m['content']) for m in r['prompt'] + r['completion'])
+
+def inventory(
+    out:Path, # receives inventory.json: card → domain, rows, usable, tokens, and quantiles of the response's characters
+    names:str, # cards, separated by commas
+    cards:str, # `cards_digest(names)`, for the key of the stage
+    longest:int=1800 # characters of a usable record, prompt and response
+):
+    "Stage: how much each card gives"
+    from transformers import AutoTokenizer
+    tok,found = AutoTokenizer.from_pretrained(smollm2_dir()),{}
+    for n in progress(names.split(','), desc='count cards'):
+        rs = load(n)
+        use = [r for r in rs if _letters(r)<=longest]
+        ids = tok(['\n'.join(m['content'] for m in r['prompt'] + r['completion']) for r in use], add_special_tokens=False)['input_ids'] if use else []
+        spread = np.quantile([len(r['completion'][0]['content']) for r in rs], [.05,.25,.5,.75,.95]).round().tolist()
+        found[n] = dict(domain=rs[0]['domain'], rows=len(rs), usable=len(use), tokens=sum(map(len, ids)), response=spread)
+    write_json(Path(out)/'inventory.json', found)
+
+def cards_digest(
+    names:str='' # cards, separated by commas; all if empty
+)->str: # 64 hex digits
+    "The hash of the cards' text, for the key of what is made from them"
+    return digest({n:p.read_text(encoding='utf-8') for n,p in _cards().items() if not names or n in names.split(',')})
+
+# %% ../nbs/11_data.ipynb #cell113
 class BadRows(HydraError):
     "A file of which not one row can be used"
 
@@ -649,7 +811,7 @@ def read_records(
     if not records: raise BadRows(f"{path}: no usable row" + ''.join(f"\n  line {r['line']}: {r['reason']}" for r in rejects[:5]))
     return records,rejects
 
-# %% ../nbs/11_data.ipynb #cell107
+# %% ../nbs/11_data.ipynb #cell118
 def prompt_key(
     record:dict # a record
 )->str: # lower case, without spacing and the marks that end sentences
@@ -676,7 +838,7 @@ def _fill(deal, groups, n):
     while len(out)<n and (g := next(deal, None)) is not None: out += sorted(groups[g], key=lambda r: r['id'])
     return out
 
-# %% ../nbs/11_data.ipynb #cell113
+# %% ../nbs/11_data.ipynb #cell124
 @dataclass
 class Example:
     "Token ids of one record; `ids[n_prompt:]` are the labels"
@@ -702,7 +864,7 @@ def encode(
     if len(prompt)>max_prompt or len(ids)-len(prompt)>max_response: return None
     return Example(ids, len(prompt), record['id'], record['domain'])
 
-# %% ../nbs/11_data.ipynb #cell117
+# %% ../nbs/11_data.ipynb #cell128
 def distinct(
     records:list[dict] # in any order
 )->list[dict]: # sorted by id
@@ -719,15 +881,20 @@ def grams(
     words = re.findall(r'\w+', text.lower())
     return {' '.join(words[i:i+n]) for i in range(max(1, len(words)-n+1))} - {''}
 
+def _shown(r):
+    "What a record gives away: its question, whole or by thirteen words, and every thirteen words of its other turns and its answer"
+    others = [m['content'] for m in r['prompt'][:-1]+r['completion'] if m['role']!='system']
+    return grams(r['prompt'][-1]['content']) | {g for t in others for g in grams(t) if g.count(' ')==12}
+
 def decontaminate(
     records:list[dict], # to train on
     held:list[dict] # never to train on
 )->list[dict]: # those of `records` that share nothing with `held`
-    "Drop what overlaps with the last message of a held-out prompt"
+    "Drop what overlaps, in question or answer, with the last message of a held-out prompt"
     seen = set().union(*(grams(r['prompt'][-1]['content']) for r in held))
-    return [r for r in records if not seen & grams(r['prompt'][-1]['content'])]
+    return [r for r in records if not seen & _shown(r)]
 
-# %% ../nbs/11_data.ipynb #cell121
+# %% ../nbs/11_data.ipynb #cell132
 def draw(
     pools:dict, # source → iterator of (record, tokens); what is drawn is gone
     amount:int, # how much
@@ -748,7 +915,7 @@ def _pool(records, tokenizer, max_length, dropped):
         if e: yield r,len(e.ids)
         else: dropped['too long'] += 1
 
-# %% ../nbs/11_data.ipynb #cell123
+# %% ../nbs/11_data.ipynb #cell134
 def counts(
     records:list[dict], # of any kind
     tokenizer=None # to count tokens as well
@@ -785,7 +952,7 @@ def mix(
             raise HydraError(f"domain {d} has too few records of at most {max_length} tokens for {test} test and {dev} development prompts and any training; ask for fewer, or raise max_length")
     return parts,{s:dict(c) for s,c in dropped.items()}
 
-# %% ../nbs/11_data.ipynb #cell125
+# %% ../nbs/11_data.ipynb #cell136
 NOUNS = 'apple river stone candle window garden hammer letter bridge basket mirror ladder carpet pepper engine violin pencil kettle saddle anchor'.split()
 NAMES = 'Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jana Kai Lena Milo Nora Otto Pia Quinn Rosa Sven Tara'.split()
 TOY = dict(
@@ -819,13 +986,7 @@ def toy_records(
         out += sorted(made, key=lambda r: digest([seed, r['id']]))[:n_per_domain]
     return out
 
-# %% ../nbs/11_data.ipynb #cell131
-def cards_digest(
-    names:str='' # cards, separated by commas; all if empty
-)->str: # 64 hex digits
-    "The hash of the cards' text, for the key of what is made from them"
-    return digest({n:p.read_text(encoding='utf-8') for n,p in _cards().items() if not names or n in names.split(',')})
-
+# %% ../nbs/11_data.ipynb #cell142
 def _write(out, parts, dropped, tokenizer):
     "The files of a mixture"
     for p,rs in parts.items(): write_jsonl(Path(out)/f'{p}.jsonl', rs)

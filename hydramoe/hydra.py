@@ -26,7 +26,8 @@ from .store import is_sealed, seal_id, sealing, stage
 from .fetch import package
 from .base import Base, byte_tokenizer, compute_dtype, load_base, render, target_layers, tiny_base
 from .base import _find, _named, _tokenizer
-from .data import encode, read_records
+from .data import encode
+from .formats import Tally, detect, read_records
 from .cluster import Domains, check_names, discover, embed_stage, load_embeddings, prompt_text
 from .stack import GatedCausalLM, LoraSpec, gated
 from .score import response_losses
@@ -528,14 +529,18 @@ def choose_epochs(
 
 # %% ../nbs/33_hydra.ipynb #cell75
 def gather(
-    source:list|str|Path # records, a file of rows, or a list of files
-)->tuple[list,list]: # records; rejects [{file, line, reason}]
+    source:list|str|Path, # records, a file of rows, or a list of files
+    **how # what to override in reading files: as for `formats.detect`
+)->tuple[list,list]: # records; rejects [{file, line, row, reason, raw}]
     "Records from wherever they are"
     if isinstance(source, (str, Path)): source = [source]
     if all(isinstance(s, dict) for s in source): return list(source), []
     records, rejects = [], []
     for f in source:
-        good, bad = read_records(f)
+        seen, tally = detect(f, **how), Tally()
+        _say(seen)
+        good, bad = read_records(seen, tally=tally)
+        _say(tally)
         records += good; rejects += [dict(file=str(f), **b) for b in bad]
     return records, rejects
 
@@ -757,10 +762,11 @@ def build(cls:Hydra,
     records:list|str|Path, # records, a file of rows, or a list of files
     out:str|Path|None=None, # where the bundle goes; None: into memory only
     root:str|Path|None=None, # where stages go; in the cache if None
+    reading:dict|None=None, # what to override in reading files: as for `formats.detect`
     **kw # fields of `BuildSpec`: base, quant, k, rank, targets, tokens, max_length, lr, seed, …
 )->Hydra:
     "From examples to a Hydra; killed and called again, it goes on"
-    spec, (rows, rejects) = BuildSpec(**kw), gather(records)
+    spec, (rows, rejects) = BuildSpec(**kw), gather(records, **(reading or {}))
     if rejects: _say(f"{len(rejects)} rows were refused, the first in line {rejects[0]['line']}: {rejects[0]['reason']}")
     place, counts = dealt(rows, spec, root)
     spec = settled(spec, counts['train'])

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+import matplotlib.pyplot as plt
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
@@ -266,7 +267,7 @@ def _budgeted(rows, part, amount, sizes, seed):
 
 def _enough(rows, part, amount, domains, shares):
     "Complain about a domain that cannot give what was asked of it"
-    have,need = Counter(r['domain'] for r in rows),{'experts':1}.get(part, amount or 0)
+    have,need = Counter(r['domain'] for r in rows),min(amount or 0, 1) if part=='experts' else amount or 0
     for d in sorted(domains):
         if have[d]<need: raise HydraError(f"domain {d} has {have[d]} rows for {part}, {need} were asked for; ask for fewer, give {part if part!='experts' else 'the others'} {'a larger' if part!='experts' else 'a smaller'} share than {shares.get(part, shares)}, raise max_length, or add a source")
 
@@ -336,7 +337,7 @@ def unified(
     parts = {p:_budgeted([r for r in clean if at[r['id']]==p], p, want.get(p), sizes, seed) for p in PARTS}
     for p in PARTS: _enough(parts[p], p, want.get(p), {r['domain'] for r in clean}, shares)
     _note(removed, 'left over', clean, [r for rs in parts.values() for r in rs])
-    counts = dict(steps=STEPS, parts={p:_tally(rs, sizes) for p,rs in parts.items()}, sources=_sources(given, removed, parts), held=len(held))
+    counts = dict(steps=STEPS, parts={p:_tally(rs, sizes) for p,rs in parts.items()}, sources=_sources(given, removed, parts), held=dict(sorted(Counter(r['source'] for r in held).items())))
     return Unified(**{p:kind_of(p)(sorted((r | dict(part=p) for r in rs), key=lambda r: r['id'])) for p,rs in parts.items()}),counts
 
 # %% ../nbs/15_unify.ipynb #cell63
@@ -357,17 +358,16 @@ def domain_rows(
     domains = sorted({d for p in PARTS for d in counts['parts'][p]})
     return [dict(domain=d) | {p:total(p, d, 'rows') for p in PARTS[::-1]} | dict(tokens=total('experts', d, 'tokens'), response=total('experts', d, 'response'), sources=len(counts['parts']['experts'].get(d, {}))) for d in domains]
 
-# %% ../nbs/15_unify.ipynb #cell66
+# %% ../nbs/15_unify.ipynb #cell67
 COLORS = dict(zip(('kept', *STEPS), ('#2a6f97','#7f7f7f','#d62728','#ff9896','#9467bd','#8c564b','#e6a23c','#dfe6ec')))
 
 def plot_removed(
     counts:dict # from `unified`, or counts.json
 ): # matplotlib Figure
     "What became of each source's rows: kept, or removed at which step"
-    from matplotlib.figure import Figure
     table = removed_rows(counts)
-    fig = Figure(figsize=(8, 1.2+.21*len(table)), layout='constrained')
-    ax,left = fig.add_subplot(),np.zeros(len(table))
+    fig,ax = plt.subplots(figsize=(8, 1.2+.21*len(table)), layout='constrained')
+    left = np.zeros(len(table))
     for step in [s for s in COLORS if s in table[0]]:
         share = np.array([r[step]/max(1, r['given']) for r in table])
         ax.barh(range(len(table)), share, left=left, color=COLORS[step], label=step, height=.78)
@@ -377,9 +377,10 @@ def plot_removed(
     ax.set(xlim=(0, 1), ylim=(len(table)-.4, -.6), xlabel='share of the rows given'); ax.xaxis.set_major_formatter('{x:.0%}')
     ax.spines[['top','right','left']].set_visible(False); ax.tick_params(axis='y', length=0)
     fig.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=4, fontsize=8, frameon=False)
+    plt.close(fig)
     return fig
 
-# %% ../nbs/15_unify.ipynb #cell70
+# %% ../nbs/15_unify.ipynb #cell71
 SIZES = [(10**3, 'n<1K'), (10**4, '1K<n<10K'), (10**5, '10K<n<100K'), (10**6, '100K<n<1M'), (10**7, '1M<n<10M'), (10**8, '10M<n<100M')]
 
 def _license_of(licenses):
@@ -398,7 +399,7 @@ def _front(counts, about, name):
                 task_categories=sorted({'text-generation', *every('task_categories')}), source_datasets=[f"extended|{about.get(s, {}).get('hub', s)}" for s in used],
                 tags=['hydramoe', 'instruction-tuning', *sorted({d for c in used.values() for d in c['domain']})], configs=[dict(config_name='default', data_files=files)])
 
-# %% ../nbs/15_unify.ipynb #cell72
+# %% ../nbs/15_unify.ipynb #cell73
 _PROSE = """# {name}
 
 Instruction data for training a Hydra: a base model with experts, and a router that chooses among them. One row is one assistant turn: `prompt` and
@@ -411,7 +412,7 @@ Instruction data for training a Hydra: a base model with experts, and a router t
 {parts}
 
 A hash of the prompt decides the part; turns of one conversation share it. Of rows whose prompts are nearly the same (Jaccard index of word triples from {threshold}) one is kept,
-so no near duplicate is in two parts. Do not train on `dev` or `test`. Before the split, rows were removed that share a prompt, or thirteen words in a row, with one of {held:,} rows of held-out evaluation sets.
+so no near duplicate is in two parts. Do not train on `dev` or `test`. Before the split, rows were removed that share a prompt, or thirteen words in a row, with one of {held:,} rows of held-out evaluation sets: {exams}.
 
 ## Domains
 
@@ -428,14 +429,16 @@ Every row keeps the licence of its source; nothing is relicensed here. {law} Lic
 {removed}
 ## Known faults
 
-Where no training split of a source can be had, rows of an evaluation split serve as training data; the source's own card says so, and no score on that set may be reported. Some sources are machine-written.
+Where no training split of a source can be had, rows of an evaluation split serve as training data; the source's own card says so, and no score on that set may be reported. What the cards say of their sources:
+
+{faults}
 """
 LAW = {'public domain':'All of it is in the public domain.', 'attribution':'Used as a whole, it asks for attribution of each source.',
        'share-alike':'Used as a whole, it asks for attribution, and for the same terms on what is derived from the share-alike sources.',
        'restricted':'Used as a whole, it is for non-commercial use only, for some sources are; drop the rows of class *restricted* for any other use.',
        'unclear':'Used as a whole, its terms are not clear, for those of some sources are not: do not publish it again. Drop the rows of class *unclear* (and *restricted*, for commercial use) first.'}
 
-# %% ../nbs/15_unify.ipynb #cell73
+# %% ../nbs/15_unify.ipynb #cell74
 def _source_table(counts, about):
     "Sources with where they come from, and their licences carried through"
     home = lambda a: f"Hub: {a['hub']}" if 'hub' in a else a.get('package', a.get('generator', '–'))
@@ -452,13 +455,14 @@ def dataset_card(
     "The Hub's card of a unified set"
     about,sources = about or {},_source_table(counts, about or {})
     cells = {p:[sum(c[k] for d in counts['parts'][p].values() for c in d.values()) for k in ('rows','tokens')] for p in PARTS[::-1]}
+    faults = [f"- {s['source']}: {'; '.join(about.get(s['source'], {}).get('faults') or ['none noted'])}" for s in sources]
     lines = [f"| `{p}` | {kind_of(p).__doc__.lower()} | {r:,} | {t:,} |" for p,(r,t) in cells.items()]
-    text = _PROSE.format(name=name, rows=sum(r for r,_ in cells.values()), n=len(sources), parts='\n'.join(lines), threshold=threshold, held=counts['held'], base=base,
+    text = _PROSE.format(name=name, rows=sum(r for r,_ in cells.values()), n=len(sources), parts='\n'.join(lines), threshold=threshold, held=sum(counts['held'].values()), exams=', '.join(counts['held']) or 'none', faults='\n'.join(faults), base=base,
                          domains=markdown_table(domain_rows(counts)), law=LAW[strictest(l for s in sources for l in s['licence'].split(', '))],
                          sources=markdown_table(sources, dict(source='source', name='name', from_='from', licence='licence', class_='class', rows='rows')), removed=markdown_table(removed_rows(counts)))
     return f'---\n{DatasetCardData(**_front(counts, about, name)).to_yaml()}\n---\n{text}'
 
-# %% ../nbs/15_unify.ipynb #cell78
+# %% ../nbs/15_unify.ipynb #cell79
 FILES = (*(f'{p}.jsonl' for p in PARTS), 'counts.json', 'README.md')
 
 def _write(out, got, counts, about, base, threshold, **settings):
@@ -473,7 +477,7 @@ def _train_cards(names):
     if bad := [n for n in use if load_card(n)['use']!='train']: raise HydraError(f"card {bad[0]} is held out for evaluation; train on {', '.join(card_names(use='train'))}")
     return use
 
-# %% ../nbs/15_unify.ipynb #cell79
+# %% ../nbs/15_unify.ipynb #cell80
 def unify(
     out:Path, # receives experts.jsonl, router.jsonl, dev.jsonl, test.jsonl, counts.json, README.md
     tokens_per_domain:int=None, # of expert training, prompt and response; all there are if None
@@ -514,7 +518,7 @@ def toy_unify(
     about = dict.fromkeys(counts['sources'], dict(language=['en'], pretty_name='toy rows, made in code'))
     _write(out, got, counts, about, 'bytes', .85, want=want, max_length=max_length, seed=seed, licenses='all', shares=SHARES)
 
-# %% ../nbs/15_unify.ipynb #cell80
+# %% ../nbs/15_unify.ipynb #cell81
 def open_unified(
     path:str|Path # a sealed directory, made by `unify`
 )->Unified: # each part of its own type
@@ -523,7 +527,7 @@ def open_unified(
     if set(seal['files'])!=set(FILES): raise HydraError(f"{path} is sealed, but no unified set: that holds {', '.join(FILES)}; this holds {', '.join(sorted(seal['files']))}")
     return Unified(**{p:kind_of(p)(read_jsonl(Path(path)/f'{p}.jsonl')) for p in PARTS})
 
-# %% ../nbs/15_unify.ipynb #cell86
+# %% ../nbs/15_unify.ipynb #cell87
 def _refuse_to_publish(path, private):
     "What speaks against publishing a directory, before any network is used"
     open_unified(path)

