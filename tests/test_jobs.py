@@ -229,3 +229,32 @@ def test_ray_shares_a_gpu_and_gives_up(rows, tmp_path, whole, tests_importable):
 def test_ray_of_our_own_listens_to_this_machine_only(rows, tmp_path, whole):
     pytest.importorskip('ray')
     assert files(run_jobs(jobs(rows, tmp_path), 'ray', workers=2))==whole
+
+def _sharded(rank, world, folder):
+    "One of two processes that share a base; in a process of its own"
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+    from test_expert import NAMES, ROWS, fresh
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
+    model = expert.shard(fresh())
+    blocks = [p for m in model.base.model.layers for p in m.parameters()]
+    assert blocks and all(isinstance(p, DTensor) for p in blocks)
+    held, whole = sum(p.to_local().numel() for p in blocks), sum(p.numel() for p in blocks)
+    assert held<=whole/world+len(blocks), 'each process holds its share of the blocks, and no more'
+    assert not any(isinstance(x, DTensor) for x in (model.stack.theta, model.stack.grad))
+    history = expert.fit(model, ROWS, replace(SPEC, micro_tokens=200), names=NAMES, work=Path(folder)/'work', every=5)
+    assert all(isinstance(p, DTensor) for m in model.base.model.layers for p in m.parameters()), 'and gives back what it gathered'
+    torch.save(dict(theta=model.stack.theta, loss=[h['loss'] for h in history]), Path(folder)/f'{rank}.pt')
+    dist.destroy_process_group()
+
+@pytest.mark.slow
+def test_a_sharded_base_trains_the_same_adapters(tmp_path, tests_importable):
+    from test_expert import fresh
+    alone, history = trained(replace(SPEC, micro_tokens=200))
+    torch.multiprocessing.spawn(_sharded, (2, str(tmp_path)), nprocs=2)
+    a, b = (torch.load(tmp_path/f'{r}.pt') for r in (0, 1))
+    assert torch.equal(a['theta'], b['theta']) and a['loss']==b['loss']
+    start = fresh().stack.theta
+    assert ((a['theta']-alone.stack.theta).norm()/(alone.stack.theta-start).norm()).item()<1e-3
+    for x,h in zip(a['loss'], history): assert x==pytest.approx(h['loss'], rel=1e-4)
+    assert len(list((tmp_path/'work').glob('step-*')))==2
