@@ -19,7 +19,7 @@ from .store import open_sealed, stage
 LICENSES = tuple('''apache-2.0 mit openrail bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0
 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 ecl-2.0 epl-2.0 etalab-2.0 gfdl gpl gpl-3.0
-lgpl lgpl-3.0 isc llama2 llama3 llama3.1 gemma mpl-2.0 ms-pl ncsa odc-by odbl pddl unlicense wtfpl zlib unknown other'''.split())
+lgpl lgpl-3.0 isc llama2 llama3 llama3.1 gemma mpl-2.0 ms-pl ncsa odc-by odbl pddl agpl-3.0 gpl-2.0 lgpl-2.1 osl-3.0 ofl-1.1 postgresql eupl-1.1 unlicense wtfpl zlib unknown other'''.split())
 TASKS = tuple('''text-generation question-answering table-question-answering multiple-choice text-classification token-classification summarization
 translation table-to-text fill-mask sentence-similarity text-retrieval text-ranking zero-shot-classification feature-extraction other'''.split())
 SIZES = ('n<1K', '1K<n<10K', '10K<n<100K', '100K<n<1M', '1M<n<10M', '10M<n<100M', '100M<n<1B')
@@ -58,7 +58,8 @@ def front_faults(
 def _hub_rows(card):
     "The rows of a card's Hub data set"
     from datasets import load_dataset
-    asked = dict(name=card.get('config'), split=card.get('split', 'train'), revision=None if card['revision']=='unknown' else card['revision'])
+    asked = {k: card[k] for k in ('data_files','data_dir') if k in card} | dict(name=card.get('config'), split=card.get('split', 'train'))
+    asked |= dict(revision=None if card['revision']=='unknown' else card['revision'])
     try: return load_dataset(card['hub'], **asked)
     except Exception as e:
         raise HydraError(f"card {card['name']}: the Hub's {card['hub']} could not be read ({type(e).__name__}: {str(e)[:200]}); "
@@ -71,7 +72,7 @@ def hub_records(
     "Map the rows of a Hub data set to records"
     records,rejects = [],[]
     for i,row in enumerate(_hub_rows(card) if rows is None else rows, 1):
-        try: records += row_records(row, card['name'], card['domain'], card['map'])
+        try: records += row_records(row, card['name'], card['domain'], card['map'], card.get('roles'))
         except ValueError as e: rejects.append(dict(line=i, reason=str(e)))
     return records,rejects
 

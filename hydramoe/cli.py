@@ -132,6 +132,7 @@ _BUILD = ['hydramoe build mine.jsonl --dry-run', 'hydramoe build mine.jsonl', 'h
          arg('--form', choices=['pairs', 'messages', 'sharegpt', 'alpaca'], help='of the rows (default: each by its columns)'),
          arg('--format', choices=['jsonl', 'json', 'csv', 'tsv', 'parquet'], help='of the files (default: seen from their content)'),
          arg('--map', action='append', metavar='OURS=THEIRS', help='columns by other names, such as prompt=question,completion=answer'),
+         arg('--key', metavar='NAME', help='the list of rows in a JSON object (default: its one list of objects)'),
          arg('--encoding', help='of text files, such as cp1252 (default: by their first bytes, else utf-8)'),
          arg('--base', default='smollm2', help="the base: 'smollm2', a path, or a Hub id, ORG/NAME@REVISION (default %(default)s)"),
          arg('--k', type=int, metavar='N', help='experts (default: one for each 20 rows, nine at most)'),
@@ -149,7 +150,7 @@ def build(a):
     "Records in, bundle out"
     from hydramoe.formats import parse_columns
     from hydramoe.hydra import BuildSpec, Hydra, check, gather
-    how = dict(form=a.form, format=a.format, columns=parse_columns(a.map), encoding=a.encoding)
+    how = dict(form=a.form, format=a.format, columns=parse_columns(a.map), encoding=a.encoding, key=a.key)
     spec = BuildSpec(**{k:v for k,v in vars(a).items() if k in BuildSpec.__dataclass_fields__})
     (records, rejects), out = gather(a.files, **how), _out(a)
     refused = _rejected(rejects, out)

@@ -157,8 +157,7 @@ def _encoder_id(folder):
 
 def _kept(folder, what, encoder, make): # → make(), or what it returned the last time
     "Keep an array under a key of all that it depends on"
-    libs = versions('torch', 'transformers', 'sentence-transformers')
-    at = Path(folder)/digest([what, _encoder_id(str(encoder_dir(encoder))), libs])[:40]
+    at = Path(folder)/digest([what, _encoder_id(str(encoder_dir(encoder))), versions('torch', 'transformers', 'sentence-transformers')])[:40]
     try: return load_embeddings(at)['x']
     except SealError: shutil.rmtree(at, ignore_errors=True)
     x = make()
@@ -340,7 +339,7 @@ def _push(costs, labels, extra, empty, path, w, tol):
         labels[move[a][:n-f]] = b
     extra[path[0]] -= n; extra[path[-1]] += n
 
-# %% ../nbs/12_cluster.ipynb #cell48
+# %% ../nbs/12_cluster.ipynb #cell49
 def _repair(costs, labels, room, prices): # → labels; prices that prove it
     "From an assignment that is right at its prices to the best one within the room"
     k,labels,prices = len(room),labels.copy(),prices.copy()
@@ -356,7 +355,7 @@ def _repair(costs, labels, room, prices): # → labels; prices that prove it
         for c in path: w[c] = _edge(costs, labels, c, empty)
     return labels,prices-prices.min()
 
-# %% ../nbs/12_cluster.ipynb #cell52
+# %% ../nbs/12_cluster.ipynb #cell53
 def _rank(groups): # (n,) → (n,)
     "How many of its group come before each"
     order,n = np.argsort(groups, kind='stable'),np.bincount(groups)
@@ -380,7 +379,7 @@ def _spill(costs, labels, room, prices): # → labels
         first = first[_rank(goal[first])<-extra[goal[first]]]
         labels[rows[first]] = goal[first]
 
-# %% ../nbs/12_cluster.ipynb #cell55
+# %% ../nbs/12_cluster.ipynb #cell56
 def _margins(a): # costs with prices (n,k) → labels (n,), margins (n,)
     "The cheapest cluster of each row, and how much more the next one costs"
     i,labels = np.arange(len(a)),a.argmin(1).astype(np.int32)
@@ -416,7 +415,7 @@ def _settle(each, room, prices, eps, depth, exact): # each: f → the results of
     labels[near] = _repair(costs, first, left, prices)[0] if exact else _spill(costs, first, left, prices)
     return labels
 
-# %% ../nbs/12_cluster.ipynb #cell56
+# %% ../nbs/12_cluster.ipynb #cell58
 def assign_balanced(
     costs:np.ndarray, # (n,k): what it costs to put a row into a cluster, e.g. squared distances
     exact:bool|None=None, # the very best, however long it takes; None: up to 2,048 rows
@@ -433,7 +432,7 @@ def assign_balanced(
     depth = np.full(k, np.inf, np.float32) if len(few)==n else _depth(few, prices, .3)
     return _settle(lambda f: [f(costs)], room, prices, eps, depth, exact)
 
-# %% ../nbs/12_cluster.ipynb #cell61
+# %% ../nbs/12_cluster.ipynb #cell63
 def _scores(x, centroids, center): # (n,d), (k,d), (d,) → (n,k)
     "Squared distances less a constant of the row, through one matrix product"
     c = centroids-center
@@ -459,7 +458,7 @@ def _balanced_centroids(x, k, seed, steps): # → centroids (k,d), prices (k,), 
     prices,eps = find_prices(s, room, prices, eps and 2.5*eps)
     return c,center,prices,eps,_depth(s, prices, .3)
 
-# %% ../nbs/12_cluster.ipynb #cell62
+# %% ../nbs/12_cluster.ipynb #cell65
 def balanced_kmeans(
     x:np.ndarray, # (N,d) embeddings, or a memory-mapped array of them
     k:int, # clusters
@@ -478,7 +477,7 @@ def balanced_kmeans(
         labels = _settle(each, np.full(k, -(-len(x)//k)), prices, eps, np.full_like(depth, np.inf) if exact else depth, exact)
     return c,labels.astype(int)
 
-# %% ../nbs/12_cluster.ipynb #cell67
+# %% ../nbs/12_cluster.ipynb #cell70
 def _allot(sizes, most, k): # sizes (g,), most (g,) → parts (g,) that add up to k, 1 to most each
     "Deal k parts to groups, one by one to the group whose parts are largest"
     parts = np.ones(len(sizes), int)
@@ -506,7 +505,7 @@ def hierarchical(
         centroids.append(c)
     return np.concatenate(centroids), labels, np.repeat(np.arange(len(parts)), parts)
 
-# %% ../nbs/12_cluster.ipynb #cell70
+# %% ../nbs/12_cluster.ipynb #cell73
 _STOP = sorted(ENGLISH_STOP_WORDS | {'answer', 'did', 'does', 'doing', 'don', 'following', 'given', 'question', 'using'})
 
 def distinctive(
@@ -529,7 +528,7 @@ def distinctive(
     fit = [(held[c]>0) & (held[c]>=min(2, held[c].max())) & (score[c]>=0) for c in range(len(p))]
     return [[str(words[w]) for w in r if f[w]][:most] for r,f in zip(ranked, fit)]
 
-# %% ../nbs/12_cluster.ipynb #cell73
+# %% ../nbs/12_cluster.ipynb #cell76
 def _ascii(word):
     "A word in plain letters, accents dropped"
     plain = unicodedata.normalize('NFKD', word.lower()).encode('ascii', 'ignore').decode()
@@ -555,7 +554,7 @@ def name_domains(
         names.append(next(t for t in map(lambda t: t.strip('-'), tries) if t not in names))
     return names
 
-# %% ../nbs/12_cluster.ipynb #cell76
+# %% ../nbs/12_cluster.ipynb #cell79
 def discover(
     x:np.ndarray, # (N,d) embeddings
     texts:Sequence[str], # the N texts, to name the domains by
@@ -579,7 +578,7 @@ def cluster_texts(
     x = embed(texts, encoder)
     return *discover(x, texts, k, seed, encoder), x
 
-# %% ../nbs/12_cluster.ipynb #cell81
+# %% ../nbs/12_cluster.ipynb #cell84
 def membership(
     distances:np.ndarray, # (N,k) squared, see `Domains.distances`
     temperature:float=.1, # small: the nearest takes all; large: all alike
@@ -593,7 +592,7 @@ def membership(
     w = np.exp((d.min(1, keepdims=True)-d)/temperature)
     return w/w.sum(1, keepdims=True)
 
-# %% ../nbs/12_cluster.ipynb #cell85
+# %% ../nbs/12_cluster.ipynb #cell88
 def agreement(
     labels:Sequence, # (N,) clusters
     truth:Sequence # (N,) what they should be compared with: topics, sources
@@ -605,7 +604,7 @@ def agreement(
     nmi,ari = normalized_mutual_info_score(truth, labels), adjusted_rand_score(truth, labels)
     return dict(nmi=float(nmi), ari=float(ari), purity=sum(most.values())/len(labels))
 
-# %% ../nbs/12_cluster.ipynb #cell88
+# %% ../nbs/12_cluster.ipynb #cell91
 def random_domains(
     n:int, # texts
     sizes:int|Sequence[int], # size of each cluster, or k for k clusters as equal as can be
@@ -616,7 +615,7 @@ def random_domains(
     if sum(sizes)!=n: raise HydraError(f"sizes {list(map(int, sizes))} add up to {sum(sizes)}, not to n={n}")
     return rng(seed, 'random_domains').permutation(np.repeat(np.arange(len(sizes)), sizes))
 
-# %% ../nbs/12_cluster.ipynb #cell92
+# %% ../nbs/12_cluster.ipynb #cell95
 def stability(
     x:np.ndarray, # (N,d) embeddings
     k:int, # clusters
@@ -631,6 +630,10 @@ def stability(
         if len(np.unique(x[rows], axis=0))<k: raise HydraError(f"a resample of {len(x)} rows has fewer than k={k} different ones; choose a smaller k")
         found.append(adjusted_rand_score(labels, cdist(x, kmeans(x[rows], k, derive_seed(seed, i), 3)[0]).argmin(1)))
     return np.array(found)
+
+def _worth(r): # a row of `choose_k`
+    "What is chosen by: silhouette × stability, neither below 0"
+    return max(0, r['silhouette'])*max(0, r['stability'])
 
 def choose_k(
     x:np.ndarray, # (N,d) embeddings
@@ -647,9 +650,9 @@ def choose_k(
     for k in progress(ks, desc='choose k', unit=' k'):
         labels,again = kmeans(x, k, seed)[1],stability(x, k, seed, draws)
         found.append(dict(k=k, silhouette=float(silhouette_score(x, labels)), stability=float(again.mean()), low=float(again.min()), high=float(again.max())))
-    return max(found, key=lambda r: max(0, r['silhouette'])*max(0, r['stability']))['k'], found
+    return max(found, key=_worth)['k'], found
 
-# %% ../nbs/12_cluster.ipynb #cell95
+# %% ../nbs/12_cluster.ipynb #cell98
 _COLORS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#444444']
 _MARKS = 'osD^vPX*<>'
 
@@ -657,7 +660,7 @@ def plot_k(
     found:list[dict] # rows of `choose_k`
 )->Figure: # silhouette and stability against k
     "How many clusters: the two measures, and the k with the largest product"
-    ks,best = [r['k'] for r in found],max(found, key=lambda r: max(0, r['silhouette'])*max(0, r['stability']))['k']
+    ks,best = [r['k'] for r in found],max(found, key=_worth)['k']
     fig,ax = plt.subplots(figsize=(6, 3.4), layout='constrained')
     ax.plot(ks, [r['silhouette'] for r in found], 'o-', color=_COLORS[0], label='silhouette')
     ax.plot(ks, [r['stability'] for r in found], 's--', color=_COLORS[3], label='stability (ARI of resamples)')
@@ -668,7 +671,7 @@ def plot_k(
     plt.close(fig)
     return fig
 
-# %% ../nbs/12_cluster.ipynb #cell98
+# %% ../nbs/12_cluster.ipynb #cell101
 def layout(
     x:np.ndarray, # (N,d) embeddings
     seed:int=0 # of t-SNE
@@ -681,7 +684,7 @@ def layout(
     tsne = TSNE(2, perplexity=min(30, (len(x)-1)/3), init=start, random_state=derive_seed(seed, 'layout')%2**32)
     with threadpool_limits(1): return tsne.fit_transform(x)
 
-# %% ../nbs/12_cluster.ipynb #cell101
+# %% ../nbs/12_cluster.ipynb #cell104
 def _anchor(p): # (n,2) → (2,)
     "The point in the thick of a group, which its mean may miss"
     return p[np.sort(cdist(p, p), axis=1)[:,len(p)//3].argmin()]
@@ -737,7 +740,7 @@ def plot_map(
     plt.close(fig)
     return fig
 
-# %% ../nbs/12_cluster.ipynb #cell105
+# %% ../nbs/12_cluster.ipynb #cell108
 _GLYPHS = '●■▲◆▼▶✚✖★◀'
 _SCRIPT = """(()=>{const f=document.getElementById('ID'),svg=f.querySelector('svg'),cap=f.querySelector('figcaption'),ring=f.querySelector('circle');
 const p=[...f.querySelectorAll('[data-x]')].map(e=>{const t=e.querySelector('title'),o={x:+e.dataset.x,y:+e.dataset.y,s:t.textContent};t.remove();return o});
@@ -755,6 +758,14 @@ def _mark(x, y, c, text):
     return (f'<text data-x="{x:.1f}" data-y="{y:.1f}" x="{x:.1f}" y="{y+4:.1f}" fill="{_COLORS[c%7]}" fill-opacity=".8">'
             f'{_GLYPHS[c%10]}<title>{text}</title></text>')
 
+def _figure(id, marks, words): # id of the element; SVG of the texts and of the names
+    "Picture, caption and script as one element"
+    return (f'<figure id="{id}" style="margin:0;max-width:720px;font:13px sans-serif;color:#111;background:#fff">'
+        f'<svg viewBox="0 0 720 500" width="100%" text-anchor="middle"><g font-size="11">{marks}</g><g font-size="13" font-weight="bold" '
+        f'fill="#111" stroke="#fff" stroke-width="3" paint-order="stroke" pointer-events="none">{words}</g>'
+        '<circle r="8" fill="none" stroke="#111" stroke-width="2" style="visibility:hidden"/></svg><figcaption style="min-height:4em;'
+        f'padding:4px 8px;border-top:1px solid #ccc">Move over the map to read.</figcaption><script>{_SCRIPT.replace("ID", id)}</script></figure>')
+
 def map_html(
     x:np.ndarray, # (N,d) embeddings
     labels:np.ndarray, # (N,) domain of each
@@ -771,14 +782,11 @@ def map_html(
     seen = [c for c in range(len(names)) if (labels==c).any()]
     at = _apart([_anchor(p[labels==c]) for c in seen], np.array([7.5*len(names[c]) for c in seen]), 17)
     words = ''.join(f'<text x="{a:.1f}" y="{b:.1f}">{_escape(names[c])}</text>' for c,(a,b) in zip(seen, at))
-    id = 'map-'+digest([p.tolist(), list(names), marks])[:12]
-    return HTML(f'<figure id="{id}" style="margin:0;max-width:720px;font:13px sans-serif;color:#111;background:#fff">'
-        f'<svg viewBox="0 0 720 500" width="100%" text-anchor="middle"><g font-size="11">{marks}</g><g font-size="13" font-weight="bold" '
-        f'fill="#111" stroke="#fff" stroke-width="3" paint-order="stroke" pointer-events="none">{words}</g>'
-        '<circle r="8" fill="none" stroke="#111" stroke-width="2" style="visibility:hidden"/></svg><figcaption style="min-height:4em;'
-        f'padding:4px 8px;border-top:1px solid #ccc">Move over the map to read.</figcaption><script>{_SCRIPT.replace("ID", id)}</script></figure>')
+    return HTML(_figure('map-'+digest([words, marks])[:12], marks, words))
 
-# %% ../nbs/12_cluster.ipynb #cell108
+
+
+# %% ../nbs/12_cluster.ipynb #cell112
 FORMAT = 1
 
 def save_arrays(
@@ -797,7 +805,7 @@ def save_arrays(
     write_json(Path(path)/f'{stem}.json', body | dict(digest=digest(body)))
     return Path(path)
 
-# %% ../nbs/12_cluster.ipynb #cell110
+# %% ../nbs/12_cluster.ipynb #cell114
 def _body(file):
     "The checked content of a description file"
     body = read_json(file)
@@ -831,7 +839,7 @@ def load_arrays(
         if not np.isfinite(a).all(): raise HydraError(f"{file}: array {n!r} holds a value that is not finite")
     return arrays,body['meta']
 
-# %% ../nbs/12_cluster.ipynb #cell115
+# %% ../nbs/12_cluster.ipynb #cell119
 def nearest_texts(
     texts:Sequence[str], # N texts
     labels:np.ndarray, # (N,) cluster of each, from 0
@@ -848,11 +856,17 @@ def speaker(
 ): # a function: prompt → answer, `str`
     "The base model's greedy answer to a prompt"
     def say(prompt):
+        "Answer one prompt"
         from hydramoe.base import render
         t = base.tokenizer(render(base.tokenizer, [dict(role='user', content=prompt)]), return_tensors='pt', add_special_tokens=False).to(base.device)
         out = base.model.generate(**t, max_new_tokens=tokens, do_sample=False, pad_token_id=base.tokenizer.pad_token_id)
         return base.tokenizer.decode(out[0, t['input_ids'].shape[1]:], skip_special_tokens=True)
     return say
+
+def _sentence(say, texts): # → one line, '' if nothing was said
+    "What a model says that texts have in common"
+    ask = 'Say in one short sentence what these requests have in common.\n'
+    return ' '.join(say(ask+'\n'.join(f'- {t[:200]}' for t in texts))[:160].split())
 
 def describe(
     texts:Sequence[str], # N texts
@@ -867,11 +881,10 @@ def describe(
     lines = [f"{n[c]} texts: {', '.join(found[c]) or 'no words of their own'}" for c in range(k)]
     if say is None: return lines
     say = speaker(say) if hasattr(say, 'tokenizer') else say
-    ask = 'Say in one short sentence what these requests have in common.\n'
-    told = [_escape(say(ask+'\n'.join(f'- {t[:200]}' for t in ts)), 160) for ts in nearest_texts(texts, labels, distances)]
-    return [f'{html.unescape(t)} ({l})' if t else l for t,l in zip(told, lines)]
+    told = [_sentence(say, ts) for ts in nearest_texts(texts, labels, distances)]
+    return [f'{t} ({l})' if t else l for t,l in zip(told, lines)]
 
-# %% ../nbs/12_cluster.ipynb #cell118
+# %% ../nbs/12_cluster.ipynb #cell122
 _HEAD = """# What was discovered. Edit `name`, `line` and `split`, then read this file with edit_domains.
 #   rename: change `name`      merge: give several clusters one name      split: `split: 2` makes two of one
 """
@@ -890,7 +903,7 @@ def write_domains_yaml(
     text = _HEAD+yaml.safe_dump(dict(domains=body), sort_keys=False, allow_unicode=True, width=120)
     return write_bytes(path, text.encode('utf-8'))
 
-# %% ../nbs/12_cluster.ipynb #cell120
+# %% ../nbs/12_cluster.ipynb #cell124
 _KEYS = ('cluster', 'name', 'split', 'rows', 'line', 'examples')
 
 def _entry(path, k, i, e):
@@ -923,7 +936,7 @@ def read_domains_yaml(
         raise HydraError(f"{path}: {both[0]!r} is merged and split at once; do one, write the file again, then the other")
     return plan
 
-# %% ../nbs/12_cluster.ipynb #cell122
+# %% ../nbs/12_cluster.ipynb #cell126
 def _parts(name, entries, x, seed): # → names, centroids, labels
     "What one name becomes"
     split = entries[0]['split']
@@ -952,7 +965,7 @@ def edit_domains(
         names += made; centroids += [c]; lines += ['; '.join(filter(None, (e['line'] for e in of)))]*len(made)
     return Domains(np.concatenate(centroids), names, domains.encoder, lines, edits or None), new
 
-# %% ../nbs/12_cluster.ipynb #cell125
+# %% ../nbs/12_cluster.ipynb #cell129
 def _hashed_counts(texts):
     v = HashingVectorizer(n_features=2**14, stop_words='english', token_pattern=r'\b[^\W\d]\w+\b', alternate_sign=False, norm=None)
     return v.transform(texts)
@@ -985,7 +998,15 @@ def load_tfidf(
     arrays,_ = load_arrays(path, 'tfidf', ['idf', 'components'])
     return arrays['idf'],arrays['components']
 
-# %% ../nbs/12_cluster.ipynb #cell128
+# %% ../nbs/12_cluster.ipynb #cell132
+def _hidden(base, texts, layer, most): # → (n,hidden) fp32
+    "One batch's mean hidden states, scaled to unit length"
+    import torch
+    t = base.tokenizer([t or ' ' for t in texts], return_tensors='pt', padding=True, padding_side='right', truncation=True, max_length=most).to(base.device)
+    with torch.no_grad(): out = base.model.base_model(input_ids=t['input_ids'], attention_mask=t['attention_mask'], output_hidden_states=True, use_cache=False)
+    h,m = out.hidden_states[layer].float(),t['attention_mask'][:,:,None]
+    return torch.nn.functional.normalize((h*m).sum(1)/m.sum(1), dim=-1).cpu().numpy()
+
 def hidden_mean(
     texts:Sequence[str], # N texts
     base, # a `hydramoe.base.Base`
@@ -994,16 +1015,10 @@ def hidden_mean(
     most:int=256 # tokens of a text that are read
 )->np.ndarray: # (N,hidden) fp32, rows of unit length
     "The base model's mean hidden state over each text's tokens"
-    import torch
     last = base.model.config.num_hidden_layers
     if not 0<=layer<=last: raise HydraError(f"layer={layer} of a model with {last} layers; choose 0 to {last}")
     x,order = np.zeros((len(texts), base.model.config.hidden_size), np.float32),sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     for i in progress(range(0, len(order), batch_size), desc='hidden states', unit=' batches'):
         rows = order[i:i+batch_size]
-        t = base.tokenizer([texts[j] or ' ' for j in rows], return_tensors='pt', padding=True, padding_side='right', truncation=True, max_length=most)
-        with torch.no_grad():
-            h = base.model.base_model(input_ids=t['input_ids'].to(base.device), attention_mask=t['attention_mask'].to(base.device),
-                                      output_hidden_states=True, use_cache=False).hidden_states[layer].float()
-        m = t['attention_mask'].to(h)[:,:,None]
-        x[rows] = torch.nn.functional.normalize((h*m).sum(1)/m.sum(1), dim=-1).cpu().numpy()
+        x[rows] = _hidden(base, [texts[j] for j in rows], layer, most)
     return x

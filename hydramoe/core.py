@@ -29,7 +29,8 @@ def one_of(
     if value in allowed: return value
     near = difflib.get_close_matches(str(value), [str(a) for a in allowed], 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise HydraError(f"{what}={value!r} is not known; choose one of {', '.join(map(str, allowed))}{hint}")
+    more = f", … ({len(allowed)} in all)" if len(allowed)>40 else ""
+    raise HydraError(f"{what}={value!r} is not known; choose one of {', '.join(map(str, allowed[:40]))}{more}{hint}")
 
 # %% ../nbs/00_core.ipynb #cell13
 def cache_dir(

@@ -508,7 +508,7 @@ PUZZLES = dict(
     deduction=dict(syllogism={}, knights_knaves=dict(n_people=3), family_relationships={}, zebra_puzzles=dict(num_people=3, num_characteristics=3), propositional_logic={}, aiw={},
                    needle_haystack=dict(min_num_statements=4, max_num_statements=12), acre={}, self_reference={}, color_cube_rotation={}),
     procedure=dict(quantum_lock={}, course_schedule={}, jugs=dict(difficulty=5), graph_color=dict(min_num_vertices=4, max_num_vertices=6), tower_of_hanoi=dict(min_disks=3, max_disks=3), shortest_path={},
-                   number_sequence={}, leg_counting=dict(max_animals=5), letter_counting={}, calendar_arithmetic={}, string_insertion={}, ab={}, binary_alternation={}, word_sequence_reversal={}, isomorphic_strings={}, ransom_note={}))
+                   number_sequence={}, leg_counting=dict(max_animals=5), letter_counting={}, calendar_arithmetic={}, string_insertion={}, ab={}, binary_alternation={}, word_sequence_reversal={}, word_sorting={}, group_anagrams={}, caesar_cipher={}))
 
 def _own_answer(x):
     "The generator's answer, which some keep among the metadata"

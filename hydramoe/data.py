@@ -10,8 +10,8 @@ __all__ = ['DOMAINS', 'ROLES', 'FORMS', 'VERIFIED', 'NAME', 'NEEDS', 'COMPARED',
            'documented_functions', 'codeio', 'long_answers', 'preferred', 'verse', 'sonnets', 'boolq_evidence',
            'faithful', 'element_claims', 'element_tables', 'sql_rewrites', 'jsonpath', 'signature', 'tool_prompt',
            'tool_call', 'bfcl', 'no_call', 'tool_dialogues', 'dialogue', 'chitchat', 'chatterbot', 'inventory',
-           'cards_digest', 'BadRows', 'read_records', 'prompt_key', 'split', 'Example', 'encode', 'distinct', 'grams',
-           'decontaminate', 'draw', 'counts', 'mix', 'toy_records', 'mixture', 'toy_mixture']
+           'cards_digest', 'prompt_key', 'split', 'Example', 'encode', 'distinct', 'grams', 'decontaminate', 'draw',
+           'counts', 'mix', 'toy_records', 'mixture', 'toy_mixture']
 
 # %% ../nbs/11_data.ipynb #cell3
 import ast, copy, csv, fnmatch, functools, gzip, hashlib, io, json, os, re, sqlite3, string
@@ -790,28 +790,6 @@ def cards_digest(
     return digest({n:p.read_text(encoding='utf-8') for n,p in _cards().items() if not names or n in names.split(',')})
 
 # %% ../nbs/11_data.ipynb #cell113
-class BadRows(HydraError):
-    "A file of which not one row can be used"
-
-def read_records(
-    path:str|Path, # JSON lines
-    domain:str='user' # of rows that name none
-)->tuple[list[dict],list[dict]]: # records, and the rejects as `{line, reason}`
-    "Read a user's file; every line ends as records or as a reject"
-    path,records,rejects,first = Path(path),[],[],{}
-    if not path.is_file(): raise HydraError(f'{path} is not a file; give a file with one JSON object a line')
-    for n,line in enumerate(path.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
-        if not line.strip(): continue
-        try:
-            for r in row_records(json.loads(line.decode('utf-8')), path.name, domain):
-                if r['id'] in first: raise ValueError(f"repeats line {first[r['id']]}")
-                first[r['id']] = n
-                records.append(r)
-        except (ValueError, TypeError, KeyError, RecursionError) as e: rejects.append(dict(line=n, reason=' '.join(str(e).split())))
-    if not records: raise BadRows(f"{path}: no usable row" + ''.join(f"\n  line {r['line']}: {r['reason']}" for r in rejects[:5]))
-    return records,rejects
-
-# %% ../nbs/11_data.ipynb #cell118
 def prompt_key(
     record:dict # a record
 )->str: # lower case, without spacing and the marks that end sentences
@@ -838,7 +816,7 @@ def _fill(deal, groups, n):
     while len(out)<n and (g := next(deal, None)) is not None: out += sorted(groups[g], key=lambda r: r['id'])
     return out
 
-# %% ../nbs/11_data.ipynb #cell124
+# %% ../nbs/11_data.ipynb #cell119
 @dataclass
 class Example:
     "Token ids of one record; `ids[n_prompt:]` are the labels"
@@ -864,7 +842,7 @@ def encode(
     if len(prompt)>max_prompt or len(ids)-len(prompt)>max_response: return None
     return Example(ids, len(prompt), record['id'], record['domain'])
 
-# %% ../nbs/11_data.ipynb #cell128
+# %% ../nbs/11_data.ipynb #cell123
 def distinct(
     records:list[dict] # in any order
 )->list[dict]: # sorted by id
@@ -894,7 +872,7 @@ def decontaminate(
     seen = set().union(*(grams(r['prompt'][-1]['content']) for r in held))
     return [r for r in records if not seen & _shown(r)]
 
-# %% ../nbs/11_data.ipynb #cell132
+# %% ../nbs/11_data.ipynb #cell127
 def draw(
     pools:dict, # source → iterator of (record, tokens); what is drawn is gone
     amount:int, # how much
@@ -915,7 +893,7 @@ def _pool(records, tokenizer, max_length, dropped):
         if e: yield r,len(e.ids)
         else: dropped['too long'] += 1
 
-# %% ../nbs/11_data.ipynb #cell134
+# %% ../nbs/11_data.ipynb #cell129
 def counts(
     records:list[dict], # of any kind
     tokenizer=None # to count tokens as well
@@ -952,7 +930,7 @@ def mix(
             raise HydraError(f"domain {d} has too few records of at most {max_length} tokens for {test} test and {dev} development prompts and any training; ask for fewer, or raise max_length")
     return parts,{s:dict(c) for s,c in dropped.items()}
 
-# %% ../nbs/11_data.ipynb #cell136
+# %% ../nbs/11_data.ipynb #cell131
 NOUNS = 'apple river stone candle window garden hammer letter bridge basket mirror ladder carpet pepper engine violin pencil kettle saddle anchor'.split()
 NAMES = 'Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jana Kai Lena Milo Nora Otto Pia Quinn Rosa Sven Tara'.split()
 TOY = dict(
@@ -986,7 +964,7 @@ def toy_records(
         out += sorted(made, key=lambda r: digest([seed, r['id']]))[:n_per_domain]
     return out
 
-# %% ../nbs/11_data.ipynb #cell142
+# %% ../nbs/11_data.ipynb #cell137
 def _write(out, parts, dropped, tokenizer):
     "The files of a mixture"
     for p,rs in parts.items(): write_jsonl(Path(out)/f'{p}.jsonl', rs)

@@ -404,7 +404,7 @@ def _mapped(row, form, domain, mended):
         if name=='pairs': _pair(row, mended)
         first = row[NEEDS[name][0]]
         if 'system' in row and _is_talk(first) and first[0]['role']=='system': del row['system']; mended.add(BESIDE)
-        found = row_records(row, source, domain, how | dict(system='{system?}'))
+        found = row_records(row, source, domain, how | (dict(system='{system}') if 'system' in row else {}))
     if any('\0' in m['content'] for r in found for m in r['prompt']+r['completion']): raise ValueError('holds the character NUL, which no text needs')
     return name,found
 

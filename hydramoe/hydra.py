@@ -528,6 +528,9 @@ def choose_epochs(
     return max(1, min(3, math.ceil(40*k/max(1, n))))
 
 # %% ../nbs/33_hydra.ipynb #cell75
+def _say(*words):
+    if not (os.environ.get('HYDRAMOE_QUIET') or os.environ.get('IN_TEST')): print(*words, file=sys.stderr, flush=True)
+
 def gather(
     source:list|str|Path, # records, a file of rows, or a list of files
     **how # what to override in reading files: as for `formats.detect`
@@ -665,9 +668,6 @@ def measure_routers(
 
 # %% ../nbs/33_hydra.ipynb #cell88
 LIBS = ('torch', 'transformers', 'peft', 'bitsandbytes', 'scikit-learn', 'sentence-transformers') # whose versions a build depends on
-
-def _say(*words):
-    if not (os.environ.get('HYDRAMOE_QUIET') or os.environ.get('IN_TEST')): print(*words, file=sys.stderr, flush=True)
 
 def dealt(
     records:list[dict], # in the design's schema

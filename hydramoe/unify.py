@@ -15,11 +15,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+import httpx
 import matplotlib.pyplot as plt
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from .base import byte_tokenizer, smollm2_dir
@@ -391,7 +392,8 @@ def _license_of(licenses):
 def _front(counts, about, name):
     "Front matter in the Hub's dataset-card schema"
     used = {s:c for s,c in counts['sources'].items() if c['kept']}
-    every = lambda k: sorted({v for s in used for v in about.get(s, {}).get(k) or []})
+    many = lambda x: [x] if isinstance(x, str) else x or []
+    every = lambda k: sorted({v for s in used for v in many(about.get(s, {}).get(k))})
     n = {p:sum(c['rows'] for d in counts['parts'][p].values() for c in d.values()) for p in PARTS[::-1]}
     size = next((s for top,s in SIZES if sum(n.values())<top), '100M<n<1B')
     files = [dict(split=p, path=f'{p}.jsonl') for p in n if n[p]]
@@ -555,6 +557,6 @@ def push_to_hub(
         _foreign(api, repo_id, private, ours)
         commit = api.upload_folder(repo_id=repo_id, repo_type='dataset', folder_path=str(path), allow_patterns=list(ours), commit_message=f'hydramoe unified set {open_sealed(path)["id"][:16]}').oid
         there = api.list_repo_files(repo_id, repo_type='dataset', revision=commit)
-    except (HfHubHTTPError, OSError) as e: raise HydraError(f"{path.name} was not pushed to {repo_id}: {e}. The repository may exist by now, but nothing in it counts as pushed; try again") from e
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as e: raise HydraError(f"{path.name} was not pushed to {repo_id}: {e}. The repository may exist by now, but nothing in it counts as pushed; try again") from e
     if lost := set(ours)-set(there): raise HydraError(f'{path.name} was not pushed to {repo_id}: commit {commit} lacks {sorted(lost)[0]}; try again')
     return commit

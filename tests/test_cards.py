@@ -32,7 +32,7 @@ def test_front_matter_is_the_hubs(name):
     assert known.pretty_name and known.license and known.language and known.size_categories
     assert known.license != 'other' or front.get('license_name')
     assert set(front) <= {'pretty_name', 'license', 'license_name', 'license_link', 'language', 'task_categories', 'size_categories', 'tags'}
-    assert set(ours) <= OURS | ({'package', 'members', 'generator', 'args'} if name in NAMES else {'hub', 'revision', 'split', 'subset', 'layout', 'columns', 'sample', 'size'})
+    assert set(ours) <= OURS | ({'package', 'members', 'generator', 'args'} if name in NAMES else {'hub', 'revision', 'config', 'split', 'data_dir', 'data_files', 'layout', 'columns', 'sample', 'size'})
     assert isinstance(ours['canary'], bool) and isinstance(ours['faults'], list) and len(data.load_card(name)['prose']) > 150
 
 
@@ -93,8 +93,51 @@ def test_nothing_with_a_canary_is_trained_on():
             assert not any(b'SHOULD NEVER APPEAR IN TRAINING' in fetch.member(c['package'].split('==')[0], p) for p in c['members'] if '*' not in p)
 
 
-def test_training_and_held_out_sets_share_no_question():
-    held = {data.prompt_key(r) for n in data.card_names(use='evaluate') for r in load(n)}
+def words(text): return re.findall(r'\w+', text.lower())
+def runs(text): return {hash(tuple(w[i:i+13])) for w in [words(text)] for i in range(len(w)-12)}
+
+def leaked(records, held):
+    "Records that hold a held-out question, or thirteen words of one: written apart from `decontaminate`"
+    asked = {' '.join(words(r['prompt'][-1]['content'])) for r in held} - {''}
+    seen = set().union(*(runs(r['prompt'][-1]['content']) for r in held))
+    def shows(r):
+        texts = [m['content'] for m in r['prompt'] + r['completion'] if m['role'] != 'system']
+        return ' '.join(words(r['prompt'][-1]['content'])) in asked or any(not seen.isdisjoint(runs(t)) for t in texts)
+    return [r for r in records if shows(r)]
+
+
+@pytest.fixture(scope='module')
+def everything():
+    "All training and all held-out records"
+    return [r for n in data.card_names(use='train') for r in load(n)], [r for n in data.card_names(use='evaluate') for r in load(n)]
+
+
+def test_no_evaluation_row_is_trained_on(everything):
+    "Over all cards: what `decontaminate` leaves, and thus what any mixture draws from, holds no held-out question and no thirteen words of one"
+    train, held = everything
+    clean = data.decontaminate(train, held)
+    assert not leaked(clean, held)
+    had, left = Counter(r['source'] for r in train), Counter(r['source'] for r in clean)
+    for n in had: assert left[n] >= .94*had[n], f'{n}: {had[n]-left[n]} of {had[n]} rows are in a held-out set; the card itself should leave them out'
+
+
+def test_a_planted_evaluation_row_is_found(everything):
+    "The test above can fail: one row for each held-out set, asked again, told in an answer, said in an earlier turn"
+    train, held = everything
+    long = {r['source']: r for r in held if len(words(r['prompt'][-1]['content'])) >= 20}
+    short = {r['source']: r for r in held if 3 <= len(words(r['prompt'][-1]['content'])) < 13}
+    text = lambda r: r['prompt'][-1]['content']
+    planted = [data.record(f'  {text(r).upper()} !!', 'x', 'web') for r in [*long.values(), *short.values()]]
+    planted += [data.record('Tell me something.', 'Well: ' + text(r), 'web') for r in long.values()]
+    planted += [data.record([dict(role='user', content='As they say, ' + text(r)), dict(role='assistant', content='Yes.'), dict(role='user', content='And?')], 'x', 'web') for r in long.values()]
+    assert set(long) | set(short) == set(data.card_names(use='evaluate')) and len(planted) > 40
+    assert leaked(planted, held) == planted
+    assert data.decontaminate(train[:50] + planted, held) == data.decontaminate(train[:50], held)
+
+
+def test_training_and_held_out_sets_share_no_question(everything):
+    "The cards as they are, before anything is dropped"
+    held = {data.prompt_key(r) for r in everything[1]}
     for n in data.card_names(use='train'):
         shared = sum(data.prompt_key(r) in held for r in load(n))
         assert shared <= 2, f'{n}: {shared} prompts are in a held-out set'

@@ -1,13 +1,15 @@
 "Domains: repeatable in any process, refused when they are not what they say"
 import json, os, subprocess, sys
+from html.parser import HTMLParser
 import numpy as np
-import pytest
+import pytest, yaml
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 from hydramoe import cluster
 from scipy.optimize import linear_sum_assignment
 from hydramoe.cluster import Domains, agreement, assign_balanced, balanced_kmeans, cluster_texts, distinctive, embed, kmeans, lesson_texts, load_arrays, name_domains
 from hydramoe.cluster import plot_map, random_domains, save_arrays
+from hydramoe.cluster import choose_k, edit_domains, fit_tfidf, hierarchical, map_html, membership, read_domains_yaml, write_domains_yaml
 from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
 
 texts,topics = lesson_texts()
@@ -249,3 +251,100 @@ def test_a_common_offset_changes_nothing_that_matters():
     a,b = (balanced_kmeans(x+o, 8) for o in (0, 300))
     inertia = lambda x,c,l: ((x-c[l]).astype(np.float64)**2).sum()
     assert inertia(x+300, *b)==pytest.approx(inertia(x, *a), rel=.01)
+
+# --- embedding goes on after a kill
+
+def test_embedding_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    many = [f'{t} {i}' for i in range(4) for t in texts] # 160 texts: five pieces at 2 texts a pass
+    calls,encode = [],cluster._encode
+    def once(model, piece, n):
+        calls.append(len(piece))
+        if len(calls)==3: raise KeyboardInterrupt
+        return encode(model, piece, n)
+    monkeypatch.setattr(cluster, '_encode', once)
+    with pytest.raises(KeyboardInterrupt): embed(many, batch_size=2, keep=tmp_path)
+    x = embed(many, batch_size=2, keep=tmp_path)
+    assert len(calls)==3+3 # two of five pieces were there
+    assert np.array_equal(x, embed(many, batch_size=2)) and len(calls)==11
+    assert np.array_equal(x, embed(many, batch_size=2, keep=tmp_path)) and len(calls)==11
+
+# --- how many, soft, in two cuts
+
+def test_silhouette_and_stability_find_the_heaps():
+    x,_ = blobs(n=200, k=5)
+    best,found = choose_k(x, range(2, 9), draws=3)
+    assert best==5 and next(r['stability'] for r in found if r['k']==5)==1
+    assert all(-1<=r['silhouette']<=1 and r['low']<=r['stability']<=r['high'] for r in found)
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1,9), st.integers(1,5), st.floats(1e-6, 1e6), st.integers(0,2**31))
+def test_membership_adds_up_and_keeps_the_order(n, k, temperature, seed):
+    d = rng(seed, 'd').exponential(size=(n,k))
+    for top in (None, 1, k):
+        w = membership(d, temperature, top)
+        assert np.allclose(w.sum(1), 1) and (w>=0).all()
+        assert np.array_equal(w.max(1), w[np.arange(n),d.argmin(1)])
+    assert np.array_equal(membership(d, temperature, 1).argmax(1), d.argmin(1))
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1,40), st.booleans(), st.integers(0,99))
+def test_two_cuts_make_k_clusters(k, balanced, seed):
+    x,_ = blobs(n=120, seed=seed)
+    c,labels,group = hierarchical(x, k, seed, balanced=balanced)
+    assert c.shape==(k,8) and group.shape==(k,) and labels.max()<k
+    if not balanced: assert len(np.unique(labels))==k
+
+# --- a person's choice
+
+YAML = st.recursive(st.none()|st.booleans()|st.integers(-3,9)|st.floats()|st.text(max_size=8),
+                    lambda c: st.lists(c, max_size=4)|st.dictionaries(st.sampled_from(['cluster','name','split','line','rows','x'])|st.text(max_size=4), c, max_size=5), max_leaves=12)
+
+@settings(deadline=None, max_examples=120)
+@given(YAML|st.lists(YAML, max_size=4).map(lambda l: dict(domains=l)))
+def test_any_yaml_is_read_or_refused_in_words(tmp_path_factory, body):
+    path = tmp_path_factory.getbasetemp()/'any.yaml'
+    path.write_text(yaml.safe_dump(body), encoding='utf-8')
+    try: plan = read_domains_yaml(path, 2)
+    except HydraError as e: assert 'any.yaml' in str(e)
+    else: assert sorted(e['cluster'] for e in plan)==[0,1]
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused_in_words(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp()/'bytes.yaml'
+    path.write_bytes(data)
+    with pytest.raises(HydraError, match='bytes.yaml'): read_domains_yaml(path, 2)
+
+def test_merge_all_then_split_gives_every_row_a_domain(tmp_path):
+    x,truth = blobs(n=120, k=4)
+    rows = [f'row {i}' for i in range(120)]
+    domains = Domains(kmeans(x, 4)[0], list('abcd'), 'words'); labels = domains.assign(x)
+    file = write_domains_yaml(tmp_path/'d.yaml', domains, labels, rows, domains.distances(x))
+    body = yaml.safe_load(file.read_text())
+    for e in body['domains']: e['name'] = 'all'
+    file.write_text(yaml.safe_dump(body))
+    one,l = edit_domains(file, domains, x, labels)
+    assert one.names==['all'] and not l.any() and np.allclose(one.centroids[0], x.mean(0), atol=1e-4)
+    file = write_domains_yaml(tmp_path/'d.yaml', one, l, rows, one.distances(x))
+    file.write_text(file.read_text().replace('split: 1', 'split: 4'))
+    four,l4 = edit_domains(file, one, x, l)
+    assert agreement(l4, truth)['ari']==1 and np.array_equal(four.assign(x), l4)
+    assert len(four.edits)==5 and Domains.load(four.save(tmp_path/'s')).edits==four.edits
+
+# --- to explore
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.text(max_size=40), min_size=3, max_size=6))
+def test_no_text_breaks_out_of_the_map(rows):
+    page = map_html(np.eye(len(rows)), np.zeros(len(rows), int), ['a'], rows).data
+    assert page.count('<script>')==page.count('</script>')==1 and page.count('<title>')==len(rows)
+    tags = []
+    reader = HTMLParser(); reader.handle_starttag = lambda tag,attrs: tags.append(tag)
+    reader.feed(page)
+    assert set(tags)<={'figure','svg','g','text','title','circle','figcaption','script'} and tags.count('script')==1
+
+def test_tfidf_is_the_same_after_saving_and_knows_topics(tmp_path):
+    at = fit_tfidf(texts, tmp_path/'t', dims=30)
+    x = embed(texts, at)
+    assert np.array_equal(x, embed(texts, str(fit_tfidf(texts, tmp_path/'u', dims=30))))
+    assert np.allclose(embed(['12345 67'], at), 0) and agreement(kmeans(x, 5)[1], topics)['nmi']>.2

@@ -1,10 +1,10 @@
 "Data: what does not fit a lesson (TRL's own rendering, hash seeds, damaged files)"
-import json, os, random, subprocess, sys
+import json, os, random, re, subprocess, sys
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from hydramoe import data
 from hydramoe.base import byte_tokenizer, smollm2_dir
-from hydramoe.core import HydraError, digest, read_json, read_jsonl
+from hydramoe.core import HydraError, read_json, read_jsonl
 
 
 @pytest.fixture(scope='module')
@@ -58,12 +58,10 @@ def test_hash_seed_and_row_order_do_not_matter(tmp_path):
         assert data.distinct(shuffled) == data.distinct(rows)
 
 
-def test_split_is_disjoint_and_keeps_conversations_whole(tmp_path):
-    f = tmp_path/'talks.jsonl'
+def test_split_is_disjoint_and_keeps_conversations_whole():
     talk = lambda i: [m for j in range(4) for m in (dict(role='user', content=f'q{i} {j}'), dict(role='assistant', content=f'a{i} {j}'))]
-    f.write_text('\n'.join(json.dumps(dict(messages=talk(i))) for i in range(30)))
-    records, rejects = data.read_records(f)
-    assert len(records) == 120 and not rejects
+    records = [r for i in range(30) for r in data.row_records(dict(messages=talk(i)), 'talks')]
+    assert len(records) == 120
     parts = data.split(records, dict(test=20, train=.7), seed=1)
     assert not {r['group'] for r in parts['test']} & {r['group'] for r in parts['train']}
     assert len(parts['test']) == 20 and len(parts['train']) == 84
@@ -75,51 +73,53 @@ BAD = [('{"prompt": 1, "completion": "x"}', 'prompt is 1'), ('[1, 2]', 'need an 
        ('{"messages": "hello"}', 'messages must be a list'), ('{"messages": [{"role": "user", "content": "x"}]}', 'no assistant turn'),
        ('{"messages": [{"role": "assistant", "content": "x"}]}', 'no assistant turn'), ('{"prompt": "\\ud800", "completion": "x"}', 'surrogates'),
        ('{"prompt": "x", "completion": null}', 'completion is null'), ('{"conversations": [{"from": "human"}]}', "objects with 'from' and 'value'"),
-       ('{', ''), ('{}', 'none')]
+       ('{}', 'none')]
 
 
 @pytest.mark.parametrize('line,reason', BAD)
-def test_a_bad_row_is_reported_with_its_line(tmp_path, line, reason):
-    f = tmp_path/'x.jsonl'
-    f.write_text('{"prompt": "a", "completion": "b"}\n\n' + line + '\n{"prompt": "c", "completion": "d"}\n')
-    records, rejects = data.read_records(f)
-    assert len(records) == 2 and [r['line'] for r in rejects] == [3] and reason in rejects[0]['reason']
-    f.write_text(line)
-    with pytest.raises(data.BadRows, match='line 1'): data.read_records(f)
+def test_a_bad_row_is_a_value_error_that_says_why(line, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)): data.row_records(json.loads(line), 'x')
 
 
-def test_bytes_that_are_no_text(tmp_path):
-    f = tmp_path/'x.jsonl'
-    f.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n{"prompt": "\xff", "completion": "b"}\r\n')
-    records, rejects = data.read_records(f)
-    assert len(records) == 1 and rejects[0]['line'] == 2
-    f.write_bytes(b'')
-    with pytest.raises(data.BadRows): data.read_records(f)
+FORMS = [dict(prompt='Hi', completion='Yo'), dict(prompt=[dict(role='user', content='Hi')], completion=[dict(role='assistant', content='Yo')]),
+         dict(messages=[dict(role='user', content='Hi'), dict(role='assistant', content='Yo')]),
+         dict(conversations=[{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Yo'}]), dict(instruction='Hi', input='', output='Yo'), dict(instruction='Hi', output='Yo')]
+
+def test_formats_in_the_wild_agree():
+    assert len({r['id'] for form in FORMS for r in data.row_records(form, 'x')}) == 1
 
 
-def test_formats_in_the_wild_agree(tmp_path):
-    f = tmp_path/'x.jsonl'
-    forms = [dict(prompt='Hi', completion='Yo'), dict(prompt=[dict(role='user', content='Hi')], completion=[dict(role='assistant', content='Yo')]),
-             dict(messages=[dict(role='user', content='Hi'), dict(role='assistant', content='Yo')]),
-             dict(conversations=[{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Yo'}]), dict(instruction='Hi', input='', output='Yo')]
-    seen = set()
-    for form in forms:
-        f.write_text(json.dumps(form))
-        (r,), _ = data.read_records(f)
-        seen.add(digest([r['prompt'], r['completion']]))
-    assert len(seen) == 1
+names = st.sampled_from(['prompt', 'completion', 'messages', 'conversations', 'instruction', 'input', 'output', 'role', 'content', 'from', 'value', 'tools', 'domain'])
+anything = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(['user', 'assistant', 'human', 'gpt']), lambda c: st.lists(c, max_size=3) | st.dictionaries(names, c, max_size=5), max_leaves=10)
 
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda c: st.lists(c, max_size=3) | st.dictionaries(st.sampled_from(['prompt', 'completion', 'messages', 'role', 'content', 'tools']), c, max_size=4), max_leaves=8), min_size=1, max_size=5))
-@example(rows=[{'prompt': '0', 'completion': '0', 'tools': 1}])
-def test_any_json_ends_as_record_or_reject(tmp_path_factory, rows):
-    f = tmp_path_factory.mktemp('any')/'x.jsonl'
-    f.write_text('\n'.join(map(json.dumps, rows)))
-    try: records, rejects = data.read_records(f)
-    except data.BadRows: return
+@settings(max_examples=200, deadline=None)
+@given(anything)
+@example(row={'prompt': '0', 'completion': '0', 'tools': 1})
+@example(row={'instruction': None, 'output': 'x'})
+def test_any_json_ends_as_records_or_a_value_error(row):
+    try: records = data.row_records(row, 'x')
+    except ValueError: return
     assert records and all(isinstance(m['content'], str) for r in records for m in r['prompt'] + r['completion'])
     for r in records: data.encode(r, byte_tokenizer())
+
+
+@settings(max_examples=100, deadline=None)
+@given(anything, st.sampled_from(['pairs', 'alpaca', 'messages', 'sharegpt', {'messages': 'prompt', 'role': 'from'}, {'prompt': '{prompt}', 'completion': '{output[0]} {input?}', 'system': '{domain?}'}, {'alpaca': {'instruction': 'prompt'}}]))
+def test_any_row_under_any_map_ends_as_pairs_or_a_value_error(row, map):
+    if not isinstance(row, dict): row = dict(prompt=row, output=row)
+    try: pairs = data.map_row(row, map)
+    except ValueError: return
+    assert pairs and all(2 <= len(p) <= 3 for p in pairs)
+
+
+columns = st.dictionaries(st.text('abcxyz_', min_size=1, max_size=6), st.text(max_size=12) | st.integers(), min_size=1, max_size=5)
+
+@settings(max_examples=100, deadline=None)
+@given(columns, st.data())
+def test_a_template_puts_each_value_where_its_column_is_named(row, draw):
+    keys = draw.draw(st.lists(st.sampled_from(sorted(row)), max_size=4))
+    assert data.fill('|'.join(['', *(f'{{{k}}}' for k in keys), '']), row) == '|'.join(['', *(str(row[k]) for k in keys), ''])
+    assert data.fill('|'.join(['', *(f'{{{k}?}}' for k in keys), '{nothing_here?}|']), row) == '|'.join(['', *(str(row[k]) for k in keys), '|'])
 
 
 def test_a_mixture_of_cards(tmp_path):

@@ -300,3 +300,20 @@ def test_a_file_of_many_megabytes_streams_in_few(tmp_path, name):
                 g.write(']' if name[0] == 'x' else ']}')
     assert name.endswith(('.gz', '.parquet')) or f.stat().st_size > 15*2**20
     assert peak(f, n) < 8
+
+
+# --- from the command line --------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_build_reads_a_spreadsheet_and_says_what_it_saw(tmp_path, capsys, monkeypatch):
+    from hydramoe.cli import main
+    from hydramoe.cluster import lesson_texts
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache')); monkeypatch.delenv('HYDRAMOE_QUIET', raising=False); monkeypatch.delenv('IN_TEST', raising=False)
+    f = written(tmp_path, 'sheet.csv', sheet([dict(Question=q, Answer=f'{a} é' if i else '') for i, (q, a) in enumerate(zip(*lesson_texts()))], ';'), 'cp1252')
+    how = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words', '--out', str(tmp_path/'out'), '--dry-run']
+    assert main(['build', str(f), *how]) == 2 and '--map prompt=Question,completion=Answer' in capsys.readouterr().err
+    assert main(['build', str(f), *how, '--map', 'prompt=Question,completion=Answer', '--encoding', 'cp1252']) == 0
+    err = capsys.readouterr().err
+    assert "CSV, cp1252, delimiter ';'" in err and 'completion is empty' in err and 'refused' in err
+    reject, = (tmp_path/'out.rejects.jsonl').read_text().splitlines()
+    assert json.loads(reject)['line'] == 2 and json.loads(reject)['raw'].endswith(';')
