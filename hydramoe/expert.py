@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .base import _find, load_base, target_layers, tiny_base
 from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, write_json
 from .data import encode
-from .score import loss_matrix, micro_batches, save_losses, token_losses
+from .score import loss_matrix, micro_batches, response_losses, save_losses, token_losses
 from .stack import LoraSpec, gated, make_plan, one_hot
 from .store import SealError, open_sealed, sealing, stage, work_dir
 
@@ -145,13 +145,14 @@ class Optimizers:
     ):
         self.stack, self.totals, self.spec, self.watch, self.clock = stack, totals, spec, watch, [0]*len(totals)
         self.params = [nn.Parameter(stack.theta.detach()[e]) for e in range(len(totals))]
-        self.adamw = torch.optim.AdamW([dict(params=[p]) for p in self.params], lr=spec.lr, weight_decay=0.)
+        self.adamw = torch.optim.AdamW([dict(params=[p]) for p in self.params], lr=spec.lr, weight_decay=0., fused=True)
 
     def step(self,
         present:set # experts that have rows in this step
     )->tuple[dict,list]: # gradient norm of each present expert · those skipped
         "Clip and step the present experts; skip, alone, one whose gradient is not finite"
-        norms = {e: self.stack.grad[e].norm().item() for e in sorted(present)}
+        norms = dict(enumerate(self.stack.grad.norm(dim=1).tolist()))
+        norms = {e: norms[e] for e in sorted(present)}
         skipped = [e for e,x in norms.items() if not math.isfinite(x)]
         for e,(p,group) in enumerate(zip(self.params, self.adamw.param_groups)):
             p.grad = self._clipped(e, norms[e]) if e in norms and e not in skipped else None
@@ -160,7 +161,9 @@ class Optimizers:
         self.adamw.step()
         return norms, skipped
 
-    def _clipped(self, e, norm): return self.stack.grad[e].mul_(min(1., self.spec.clip/(norm+1e-6)))
+    def _clipped(self, e, norm):
+        by = self.spec.clip/(norm+1e-6)
+        return self.stack.grad[e].mul_(by) if by<1 else self.stack.grad[e]
 
     def state(self)->dict[str,Tensor]: # experts, both moments, steps taken, clocks
         "All that a run needs to go on, as tensors"
@@ -178,7 +181,7 @@ class Optimizers:
             p.data.copy_(state['theta'][e])
             self.adamw.state[p] = {k: state[k][e].clone().to(x.device) for k,x in _unmoved(p).items()}
 
-def _unmoved(p): return dict(step=torch.tensor(0.), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+def _unmoved(p): return dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
 # %% ../nbs/22_expert.ipynb #cell27
 @dataclass(frozen=True)
@@ -331,11 +334,11 @@ def fit_step(
     "One step of all experts that have rows in it"
     if opt.watch: step = opt.watch.going(step)
     if not step: return dict(step=k, tokens=0, skipped=[], loss={}, norm={})
-    loss = gradients(model, step, opt.spec)
+    loss = gradients(model, step, opt.spec).tolist()
     norms, skipped = opt.step({e for e,_ in step})
     for e in skipped: warnings.warn(f"step {k}: the gradient of expert {names[e]!r} is not finite; it is not stepped, the others go on")
     return dict(step=k, tokens=_tokens(step), skipped=[names[e] for e in skipped],
-                loss={names[e]: _plain(loss[e].item()) for e in norms}, norm={names[e]: _plain(x) for e,x in norms.items()})
+                loss={names[e]: _plain(loss[e]) for e in norms}, norm={names[e]: _plain(x) for e,x in norms.items()})
 
 def _present(e, steps): return sum(any(f==e for f,_ in step) for step in steps)
 def _tokens(step): return sum(len(x.ids) for _,x in step)
@@ -471,8 +474,8 @@ def train_experts(
     "Train a group of experts fused, from records to adapters"
     lora, spec, stop = (c(**x) if isinstance(x, dict) else x for c,x in ((LoraSpec, lora), (TrainSpec, spec), (StopSpec, stop)))
     b = open_base(base, quant)
-    def read(file, groups): return {n: [encode(r, b.tokenizer, max_prompt, max_response) for r in rs] for n,rs in sort_rows(read_jsonl(Path(rows_dir)/file), groups).items()}
-    rows, held = read(file, groups), _short(read(dev, dev_groups)) if stop else {}
+    read = partial(_encoded, tokenizer=b.tokenizer, max_prompt=max_prompt, max_response=max_response)
+    rows, held = read(Path(rows_dir)/file, groups), _short(read(Path(rows_dir)/dev, dev_groups)) if stop else {}
     kept = _short(rows)
     model = gated(b, slots=len(kept), spec=lora)
     for e,name in enumerate(kept): start_expert(model.stack, e, name, start, spec.seed)
@@ -481,6 +484,8 @@ def train_experts(
         for e,name in enumerate(kept): model.stack.save_peft(Path(out)/name, e, b.id)
     write_json(Path(out)/'history.json', dict(experts=summary(rows, kept, history), spec=spec, lora=lora, history=history))
     return Path(out)
+
+def _encoded(file, groups, **how): return {n: [encode(r, **how) for r in rs] for n,rs in sort_rows(read_jsonl(file), groups).items()}
 
 def _short(rows): return {n: [x for x in xs if x is not None] for n,xs in rows.items()}
 
