@@ -6,7 +6,7 @@
     python benchmarks/train.py --base tiny --domains 3 --rows 6 --steps 3       seconds, to see that it works
 
 Both sides get the same base in the same precision (bf16: weights and products in bf16, adapters, their gradients and AdamW in
-fp32), the same fresh adapters, the same rows in the same order with the same batches for each expert, the same activation
+fp32, on TRL's side through autocast), the same fresh adapters, the same rows in the same order with the same batches for each expert, the same activation
 checkpointing. Tokens are counted without padding. The first steps of every trainer are left out, and so is all preparation.
 For memory, TRL gets batches of exactly the rows that ours puts through one forward, as if they were of one expert.
 Every measurement has a process of its own, since memory is its peak.
@@ -29,6 +29,7 @@ def options():
     p.add_argument('--lr', type=float, default=5e-4)
     p.add_argument('--checkpointing', action='store_true', help='recompute activations, on both sides')
     p.add_argument('--quants', default='bf16,fp32', help='precisions to compare')
+    p.add_argument('--trl-weights', choices=['same', 'fp32'], default='same', help="the base under TRL's bf16: in bf16 as ours, or in fp32 under autocast, TRL's own default")
     p.add_argument('--threads', type=int, default=None, help='of torch; default: all of this machine')
     p.add_argument('--repeat', type=int, default=1, help='times each side is measured, in turn; the median counts')
     p.add_argument('--cpu-clock', action='store_true', help='count processor time, for a machine that is not quiet (with --threads 1)')
@@ -53,13 +54,13 @@ def rows_of(a, base):
     if short := [d for d,rows in train.items() if len(rows)<a.rows]: print(f'fewer than {a.rows} rows: {", ".join(short)}', file=sys.stderr)
     return train, of('test', a.held)
 
-def prepared(a):
-    "Base, spec, rows, names and the steps of the fused run"
+def prepared(a, theirs=False):
+    "Base, spec, training and held-out rows, and the steps of the fused run"
     import torch
     from hydramoe.core import default_threads
     from hydramoe.expert import TrainSpec, open_base, plan_steps
     torch.set_num_threads(a.threads or default_threads())
-    base = open_base(a.base, a.quant)
+    base = open_base(a.base, 'fp32' if theirs and a.trl_weights=='fp32' else a.quant)
     rows, held = rows_of(a, base)
     spec = TrainSpec(lr=a.lr, rows=a.batch, micro_tokens=a.micro, warmup=2)
     return base, spec, rows, held, plan_steps(list(rows.values()), list(rows), spec)[:a.steps]
@@ -112,7 +113,7 @@ def timer(a):
 def trl(a):
     "One expert after the other"
     from hydramoe.expert import fit_trl
-    base, spec, rows, _, steps = prepared(a)
+    base, spec, rows, _, steps = prepared(a, True)
     start(a, base, rows)
     total = dict(tokens=0, seconds=0.)
     for e,n in enumerate(rows):
@@ -126,7 +127,7 @@ def trl_memory(a):
     "TRL with as many rows in a forward as ours"
     from hydramoe.expert import fit_trl
     from hydramoe.score import micro_batches
-    base, spec, rows, _, steps = prepared(a)
+    base, spec, rows, _, steps = prepared(a, True)
     start(a, base, rows)
     batches = [[s[i][1] for i in b] for s in steps[:2] for b in micro_batches([len(x.ids) for _,x in s], a.micro)]
     fit_trl(base, batches, Path(a.work)/'start'/next(iter(rows)), Path(a.work)/'scrap', spec, a.checkpointing, a.quant=='bf16')
