@@ -10,7 +10,7 @@ __all__ = ['train_single', 'TrainSpec', 'n_steps', 'spread', 'rate', 'plan_steps
            'slots', 'run_jobs', 'on_stack', 'score_adapters', 'fit_trl']
 
 # %% ../nbs/22_expert.ipynb #cell2
-import hashlib, math, os, queue, re, shutil, signal, tempfile, threading, warnings, torch, numpy as np
+import hashlib, math, os, queue, re, shutil, signal, tempfile, threading, time, warnings, torch, numpy as np
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -602,6 +602,13 @@ def slots(
 def _take(slot):
     "In a new process, before CUDA wakes: see one GPU, or none"
     os.environ['CUDA_VISIBLE_DEVICES'] = slot
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+def _end_with(parent):
+    "Ask this process to end once its parent is gone: a job keeps its step first"
+    while True:
+        if os.getppid()!=parent: os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
 
 def _in_process(job, slot, retries):
     "Run a job in a process of its own, and again if that is killed"
@@ -643,8 +650,9 @@ def _call(job): return job()
 def _start_ray(ray, workers, address):
     "Join a cluster, or start one that nobody else can reach"
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-    if address: ray.init(address, log_to_driver=False)
-    else: ray.init(num_cpus=len(slots(workers)), _node_ip_address='127.0.0.1', include_dashboard=False, log_to_driver=False)
+    own = dict(num_cpus=len(slots(workers)), _node_ip_address='127.0.0.1', include_dashboard=False)
+    try: ray.init(log_to_driver=False, **({'address': address} if address else own))
+    except Exception as e: raise HydraError(f"Ray did not start ({e}): is the address right, the machine too busy? the executor 'local' needs no Ray") from e
 
 def _here(jobs, retries, workers=None): return [j() for j in jobs]
 

@@ -1,5 +1,5 @@
 "Jobs: the same adapters whoever computes them, in whatever order, and whatever happens on the way"
-import errno, json, os, resource, shutil, signal, subprocess, sys, tempfile
+import errno, json, os, resource, shutil, signal, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -93,6 +93,32 @@ def test_a_killed_local_worker_changes_nothing(sig, at, rows, tmp_path, whole):
 @pytest.mark.slow
 def test_a_job_that_always_dies_is_given_up(rows, tmp_path):
     with pytest.warns(UserWarning), pytest.raises(HydraError, match='killed 2 times'): run_jobs(jobs(rows, tmp_path, 4, doomed), 'local', retries=1)
+
+PARENT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_jobs import *
+if __name__=='__main__': run_jobs(jobs(Path(sys.argv[2]), Path(sys.argv[3]), spec=dict(JOB['spec'], epochs=300)), 'local', workers=2)
+"""
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(rows, tmp_path):
+    "Killed with -9, the parent leaves nobody behind; the workers have kept their step"
+    script = tmp_path/'parent.py'; script.write_text(PARENT)
+    root = tmp_path/'out'
+    p = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), str(rows), str(root)], env=dict(os.environ, OMP_NUM_THREADS='1'))
+    def wait(what, seconds=300):
+        for _ in range(10*seconds):
+            if what(): return
+            time.sleep(.1)
+        raise AssertionError('waited in vain')
+    wait(lambda: len({s.parent for s in root.glob('.work-*/step-*')})==2)
+    workers = [int(x.name) for x in Path('/proc').iterdir() if x.name.isdigit() and (x/'stat').exists() and (x/'stat').read_text().rsplit(')', 1)[1].split()[1]==str(p.pid)]
+    p.kill(); p.wait()
+    assert len(workers)>=2
+    wait(lambda: not any(Path(f'/proc/{w}').exists() and Path(f'/proc/{w}/stat').read_text().rsplit(')', 1)[1].split()[0]!='Z' for w in workers))
+    assert not list(root.glob('train_experts-*'))
 
 @pytest.mark.slow
 def test_errors_of_a_job_come_back(rows, tmp_path):
