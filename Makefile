@@ -16,7 +16,7 @@ setup: ## make .venv from constraints.txt (nothing to do when it is right)
 	$(PYTHON) -c 'import sys; sys.exit(f"hydramoe needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Try: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'; \
 	echo "making .venv (some 1.5 GB; minutes, most of them download)"; \
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'; \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev,ray]'; \
 	echo "$(WANT)" > .venv/.stamp
 
 assets: setup ## fetch and check the pinned models and data

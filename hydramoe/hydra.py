@@ -7,8 +7,9 @@ __all__ = ['FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'EXPERT', 'USE'
            'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests', 'seal_bundle',
            'read_manifest', 'check_files', 'check_adapter', 'check', 'base_uri', 'open_uri', 'model_card', 'BuildSpec',
            'choose_k', 'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert',
-           'domain_experts', 'measure_routers', 'dealt', 'settled', 'training', 'make_stages', 'assembled', 'described',
-           'explain_bundle', 'matrix_rate', 'shapes', 'forecast']
+           'domain_experts', 'measure_routers', 'dealt', 'settled', 'training', 'make_stages', 'grouped_experts',
+           'assembled', 'described', 'router_with', 'router_without', 'find_seed', 'one_more', 'add_expert',
+           'remove_expert', 'explain_bundle', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
 import contextlib, hashlib, json, math, os, re, secrets, shutil, sys, time
@@ -19,8 +20,7 @@ import torch
 from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-from .core import HydraError, cache_dir, derive_seed, digest, file_sha256, one_of, versions
+from .core import HydraError, cache_dir, default_threads, derive_seed, digest, file_sha256, one_of, versions
 from .core import read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from .store import is_sealed, seal_id, sealing, stage
 from .fetch import package
@@ -31,7 +31,8 @@ from .formats import Tally, detect, read_records
 from .cluster import Domains, check_names, discover, embed_stage, load_embeddings, prompt_text
 from .stack import GatedCausalLM, LoraSpec, gated
 from .score import response_losses
-from .expert import TrainSpec, on_stack, open_base, train_experts, train_seed
+from .expert import GroupSpec, TrainSpec, collect, expert_weights, group_size, make_jobs, on_stack, open_base
+from .expert import outline, run_jobs, sort_rows, train_experts, train_seed
 from .route import Router, explain_route, plot_route, route_text, similarity, uniform
 
 # %% ../nbs/33_hydra.ipynb #cell8
@@ -513,6 +514,8 @@ class BuildSpec:
     dev:float=.1 # share of rows kept for development, at most 200 rows
     seed:int=0 # of everything random
     encoder:str='minilm' # what embeds prompts, as `embed` takes it
+    threads:int|None=None # of torch in training; None: all of this machine. The last bits of a sum hang on it
+    memory:float=8. # GB for experts that are trained together, see `GroupSpec`; more experts than that go in groups
 
 def choose_k(
     n:int # training rows
@@ -631,8 +634,8 @@ def seed_expert(
 def domain_experts(
     out:Path, # the directory to fill
     rows:Path, # from `sort_into_domains`
-    start:Path, # from `seed_expert`
     fingerprint:str, # of the base, for the key only
+    start:Path|None=None, # from `seed_expert`; None: fresh
     **kw # as `train_experts` takes them
 )->None: # NAME/ for each domain
     "A stage: experts that branch from the seed expert, one a domain"
@@ -680,15 +683,16 @@ def dealt(
     return d, read_json(d/'counts.json')
 
 def settled(
-    spec:BuildSpec, # k or epochs may be None
+    spec:BuildSpec, # k, epochs or threads may be None
     rows:int # training rows
-)->BuildSpec: # with both decided
-    "Decide what the number of rows decides"
+)->BuildSpec: # with all decided
+    "Decide what the number of rows decides, and the machine"
     k = choose_k(rows) if spec.k is None else spec.k
     if not 1<=k<=rows:
         raise HydraError(f"k={k} experts cannot be made from {rows} training rows: give k from 1 to {rows}, "
                          f"or leave it out for {choose_k(rows)}")
-    return replace(spec, k=k, epochs=choose_epochs(rows, k) if spec.epochs is None else spec.epochs)
+    epochs = choose_epochs(rows, k) if spec.epochs is None else spec.epochs
+    return replace(spec, k=k, epochs=epochs, threads=spec.threads or default_threads())
 
 # %% ../nbs/33_hydra.ipynb #cell91
 def training(
@@ -699,14 +703,15 @@ def training(
     same = dict(base=spec.base, quant=spec.quant, lora=lora, max_prompt=spec.max_length, max_response=spec.max_length)
     first = TrainSpec(lr=spec.lr, rows=2., schedule='constant', seed=spec.seed)
     second = TrainSpec(lr=spec.lr, rows=2., steps=20, epochs=spec.epochs, seed=spec.seed)
-    return dict(same, spec=asdict(first)), dict(same, spec=asdict(second))
+    return dict(same, spec=asdict(first), threads=spec.threads), dict(same, spec=asdict(second), threads=spec.threads)
 
 # %% ../nbs/33_hydra.ipynb #cell94
 def make_stages(
     rows:Path, # from `dealt`
     counts:dict, # from `dealt`
     spec:BuildSpec, # settled
-    root:Path|None=None # where stages go; in the cache if None
+    root:Path|None=None, # where stages go; in the cache if None
+    **run # where groups of experts are trained, as for `run_jobs`: executor, workers
 )->dict[str,Path]: # rows, domains, seed, experts, router: sealed directories
     "Run the stages behind a build, or find them made"
     name, (first, second) = base_of(spec.base)[1], training(spec)
@@ -717,10 +722,23 @@ def make_stages(
     found = stage(sort_into_domains, dict(k=spec.k, seed=spec.seed, encoder=spec.encoder), dict(rows=rows, x=x), **lean)
     _say('domains:', ', '.join(Domains.load(found/'domains').names))
     seed = stage(seed_expert, dict(first, fingerprint=name), dict(rows=rows), **kw)
-    experts = stage(domain_experts, dict(second, fingerprint=name), dict(rows=found, start=seed), **kw)
+    experts = grouped_experts(spec, dict(second, fingerprint=name), dict(rows=found, start=seed), run, **kw)
     how = dict(fingerprint=name, base=spec.base, quant=spec.quant, max_length=spec.max_length)
     router = stage(measure_routers, how, dict(rows=found, x=x, experts=experts), **kw)
     return dict(rows=rows, domains=found, seed=seed, experts=experts, router=router)
+
+def grouped_experts(
+    spec:BuildSpec, # gives rank, targets, memory, threads
+    params:dict, # of `domain_experts`
+    inputs:dict, # of `domain_experts`
+    run:dict, # of `run_jobs`
+    **how # of `stage`
+)->Path: # sealed: NAME/ for each domain, history.json
+    "The experts of all domains, in as many jobs as memory asks for"
+    size = group_size(expert_weights(outline(spec.base), LoraSpec(spec.rank, 2*spec.rank, spec.targets)), GroupSpec(memory=spec.memory))
+    rows = sort_rows(read_jsonl(inputs['rows']/'train.jsonl'))
+    made = run_jobs(make_jobs(domain_experts, rows, size, params, inputs, spec.threads, **how), **run)
+    return made[0] if len(made)==1 else stage(collect, {}, {f'part{i}': m for i,m in enumerate(made)}, root=how['root'])
 
 def _seals(made): return {k: seal_id(p) for k,p in made.items()}
 
@@ -763,6 +781,7 @@ def build(cls:Hydra,
     out:str|Path|None=None, # where the bundle goes; None: into memory only
     root:str|Path|None=None, # where stages go; in the cache if None
     reading:dict|None=None, # what to override in reading files: as for `formats.detect`
+    run:dict|None=None, # where groups of experts are trained, as for `run_jobs`; what is made does not hang on it
     **kw # fields of `BuildSpec`: base, quant, k, rank, targets, tokens, max_length, lr, seed, …
 )->Hydra:
     "From examples to a Hydra; killed and called again, it goes on"
@@ -772,11 +791,114 @@ def build(cls:Hydra,
     spec = settled(spec, counts['train'])
     _free(out, place, spec)
     _say(described(counts, spec))
-    hydra = assembled(make_stages(place, counts, spec, root), counts, spec)
+    hydra = assembled(make_stages(place, counts, spec, root, **(run or {})), counts, spec)
     if out is not None: hydra.save(out)
     return hydra
 
 # %% ../nbs/33_hydra.ipynb #cell107
+def _domains_of(router):
+    "The domains behind a similarity router"
+    if router.kind!='similarity':
+        raise HydraError(f"a {router.kind} router cannot be refitted from the bundle alone: it is fitted on all prompts at once; build again")
+    return Domains(router.arrays['centroids'], router.names, router.params['encoder'])
+
+def _similar(router, domains): return similarity(domains, router.params['temperature'], (k := router.params.get('top_k')) and min(k, len(domains)))
+
+def router_with(
+    router:Router, # of kind similarity or uniform
+    name:str, # of the new expert
+    x:np.ndarray # (N,d) embeddings of its training prompts
+)->Router: # as if fitted with that domain from the start
+    "A router that knows one more expert"
+    if router.kind=='uniform': return uniform([*router.names, name])
+    old = _domains_of(router)
+    return _similar(router, Domains(np.vstack([old.centroids, np.asarray(x).mean(0)]), [*old.names, name], old.encoder))
+
+def router_without(
+    router:Router, # of kind similarity or uniform
+    name:str # of the expert that goes
+)->Router: # as if fitted without that domain
+    "A router that knows one expert less"
+    keep = [i for i,n in enumerate(router.names) if n!=one_of(name, router.names, 'expert')]
+    if not keep: raise HydraError(f"{name!r} is the only expert: without it there is no Hydra")
+    if router.kind=='uniform': return uniform([router.names[i] for i in keep])
+    old = _domains_of(router)
+    return _similar(router, Domains(old.centroids[keep], [old.names[i] for i in keep], old.encoder))
+
+# %% ../nbs/33_hydra.ipynb #cell110
+def find_seed(
+    built:dict, # of a bundle: what it was made from
+    root:Path|None=None # where stages are; in the cache if None
+)->Path: # sealed, with one adapter in it
+    "The seed expert that a bundle's experts branched from, by its seal"
+    want, place = built.get('seals', {}).get('seed'), Path(root or cache_dir()/'stages')
+    for d in sorted(place.glob('seed_expert-*')):
+        if is_sealed(d) and seal_id(d)==want: return d
+    raise HydraError(f"the seed expert of this bundle (seal {str(want)[:16]}…) is not in {place}: give the folder of an adapter to start from, or 'fresh'")
+
+def one_more(
+    rows:list[dict], # records of the new domain
+    name:str, # of the expert
+    spec:BuildSpec, # of the bundle
+    start:Path|None, # the adapter that it branches from; None: fresh
+    root:Path|None=None # where stages go; in the cache if None
+)->tuple: # sealed directory with NAME/, embeddings of its prompts
+    "Train one expert as the others of a bundle were trained"
+    place, counts = dealt(rows, replace(spec, dev=0.), root)
+    spec = settled(replace(spec, k=1, epochs=None), counts['train'])
+    x = stage(embed_stage, dict(parts='train', encoder=spec.encoder), dict(rows=place), libs=LIBS, root=root)
+    params = dict(training(spec)[1], fingerprint=base_of(spec.base)[1], groups={name: [r['id'] for r in read_jsonl(place/'train.jsonl')]})
+    how = dict(libs=LIBS, root=root, dtype=spec.quant, device='cuda' if torch.cuda.is_available() else 'cpu')
+    made = stage(domain_experts, params, dict(rows=place, **({'start': start} if start else {})), **how)
+    return made, load_embeddings(x)['train']
+
+def _changed(base, router, folders, built, notes, out):
+    "A bundle of other experts, saved"
+    hydra = Hydra.from_adapters(folders, base, router, dict(built=dict(built, scores=[], dev_rows=0), experts=notes))
+    hydra.save(out)
+    return hydra
+
+def _parts(bundle, base):
+    "Base, router, adapters by name, what was built, notes on experts"
+    man, root = check(bundle), Path(bundle)
+    hydra = Hydra.load(root, base)
+    hydra.model.detach()
+    return hydra.base, hydra.router, {e['name']: root/'experts'/e['name'] for e in man['experts']}, man['built'], dict(hydra.about['experts'])
+
+def add_expert(
+    bundle:str|Path, # what `build` made; left as it is
+    records:list|str|Path, # of the new domain: records, a file of rows, or a list of files
+    name:str, # of the new expert
+    out:str|Path, # the new bundle
+    start:str|Path|None=None, # an adapter to branch from, or 'fresh'; None: the bundle's seed expert, found by its seal
+    root:str|Path|None=None, # where stages go, and the seed expert is looked for; in the cache if None
+    base:str|None=None # where the base is, if not where the bundle says
+)->Hydra: # the same experts, and one more
+    "Train one more expert beside the sealed ones of a bundle"
+    built = check(bundle)['built']
+    if 'spec' not in built: raise HydraError(f"{bundle} does not say how its experts were trained: it was not made by `build`")
+    check_names([*(e['name'] for e in check(bundle)['experts']), name], 'expert')
+    seed = None if start=='fresh' else Path(start) if start else find_seed(built, root)
+    made, x = one_more(gather(records)[0], name, BuildSpec(**built['spec']), seed, root)
+    on, router, folders, built, notes = _parts(bundle, base)
+    new = read_json(made/'history.json')['experts'][name]
+    change = dict(added=name, seal=seal_id(made))
+    return _changed(on, router_with(router, name, x), {**folders, name: made/name}, dict(built, changes=[*built.get('changes', []), change]),
+                    {**notes, name: {k: new[k] for k in ('rows', 'tokens', 'steps')}}, out)
+
+def remove_expert(
+    bundle:str|Path, # left as it is
+    name:str, # of the expert to leave out
+    out:str|Path, # the new bundle
+    base:str|None=None # where the base is, if not where the bundle says
+)->Hydra: # the others
+    "Take one expert out of a bundle"
+    one_of(name, [e['name'] for e in check(bundle)['experts']], 'expert')
+    on, router, folders, built, notes = _parts(bundle, base)
+    built = dict(built, changes=[*built.get('changes', []), dict(removed=name)])
+    return _changed(on, router_without(router, name), {n: f for n,f in folders.items() if n!=name}, built, notes, out)
+
+# %% ../nbs/33_hydra.ipynb #cell115
 @patch
 def explain(self:Hydra,
     prompt:str|list # one prompt or conversation
@@ -801,7 +923,7 @@ def explain_bundle(
     e = explain_route(Router.load(Path(path)/'router'), prompt_text(dict(prompt=as_messages(prompt))))
     return dict(e, text=route_text(e), base=man['base']['id']), plot_route(e)
 
-# %% ../nbs/33_hydra.ipynb #cell111
+# %% ../nbs/33_hydra.ipynb #cell119
 SHARE = dict(fp32=.59, bf16=.39, nf4=.35) # of the matrix rate that fused training of SmolLM2 reached on two cores
 
 def matrix_rate(
@@ -819,8 +941,7 @@ def shapes(
     base:str # its name
 )->tuple: # weights, weights of the embedding, the model without its numbers
     "Sizes of a base from its configuration alone"
-    cfg = tiny_base().model.config if base=='tiny' else AutoConfig.from_pretrained(_find(base), trust_remote_code=False)
-    with torch.device('meta'): m = AutoModelForCausalLM.from_config(cfg)
+    m = outline(base)
     return m.num_parameters(), m.get_input_embeddings().weight.numel(), m
 
 def forecast(
@@ -843,4 +964,5 @@ def _memory(n, vocab, per, cfg, spec, device):
     wide = compute_dtype(spec.quant, device).itemsize
     base = dict(fp32=4, bf16=2, nf4=.57)[spec.quant]*(n-vocab) + wide*vocab
     batch = 900*wide*(15*cfg.hidden_size*cfg.num_hidden_layers + 2*cfg.vocab_size)
-    return base + 16*per*spec.k + batch + 1.2e9*(device=='cpu')
+    k = min(spec.k, group_size(per, GroupSpec(memory=spec.memory)))
+    return base + 20*per*k + batch + 1.2e9*(device=='cpu')

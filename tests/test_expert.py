@@ -253,3 +253,40 @@ def test_groups_that_make_no_sense_are_refused(groups, says, tmp_path):
 def test_rows_of_one_token_are_refused():
     model = fresh()
     with pytest.raises(HydraError, match="'lonely'"): fit(model, [[Example(ids=[5], n_prompt=0, id='lonely', domain='x')]], SPEC, names=['large'])
+
+def watched(dev, stop, **kw):
+    model = fresh()
+    return model, fit(model, ROWS, SPEC, names=NAMES, dev=dev, stop=stop, **kw)
+
+DEV = [examples('large-dev', 3), [], examples('small-dev', 3)]
+
+def test_early_stop_is_each_experts_own():
+    "A stopped expert is at the best state it was seen in; the others train as ever"
+    model, history = watched(DEV, expert.StopSpec(patience=1, every=3))
+    plain, whole = trained()
+    looks = [{n: x for n,x in h['dev'].items()} for h in history if 'dev' in h]
+    assert len(history)==len(whole) and all('middle' not in l for l in looks)
+    assert far(model.stack.theta[1], plain.stack.theta[1], fresh().stack.theta[1]) < 1e-3
+    for e,n in ((0, 'large'), (2, 'small')):
+        curve = [l[n] for l in looks if n in l]
+        mean = np.concatenate(expert.response_losses(model, DEV[e], one_hot(torch.tensor([e]*3), 3))).mean()
+        assert mean==pytest.approx(min(curve), abs=1e-4)
+        ups = [i for i in range(1, len(curve)) if curve[i]>=min(curve[:i])]
+        if ups and ups[0]<len(looks)-1: # it stopped, and took no further steps
+            assert len(curve)==ups[0]+1 and not any(n in h['loss'] for h in history[3*len(curve):])
+
+def test_patience_without_end_changes_only_the_choice_of_state():
+    model, history = watched(DEV, expert.StopSpec(patience=10**6, every=5))
+    _, whole = trained()
+    assert [h['loss'] for h in history]==[h['loss'] for h in whole]
+
+@pytest.mark.parametrize('k', [4, 9])
+def test_resume_of_a_watched_run_is_bit_equal(k, tmp_path, monkeypatch):
+    stop = expert.StopSpec(patience=1, every=3)
+    whole, history = watched(DEV, stop)
+    with monkeypatch.context() as m:
+        stop_at(m, k)
+        with pytest.raises(Stop): watched(DEV, stop, work=tmp_path, every=2)
+    again, resumed = watched(DEV, stop, work=tmp_path, every=2)
+    assert torch.equal(again.stack.theta, whole.stack.theta) and resumed==history
+    with pytest.raises(HydraError, match='other rows'): watched([d[:1] for d in DEV], stop, work=tmp_path)

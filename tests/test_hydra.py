@@ -254,3 +254,46 @@ def test_killed_at_any_moment_the_bundle_is_the_same(tmp_path):
     assert start(tmp_path/'killed', tmp_path/'cache2', '3').wait() == 0
     assert files(tmp_path/'killed') == want
     assert not list(tmp_path.glob('.tmp-killed*')) or check(tmp_path/'killed')
+
+BIRDS = [dict(id=f'b{i}', domain='user', source='mine', license='mine', prompt=[dict(role='user', content=f'Which bird {w}?')],
+              completion=[dict(role='assistant', content='birds')]) for i,w in enumerate('sings|swims|hunts mice|cannot fly|migrates|talks'.split('|'))]
+
+def sealed(bundle, *parts): return {f: sha for f,sha in check(bundle)['files'].items() if f.startswith(parts)}
+
+def test_one_more_and_one_less(tmp_path, monkeypatch):
+    "The others keep every bit; the router is what fitting from scratch on these domains gives; taken out again, nothing is left of it"
+    from hydramoe.cluster import Domains, embed, prompt_text
+    from hydramoe.hydra import add_expert, remove_expert
+    from hydramoe.route import Router, similarity
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    old = build(tmp_path/'old', epochs=1)
+    add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'new')
+    before, after = sealed(tmp_path/'old', 'experts/'), sealed(tmp_path/'new', 'experts/')
+    assert before.items()<=after.items() and {f.split('/')[1] for f in after.keys()-before}=={'birds'}
+    was, now = (Router.load(tmp_path/b/'router') for b in ('old', 'new'))
+    domains = {n: was.arrays['centroids'][i] for i,n in enumerate(was.names)} | {'birds': embed([prompt_text(r) for r in BIRDS], 'words').mean(0)}
+    scratch = similarity(Domains(np.stack(list(domains.values())), list(domains), 'words'), was.params['temperature'])
+    assert now.names==scratch.names and now.params==scratch.params and np.allclose(now.arrays['centroids'], scratch.arrays['centroids'], atol=1e-6)
+    assert (now.arrays['centroids'][:-1]==was.arrays['centroids']).all()
+    remove_expert(tmp_path/'new', 'birds', tmp_path/'back')
+    assert sealed(tmp_path/'back', 'experts/', 'router/')==sealed(tmp_path/'old', 'experts/', 'router/')
+    gone = old.names[1]
+    remove_expert(tmp_path/'new', gone, tmp_path/'less')
+    left = [n for n in now.names if n!=gone]
+    r = Router.load(tmp_path/'less'/'router')
+    assert r.names==left and (r.arrays['centroids']==np.stack([now.arrays['centroids'][now.names.index(n)] for n in left])).all()
+    assert sealed(tmp_path/'less', 'experts/').items()<=after.items()
+    again = add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'again')
+    assert check(tmp_path/'again')['seal']==check(tmp_path/'new')['seal'] and again.names[-1]=='birds'
+    fresh = add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'fresh', start='fresh', root=tmp_path/'elsewhere')
+    assert not torch.equal(fresh.model.stack.theta[-1], again.model.stack.theta[-1])
+
+@pytest.mark.slow
+def test_groups_and_workers(tmp_path, monkeypatch):
+    "Three experts in groups of two by a small memory: the same bundle here and in two processes"
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    memory = 2*20*17_000/1e9
+    a = build(tmp_path/'a', epochs=1, memory=memory, root=tmp_path/'one')
+    b = build(tmp_path/'b', epochs=1, memory=memory, root=tmp_path/'two', run=dict(executor='local', workers=2))
+    assert len(list((tmp_path/'two').glob('domain_experts-*/seal.json')))==2 and len(list((tmp_path/'two').glob('collect-*/seal.json')))==1
+    assert files(tmp_path/'a')==files(tmp_path/'b') and a.names==b.names

@@ -1,0 +1,286 @@
+"Jobs: the same adapters whoever computes them, in whatever order, and whatever happens on the way"
+import errno, json, os, resource, shutil, signal, subprocess, sys, tempfile, time
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from safetensors import SafetensorError
+from hydramoe import expert
+from hydramoe.core import HydraError, read_json, read_jsonl, write_jsonl
+from hydramoe.expert import collect, divide, make_jobs, run_jobs, sort_rows, train_experts, using_threads
+from hydramoe.stack import LoraSpec
+from hydramoe.store import open_sealed, sealing, stage
+from test_expert import LORA, SPEC, Stop, flipped, missing, stop_at, trained, truncated
+
+JOB = dict(base='tiny', quant='fp32', lora=asdict(LORA), spec=asdict(replace(SPEC, steps=24, rows=2.)))
+
+@pytest.fixture(scope='module')
+def rows(tmp_path_factory):
+    root = tmp_path_factory.mktemp('rows')
+    recs = [dict(id=f'r{i}', domain='abcd'[min(i%5, 3)], source='test', license='CC0', prompt=[dict(role='user', content=f'question {i}')],
+                 completion=[dict(role='assistant', content='abcd'[i%4]*(3+i%7))]) for i in range(40)]
+    with sealing(root/'data', {}) as d: write_jsonl(d/'train.jsonl', recs)
+    return root/'data'
+
+def jobs(rows, root, size=2, make=train_experts, **more):
+    return make_jobs(make, sort_rows(read_jsonl(rows/'train.jsonl')), size, dict(JOB, **more), dict(rows_dir=rows), root=root)
+
+def files(made): return [open_sealed(m)['files'] for m in made]
+
+@pytest.fixture(scope='module')
+def whole(rows, tmp_path_factory): return files(run_jobs(jobs(rows, tmp_path_factory.mktemp('whole'))))
+
+@pytest.mark.parametrize('threads', [2, 3])
+def test_bits_do_not_hang_on_the_callers_threads(threads, rows, tmp_path, whole):
+    with using_threads(threads):
+        assert files(run_jobs(jobs(rows, tmp_path)))==whole
+        assert torch.get_num_threads()==threads
+
+def test_threads_are_part_of_the_key(rows, tmp_path):
+    one, two = (stage(train_experts, dict(JOB, threads=n), dict(rows_dir=rows), root=tmp_path) for n in (1, 2))
+    assert one!=two
+
+def test_order_of_jobs_and_names_does_not_matter(rows, tmp_path, whole):
+    turned = dict(reversed(sort_rows(read_jsonl(rows/'train.jsonl')).items()))
+    made = run_jobs(make_jobs(train_experts, turned, 2, JOB, dict(rows_dir=rows), root=tmp_path)[::-1])[::-1]
+    assert files(made)==whole
+    groups = {n: [r['id'] for r in turned[n]] for n in ('d', 'a')}
+    with sealing(tmp_path/'x', {}) as a: train_experts(a, rows_dir=rows, groups=groups, **JOB)
+    with sealing(tmp_path/'y', {}) as a: train_experts(a, rows_dir=rows, groups=dict(reversed(groups.items())), **JOB)
+    assert files([tmp_path/'x'])==files([tmp_path/'y'])
+
+@given(rows=st.dictionaries(st.text('abcdef', min_size=1, max_size=4), st.integers(1, 500), min_size=1, max_size=40), size=st.integers(1, 12), r=st.randoms())
+def test_dealing(rows, size, r):
+    groups, turned = divide(rows, size), list(rows.items())
+    r.shuffle(turned)
+    assert sorted(sum(groups, []))==sorted(rows) and max(map(len, groups))<=size and len(groups)==-(-len(rows)//size)
+    assert max(map(len, groups))-min(map(len, groups))<=1 and divide(dict(turned), size)==groups
+    assert max(sum(rows[n] for n in g) for g in groups)-min(sum(rows[n] for n in g) for g in groups)<=max(rows.values())
+
+def test_collected_jobs_look_like_one(rows, tmp_path):
+    parts = run_jobs(jobs(rows, tmp_path))
+    out = stage(collect, {}, {f'p{i}': p for i,p in enumerate(parts)}, root=tmp_path)
+    one = stage(train_experts, JOB, dict(rows_dir=rows), root=tmp_path)
+    a, b = read_json(out/'history.json'), read_json(one/'history.json')
+    assert sorted(a['experts'])==sorted(b['experts']) and a.keys()==b.keys() and a['history'][0].keys()==b['history'][0].keys()
+    assert {p.name for p in out.iterdir()}=={p.name for p in one.iterdir()}
+    for p in parts:
+        for f,sha in open_sealed(p)['files'].items(): assert f=='history.json' or open_sealed(out)['files'][f]==sha
+
+def mortal_experts(out, mark, sig, at, **kw):
+    "`train_experts` in a process that gets a signal before its step `at`, the first time"
+    inner = expert.fit_step
+    def step(model, opt, step, k, names):
+        if k==at and 'a' in names and not Path(mark).exists(): Path(mark).touch(); os.kill(os.getpid(), sig)
+        return inner(model, opt, step, k, names)
+    expert.fit_step = step
+    try: return train_experts(out, **kw)
+    finally: expert.fit_step = inner
+
+def doomed(out, **kw):
+    "A job whose process always dies"
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def mortal(rows, root, sig=signal.SIGKILL, at=13): return jobs(rows, root, make=mortal_experts, mark=str(root/'mark'), sig=int(sig), at=at)
+
+@pytest.mark.parametrize('sig,at', [(signal.SIGKILL, 13), pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, 13, marks=pytest.mark.slow)])
+def test_a_killed_local_worker_changes_nothing(sig, at, rows, tmp_path, whole):
+    with pytest.warns(UserWarning, match='worker was killed'): made = run_jobs(mortal(rows, tmp_path, sig, at), 'local', workers=2)
+    assert (tmp_path/'mark').exists() and files(made)==whole
+
+@pytest.mark.slow
+def test_a_job_that_always_dies_is_given_up(rows, tmp_path):
+    with pytest.warns(UserWarning), pytest.raises(HydraError, match='killed 2 times'): run_jobs(jobs(rows, tmp_path, 4, doomed), 'local', retries=1)
+
+PARENT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_jobs import *
+if __name__=='__main__': run_jobs(jobs(Path(sys.argv[2]), Path(sys.argv[3]), spec=dict(JOB['spec'], epochs=300)), 'local', workers=2)
+"""
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(rows, tmp_path):
+    "Killed with -9, the parent leaves nobody behind; the workers have kept their step"
+    script = tmp_path/'parent.py'; script.write_text(PARENT)
+    root = tmp_path/'out'
+    p = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), str(rows), str(root)], env=dict(os.environ, OMP_NUM_THREADS='1'))
+    def wait(what, seconds=300):
+        for _ in range(10*seconds):
+            if what(): return
+            time.sleep(.1)
+        raise AssertionError('waited in vain')
+    wait(lambda: len({s.parent for s in root.glob('.work-*/step-*')})==2)
+    workers = [int(x.name) for x in Path('/proc').iterdir() if x.name.isdigit() and (x/'stat').exists() and (x/'stat').read_text().rsplit(')', 1)[1].split()[1]==str(p.pid)]
+    p.kill(); p.wait()
+    assert len(workers)>=2
+    wait(lambda: not any(Path(f'/proc/{w}').exists() and Path(f'/proc/{w}/stat').read_text().rsplit(')', 1)[1].split()[0]!='Z' for w in workers))
+    assert not list(root.glob('train_experts-*'))
+
+@pytest.mark.slow
+def test_errors_of_a_job_come_back(rows, tmp_path):
+    sick = [partial(j, ) for j in jobs(rows, tmp_path, lora=dict(rank=0))]
+    with pytest.raises(HydraError, match='rank=0'): run_jobs(sick, 'local')
+    ray = pytest.importorskip('ray')
+    with pytest.raises(HydraError, match='rank=0'): run_jobs(sick, 'ray', workers=1)
+    assert not ray.is_initialized()
+
+CHILD = """
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_jobs import *
+what, rows, root = sys.argv[2:]
+inner = expert.fit_step
+def step(model, opt, s, k, names):
+    if k==int(os.environ.get('AT', -1)): exec(what)
+    return inner(model, opt, s, k, names)
+expert.fit_step = step
+run_jobs(jobs(Path(rows), Path(root))[:1])
+"""
+
+def child(what, rows, root, at=-1):
+    env = dict(os.environ, AT=str(at), OMP_NUM_THREADS='1', HYDRAMOE_QUIET='1')
+    return subprocess.run([sys.executable, '-c', CHILD, str(Path(__file__).parent), what, str(rows), str(root)], env=env, capture_output=True, text=True)
+
+@pytest.mark.parametrize('at', [13, pytest.param(0, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)])
+def test_sigterm_keeps_the_step_and_ends(at, rows, tmp_path, whole):
+    r = child('os.kill(os.getpid(), signal.SIGTERM)', rows, tmp_path, at)
+    assert r.returncode==128+signal.SIGTERM, r.stderr
+    assert [p.name for p in tmp_path.glob('.work-*/step-*')][-1:]==[f'step-{at+1:06d}'] or at==13
+    assert (next(tmp_path.glob('.work-*'))/f'step-{at+1:06d}'/'seal.json').exists()
+    assert files(run_jobs(jobs(rows, tmp_path)))==whole
+
+def test_sigterm_is_given_back():
+    was = signal.getsignal(signal.SIGTERM)
+    trained(replace(SPEC, epochs=1))
+    assert signal.getsignal(signal.SIGTERM)==was
+
+def test_files_may_not_grow(rows, tmp_path, whole):
+    "A real limit, met in the middle of writing a checkpoint"
+    r = child('resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))', rows, tmp_path, 5)
+    assert r.returncode==1 and 'File too large' in r.stderr and 'could not be made' in r.stderr, r.stderr
+    assert not list(tmp_path.glob('.work-*/step-*')) and not list(tmp_path.glob('train_experts-*'))
+    assert files(run_jobs(jobs(rows, tmp_path)))==whole
+
+def full(monkeypatch, k):
+    inner, calls = expert.save_file, []
+    def save(*a, **kw):
+        calls.append(0)
+        if len(calls)==k: raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+        return inner(*a, **kw)
+    monkeypatch.setattr(expert, 'save_file', save)
+
+@pytest.mark.parametrize('k', [1, 2, 5])
+def test_disk_full_at_a_checkpoint(k, tmp_path, monkeypatch):
+    clean, history = trained()
+    with monkeypatch.context() as m:
+        full(m, k)
+        with pytest.raises(HydraError, match='No space left on device.*untouched'): trained(work=tmp_path, every=2)
+    assert sorted(p.name for p in tmp_path.iterdir())==[f'step-{2*i:06d}' for i in range(max(1, k-2), k)]
+    again, resumed = trained(work=tmp_path, every=2)
+    assert torch.equal(again.stack.theta, clean.stack.theta) and resumed==history
+
+@contextmanager
+def nobody():
+    "Without root's right to write anywhere"
+    root = os.geteuid()==0
+    if root: os.seteuid(65534)
+    try: yield
+    finally: root and os.seteuid(0)
+
+def test_read_only_directory(monkeypatch):
+    clean, history = trained()
+    work = Path(tempfile.mkdtemp())
+    try:
+        with monkeypatch.context() as m:
+            stop_at(m, 5)
+            with pytest.raises(Stop): trained(work=work, every=2)
+        for p in [work, *work.rglob('*')]: p.chmod(0o555 if p.is_dir() else 0o444)
+        with nobody(), pytest.raises(HydraError, match='step-0000.*could not be made.*[Pp]ermission'): trained(work=work, every=2)
+        for p in [work, *work.rglob('*')]: p.chmod(0o755 if p.is_dir() else 0o644)
+        again, resumed = trained(work=work, every=2)
+        assert torch.equal(again.stack.theta, clean.stack.theta) and resumed==history
+    finally: shutil.rmtree(work)
+
+QUICK = replace(SPEC, epochs=1)
+
+@settings(max_examples=12, deadline=None)
+@given(k=st.integers(3, 7), file=st.sampled_from(['state.safetensors', 'history.json', 'seal.json']), harm=st.sampled_from([missing, truncated, flipped, 'bit']), at=st.floats(0, 1, exclude_max=True))
+def test_any_harm_to_any_file_at_any_step(k, file, harm, at):
+    "Refused by name; the checkpoint before it is used, or the start; the same bits in the end"
+    clean, history = trained(QUICK)
+    with tempfile.TemporaryDirectory() as work, pytest.MonkeyPatch.context() as m:
+        stop_at(m, k)
+        with pytest.raises(Stop): trained(QUICK, work=work, every=1)
+        m.undo()
+        last = Path(work)/f'step-{k:06d}'
+        if harm=='bit':
+            b = bytearray((last/file).read_bytes()); b[int(at*len(b))] ^= 1 << int(at*8); (last/file).write_bytes(bytes(b))
+        else: harm(last/file)
+        with pytest.warns(UserWarning, match=f'checkpoint refused.*step-{k:06d}/{file}'.replace('.', '[.]').replace('[.]*', '.*')): again, resumed = trained(QUICK, work=work, every=1)
+    assert torch.equal(again.stack.theta, clean.stack.theta) and resumed==history
+
+@pytest.fixture
+def tests_importable(monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+
+@pytest.mark.slow
+def test_two_ray_nodes_and_a_killed_worker(rows, tmp_path, whole, tests_importable):
+    ray = pytest.importorskip('ray')
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, node_ip_address='127.0.0.1', include_dashboard=False))
+    try:
+        cluster.add_node(num_cpus=1)
+        ray.init(cluster.address, _node_ip_address='127.0.0.1', log_to_driver=False)
+        assert len([n for n in ray.nodes() if n['Alive']])==2
+        assert files(run_jobs(jobs(rows, tmp_path/'calm'), 'ray'))==whole
+        assert files(run_jobs(mortal(rows, tmp_path), 'ray'))==whole and (tmp_path/'mark').exists()
+        assert ray.is_initialized(), 'a cluster that we did not start stays up'
+    finally: ray.shutdown(); cluster.shutdown()
+
+@pytest.mark.slow
+def test_ray_shares_a_gpu_and_gives_up(rows, tmp_path, whole, tests_importable):
+    ray = pytest.importorskip('ray')
+    ray.init(num_cpus=2, num_gpus=1, _node_ip_address='127.0.0.1', include_dashboard=False, log_to_driver=False) # the GPU is Ray's word only
+    try:
+        assert files(run_jobs(jobs(rows, tmp_path), 'ray', gpus=.5))==whole
+        with pytest.raises(HydraError, match='killed 1 times'): run_jobs(jobs(rows, tmp_path, 4, doomed), 'ray', retries=0)
+    finally: ray.shutdown()
+
+@pytest.mark.slow
+def test_ray_of_our_own_listens_to_this_machine_only(rows, tmp_path, whole):
+    pytest.importorskip('ray')
+    assert files(run_jobs(jobs(rows, tmp_path), 'ray', workers=2))==whole
+
+def _sharded(rank, world, folder):
+    "One of two processes that share a base; in a process of its own"
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+    from test_expert import NAMES, ROWS, fresh
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
+    model = expert.shard(fresh())
+    blocks = [p for m in model.base.model.layers for p in m.parameters()]
+    assert blocks and all(isinstance(p, DTensor) for p in blocks)
+    held, whole = sum(p.to_local().numel() for p in blocks), sum(p.numel() for p in blocks)
+    assert held<=whole/world+len(blocks), 'each process holds its share of the blocks, and no more'
+    assert not any(isinstance(x, DTensor) for x in (model.stack.theta, model.stack.grad))
+    history = expert.fit(model, ROWS, replace(SPEC, micro_tokens=200), names=NAMES, work=Path(folder)/'work', every=5)
+    assert all(isinstance(p, DTensor) for m in model.base.model.layers for p in m.parameters()), 'and gives back what it gathered'
+    torch.save(dict(theta=model.stack.theta, loss=[h['loss'] for h in history]), Path(folder)/f'{rank}.pt')
+    dist.destroy_process_group()
+
+@pytest.mark.slow
+def test_a_sharded_base_trains_the_same_adapters(tmp_path, tests_importable):
+    from test_expert import fresh
+    alone, history = trained(replace(SPEC, micro_tokens=200))
+    torch.multiprocessing.spawn(_sharded, (2, str(tmp_path)), nprocs=2)
+    a, b = (torch.load(tmp_path/f'{r}.pt') for r in (0, 1))
+    assert torch.equal(a['theta'], b['theta']) and a['loss']==b['loss']
+    start = fresh().stack.theta
+    assert ((a['theta']-alone.stack.theta).norm()/(alone.stack.theta-start).norm()).item()<1e-3
+    for x,h in zip(a['loss'], history): assert x==pytest.approx(h['loss'], rel=1e-4)
+    assert len(list((tmp_path/'work').glob('step-*')))==2
