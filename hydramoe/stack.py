@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Spot', 'Group', 'LoraSpec', 'Stack', 'Plan', 'make_plan', 'one_hot', 'using', 'GatedLinear', 'GatedCausalLM', 'gated',
-           'hidden', 'logits']
+           'hidden', 'logits', 'at_fork', 'from_fork', 'refill']
 
 # %% ../nbs/20_stack.ipynb #cell3
 import inspect, warnings
+from copy import copy
 from collections import namedtuple
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,7 +34,10 @@ class LoraSpec:
     rank:int=8 # r, the inner size; an expert of smaller rank is padded with zeros
     alpha:float=16 # an expert's scale s is alpha/rank
     targets:str='all-linear' # which layers are adapted, see `target_layers`
+    fork:float=0 # the block at which experts part, or below 1 a share of the depth; the blocks before it have the seed expert's factors only
     def __post_init__(self):
+        if self.fork<0 or self.fork>=1 and self.fork!=int(self.fork):
+            raise HydraError(f"fork={self.fork}: give a block's number (12), or a share of the depth (0.5); 0 gives experts all blocks")
         if self.rank<1 or self.alpha<=0:
             raise HydraError(f"rank={self.rank}, alpha={self.alpha}: both must be positive (usual: rank 8 to 64, alpha twice the rank)")
 
@@ -82,23 +86,26 @@ class Stack(nn.Module):
         super().__init__()
         if slots<1: raise HydraError(f"slots={slots}: a stack holds at least one expert")
         self.spec,self.slots,self.bound,self.grad = spec or LoraSpec(),slots,None,None
-        layers = target_layers(base_model, self.spec.targets)
-        self.spots,self.groups,P = _layout(layers, self.spec.rank)
-        device = next(base_model.parameters()).device
-        self.theta = torch.zeros(slots, P, device=device)
+        layers,device = target_layers(base_model, self.spec.targets),next(base_model.parameters()).device
+        self.fork,(below,above) = _parted(layers, self.spec.fork, base_model.config.get_text_config().num_hidden_layers)
+        trunk,own = _layout(below, self.spec.rank),_layout(above, self.spec.rank)
+        self.below,self.spots,self.groups = len(below),*_joined(trunk, own)
+        self.theta,self.trunk,self.has_trunk = torch.zeros(slots, own[2], device=device),torch.zeros(1, trunk[2], device=device),False
         self.scale = torch.full((slots,), self.spec.alpha/self.spec.rank, device=device)
         self.ranks,self.names = [self.spec.rank]*slots,[None]*slots
+        self.trunk_rank,self.trunk_scale = self.spec.rank,self.scale[:1].clone()
         self.suffixes = _suffixes([s.name for s in self.spots], base_model)
         self._lay(False)
 
     def _lay(self, train):
-        pairs = _views(self.theta, self.spots, self.spec.rank)
-        self.leaves = [(a.detach().requires_grad_(train), b.detach().requires_grad_(train)) for a,b in pairs]
-        self.grouped,self.ones = _group_views(self.theta, self.groups, self.spec.rank),{}
+        r,n,low = self.spec.rank,self.below,[g for g in self.groups if g.layers[0]<self.below]
+        pairs = [(a.detach().requires_grad_(train), b.detach().requires_grad_(train)) for a,b in _views(self.theta, self.spots[n:], r)]
+        self.leaves,self.ones,high = [*_views(self.trunk, self.spots[:n], r), *pairs],{},self.groups[len(low):]
+        self.grouped = _group_views(self.trunk, low, r)+_group_views(self.theta, high, r)
         self.grad = torch.zeros_like(self.theta) if train else None
         if train:
-            self.grouped_grad = _group_views(self.grad, self.groups, self.spec.rank)
-            for (a,b),grad in zip(self.leaves, _views(self.grad, self.spots, self.spec.rank)): a.grad,b.grad = grad
+            self.grouped_grad = [None]*len(low)+_group_views(self.grad, high, r)
+            for (a,b),grad in zip(pairs, _views(self.grad, self.spots[n:], r)): a.grad,b.grad = grad
 
     def trainable(self, on:bool=True):
         "Make the layers' views leaves of autograd that write to `grad` (E,P), or plain again; returns the stack"
@@ -117,20 +124,41 @@ class Stack(nn.Module):
     def _apply(self, fn, recurse=True):
         "Follow the base to another device; stay fp32 whatever the base becomes"
         device = fn(self.scale.new_zeros(1)).device
-        if device!=self.theta.device: self.theta,self.scale = self.theta.to(device),self.scale.to(device); self._lay(self.is_trainable)
+        if device!=self.theta.device: self.theta,self.trunk,self.scale,self.trunk_scale = (t.to(device) for t in (self.theta, self.trunk, self.scale, self.trunk_scale)); self._lay(self.is_trainable)
         return self
 
     def extra_repr(self):
         "Shown by `print(model)`"
-        return f"{self.slots} experts of rank {self.spec.rank} on {len(self.spots)} layers, {self.theta.shape[1]:,} parameters each"
+        return (f"{self.slots} experts of rank {self.spec.rank} on {len(self.spots)-self.below} layers, {self.theta.shape[1]:,} parameters each"
+                +(f"; below block {self.fork} one trunk" if self.below else ""))
+
+    @property
+    def own(self):
+        "Numbers of the layers in which experts differ: all, or those above the fork"
+        return range(self.below, len(self.spots))
 
 # %% ../nbs/20_stack.ipynb #cell20
+def _block(name): return next((int(p) for p in name.split('.') if p.isdigit()), -1)
+
+def _parted(layers, fork, depth):
+    "The block at which a stack forks · the layers below and above"
+    at = round(fork*depth) if fork<1 else int(fork)
+    if at>=depth: raise HydraError(f"fork={fork}: a model of {depth} blocks can fork at 0 to {depth-1}")
+    sides = [{n:m for n,m in layers.items() if (_block(n)<at)==low} for low in (True, False)]
+    return at,sides if at else [{},layers]
+
+def _joined(trunk, own):
+    "Spots and groups of two layouts as one"
+    (s0,g0,_),(s1,g1,_) = trunk,own
+    return s0+[s._replace(group=s.group+len(g0)) for s in s1], g0+[g._replace(layers=[i+len(s0) for i in g.layers]) for g in g1]
+
+# %% ../nbs/20_stack.ipynb #cell22
 def _suffixes(names, model):
     ends = sorted({n.split('.')[-1] for n in names})
     hit = {n for n,m in model.named_modules() if isinstance(m, nn.Linear) and n.split('.')[-1] in ends}
     return ends if hit==set(names) else sorted(names)
 
-# %% ../nbs/20_stack.ipynb #cell26
+# %% ../nbs/20_stack.ipynb #cell28
 def _slot(stack, e):
     if not -stack.slots<=e<stack.slots: raise HydraError(f"slot {e} of a stack of {stack.slots}: use 0 to {stack.slots-1}")
     return e%stack.slots
@@ -138,6 +166,9 @@ def _slot(stack, e):
 def _random_a(seed, name, r, inp):
     g = torch.Generator().manual_seed(derive_seed(seed, 'lora_A', name))
     return torch.empty(r, inp).uniform_(-inp**-.5, inp**-.5, generator=g) # kaiming_uniform with a=√5
+
+@patch
+def _own_a(self:Stack): return [(self.leaves[i][0], self.spots[i]) for i in self.own]
 
 @patch
 @torch.no_grad()
@@ -152,7 +183,7 @@ def init_expert(self:Stack,
     e,r = _slot(self, e),rank or self.spec.rank
     if not 1<=r<=self.spec.rank: raise HydraError(f"rank={r} does not fit a stack of rank {self.spec.rank}")
     self.theta[e] = 0.
-    for (A,_),s in zip(self.leaves, self.spots): A[e,:r] = _random_a(seed, s.name, r, s.inp).to(A.device)
+    for A,s in self._own_a(): A[e,:r] = _random_a(seed, s.name, r, s.inp).to(A.device)
     self.ranks[e],self.names[e],self.scale[e] = r,name,(alpha or self.spec.alpha)/r
     return e
 
@@ -165,7 +196,7 @@ def widen(self:Stack,
     "Give an expert the rest of its slot: new rows of A are random, of B zero; the scale stays"
     e = _slot(self, e)
     r,self.ranks[e] = self.ranks[e],self.spec.rank
-    for (A,_),s in zip(self.leaves, self.spots): A[e,r:] = _random_a(seed, s.name, self.spec.rank, s.inp)[r:].to(A.device)
+    for A,s in self._own_a(): A[e,r:] = _random_a(seed, s.name, self.spec.rank, s.inp)[r:].to(A.device)
 
 @patch
 @torch.no_grad()
@@ -187,10 +218,11 @@ def delta(self:Stack,
     g:Tensor # (E,) a weight for each expert
 )->Tensor: # (out,in): what this mix adds to the layer's weight
     "The weighted sum of the experts' products, Σ g s BA"
-    A,B = self.leaves[[s.name for s in self.spots].index(name)]
-    return torch.einsum('e,eor,eri->oi', g.to(A)*self.scale, B, A)
+    i = [s.name for s in self.spots].index(name)
+    A,B = self.leaves[i]
+    return torch.einsum('e,eor,eri->oi', g.to(A)*self.scale if i in self.own else self.trunk_scale, B, A)
 
-# %% ../nbs/20_stack.ipynb #cell31
+# %% ../nbs/20_stack.ipynb #cell33
 @dataclass(eq=False)
 class Plan:
     "How one choice of gates is computed, for all layers of a stack"
@@ -203,13 +235,27 @@ class Plan:
     ends:Tensor|None = None # (S,) the row at which each run ends; None: all runs are equally long
     kept:dict|None = None # group -> its gathered factors, kept for a whole generation; None keeps nothing
     shared:tuple|None = None # the input that a group read last, the group, its product with A
+    slot:int|None = None # for one: which expert
+    trunk:'Plan|None' = None # below the fork of a stack: one expert, whatever the gates
+    ready:list|None = None # while a generation keeps its factors: what each layer needs, looked up once
 
     @property
     def trains(self):
         "Does each row have one expert, and does `backward` reach it?"
-        return self.stack.is_trainable and torch.is_grad_enabled() and (self.kind=='one' or self.index.dim()==2 and self.index.shape[1]==1)
+        return self.stack.grad is not None and self.trunk is not self and torch.is_grad_enabled() and (self.kind=='one' or self.index.dim()==2 and self.index.shape[1]==1)
 
-# %% ../nbs/20_stack.ipynb #cell33
+    def __post_init__(self):
+        if self.stack.below and self.slot!=-1: self.trunk = Plan('one', self.stack, weight=self.stack.trunk_scale.item(), slot=-1)
+        if self.slot==-1: self.trunk = self
+
+
+    def keep(self):
+        "Gather each group's factors once and keep them: for plans that outlive a forward; returns the plan"
+        self.kept,self.ready = {},[None]*len(self.stack.spots)
+        if self.trunk not in (None, self): self.trunk.keep()
+        return self
+
+# %% ../nbs/20_stack.ipynb #cell35
 @patch
 def _stored(self:Plan, g):
     "A group's A (E,n,r,in) and each of its layers' B (E,r,out): views, or parts of autograd's graph while experts train"
@@ -219,12 +265,13 @@ def _stored(self:Plan, g):
 
 @patch
 def _one(self:Plan, g, dtype):
-    e,ones = int(self.index[0]),self.stack.ones
+    e,ones = self.slot,self.stack.ones
     if e not in ones:
         while len(ones)>=32: ones.pop(next(iter(ones)))
-        ones[e] = [(A[e].flatten(0, 1).mT, [b[e] for b in Bs]) for A,Bs in map(self._stored, range(len(self.stack.groups)))]
-    A,Bs = ones[e][g]
-    return A.to(dtype),[b.to(dtype) for b in Bs],None
+        stored = map(self._stored, range(len(self.stack.groups)))
+        ones[e] = [(A[i].flatten(0, 1).mT, [b[i] for b in Bs], None) for A,Bs in stored for i in [e if len(A)==self.stack.slots else 0]]
+    A,Bs,_ = ones[e][g]
+    return ones[e][g] if A.dtype==dtype else (A.to(dtype), [b.to(dtype) for b in Bs], None)
 
 @patch
 def _wide(self:Plan, n, dtype):
@@ -252,7 +299,7 @@ def factors(self:Plan,
     if self.kept is not None: self.kept[g,dtype] = f
     return f
 
-# %% ../nbs/20_stack.ipynb #cell35
+# %% ../nbs/20_stack.ipynb #cell37
 @patch
 def _inner(self:Plan, x, g):
     "The product of x with a group's A, weighted: one part (…,k·r) for each layer"
@@ -281,6 +328,9 @@ def add(self:Plan,
     i:int # number of the layer
 )->Tensor: # (B,T,out)
     "Add the experts' part to a layer's output"
+    if i<self.stack.below and self.slot!=-1: return self.trunk.add(y, x, i)
+    if self.kind=='none': return y
+    if self.ready is not None and not torch.is_grad_enabled() and x.is_contiguous(): return self.quick(y, x, i)
     if self.rows is not None: self._fits(x)
     z,spot = self.inner(x, i),self.stack.spots[i]
     if self.trains: return _TrainedOuter.apply(y.clone() if y._is_view() else y, z, self, i, self.stack.leaves[i][1])
@@ -296,7 +346,36 @@ def _fits(self:Plan, x):
         raise HydraError(f"gates for {self.rows} rows"+(f" of {T} tokens" if T>1 else "")+f" met an input of shape {tuple(x.shape)}; "
                          "give one row of gates for each row of input_ids")
 
-# %% ../nbs/20_stack.ipynb #cell38
+# %% ../nbs/20_stack.ipynb #cell39
+@patch
+def _look_up(self:Plan, i, dtype):
+    spot,rows = self.stack.spots[i],self.kind=='rows'
+    (A,Bs,w),members = self.factors(spot.group, dtype),self.stack.groups[spot.group].layers
+    self.ready[i] = A,Bs[spot.j],w,spot.j,i==members[-1],len(members),len(A) if rows else 0,self.weight if self.kind=='one' else 1,spot.group
+    return self.ready[i]
+
+@patch
+def quick(self:Plan,
+    y:Tensor, # (B,T,out), contiguous; written to
+    x:Tensor, # (B,T,in)
+    i:int # number of the layer
+)->Tensor: # y
+    "`add` without a gradient, for plans that are kept"
+    A,B,w,j,last,n,S,alpha,g = self.ready[i] or self._look_up(i, x.dtype)
+    mine = self.shared
+    if j==0 or mine is None or mine[0] is not x or mine[1]!=g:
+        if self.rows is not None: self._fits(x)
+        mine = x,g,(x.view(S, -1, x.shape[-1]).bmm(A) if S else x.view(-1, x.shape[-1]).mm(A))
+        if w is not None: mine[2].view(x.shape[0], -1, mine[2].shape[-1]).mul_(w)
+        if n>1: mine = x,g,mine[2].split(mine[2].shape[-1]//n, -1)
+        self.shared = mine if n>1 else None
+    elif last: self.shared = None
+    z = mine[2][j] if n>1 else mine[2]
+    if S: y.view(S, -1, y.shape[-1]).baddbmm_(z, B)
+    else: y.view(-1, y.shape[-1]).addmm_(z, B, alpha=alpha)
+    return y
+
+# %% ../nbs/20_stack.ipynb #cell42
 @patch
 def per_run(self:Plan,
     x:Tensor, # (B,T,in)
@@ -322,7 +401,7 @@ def runs(self:Plan):
     if self.kind=='one': return self.index,torch.full((1,1,1), self.weight, device=self.index.device)
     return self.index[:,0],self.weight
 
-# %% ../nbs/20_stack.ipynb #cell39
+# %% ../nbs/20_stack.ipynb #cell43
 class _TrainedInner(torch.autograd.Function):
     "z = w xAᵀ for a group"
     @staticmethod
@@ -366,7 +445,7 @@ class _TrainedOuter(torch.autograd.Function):
         grad.index_add_(0, plan.runs[0], plan.across_run(z, dy).to(grad.dtype))
         return dy,plan.per_run(dy, B.mT),None,None,None
 
-# %% ../nbs/20_stack.ipynb #cell41
+# %% ../nbs/20_stack.ipynb #cell45
 def _checked(gates, slots):
     if gates.dim() not in (2,3) or gates.shape[-1]!=slots or not gates.is_floating_point():
         raise HydraError(f"gates of shape {tuple(gates.shape)} and type {gates.dtype}: a stack of {slots} wants floats of shape "
@@ -386,7 +465,7 @@ def make_plan(
     used = on.flatten(0, 1).any(0).nonzero()[:,0]
     if not len(used): return Plan('none', stack)
     if kind is None and len(used)==1 and (g[...,used]==g[0,0,used]).all():
-        return Plan('one', stack, used, (g[0,0,used]*stack.scale[used]).item())
+        return Plan('one', stack, used, (g[0,0,used]*stack.scale[used]).item(), slot=used.item())
     if kind=='dense' or g.shape[1]>1: return _dense(g, stack, used)
     k,(rows,lengths) = on.sum(-1).max().item(),torch.unique_consecutive(g[:,0], dim=0, return_counts=True)
     return _rows(rows, lengths, k, stack) if kind=='rows' or k==1 or len(rows)*k<=2*len(used) and k<len(used) else _dense(g, stack, used)
@@ -396,7 +475,7 @@ def _dense(g, stack, used):
     g = g[:1,:1] if same else g
     return Plan('dense', stack, used, g[...,used]*stack.scale[used], rows)
 
-# %% ../nbs/20_stack.ipynb #cell43
+# %% ../nbs/20_stack.ipynb #cell47
 def _rows(g, lengths, k, stack):
     "The plan of rows: gates (S,E) of runs of rows, and how long each run is"
     rows = int(lengths.sum())
@@ -423,7 +502,7 @@ def one_hot(
     if ((index<0)|(index>=E)).any(): raise HydraError(f"expert {index.tolist()} of {E}: use 0 to {E-1}")
     return nn.functional.one_hot(index.long(), E).float()
 
-# %% ../nbs/20_stack.ipynb #cell52
+# %% ../nbs/20_stack.ipynb #cell56
 @contextmanager
 def using(
     plan:Plan|None # None changes nothing
@@ -449,7 +528,7 @@ def plan(self:Stack):
     "What the layers compute now, or None for the base alone"
     p = Plan.current.get()
     if p is None or p.stack is not self: p = self.bound
-    return None if p is None or p.kind=='none' else p
+    return None if p is None or (p.kind=='none' and not self.below) else p
 
 class GatedLinear(nn.Module):
     "A frozen linear layer and the experts' part: the one patch that is made to a model"
@@ -476,7 +555,7 @@ class GatedLinear(nn.Module):
         y,plan = self.base_layer(x),self._stack[0].plan
         return y if plan is None else plan.add(y, x, self.i)
 
-# %% ../nbs/20_stack.ipynb #cell58
+# %% ../nbs/20_stack.ipynb #cell62
 class GatedCausalLM(PreTrainedModel, GenerationMixin):
     "A base and the stack of its experts; `forward` and `generate` take `gates=`"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = supports_gradient_checkpointing = True
@@ -531,7 +610,7 @@ def _replace(model, path, new):
     parent,_,name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, new)
 
-# %% ../nbs/20_stack.ipynb #cell59
+# %% ../nbs/20_stack.ipynb #cell63
 @patch
 def plan_for(self:GatedCausalLM,
     gates:Tensor|None, # as `forward` takes them
@@ -549,10 +628,10 @@ def plan_for(self:GatedCausalLM,
     if kept is None: return make_plan(gates, self.stack)
     if kept.get('gates') is not gates:
         kept['gates'],kept['plan'] = gates,make_plan(gates, self.stack)
-        kept['plan'].kept = {}
+        kept['plan'].keep()
     return kept['plan']
 
-# %% ../nbs/20_stack.ipynb #cell61
+# %% ../nbs/20_stack.ipynb #cell65
 def gated(
     base:Base, # from `load_base` or `tiny_base`
     slots:int, # E, how many experts
@@ -564,7 +643,7 @@ def gated(
     differentiable_nf4(base.model)
     return GatedCausalLM(base.model, Stack(base.model, slots, spec))
 
-# %% ../nbs/20_stack.ipynb #cell67
+# %% ../nbs/20_stack.ipynb #cell71
 def hidden(
     model:GatedCausalLM, # base and experts
     input_ids:Tensor, # (B,T)
@@ -585,7 +664,75 @@ def logits(
     cap = getattr(c, 'final_logit_softcapping', None)
     return torch.tanh(y/cap)*cap if cap else y
 
-# %% ../nbs/20_stack.ipynb #cell82
+# %% ../nbs/20_stack.ipynb #cell75
+class _Skip(nn.Module):
+    "A block that does nothing"
+    def forward(self, h, *args, **kw): return h
+
+class _Tap(_Skip):
+    "A block that remembers what went through it, or puts something in its place"
+    def __init__(self, h=None):
+        super().__init__()
+        self.h = h
+
+    def forward(self, h, *args, **kw):
+        if self.h is None: self.h = h
+        return self.h
+
+def _with_blocks(model, blocks):
+    "The base without its head, with other blocks; the original stays as it is"
+    m = copy(model.base.base_model)
+    name = next(n for n,c in m.named_children() if isinstance(c, nn.ModuleList) and len(c)==len(blocks))
+    m._modules = {**m._modules, name: nn.ModuleList(blocks)}
+    return m
+
+def _blocks(model):
+    n = model.config.get_text_config().num_hidden_layers
+    return next(list(c) for _,c in model.base.base_model.named_children() if isinstance(c, nn.ModuleList) and len(c)==n)
+
+# %% ../nbs/20_stack.ipynb #cell76
+def at_fork(
+    model:GatedCausalLM, # whose stack forks
+    input_ids:Tensor, # (B,T)
+    attention_mask:Tensor|None=None, # (B,T), 1 where a token is
+    past_key_values=None # a cache: filled below the fork
+)->Tensor: # (B,T,d) what the first block above the fork receives
+    "The trunk's hidden state, the same for all experts"
+    blocks,f,tap = _blocks(model),model.stack.fork,_Tap()
+    if not f: raise HydraError("this stack has no trunk: experts part before the first block; make it with LoraSpec(fork=0.5)")
+    m = _with_blocks(model, blocks[:f]+[tap]+[_Skip()]*(len(blocks)-f-1))
+    with using(Plan('none', model.stack)):
+        m(input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=past_key_values is not None)
+    return tap.h
+
+def from_fork(
+    model:GatedCausalLM, # the same
+    h:Tensor, # (B,T,d) of `at_fork`
+    attention_mask:Tensor|None=None, # (B,T)
+    gates:Tensor|None=None, # as `forward` takes them; None: the bound plan
+    past_key_values=None # a cache that is empty above the fork: filled there
+)->Tensor: # (B,T,d) the last hidden state, as `hidden` returns it
+    "Go on from the trunk's hidden state"
+    blocks,f = _blocks(model),model.stack.fork
+    m = _with_blocks(model, [_Skip()]*(f-1)+[_Tap(h)]+blocks[f:])
+    with using(model.plan_for(gates, 0, h.shape[1])):
+        return m(inputs_embeds=h, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=past_key_values is not None).last_hidden_state
+
+# %% ../nbs/20_stack.ipynb #cell78
+def refill(
+    model:GatedCausalLM, # the same
+    h:Tensor, # (B,T,d) of `at_fork`, for all tokens in the cache
+    cache, # a DynamicCache of T tokens, filled by whichever expert; changed in place
+    gates:Tensor|None=None, # of the new expert
+    attention_mask:Tensor|None=None # (B,T)
+)->Tensor: # (B,T,d) the last hidden state
+    "Fill a cache again above the fork, for other gates"
+    new = type(cache)(config=model.config)
+    out = from_fork(model, h, attention_mask, gates, new)
+    cache.layers[model.stack.fork:] = new.layers[model.stack.fork:]
+    return out
+
+# %% ../nbs/20_stack.ipynb #cell95
 @patch
 def checkpointing(self:GatedCausalLM,
     on:bool=True # off: keep all activations
@@ -598,8 +745,16 @@ def checkpointing(self:GatedCausalLM,
         if isinstance(m, GradientCheckpointingLayer): m.training = on
     return self
 
-# %% ../nbs/20_stack.ipynb #cell90
+# %% ../nbs/20_stack.ipynb #cell103
 def _keys(spot): return f'base_model.model.{spot.name}.lora_A.weight', f'base_model.model.{spot.name}.lora_B.weight'
+
+@patch
+def _rank_on_disk(self:Stack, e):
+    if not self.below: return self.ranks[e]
+    if self.scale[e]!=self.trunk_scale[0]:
+        raise HydraError(f"expert {self.names[e]!r} has scale {self.scale[e].item():g}, the trunk below it {self.trunk_scale.item():g}, and a PEFT adapter "
+                         "has one: give experts of a forked stack the seed expert's rank and alpha")
+    return max(self.ranks[e], self.trunk_rank)
 
 def _whole_number(x): return int(x) if x==int(x) else x
 
@@ -612,16 +767,16 @@ def save_peft(self:Stack,
     "Write an expert as a plain PEFT adapter, the same bytes every time"
     dir,e = Path(dir),_slot(self, slot)
     dir.mkdir(parents=True, exist_ok=True)
-    r = self.ranks[e]
-    tensors = {}
-    for s,(A,B) in zip(self.spots, self.leaves):
-        tensors.update(zip(_keys(s), (t.detach().cpu().contiguous() for t in (A[e,:r], B[e,:,:r]))))
+    r,tensors = self._rank_on_disk(e),{}
+    for i,(s,(A,B)) in enumerate(zip(self.spots, self.leaves)):
+        of = e if i in self.own else 0
+        tensors.update(zip(_keys(s), (t.detach().cpu().contiguous() for t in (A[of,:r], B[of,:,:r]))))
     save_file({k: tensors[k] for k in sorted(tensors)}, dir/'adapter_model.safetensors', metadata={'format': 'pt'})
     write_json(dir/'adapter_config.json', dict(peft_type='LORA', task_type='CAUSAL_LM', r=r, lora_alpha=_whole_number(round(self.scale[e].item()*r, 6)),
         lora_dropout=0.0, bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=self.suffixes, base_model_name_or_path=base_id))
     return dir
 
-# %% ../nbs/20_stack.ipynb #cell92
+# %% ../nbs/20_stack.ipynb #cell105
 _odd = ('use_dora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'layer_replication', 'lora_bias', 'fan_in_fan_out',
         'trainable_token_indices', 'target_parameters') # what makes an adapter more than plain LoRA
 
@@ -656,25 +811,36 @@ def load_peft(self:Stack,
     r,scale = _config(dir)
     if r>self.spec.rank: raise HydraError(f"{dir}/adapter_config.json: rank {r} does not fit a stack of rank {self.spec.rank}")
     path,tensors = _adapter(dir)
-    row = self._row(path, tensors, r)
+    trunk,row = self._rows(path, tensors, r)
+    self._share(path, trunk, r, scale)
     self.theta[e],self.scale[e],self.ranks[e],self.names[e] = row,scale,r,name or dir.name
     return e
 
 def _and_more(names): return names[0]+(f" and {len(names)-1} more" if names[1:] else "")
 
 @patch
-def _row(self:Stack, path, tensors, r):
-    "One expert's row of `theta`, from the tensors of an adapter"
+def _share(self:Stack, path, trunk, r, scale):
+    "The first adapter of a forked stack brings the trunk; the others must have the same"
+    if not self.below: return
+    if not self.has_trunk: self.trunk[0],self.trunk_scale[0],self.trunk_rank,self.has_trunk = trunk,scale,r,True
+    odd = [s.name for s in self.spots[:self.below] if not torch.equal(*(t[s.at:s.b+self.spec.rank*s.out] for t in (trunk, self.trunk[0])))]
+    if odd or scale!=self.trunk_scale.item():
+        raise HydraError(f"{path} is of another seed expert: it differs from the trunk in {odd[0] if odd else 'scale'}; below the fork "
+                         f"(block {self.fork}) all experts of a stack are one")
+
+@patch
+def _rows(self:Stack, path, tensors, r):
+    "One expert's trunk and row of `theta`, from the tensors of an adapter"
     want = {k for s in self.spots for k in _keys(s)}
     if lost := sorted(want-set(tensors)):
         raise HydraError(f"{path} lacks {_and_more(lost)}: an expert here adapts {len(self.spots)} layers ({', '.join(self.suffixes[:8])})")
     if more := sorted(set(tensors)-want):
         raise HydraError(f"{path} holds {_and_more(more)}, for which this stack has no layer: make the stack with the adapter's targets")
-    row = torch.zeros(1, self.theta.shape[1])
-    for s,views in zip(self.spots, _views(row, self.spots, self.spec.rank)):
+    trunk,row,n = torch.zeros(self.trunk.shape),torch.zeros(1, self.theta.shape[1]),self.below
+    for s,views in zip(self.spots, [*_views(trunk, self.spots[:n], self.spec.rank), *_views(row, self.spots[n:], self.spec.rank)]):
         for k,view in zip(_keys(s), (views[0][0,:r], views[1][0,:,:r])):
             if tensors[k].shape!=view.shape:
                 raise HydraError(f"{path}: {k} has shape {tuple(tensors[k].shape)}, this base and rank need {tuple(view.shape)}")
             if not torch.isfinite(tensors[k]).all(): raise HydraError(f"{path}: {k} holds NaN or infinity")
             view.copy_(tensors[k])
-    return row[0].to(self.theta.device)
+    return trunk[0].to(self.theta.device),row[0].to(self.theta.device)

@@ -72,7 +72,7 @@ def test_every_plan_computes_the_formula(seed, B, T, tokens, zeros, kind, keep):
     r = torch.Generator().manual_seed(seed)
     g = torch.randn(B, T if tokens else 1, 5, generator=r)*(torch.rand(B, T if tokens else 1, 5, generator=r)>=zeros)
     plan = make_plan(g, STACK, kind)
-    if keep: plan.kept = {}
+    if keep and plan.kind!='none': plan.keep()
     for i in (0,1,2,4,4,6): # q, k, v of one input; gate twice, of two inputs
         (A,Bm),sp = STACK.leaves[i],STACK.spots[i]
         if i in (0,4): x = torch.randn(B,T,sp.inp, generator=r)
@@ -391,3 +391,88 @@ def test_one_plan_for_a_generation(monkeypatch):
     monkeypatch.setattr(hs, 'make_plan', lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1])
     answers(m, x, torch.full((3,4), .25), num_beams=2)
     assert len(made)==1 and len(made[0].kept)==len(m.stack.groups)
+
+# ---- the fork
+def forked(fork=.5, slots=3, layers=4, make=None, **kw):
+    b = tiny_base(layers=layers, **kw) if make is None else Base(make().eval().requires_grad_(False), byte_tokenizer(), make.__name__, 'fp32', 'cpu', '')
+    m = gated(b, slots, LoraSpec(4, 8, fork=fork))
+    fill(m.stack)
+    m.stack.trunk.add_(.05*torch.randn(m.stack.trunk.shape, generator=torch.Generator().manual_seed(9)))
+    return m
+
+@pytest.mark.parametrize('fork, at', [(0, 0), (.5, 2), (.3, 1), (3, 3)])
+def test_a_fork_is_a_share_or_a_block(fork, at):
+    s = Stack(tiny_base(layers=4).model, 2, LoraSpec(2, fork=fork))
+    assert s.fork==at and s.below==7*at and s.own==range(7*at, 28)
+    assert {len(A) for A,_ in s.leaves[:s.below]}<={1} and {len(A) for A,_ in s.leaves[s.below:]}=={2}
+
+@pytest.mark.parametrize('fork', [4, 9, -1, 2.5])
+def test_forks_that_cannot_be(fork):
+    with pytest.raises(HydraError, match='fork='): Stack(tiny_base(layers=4).model, 2, LoraSpec(2, fork=fork))
+
+def test_below_the_fork_all_rows_compute_the_same():
+    from hydramoe.stack import at_fork
+    m,x = forked(),{k: v[:1].expand(3,-1) for k,v in batch(pads=(0,)).items()}
+    seen = []
+    for b in m.base.model.layers: b.register_forward_hook(lambda _,i,o: seen.append(o[0] if isinstance(o, tuple) else o))
+    for g in (one_hot([0,1,2],3), torch.tensor([[1.,0,0],[0,0,0],[.2,.3,.5]]), torch.zeros(3,3)):
+        seen.clear()
+        m(**x, gates=g)
+        assert all(torch.equal(h[0], h[1]) and torch.equal(h[0], h[2]) for h in seen[:2])
+        assert g.sum()==0 or not torch.equal(seen[2][0], seen[2][1])
+        torch.testing.assert_close(at_fork(m, **x), seen[1] if len(seen)>1 else None)
+    base = tiny_base(layers=4).model(**x).logits
+    assert torch.equal(m(**x).logits, base) and not torch.equal(m(**x, gates=torch.zeros(3,3)).logits, base)
+
+@pytest.mark.parametrize('make', [None, neox, qwen2, gemma2, granite, cohere])
+def test_trunk_and_branches_make_the_whole(make):
+    from hydramoe.stack import at_fork, from_fork
+    m,x = forked(make=make),batch()
+    for g in (one_hot([0,1,2],3), torch.rand(3,3, generator=torch.Generator().manual_seed(0)), torch.zeros(3,3)):
+        torch.testing.assert_close(from_fork(m, at_fork(m, **x), x['attention_mask'], g), hidden(m, **x, gates=g))
+
+def test_an_expert_of_a_forked_stack_loads_in_peft_and_again(tmp_path):
+    m,x = forked(),batch()
+    for e in range(3): m.stack.save_peft(tmp_path/str(e), e, 'tiny-0')
+    keep = x['attention_mask'].bool()
+    want = m(**x, gates=one_hot([1]*3,3)).logits[keep]
+    torch.testing.assert_close(peft(tiny_base(layers=4).model, tmp_path/'1')(**x).logits[keep], want, atol=1e-4, rtol=1e-4)
+    for fork in (0, .5):
+        again = gated(tiny_base(layers=4), 2, LoraSpec(6, fork=fork))
+        for e in (0,1): again.stack.load_peft(tmp_path/str(e), e)
+        torch.testing.assert_close(again(**x, gates=one_hot([1]*3,2)).logits[keep], want, atol=1e-4, rtol=1e-4)
+        assert again.stack.save_peft(tmp_path/'again', 1, 'tiny-0') and (tmp_path/'again'/'adapter_model.safetensors').read_bytes()==(tmp_path/'1'/'adapter_model.safetensors').read_bytes()
+
+def test_an_expert_of_another_seed_expert_is_refused(tmp_path):
+    m = forked()
+    m.stack.save_peft(tmp_path/'a', 0, 'tiny-0')
+    m.stack.trunk[0,5] += 1
+    m.stack.save_peft(tmp_path/'b', 1, 'tiny-0')
+    s = Stack(tiny_base(layers=4).model, 2, LoraSpec(4, 8, fork=.5))
+    s.load_peft(tmp_path/'a', 0)
+    with pytest.raises(HydraError, match='another seed expert'): s.load_peft(tmp_path/'b', 1)
+    assert s.names==['a', None] and s.theta[1].abs().sum()==0
+    m.stack.init_expert(2, 0, 'odd', alpha=3)
+    with pytest.raises(HydraError, match='has scale'): m.stack.save_peft(tmp_path/'c', 2)
+
+@pytest.mark.parametrize('checkpoint', [False, True])
+def test_training_above_a_fork_equals_training_from_the_cached_trunk(checkpoint):
+    from hydramoe.stack import at_fork, from_fork
+    m,x = forked(),batch()
+    m.stack.trainable()
+    m.checkpointing(checkpoint)
+    with torch.no_grad(): h = at_fork(m, **x)
+    def gradient(run):
+        m.stack.zero_grad()
+        with m.stack.bind(make_plan(one_hot([0,2,2],3), m.stack)): run().square().sum().backward()
+        return m.stack.grad.clone()
+    whole,cached = gradient(lambda: hidden(m, **x)),gradient(lambda: from_fork(m, h, x['attention_mask']))
+    torch.testing.assert_close(cached, whole, atol=1e-5*whole.abs().max().item(), rtol=1e-4)
+    assert whole[1].abs().sum()==0 and whole[0].abs().sum()>0 and m.stack.leaves[0][0].grad is None
+
+def test_a_forked_generation_equals_its_rows():
+    m,x = forked(),batch()
+    g = torch.tensor([[.5,.5,0],[0,0,1.],[0,0,0]])
+    together = answers(m, x, g)
+    assert torch.equal(answers(m, x, g, use_cache=False), together)
+    for i in range(3): assert torch.equal(answers(m, {k: v[i:i+1] for k,v in x.items()}, g[i:i+1]), together[i:i+1])
