@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Spot', 'Group', 'LoraSpec', 'Stack', 'Plan', 'make_plan', 'one_hot', 'using', 'GatedLinear', 'GatedCausalLM', 'gated',
-           'hidden', 'logits', 'at_fork', 'from_fork', 'refill']
+           'hidden', 'logits', 'at_fork', 'from_fork', 'refill', 'Shelf', 'slots_within']
 
 # %% ../nbs/20_stack.ipynb #cell3
-import inspect, warnings
+import inspect, threading, warnings
 from copy import copy
-from collections import namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -265,13 +265,13 @@ def _stored(self:Plan, g):
 
 @patch
 def _one(self:Plan, g, dtype):
-    e,ones = self.slot,self.stack.ones
+    e,ones = self.slot,self.stack.ones # groups' views, and what `quick` looked up
     if e not in ones:
         while len(ones)>=32: ones.pop(next(iter(ones)))
         stored = map(self._stored, range(len(self.stack.groups)))
-        ones[e] = [(A[i].flatten(0, 1).mT, [b[i] for b in Bs], None) for A,Bs in stored for i in [e if len(A)==self.stack.slots else 0]]
-    A,Bs,_ = ones[e][g]
-    return ones[e][g] if A.dtype==dtype else (A.to(dtype), [b.to(dtype) for b in Bs], None)
+        ones[e] = [(A[i].flatten(0, 1).mT, [b[i] for b in Bs], None) for A,Bs in stored for i in [e if len(A)==self.stack.slots else 0]],[None]*len(self.stack.spots)
+    A,Bs,_ = ones[e][0][g]
+    return ones[e][0][g] if A.dtype==dtype else (A.to(dtype), [b.to(dtype) for b in Bs], None)
 
 @patch
 def _wide(self:Plan, n, dtype):
@@ -351,7 +351,8 @@ def _fits(self:Plan, x):
 def _look_up(self:Plan, i, dtype):
     spot,rows = self.stack.spots[i],self.kind=='rows'
     (A,Bs,w),members = self.factors(spot.group, dtype),self.stack.groups[spot.group].layers
-    self.ready[i] = A,Bs[spot.j],w,spot.j,i==members[-1],len(members),len(A) if rows else 0,self.weight if self.kind=='one' else 1,spot.group
+    if self.kind=='one' and dtype==self.stack.theta.dtype: self.ready = self.stack.ones[self.slot][1]
+    self.ready[i] = A,Bs[spot.j],w,spot.j,i==members[-1],len(members),len(A) if rows else 0,spot.group
     return self.ready[i]
 
 @patch
@@ -361,7 +362,7 @@ def quick(self:Plan,
     i:int # number of the layer
 )->Tensor: # y
     "`add` without a gradient, for plans that are kept"
-    A,B,w,j,last,n,S,alpha,g = self.ready[i] or self._look_up(i, x.dtype)
+    A,B,w,j,last,n,S,g = self.ready[i] or self._look_up(i, x.dtype)
     mine = self.shared
     if j==0 or mine is None or mine[0] is not x or mine[1]!=g:
         if self.rows is not None: self._fits(x)
@@ -372,7 +373,7 @@ def quick(self:Plan,
     elif last: self.shared = None
     z = mine[2][j] if n>1 else mine[2]
     if S: y.view(S, -1, y.shape[-1]).baddbmm_(z, B)
-    else: y.view(-1, y.shape[-1]).addmm_(z, B, alpha=alpha)
+    else: y.view(-1, y.shape[-1]).addmm_(z, B, alpha=self.weight if self.kind=='one' else 1)
     return y
 
 # %% ../nbs/20_stack.ipynb #cell42
@@ -806,15 +807,20 @@ def load_peft(self:Stack,
     name:str|None=None # what to call the expert; by default the directory's name
 )->int: # the slot
     "Read a PEFT adapter into a slot, strictly: nothing missing, extra, misshapen or not finite"
-    dir,e = Path(dir),_slot(self, slot)
+    e,(row,scale,r) = _slot(self, slot),self._read(Path(dir))
+    self.theta[e],self.scale[e],self.ranks[e],self.names[e] = row,scale,r,name or Path(dir).name
+    return e
+
+@patch
+def _read(self:Stack, dir):
+    "An adapter as a row of `theta`, its scale and its rank"
     if (dir/'seal.json').exists(): open_sealed(dir)
     r,scale = _config(dir)
     if r>self.spec.rank: raise HydraError(f"{dir}/adapter_config.json: rank {r} does not fit a stack of rank {self.spec.rank}")
     path,tensors = _adapter(dir)
     trunk,row = self._rows(path, tensors, r)
     self._share(path, trunk, r, scale)
-    self.theta[e],self.scale[e],self.ranks[e],self.names[e] = row,scale,r,name or dir.name
-    return e
+    return row,scale,r
 
 def _and_more(names): return names[0]+(f" and {len(names)-1} more" if names[1:] else "")
 
@@ -843,4 +849,81 @@ def _rows(self:Stack, path, tensors, r):
                 raise HydraError(f"{path}: {k} has shape {tuple(tensors[k].shape)}, this base and rank need {tuple(view.shape)}")
             if not torch.isfinite(tensors[k]).all(): raise HydraError(f"{path}: {k} holds NaN or infinity")
             view.copy_(tensors[k])
-    return trunk[0].to(self.theta.device),row[0].to(self.theta.device)
+    return trunk[0].to(self.theta.device),row[0]
+
+# %% ../nbs/20_stack.ipynb #cell112
+class Shelf:
+    "Experts on disk that take turns in the slots of a stack: the least recently used moves out"
+    def __init__(self,
+        stack:Stack, # its slots are the device's share, see `slots_within`
+        folders:dict[str,Path], # expert's name -> its PEFT adapter
+        ram:int=2**30 # bytes of experts kept in RAM beside the stack
+    ):
+        self.stack,self.folders,self.budget = stack,dict(folders),ram
+        self.ram,self.placed,self.held = OrderedDict(),OrderedDict(),Counter() # name -> row, scale, rank · name -> slot · name -> requests that use it
+        self.found,self.change = Counter(),threading.Condition() # where experts were found: device, ram, disk
+
+    def row(self,
+        name:str # of an expert
+    )->tuple[Tensor,float,int]: # its row of `theta`, in RAM; its scale; its rank
+        "Read an expert, from RAM if it is there"
+        if name in self.ram: self.ram.move_to_end(name); self.found['ram'] += 1; return self.ram[name]
+        self.found['disk'] += 1
+        self.ram[name] = got = self.stack._read(Path(self.folders[name]))
+        while sum(row.nbytes for row,*_ in self.ram.values())>self.budget: self.ram.popitem(last=False)
+        return got
+
+    def _place(self, name):
+        if name in self.placed: self.found['device'] += 1
+        else:
+            e = next((e for e in range(self.stack.slots) if e not in self.placed.values()), None)
+            if e is None: e = self.placed.pop(next(n for n in self.placed if not self.held[n]))
+            self.stack._put(e, name, *self.row(name))
+            self.placed[name] = e
+        self.placed.move_to_end(name)
+        return self.placed[name]
+
+# %% ../nbs/20_stack.ipynb #cell113
+@patch
+@torch.no_grad()
+def _put(self:Stack, e, name, row, scale, rank):
+    "Let an expert that was read into a slot"
+    self.theta[e],self.scale[e],self.ranks[e],self.names[e] = row,scale,rank,name
+
+@patch
+@contextmanager
+def gates(self:Shelf,
+    mixes:list[dict[str,float]] # for each row, the weights of its experts by name
+):
+    "Gates (B,E) for these mixes; their experts stay in the stack until the block ends"
+    names = sorted({n for m in mixes for n in m})
+    if lost := [n for n in names if n not in self.folders]: raise HydraError(f"no expert {lost[0]!r}; there are {_and_more(sorted(self.folders))}")
+    if len(names)>self.stack.slots: raise HydraError(f"{len(names)} experts in one batch, {self.stack.slots} slots: split the batch, or give the stack more slots")
+    with self.change:
+        self.change.wait_for(lambda: len({n for n,c in self.held.items() if c}|set(names))<=self.stack.slots)
+        self.held.update(names)
+        slots = self._placed(names)
+    try: yield _as_gates(mixes, slots, self.stack.slots)
+    finally:
+        with self.change: self.held.subtract(names); self.change.notify_all()
+
+@patch
+def _placed(self:Shelf, names):
+    try: return {n: self._place(n) for n in names}
+    except BaseException: self.held.subtract(names); raise
+
+def _as_gates(mixes, slots, E):
+    g = torch.zeros(len(mixes), E)
+    for row,mix in zip(g, mixes):
+        for n,w in mix.items(): row[slots[n]] = w
+    return g
+
+def slots_within(
+    base_model:nn.Module, # a transformers causal language model
+    spec:LoraSpec, # the experts' shape
+    budget:int # bytes of device memory
+)->int: # slots
+    "How many experts fit"
+    at = 4*Stack(base_model, 1, spec).theta.shape[1]
+    if budget<at: raise HydraError(f"{budget:,} bytes hold no expert: one takes {at:,}")
+    return budget//at

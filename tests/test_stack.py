@@ -476,3 +476,54 @@ def test_a_forked_generation_equals_its_rows():
     together = answers(m, x, g)
     assert torch.equal(answers(m, x, g, use_cache=False), together)
     for i in range(3): assert torch.equal(answers(m, {k: v[i:i+1] for k,v in x.items()}, g[i:i+1]), together[i:i+1])
+
+# ---- more experts than fit
+@pytest.fixture(scope='module')
+def library(tmp_path_factory):
+    m,d = ready(slots=6),tmp_path_factory.mktemp('library')
+    return m,{m.stack.names[e]: m.stack.save_peft(d/m.stack.names[e], e, 'tiny-0') for e in range(6)}
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.lists(st.lists(st.integers(0,5), min_size=1, max_size=2, unique=True), min_size=2, max_size=2), min_size=1, max_size=6), st.integers(4,6), st.integers(0,7))
+def test_outputs_do_not_depend_on_the_shelf(library, requests, slots, rows_in_ram):
+    from hydramoe.stack import Shelf
+    m,folders = library
+    few = gated(tiny_base(), slots, LoraSpec(4, 8))
+    shelf,x = Shelf(few.stack, folders, rows_in_ram*few.stack.theta[0].nbytes),batch(rows=2, length=6, pads=(0,))
+    for request in requests:
+        mixes = [{f'expert{e}': 1/(1+j) for j,e in enumerate(row)} for row in request]
+        want = torch.zeros(2, 6)
+        for row,mix in zip(want, mixes):
+            for n,w in mix.items(): row[int(n[-1])] = w
+        with torch.no_grad(), shelf.gates(mixes) as g: torch.testing.assert_close(few(**x, gates=g).logits, m(**x, gates=want).logits)
+        assert len(shelf.ram)<=rows_in_ram and not +shelf.held
+
+def test_the_shelf_keeps_what_is_used_and_drops_what_is_not(library):
+    from hydramoe.stack import Shelf
+    s = Stack(tiny_base().model, 2, LoraSpec(4, 8))
+    shelf = Shelf(s, library[1], 0)
+    for e in (0,1,0,2):
+        with shelf.gates([{f'expert{e}': 1.}]): pass
+    assert sorted(shelf.placed)==['expert0','expert2'] and shelf.found=={'disk': 3, 'device': 1}
+    with shelf.gates([{'expert0': 1.}]):
+        with shelf.gates([{'expert1': 1.}]): assert 'expert0' in shelf.placed
+        with shelf.gates([{'expert3': 1.}]): assert 'expert0' in shelf.placed
+
+def test_a_request_waits_for_slots_that_others_hold(library):
+    from hydramoe.stack import Shelf
+    shelf,seen = Shelf(Stack(tiny_base().model, 1, LoraSpec(4, 8)), library[1]),[]
+    def ask(e):
+        with shelf.gates([{f'expert{e}': 1.}]): seen.append((e, shelf.stack.names[0]))
+    with shelf.gates([{'expert0': 1.}]):
+        t = threading.Thread(target=ask, args=(3,)); t.start(); t.join(.1)
+        assert t.is_alive() and shelf.stack.names==['expert0']
+    t.join()
+    assert seen==[(3,'expert3')]
+
+def test_a_damaged_expert_leaves_the_shelf_usable(library, tmp_path):
+    from hydramoe.stack import Shelf
+    (tmp_path/'bad').mkdir()
+    shelf = Shelf(Stack(tiny_base().model, 1, LoraSpec(4, 8)), {**library[1], 'bad': tmp_path/'bad'})
+    with pytest.raises(HydraError, match='not a PEFT adapter'):
+        with shelf.gates([{'bad': 1.}]): pass
+    with shelf.gates([{'expert0': 1.}]): assert shelf.stack.names==['expert0']
