@@ -93,7 +93,7 @@ class Stack(nn.Module):
         self.theta,self.trunk,self.has_trunk = torch.zeros(slots, own[2], device=device),torch.zeros(1, trunk[2], device=device),False
         self.scale = torch.full((slots,), self.spec.alpha/self.spec.rank, device=device)
         self.ranks,self.names = [self.spec.rank]*slots,[None]*slots
-        self.trunk_rank,self.trunk_scale = self.spec.rank,self.scale[:1].clone()
+        self.trunk_rank,self.trunk_scale,self.compute = self.spec.rank,self.scale[:1].clone(),base_model.dtype
         self.suffixes = _suffixes([s.name for s in self.spots], base_model)
         self._lay(False)
 
@@ -123,7 +123,7 @@ class Stack(nn.Module):
 
     def _apply(self, fn, recurse=True):
         "Follow the base to another device; stay fp32 whatever the base becomes"
-        device = fn(self.scale.new_zeros(1)).device
+        device,self.compute = fn(self.scale.new_zeros(1)).device,fn(torch.zeros(1, dtype=self.compute, device=self.scale.device)).dtype
         if device!=self.theta.device: self.theta,self.trunk,self.scale,self.trunk_scale = (t.to(device) for t in (self.theta, self.trunk, self.scale, self.trunk_scale)); self._lay(self.is_trainable)
         return self
 
@@ -279,11 +279,17 @@ def _wide(self:Plan, n, dtype):
     return self.weight.to(dtype).repeat_interleave(self.stack.spec.rank, -1).repeat(1, 1, n)
 
 @patch
+def _each_row(self:Plan, t):
+    "One entry for each row, from one for each run"
+    return t.repeat_interleave(self.rows//len(t) if self.ends is None else self.ends.diff(prepend=self.ends.new_zeros(1)), 0)
+
+@patch
 def _gathered(self:Plan, g, dtype):
     (A,Bs),n = self._stored(g),len(self.stack.groups[g].layers)
     A = A[self.index[...,None,:],torch.arange(n, device=A.device)[:,None]].flatten(-4, -2).to(dtype).mT
     Bs = [b[self.index].flatten(-3, -2).to(dtype) for b in Bs]
-    if self.kept is None or self.kind=='dense' and self.weight.shape[:2]!=(1,1): return A,Bs,self._wide(n, dtype)
+    if self.kept is None or self.kind=='dense' and self.weight.shape[:2]!=(1,1):
+        return A,Bs,self._each_row(self._wide(n, dtype)) if self.kind=='rows' else self._wide(n, dtype)
     for b in Bs: b.mul_(self._wide(1, dtype).mT.view(*b.shape[:-1], 1))
     return A,Bs,None
 
@@ -304,7 +310,7 @@ def factors(self:Plan,
 def _inner(self:Plan, x, g):
     "The product of x with a group's A, weighted: one part (…,k·r) for each layer"
     A,_,w = self.factors(g, x.dtype)
-    z = x.reshape(len(A), -1, x.shape[-1]).bmm(A) if self.kind=='rows' else (x.reshape(-1, x.shape[-1])@A).view(*x.shape[:-1], -1)
+    z = self.per_run(x, A) if self.kind=='rows' else (x.reshape(-1, x.shape[-1])@A).view(*x.shape[:-1], -1)
     if w is not None: z = z*w if torch.is_grad_enabled() else z.mul_(w)
     n = len(self.stack.groups[g].layers)
     return z.split(z.shape[-1]//n, -1) if n>1 else (z,)
@@ -330,12 +336,12 @@ def add(self:Plan,
     "Add the experts' part to a layer's output"
     if i<self.stack.below and self.slot!=-1: return self.trunk.add(y, x, i)
     if self.kind=='none': return y
-    if self.ready is not None and not torch.is_grad_enabled() and x.is_contiguous(): return self.quick(y, x, i)
+    if self.ready is not None and self.ends is None and not torch.is_grad_enabled() and x.is_contiguous(): return self.quick(y, x, i)
     if self.rows is not None: self._fits(x)
     z,spot = self.inner(x, i),self.stack.spots[i]
     if self.trains: return _TrainedOuter.apply(y.clone() if y._is_view() else y, z, self, i, self.stack.leaves[i][1])
     B,new = self.factors(spot.group, x.dtype)[1][spot.j],torch.is_grad_enabled()
-    if self.kind=='rows': flat = y.view(len(B), -1, spot.out); return (flat.baddbmm if new else flat.baddbmm_)(z, B).view_as(y)
+    if self.kind=='rows': return y+self.per_run(z, B) if new else y.add_(self.per_run(z, B))
     flat = y.view(-1, spot.out)
     return (flat.addmm if new else flat.addmm_)(z.flatten(0, -2), B, alpha=self.weight if self.kind=='one' else 1).view_as(y)
 
@@ -407,6 +413,7 @@ class _TrainedInner(torch.autograd.Function):
     "z = w xAᵀ for a group"
     @staticmethod
     def forward(ctx, x, plan, g, leaf):
+        "x (B,T,in) to z (B,T,n·r)"
         (e,w),stack = plan.runs,plan.stack
         A = (stack.grouped[g][e].flatten(1, 2)*w).to(x.dtype)
         ctx.save_for_backward(x, A)
@@ -416,6 +423,7 @@ class _TrainedInner(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dz):
+        "To x, and into the stack's own buffer to A"
         (x,A),plan = ctx.saved_tensors,ctx.plan
         (e,w),grad = plan.runs,plan.stack.grouped_grad[ctx.g]
         grad.index_add_(0, e, (plan.across_run(dz, x)*w).view(len(e), *grad.shape[1:]).to(grad.dtype))
@@ -430,6 +438,7 @@ class _TrainedOuter(torch.autograd.Function):
     "y + zBᵀ for a layer, in place"
     @staticmethod
     def forward(ctx, y, z, plan, i, leaf):
+        "y (B,T,out) and z (B,T,r) to y, changed in place"
         B = plan.stack.leaves[i][1].detach().mT[plan.runs[0]].to(z.dtype)
         ctx.save_for_backward(z, B)
         ctx.plan,ctx.i = plan,i
@@ -441,6 +450,7 @@ class _TrainedOuter(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        "To y and z, and into the stack's own buffer to B"
         (z,B),plan = ctx.saved_tensors,ctx.plan
         grad = plan.stack.leaves[ctx.i][1].grad.mT
         grad.index_add_(0, plan.runs[0], plan.across_run(z, dy).to(grad.dtype))
@@ -492,7 +502,8 @@ def _rows(g, lengths, k, stack):
 def _grouped_pays(stack):
     "Can runs of unequal length be one kernel, and is that better than a run for each row?"
     sizes = {stack.spec.rank, *(n for s in stack.spots for n in (s.inp, s.out))}
-    return all(n%8==0 for n in sizes) and (stack.is_trainable or stack.theta.is_cuda)
+    if any(n%8 for n in sizes) or not hasattr(nn.functional, 'grouped_mm'): return False
+    return stack.compute==torch.bfloat16 if stack.theta.is_cuda else stack.is_trainable
 
 def one_hot(
     index, # (B,) slot of each row: a list or an integer tensor
@@ -503,7 +514,7 @@ def one_hot(
     if ((index<0)|(index>=E)).any(): raise HydraError(f"expert {index.tolist()} of {E}: use 0 to {E-1}")
     return nn.functional.one_hot(index.long(), E).float()
 
-# %% ../nbs/20_stack.ipynb #cell56
+# %% ../nbs/20_stack.ipynb #cell60
 @contextmanager
 def using(
     plan:Plan|None # None changes nothing
@@ -556,7 +567,7 @@ class GatedLinear(nn.Module):
         y,plan = self.base_layer(x),self._stack[0].plan
         return y if plan is None else plan.add(y, x, self.i)
 
-# %% ../nbs/20_stack.ipynb #cell62
+# %% ../nbs/20_stack.ipynb #cell66
 class GatedCausalLM(PreTrainedModel, GenerationMixin):
     "A base and the stack of its experts; `forward` and `generate` take `gates=`"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = supports_gradient_checkpointing = True
@@ -611,7 +622,7 @@ def _replace(model, path, new):
     parent,_,name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, new)
 
-# %% ../nbs/20_stack.ipynb #cell63
+# %% ../nbs/20_stack.ipynb #cell67
 @patch
 def plan_for(self:GatedCausalLM,
     gates:Tensor|None, # as `forward` takes them
@@ -632,7 +643,7 @@ def plan_for(self:GatedCausalLM,
         kept['plan'].keep()
     return kept['plan']
 
-# %% ../nbs/20_stack.ipynb #cell65
+# %% ../nbs/20_stack.ipynb #cell69
 def gated(
     base:Base, # from `load_base` or `tiny_base`
     slots:int, # E, how many experts
@@ -644,7 +655,7 @@ def gated(
     differentiable_nf4(base.model)
     return GatedCausalLM(base.model, Stack(base.model, slots, spec))
 
-# %% ../nbs/20_stack.ipynb #cell71
+# %% ../nbs/20_stack.ipynb #cell75
 def hidden(
     model:GatedCausalLM, # base and experts
     input_ids:Tensor, # (B,T)
@@ -665,10 +676,12 @@ def logits(
     cap = getattr(c, 'final_logit_softcapping', None)
     return torch.tanh(y/cap)*cap if cap else y
 
-# %% ../nbs/20_stack.ipynb #cell75
+# %% ../nbs/20_stack.ipynb #cell79
 class _Skip(nn.Module):
     "A block that does nothing"
-    def forward(self, h, *args, **kw): return h
+    def forward(self, h, *args, **kw):
+        "What came in"
+        return h
 
 class _Tap(_Skip):
     "A block that remembers what went through it, or puts something in its place"
@@ -677,6 +690,7 @@ class _Tap(_Skip):
         self.h = h
 
     def forward(self, h, *args, **kw):
+        "What is remembered"
         if self.h is None: self.h = h
         return self.h
 
@@ -691,7 +705,7 @@ def _blocks(model):
     n = model.config.get_text_config().num_hidden_layers
     return next(list(c) for _,c in model.base.base_model.named_children() if isinstance(c, nn.ModuleList) and len(c)==n)
 
-# %% ../nbs/20_stack.ipynb #cell76
+# %% ../nbs/20_stack.ipynb #cell80
 def at_fork(
     model:GatedCausalLM, # whose stack forks
     input_ids:Tensor, # (B,T)
@@ -719,7 +733,7 @@ def from_fork(
     with using(model.plan_for(gates, 0, h.shape[1])):
         return m(inputs_embeds=h, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=past_key_values is not None).last_hidden_state
 
-# %% ../nbs/20_stack.ipynb #cell78
+# %% ../nbs/20_stack.ipynb #cell82
 def refill(
     model:GatedCausalLM, # the same
     h:Tensor, # (B,T,d) of `at_fork`, for all tokens in the cache
@@ -733,7 +747,7 @@ def refill(
     cache.layers[model.stack.fork:] = new.layers[model.stack.fork:]
     return out
 
-# %% ../nbs/20_stack.ipynb #cell95
+# %% ../nbs/20_stack.ipynb #cell99
 @patch
 def checkpointing(self:GatedCausalLM,
     on:bool=True # off: keep all activations
@@ -746,7 +760,7 @@ def checkpointing(self:GatedCausalLM,
         if isinstance(m, GradientCheckpointingLayer): m.training = on
     return self
 
-# %% ../nbs/20_stack.ipynb #cell103
+# %% ../nbs/20_stack.ipynb #cell107
 def _keys(spot): return f'base_model.model.{spot.name}.lora_A.weight', f'base_model.model.{spot.name}.lora_B.weight'
 
 @patch
@@ -777,7 +791,7 @@ def save_peft(self:Stack,
         lora_dropout=0.0, bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=self.suffixes, base_model_name_or_path=base_id))
     return dir
 
-# %% ../nbs/20_stack.ipynb #cell105
+# %% ../nbs/20_stack.ipynb #cell109
 _odd = ('use_dora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'layer_replication', 'lora_bias', 'fan_in_fan_out',
         'trainable_token_indices', 'target_parameters') # what makes an adapter more than plain LoRA
 
@@ -851,7 +865,7 @@ def _rows(self:Stack, path, tensors, r):
             view.copy_(tensors[k])
     return trunk[0].to(self.theta.device),row[0]
 
-# %% ../nbs/20_stack.ipynb #cell112
+# %% ../nbs/20_stack.ipynb #cell116
 class Shelf:
     "Experts on disk that take turns in the slots of a stack: the least recently used moves out"
     def __init__(self,
@@ -883,7 +897,7 @@ class Shelf:
         self.placed.move_to_end(name)
         return self.placed[name]
 
-# %% ../nbs/20_stack.ipynb #cell113
+# %% ../nbs/20_stack.ipynb #cell117
 @patch
 @torch.no_grad()
 def _put(self:Stack, e, name, row, scale, rank):

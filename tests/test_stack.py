@@ -527,3 +527,24 @@ def test_a_damaged_expert_leaves_the_shelf_usable(library, tmp_path):
     with pytest.raises(HydraError, match='not a PEFT adapter'):
         with shelf.gates([{'bad': 1.}]): pass
     with shelf.gates([{'expert0': 1.}]): assert shelf.stack.names==['expert0']
+
+def test_a_grouped_product_serves_inference_as_well(monkeypatch):
+    "The path of a GPU, on the CPU: uneven runs, kept and not"
+    import hydramoe.stack as hs
+    m,x = gated(tiny_base(), 4, LoraSpec(8)),batch(rows=6)
+    fill(m.stack)
+    g = one_hot([0,0,0,1,3,3], 4)*.7
+    want,said = m(**x, gates=g).logits,answers(m, x, g)
+    monkeypatch.setattr(hs, '_grouped_pays', lambda stack: True)
+    assert make_plan(g, m.stack).ends.tolist()==[3,4,6]
+    torch.testing.assert_close(m(**x, gates=g).logits, want)
+    assert torch.equal(answers(m, x, g), said)
+
+def test_looking_while_training_changes_nothing():
+    m,x = gated(tiny_base(), 4, LoraSpec(8)),batch(rows=6)
+    fill(m.stack)
+    with torch.no_grad():
+        for experts in ([0,0,0,1,3,3], [2]*6):
+            m.stack.trainable(False)
+            want = m(**x, gates=one_hot(experts, 4)).logits
+            torch.testing.assert_close(m_train(m)(**x, gates=one_hot(experts, 4)).logits, want)
