@@ -67,27 +67,49 @@ def test_other_architectures(make, tmp_path):
 STACK = fill(Stack(tiny_base().model, 5, LoraSpec(rank=3, alpha=6)))
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1,4), st.integers(1,5), st.booleans(), st.sampled_from([0., .5, .9]), st.sampled_from([None, 'rows', 'dense']))
-def test_every_plan_computes_the_formula(seed, B, T, tokens, zeros, kind):
+@given(st.integers(0, 10**6), st.integers(1,4), st.integers(1,5), st.booleans(), st.sampled_from([0., .5, .9]), st.sampled_from([None, 'rows', 'dense']), st.booleans())
+def test_every_plan_computes_the_formula(seed, B, T, tokens, zeros, kind, keep):
     r = torch.Generator().manual_seed(seed)
     g = torch.randn(B, T if tokens else 1, 5, generator=r)*(torch.rand(B, T if tokens else 1, 5, generator=r)>=zeros)
-    (A,Bm),sp = STACK.leaves[4],STACK.spots[4]
-    x,y = torch.randn(B,T,sp.inp, generator=r),torch.randn(B,T,sp.out, generator=r)
-    want = y+torch.einsum('bte,bti,eri,eor->bto', (g*STACK.scale).expand(B,T,5), x, A, Bm)
     plan = make_plan(g, STACK, kind)
-    got = y if plan.kind=='none' else plan.add(y.clone(), x, 4)
-    torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-3)
+    if keep and plan.kind!='none': plan.keep()
+    for i in (0,1,2,4,4,6): # q, k, v of one input; gate twice, of two inputs
+        (A,Bm),sp = STACK.leaves[i],STACK.spots[i]
+        if i in (0,4): x = torch.randn(B,T,sp.inp, generator=r)
+        if i==6: x = torch.randn(B,T,sp.inp, generator=r)
+        y = torch.randn(B,T,sp.out, generator=r)
+        want = y+torch.einsum('bte,bti,eri,eor->bto', (g*STACK.scale).expand(B,T,5), x, A, Bm)
+        with torch.set_grad_enabled(not keep): got = y if plan.kind=='none' else plan.add(y.clone(), x, i)
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-3)
+    assert plan.shared is None
 
 def test_a_swap_moves_no_weights():
     plan = make_plan(one_hot([2,2],5), STACK)
-    A,B = plan.factors(0, torch.float32)
-    assert plan.kind=='one' and A.data_ptr()==STACK.leaves[0][0][2].data_ptr() and B.data_ptr()==STACK.leaves[0][1][2].data_ptr()
+    A,Bs,_ = plan.factors(0, torch.float32)
+    assert plan.kind=='one' and A.data_ptr()==STACK.leaves[0][0][2].data_ptr()
+    assert [b.data_ptr() for b in Bs]==[STACK.leaves[i][1][2].data_ptr() for i in STACK.groups[0].layers]
+
+def test_layers_of_one_input_share_a_product():
+    names = [[STACK.spots[i].name.split('.')[-1] for i in g.layers] for g in STACK.groups]
+    assert names==2*[['q_proj','k_proj','v_proj'],['o_proj'],['gate_proj','up_proj'],['down_proj']]
+    for g,view in zip(STACK.groups, STACK.grouped):
+        for j,i in enumerate(g.layers): assert view[:,j].data_ptr()==STACK.leaves[i][0].data_ptr() and torch.equal(view[:,j], STACK.leaves[i][0])
+
+def test_equal_neighbours_are_one_run():
+    g = torch.tensor([[.5,.5,0,0,0]]*3+[[0,0,.9,.1,0]]*3)
+    plan = make_plan(g, STACK, 'rows')
+    assert plan.index.tolist()==[[0,1],[2,3]] and plan.rows==6
+    assert len(make_plan(g[1:], STACK, 'rows').index)==5
+
+def test_a_row_reads_only_its_own_experts():
+    plan = make_plan(torch.tensor([[0,1.,0,0,0],[0,0,.5,.25,.25],[0,0,0,0,0]]), STACK, 'rows')
+    assert plan.index[0].tolist()==[1,1,1] and set(plan.index[2].tolist())<={1,2,3,4} and plan.weight[2].abs().sum()==0
 
 def test_an_expert_that_is_not_used_is_not_read():
     "NaN in a slot that no row names does not matter"
     s = fill(Stack(tiny_base().model, 4, LoraSpec(4)))
     x = torch.randn(2,3,64)
-    for g in (one_hot([0,0],4), one_hot([0,1],4), torch.tensor([[.5,.5,0,0],[.5,.5,0,0]]), torch.tensor([[.9,.1,0,0]]).expand(2,3,4)):
+    for g in (one_hot([0,0],4), one_hot([0,1],4), torch.tensor([[.5,.5,0,0],[.5,.5,0,0]]), torch.tensor([[.9,.1,0,0]]).expand(2,3,4), torch.tensor([[.5,.5,0,0],[0,0,0,0]])):
         want = make_plan(g, s).add(torch.zeros(2,3,64), x, 0)
         s.theta[3] = torch.nan
         assert torch.equal(make_plan(g, s).add(torch.zeros(2,3,64), x, 0), want)
@@ -259,6 +281,37 @@ def grad(m, x, experts, thread=False):
         else: loss.backward()
     return m.stack.grad.clone()
 
+def by_autograd(stack, g, x, ys, i0, loss):
+    "Gradient of the experts and of x, of the plain formula in a group of layers"
+    x = x.clone().requires_grad_()
+    leaves = [[t.detach().clone().requires_grad_() for t in stack.leaves[i]] for i in i0]
+    outs = [y+torch.einsum('be,bti,eri,eor->bto', g*stack.scale, x, A, B) for y,(A,B) in zip(ys, leaves)]
+    loss(outs).backward()
+    return x.grad,[t.grad for pair in leaves for t in pair]
+
+@pytest.mark.parametrize('experts', [[2]*6, [0,0,1,1,3,3], [0,1,1,1,3,3], [0,1,0,1,2,0]])
+@pytest.mark.parametrize('rank', [8, 3])
+def test_hand_made_gradients_equal_autograd(experts, rank):
+    "One run, equal runs, unequal runs (a grouped product), runs that come back"
+    s,r = fill(Stack(tiny_base().model, 4, LoraSpec(rank, 2*rank))).trainable(),torch.Generator().manual_seed(0)
+    g,i0 = one_hot(experts, 4)*torch.linspace(.5, 2, 4),s.groups[0].layers
+    x,ys = torch.randn(6,5,64, generator=r),[torch.randn(6,5,s.spots[i].out, generator=r) for i in i0]
+    loss = lambda outs: sum((o**2).sin().sum() for o in outs)
+    want = by_autograd(s, g, x, ys, i0, loss)
+    plan,mine = make_plan(g, s),x.clone().requires_grad_()
+    assert plan.trains and (plan.ends is not None)==(rank==8 and experts[:4]==[0,1,1,1])
+    loss([plan.add(y.clone(), mine, i) for y,i in zip(ys, i0)]).backward()
+    torch.testing.assert_close(mine.grad, want[0], atol=1e-3, rtol=1e-3)
+    for got,w in zip([t.grad for i in i0 for t in s.leaves[i]], want[1]): torch.testing.assert_close(got, w, atol=2e-3, rtol=1e-3)
+
+def test_uneven_runs_train_as_their_rows_do():
+    m,x = gated(tiny_base(), 4, LoraSpec(8)),batch(rows=6)
+    fill(m.stack).trainable()
+    whole = grad(m, x, [0,0,0,1,3,3])
+    apart = sum(grad(m, {k: v[i:i+1] for k,v in x.items()}, [e]) for i,e in enumerate([0,0,0,1,3,3]))
+    torch.testing.assert_close(whole, apart, atol=1e-4*whole.abs().max().item(), rtol=1e-3)
+    assert whole[2].abs().sum()==0
+
 @pytest.mark.parametrize('quant', ['fp32', 'bf16', 'nf4'])
 def test_checkpointing_agrees_also_on_another_thread(quant):
     m,x = ready(quant),batch()
@@ -337,4 +390,161 @@ def test_one_plan_for_a_generation(monkeypatch):
     m,x,made = ready(),batch(),[]
     monkeypatch.setattr(hs, 'make_plan', lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1])
     answers(m, x, torch.full((3,4), .25), num_beams=2)
-    assert len(made)==1 and len(made[0].kept)==len(m.stack.spots)+1
+    assert len(made)==1 and len(made[0].kept)==len(m.stack.groups)
+
+# ---- the fork
+def forked(fork=.5, slots=3, layers=4, make=None, **kw):
+    b = tiny_base(layers=layers, **kw) if make is None else Base(make().eval().requires_grad_(False), byte_tokenizer(), make.__name__, 'fp32', 'cpu', '')
+    m = gated(b, slots, LoraSpec(4, 8, fork=fork))
+    fill(m.stack)
+    m.stack.trunk.add_(.05*torch.randn(m.stack.trunk.shape, generator=torch.Generator().manual_seed(9)))
+    return m
+
+@pytest.mark.parametrize('fork, at', [(0, 0), (.5, 2), (.3, 1), (3, 3)])
+def test_a_fork_is_a_share_or_a_block(fork, at):
+    s = Stack(tiny_base(layers=4).model, 2, LoraSpec(2, fork=fork))
+    assert s.fork==at and s.below==7*at and s.own==range(7*at, 28)
+    assert {len(A) for A,_ in s.leaves[:s.below]}<={1} and {len(A) for A,_ in s.leaves[s.below:]}=={2}
+
+@pytest.mark.parametrize('fork', [4, 9, -1, 2.5])
+def test_forks_that_cannot_be(fork):
+    with pytest.raises(HydraError, match='fork='): Stack(tiny_base(layers=4).model, 2, LoraSpec(2, fork=fork))
+
+def test_below_the_fork_all_rows_compute_the_same():
+    from hydramoe.stack import at_fork
+    m,x = forked(),{k: v[:1].expand(3,-1) for k,v in batch(pads=(0,)).items()}
+    seen = []
+    for b in m.base.model.layers: b.register_forward_hook(lambda _,i,o: seen.append(o[0] if isinstance(o, tuple) else o))
+    for g in (one_hot([0,1,2],3), torch.tensor([[1.,0,0],[0,0,0],[.2,.3,.5]]), torch.zeros(3,3)):
+        seen.clear()
+        m(**x, gates=g)
+        assert all(torch.equal(h[0], h[1]) and torch.equal(h[0], h[2]) for h in seen[:2])
+        assert g.sum()==0 or not torch.equal(seen[2][0], seen[2][1])
+        torch.testing.assert_close(at_fork(m, **x), seen[1] if len(seen)>1 else None)
+    base = tiny_base(layers=4).model(**x).logits
+    assert torch.equal(m(**x).logits, base) and not torch.equal(m(**x, gates=torch.zeros(3,3)).logits, base)
+
+@pytest.mark.parametrize('make', [None, neox, qwen2, gemma2, granite, cohere])
+def test_trunk_and_branches_make_the_whole(make):
+    from hydramoe.stack import at_fork, from_fork
+    m,x = forked(make=make),batch()
+    for g in (one_hot([0,1,2],3), torch.rand(3,3, generator=torch.Generator().manual_seed(0)), torch.zeros(3,3)):
+        torch.testing.assert_close(from_fork(m, at_fork(m, **x), x['attention_mask'], g), hidden(m, **x, gates=g))
+
+def test_an_expert_of_a_forked_stack_loads_in_peft_and_again(tmp_path):
+    m,x = forked(),batch()
+    for e in range(3): m.stack.save_peft(tmp_path/str(e), e, 'tiny-0')
+    keep = x['attention_mask'].bool()
+    want = m(**x, gates=one_hot([1]*3,3)).logits[keep]
+    torch.testing.assert_close(peft(tiny_base(layers=4).model, tmp_path/'1')(**x).logits[keep], want, atol=1e-4, rtol=1e-4)
+    for fork in (0, .5):
+        again = gated(tiny_base(layers=4), 2, LoraSpec(6, fork=fork))
+        for e in (0,1): again.stack.load_peft(tmp_path/str(e), e)
+        torch.testing.assert_close(again(**x, gates=one_hot([1]*3,2)).logits[keep], want, atol=1e-4, rtol=1e-4)
+        assert again.stack.save_peft(tmp_path/'again', 1, 'tiny-0') and (tmp_path/'again'/'adapter_model.safetensors').read_bytes()==(tmp_path/'1'/'adapter_model.safetensors').read_bytes()
+
+def test_an_expert_of_another_seed_expert_is_refused(tmp_path):
+    m = forked()
+    m.stack.save_peft(tmp_path/'a', 0, 'tiny-0')
+    m.stack.trunk[0,5] += 1
+    m.stack.save_peft(tmp_path/'b', 1, 'tiny-0')
+    s = Stack(tiny_base(layers=4).model, 2, LoraSpec(4, 8, fork=.5))
+    s.load_peft(tmp_path/'a', 0)
+    with pytest.raises(HydraError, match='another seed expert'): s.load_peft(tmp_path/'b', 1)
+    assert s.names==['a', None] and s.theta[1].abs().sum()==0
+    m.stack.init_expert(2, 0, 'odd', alpha=3)
+    with pytest.raises(HydraError, match='has scale'): m.stack.save_peft(tmp_path/'c', 2)
+
+@pytest.mark.parametrize('checkpoint', [False, True])
+def test_training_above_a_fork_equals_training_from_the_cached_trunk(checkpoint):
+    from hydramoe.stack import at_fork, from_fork
+    m,x = forked(),batch()
+    m.stack.trainable()
+    m.checkpointing(checkpoint)
+    with torch.no_grad(): h = at_fork(m, **x)
+    def gradient(run):
+        m.stack.zero_grad()
+        with m.stack.bind(make_plan(one_hot([0,2,2],3), m.stack)): run().square().sum().backward()
+        return m.stack.grad.clone()
+    whole,cached = gradient(lambda: hidden(m, **x)),gradient(lambda: from_fork(m, h, x['attention_mask']))
+    torch.testing.assert_close(cached, whole, atol=1e-5*whole.abs().max().item(), rtol=1e-4)
+    assert whole[1].abs().sum()==0 and whole[0].abs().sum()>0 and m.stack.leaves[0][0].grad is None
+
+def test_a_forked_generation_equals_its_rows():
+    m,x = forked(),batch()
+    g = torch.tensor([[.5,.5,0],[0,0,1.],[0,0,0]])
+    together = answers(m, x, g)
+    assert torch.equal(answers(m, x, g, use_cache=False), together)
+    for i in range(3): assert torch.equal(answers(m, {k: v[i:i+1] for k,v in x.items()}, g[i:i+1]), together[i:i+1])
+
+# ---- more experts than fit
+@pytest.fixture(scope='module')
+def library(tmp_path_factory):
+    m,d = ready(slots=6),tmp_path_factory.mktemp('library')
+    return m,{m.stack.names[e]: m.stack.save_peft(d/m.stack.names[e], e, 'tiny-0') for e in range(6)}
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.lists(st.lists(st.integers(0,5), min_size=1, max_size=2, unique=True), min_size=2, max_size=2), min_size=1, max_size=6), st.integers(4,6), st.integers(0,7))
+def test_outputs_do_not_depend_on_the_shelf(library, requests, slots, rows_in_ram):
+    from hydramoe.stack import Shelf
+    m,folders = library
+    few = gated(tiny_base(), slots, LoraSpec(4, 8))
+    shelf,x = Shelf(few.stack, folders, rows_in_ram*few.stack.theta[0].nbytes),batch(rows=2, length=6, pads=(0,))
+    for request in requests:
+        mixes = [{f'expert{e}': 1/(1+j) for j,e in enumerate(row)} for row in request]
+        want = torch.zeros(2, 6)
+        for row,mix in zip(want, mixes):
+            for n,w in mix.items(): row[int(n[-1])] = w
+        with torch.no_grad(), shelf.gates(mixes) as g: torch.testing.assert_close(few(**x, gates=g).logits, m(**x, gates=want).logits)
+        assert len(shelf.ram)<=rows_in_ram and not +shelf.held
+
+def test_the_shelf_keeps_what_is_used_and_drops_what_is_not(library):
+    from hydramoe.stack import Shelf
+    s = Stack(tiny_base().model, 2, LoraSpec(4, 8))
+    shelf = Shelf(s, library[1], 0)
+    for e in (0,1,0,2):
+        with shelf.gates([{f'expert{e}': 1.}]): pass
+    assert sorted(shelf.placed)==['expert0','expert2'] and shelf.found=={'disk': 3, 'device': 1}
+    with shelf.gates([{'expert0': 1.}]):
+        with shelf.gates([{'expert1': 1.}]): assert 'expert0' in shelf.placed
+        with shelf.gates([{'expert3': 1.}]): assert 'expert0' in shelf.placed
+
+def test_a_request_waits_for_slots_that_others_hold(library):
+    from hydramoe.stack import Shelf
+    shelf,seen = Shelf(Stack(tiny_base().model, 1, LoraSpec(4, 8)), library[1]),[]
+    def ask(e):
+        with shelf.gates([{f'expert{e}': 1.}]): seen.append((e, shelf.stack.names[0]))
+    with shelf.gates([{'expert0': 1.}]):
+        t = threading.Thread(target=ask, args=(3,)); t.start(); t.join(.1)
+        assert t.is_alive() and shelf.stack.names==['expert0']
+    t.join()
+    assert seen==[(3,'expert3')]
+
+def test_a_damaged_expert_leaves_the_shelf_usable(library, tmp_path):
+    from hydramoe.stack import Shelf
+    (tmp_path/'bad').mkdir()
+    shelf = Shelf(Stack(tiny_base().model, 1, LoraSpec(4, 8)), {**library[1], 'bad': tmp_path/'bad'})
+    with pytest.raises(HydraError, match='not a PEFT adapter'):
+        with shelf.gates([{'bad': 1.}]): pass
+    with shelf.gates([{'expert0': 1.}]): assert shelf.stack.names==['expert0']
+
+def test_a_grouped_product_serves_inference_as_well(monkeypatch):
+    "The path of a GPU, on the CPU: uneven runs, kept and not"
+    import hydramoe.stack as hs
+    m,x = gated(tiny_base(), 4, LoraSpec(8)),batch(rows=6)
+    fill(m.stack)
+    g = one_hot([0,0,0,1,3,3], 4)*.7
+    want,said = m(**x, gates=g).logits,answers(m, x, g)
+    monkeypatch.setattr(hs, '_grouped_pays', lambda stack: True)
+    assert make_plan(g, m.stack).ends.tolist()==[3,4,6]
+    torch.testing.assert_close(m(**x, gates=g).logits, want)
+    assert torch.equal(answers(m, x, g), said)
+
+def test_looking_while_training_changes_nothing():
+    m,x = gated(tiny_base(), 4, LoraSpec(8)),batch(rows=6)
+    fill(m.stack)
+    with torch.no_grad():
+        for experts in ([0,0,0,1,3,3], [2]*6):
+            m.stack.trainable(False)
+            want = m(**x, gates=one_hot(experts, 4)).logits
+            torch.testing.assert_close(m_train(m)(**x, gates=one_hot(experts, 4)).logits, want)
