@@ -7,9 +7,9 @@ __all__ = ['FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'EXPERT', 'USE'
            'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests', 'seal_bundle',
            'read_manifest', 'check_files', 'check_adapter', 'check', 'base_uri', 'open_uri', 'model_card', 'BuildSpec',
            'choose_k', 'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert',
-           'domain_experts', 'measure_routers', 'dealt', 'settled', 'training', 'make_stages', 'grouped_experts',
-           'assembled', 'described', 'router_with', 'router_without', 'find_seed', 'one_more', 'add_expert',
-           'remove_expert', 'explain_bundle', 'matrix_rate', 'shapes', 'forecast']
+           'domain_experts', 'measure_routers', 'dealt', 'settled', 'training', 'sorted_rows', 'make_stages',
+           'grouped_experts', 'assembled', 'described', 'propose_domains', 'router_with', 'router_without', 'find_seed',
+           'one_more', 'add_expert', 'remove_expert', 'explain_bundle', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
 import contextlib, hashlib, json, math, os, re, secrets, shutil, sys, time
@@ -28,7 +28,7 @@ from .base import Base, byte_tokenizer, compute_dtype, load_base, render, target
 from .base import _find, _named, _tokenizer
 from .data import encode
 from .formats import Tally, detect, read_records
-from .cluster import Domains, check_names, discover, embed_stage, load_embeddings, prompt_text
+from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, load_embeddings, prompt_text, write_domains_yaml
 from .stack import GatedCausalLM, LoraSpec, gated
 from .score import response_losses
 from .expert import GroupSpec, TrainSpec, collect, expert_weights, group_size, make_jobs, on_stack, open_base
@@ -611,14 +611,16 @@ def sort_into_domains(
     x:Path, # their embeddings
     k:int, # domains
     seed:int, # of the clustering
-    encoder:str # what made `x`
-)->None: # train.jsonl and dev.jsonl, each row with its domain, and the domains
-    "A stage: discover domains and give every row to one"
+    encoder:str, # what made `x`
+    edits:str='' # text of an edited domains.yaml; as discovered if empty
+)->None: # train.jsonl and dev.jsonl, each row with its domain, the domains, and domains.yaml if there are edits
+    "A stage: discover domains, edit them if asked, and give every row to one"
     parts = {p: read_jsonl(rows/f'{p}.jsonl') for p in ('train', 'dev')}
     at = load_embeddings(x)
-    found, _ = discover(at['train'], [prompt_text(r) for r in parts['train']], k, seed, encoder)
+    found, mine = discover(at['train'], [prompt_text(r) for r in parts['train']], k, seed, encoder)
+    if edits: found, mine = edit_domains(write_bytes(out/'domains.yaml', edits.encode()), found, at['train'], mine, seed)
     for p,rs in parts.items():
-        labels = found.assign(at[p]) if rs else []
+        labels = mine if p=='train' else found.assign(at[p]) if rs else []
         write_jsonl(out/f'{p}.jsonl', [dict(r, domain=found.names[l]) for r,l in zip(rs, labels)])
     found.save(out/'domains')
 
@@ -706,20 +708,31 @@ def training(
     return dict(same, spec=asdict(first), threads=spec.threads), dict(same, spec=asdict(second), threads=spec.threads)
 
 # %% ../nbs/33_hydra.ipynb #cell94
+def sorted_rows(
+    rows:Path, # from `dealt`
+    counts:dict, # from `dealt`
+    spec:BuildSpec, # settled
+    root:Path|None=None, # where stages go; in the cache if None
+    edits:str='' # text of an edited domains.yaml
+)->tuple[Path,Path]: # sealed: embeddings; rows with their domains
+    "The stages before training"
+    lean, parts = dict(libs=LIBS, root=root), 'train dev' if counts['dev'] else 'train'
+    x = stage(embed_stage, dict(parts=parts, encoder=spec.encoder), dict(rows=rows), **lean)
+    edited = dict(edits=edits) if edits else {}
+    return x, stage(sort_into_domains, dict(k=spec.k, seed=spec.seed, encoder=spec.encoder, **edited), dict(rows=rows, x=x), **lean)
+
 def make_stages(
     rows:Path, # from `dealt`
     counts:dict, # from `dealt`
     spec:BuildSpec, # settled
     root:Path|None=None, # where stages go; in the cache if None
+    edits:str='', # text of an edited domains.yaml
     **run # where groups of experts are trained, as for `run_jobs`: executor, workers
 )->dict[str,Path]: # rows, domains, seed, experts, router: sealed directories
     "Run the stages behind a build, or find them made"
     name, (first, second) = base_of(spec.base)[1], training(spec)
-    lean = dict(libs=LIBS, root=root)
-    kw = dict(lean, dtype=spec.quant, device='cuda' if torch.cuda.is_available() else 'cpu')
-    parts = 'train dev' if counts['dev'] else 'train'
-    x = stage(embed_stage, dict(parts=parts, encoder=spec.encoder), dict(rows=rows), **lean)
-    found = stage(sort_into_domains, dict(k=spec.k, seed=spec.seed, encoder=spec.encoder), dict(rows=rows, x=x), **lean)
+    kw = dict(libs=LIBS, root=root, dtype=spec.quant, device='cuda' if torch.cuda.is_available() else 'cpu')
+    x, found = sorted_rows(rows, counts, spec, root, edits)
     _say('domains:', ', '.join(Domains.load(found/'domains').names))
     seed = stage(seed_expert, dict(first, fingerprint=name), dict(rows=rows), **kw)
     experts = grouped_experts(spec, dict(second, fingerprint=name), dict(rows=found, start=seed), run, **kw)
@@ -768,12 +781,17 @@ def described(
             f"after one of the seed expert")
     return f"{', '.join([into, *lost])}\n{made}"
 
-def _free(out, rows, spec):
-    "Refuse a place that holds a Hydra of other rows or another spec, before hours are spent"
+def _free(out, rows, spec, edits=''):
+    "Refuse a place that holds a Hydra of other rows, another spec or other edits, before hours are spent"
     if out is None or not os.path.lexists(out): return
     built = check(out)['built']
-    if (built.get('spec'), built.get('seals', {}).get('rows'))!=(asdict(spec), seal_id(rows)):
+    if (built.get('spec'), built.get('seals', {}).get('rows'), built.get('edits', ''))!=(asdict(spec), seal_id(rows), edits):
         raise BundleError(f"{out} holds another Hydra: choose another place, or delete it first")
+
+def _text(file):
+    if file is None: return ''
+    try: return Path(file).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e: raise HydraError(f"{file} cannot be read ({e}); write it with `hydramoe domains`, then edit it") from None
 
 @patch(cls_method=True)
 def build(cls:Hydra,
@@ -782,20 +800,42 @@ def build(cls:Hydra,
     root:str|Path|None=None, # where stages go; in the cache if None
     reading:dict|None=None, # what to override in reading files: as for `formats.detect`
     run:dict|None=None, # where groups of experts are trained, as for `run_jobs`; what is made does not hang on it
+    domains:str|Path|None=None, # a file that `propose_domains` wrote, edited; None: as discovered
     **kw # fields of `BuildSpec`: base, quant, k, rank, targets, tokens, max_length, lr, seed, …
 )->Hydra:
     "From examples to a Hydra; killed and called again, it goes on"
     spec, (rows, rejects) = BuildSpec(**kw), gather(records, **(reading or {}))
     if rejects: _say(f"{len(rejects)} rows were refused, the first in line {rejects[0]['line']}: {rejects[0]['reason']}")
     place, counts = dealt(rows, spec, root)
-    spec = settled(spec, counts['train'])
-    _free(out, place, spec)
+    spec, edits = settled(spec, counts['train']), _text(domains)
+    _free(out, place, spec, edits)
     _say(described(counts, spec))
-    hydra = assembled(make_stages(place, counts, spec, root, **(run or {})), counts, spec)
+    hydra = assembled(make_stages(place, counts, spec, root, edits, **(run or {})), counts, spec)
+    if edits: hydra.about['built']['edits'] = edits
     if out is not None: hydra.save(out)
     return hydra
 
-# %% ../nbs/33_hydra.ipynb #cell107
+# %% ../nbs/33_hydra.ipynb #cell106
+def propose_domains(
+    records:list|str|Path, # as for `Hydra.build`
+    path:str|Path, # the file to write, `domains.yaml`
+    root:str|Path|None=None, # where stages go; in the cache if None
+    reading:dict|None=None, # what to override in reading files: as for `formats.detect`
+    say:bool=False, # let the base write a sentence on each domain
+    **kw # fields of `BuildSpec`
+)->Domains: # as discovered
+    "Discover the domains of a build, and write them to a file to be edited"
+    if os.path.lexists(path): raise HydraError(f"{path} exists: choose another place, or delete it first")
+    spec, (rows, _) = BuildSpec(**kw), gather(records, **(reading or {}))
+    place, counts = dealt(rows, spec, root)
+    x, made = sorted_rows(place, counts, settled(spec, counts['train']), root)
+    found, train, at = Domains.load(made/'domains'), read_jsonl(made/'train.jsonl'), load_embeddings(x)['train']
+    labels, texts, near = np.array([found.names.index(r['domain']) for r in train]), [prompt_text(r) for r in train], found.distances(at)
+    if say: found.lines = describe(texts, labels, near, open_base(spec.base, spec.quant))
+    write_domains_yaml(path, found, labels, texts, near)
+    return found
+
+# %% ../nbs/33_hydra.ipynb #cell114
 def _domains_of(router):
     "The domains behind a similarity router"
     if router.kind!='similarity':
@@ -825,7 +865,7 @@ def router_without(
     old = _domains_of(router)
     return _similar(router, Domains(old.centroids[keep], [old.names[i] for i in keep], old.encoder))
 
-# %% ../nbs/33_hydra.ipynb #cell110
+# %% ../nbs/33_hydra.ipynb #cell117
 def find_seed(
     built:dict, # of a bundle: what it was made from
     root:Path|None=None # where stages are; in the cache if None
@@ -898,7 +938,7 @@ def remove_expert(
     built = dict(built, changes=[*built.get('changes', []), dict(removed=name)])
     return _changed(on, router_without(router, name), {n: f for n,f in folders.items() if n!=name}, built, notes, out)
 
-# %% ../nbs/33_hydra.ipynb #cell115
+# %% ../nbs/33_hydra.ipynb #cell122
 @patch
 def explain(self:Hydra,
     prompt:str|list # one prompt or conversation
@@ -923,7 +963,7 @@ def explain_bundle(
     e = explain_route(Router.load(Path(path)/'router'), prompt_text(dict(prompt=as_messages(prompt))))
     return dict(e, text=route_text(e), base=man['base']['id']), plot_route(e)
 
-# %% ../nbs/33_hydra.ipynb #cell119
+# %% ../nbs/33_hydra.ipynb #cell126
 SHARE = dict(fp32=.59, bf16=.39, nf4=.35) # of the matrix rate that fused training of SmolLM2 reached on two cores
 
 def matrix_rate(

@@ -7,7 +7,7 @@ import pytest
 from hydramoe.cli import main
 from hydramoe.cluster import lesson_texts
 
-COMMANDS = ['build', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce', 'data list', 'data show', 'data prepare', 'data check', 'data card']
+COMMANDS = ['build', 'domains', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce', 'data list', 'data show', 'data prepare', 'data check', 'data card']
 TINY = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words']
 
 def hydramoe(*argv, **kw):
