@@ -264,14 +264,20 @@ def _stored(self:Plan, g):
     return grouped,[b.mT for _,b in pairs]
 
 @patch
-def _one(self:Plan, g, dtype):
-    e,ones = self.slot,self.stack.ones # groups' views, and what `quick` looked up
-    if e not in ones:
-        while len(ones)>=32: ones.pop(next(iter(ones)))
+def _views_of_one(self:Plan):
+    "Each group's views of one expert, and room for what `quick` looks up; made once for a slot, safe among threads"
+    found,ones,e = self.stack.ones.get(self.slot),self.stack.ones,self.slot
+    if found is None:
         stored = map(self._stored, range(len(self.stack.groups)))
-        ones[e] = [(A[i].flatten(0, 1).mT, [b[i] for b in Bs], None) for A,Bs in stored for i in [e if len(A)==self.stack.slots else 0]],[None]*len(self.stack.spots)
-    A,Bs,_ = ones[e][0][g]
-    return ones[e][0][g] if A.dtype==dtype else (A.to(dtype), [b.to(dtype) for b in Bs], None)
+        found = [(A[i].flatten(0, 1).mT, [b[i] for b in Bs], None) for A,Bs in stored for i in [e if len(A)==self.stack.slots else 0]],[None]*len(self.stack.spots)
+        if len(ones)>=32: ones.clear()
+        ones[e] = found
+    return found
+
+@patch
+def _one(self:Plan, g, dtype):
+    A,Bs,_ = self._views_of_one()[0][g]
+    return A.to(dtype),(Bs if A.dtype==dtype else [b.to(dtype) for b in Bs]),None
 
 @patch
 def _wide(self:Plan, n, dtype):
@@ -357,7 +363,7 @@ def _fits(self:Plan, x):
 def _look_up(self:Plan, i, dtype):
     spot,rows = self.stack.spots[i],self.kind=='rows'
     (A,Bs,w),members = self.factors(spot.group, dtype),self.stack.groups[spot.group].layers
-    if self.kind=='one' and dtype==self.stack.theta.dtype: self.ready = self.stack.ones[self.slot][1]
+    if self.kind=='one' and dtype==self.stack.theta.dtype: self.ready = self._views_of_one()[1]
     self.ready[i] = A,Bs[spot.j],w,spot.j,i==members[-1],len(members),len(A) if rows else 0,spot.group
     return self.ready[i]
 
