@@ -30,6 +30,7 @@ from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, r
 from .data import encode
 from .score import loss_matrix, micro_batches, response_losses, save_losses, token_losses
 from .stack import LoraSpec, gated, make_plan, one_hot
+from .unify import DevRows, ExpertRows
 from .store import SealError, open_sealed, sealing, stage, work_dir
 
 # %% ../nbs/22_expert.ipynb #cell8
@@ -475,7 +476,7 @@ def train_experts(
     lora, spec, stop = (c(**x) if isinstance(x, dict) else x for c,x in ((LoraSpec, lora), (TrainSpec, spec), (StopSpec, stop)))
     b = open_base(base, quant)
     read = partial(_encoded, tokenizer=b.tokenizer, max_prompt=max_prompt, max_response=max_response)
-    rows, held = read(Path(rows_dir)/file, groups), _short(read(Path(rows_dir)/dev, dev_groups)) if stop else {}
+    rows, held = read(Path(rows_dir)/file, ExpertRows, groups), _short(read(Path(rows_dir)/dev, DevRows, dev_groups)) if stop else {}
     kept = _short(rows)
     model = gated(b, slots=len(kept), spec=lora)
     for e,name in enumerate(kept): start_expert(model.stack, e, name, start, spec.seed)
@@ -485,7 +486,9 @@ def train_experts(
     write_json(Path(out)/'history.json', dict(experts=summary(rows, kept, history), spec=spec, lora=lora, history=history))
     return Path(out)
 
-def _encoded(file, groups, **how): return {n: [encode(r, **how) for r in rs] for n,rs in sort_rows(read_jsonl(file), groups).items()}
+def _encoded(file, kind, groups, **how):
+    "The examples of each expert; rows of another part of a unified set are refused"
+    return {n: [encode(r, **how) for r in rs] for n,rs in sort_rows(list(kind(read_jsonl(file))), groups).items()}
 
 def _short(rows): return {n: [x for x in xs if x is not None] for n,xs in rows.items()}
 

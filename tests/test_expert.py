@@ -290,3 +290,13 @@ def test_resume_of_a_watched_run_is_bit_equal(k, tmp_path, monkeypatch):
     again, resumed = watched(DEV, stop, work=tmp_path, every=2)
     assert torch.equal(again.stack.theta, whole.stack.theta) and resumed==history
     with pytest.raises(HydraError, match='other rows'): watched([d[:1] for d in DEV], stop, work=tmp_path)
+
+@pytest.mark.parametrize('part', ['router', 'dev', 'test'])
+def test_rows_of_another_part_are_never_trained_on(tmp_path, part):
+    from hydramoe.unify import open_unified, toy_unify
+    d = stage(toy_unify, dict(tokens_per_domain=300, router=1, dev=1, test=1, max_length=200), root=tmp_path)
+    how = dict(base='tiny', quant='fp32', lora=LORA, spec=SPEC)
+    with pytest.raises(HydraError, match=f"of the part '{part}'"): train_seed(tmp_path/'x', rows_dir=d, file=f'{part}.jsonl', **how)
+    assert not (tmp_path/'x').exists()
+    with sealing(tmp_path/'y', {}) as out: train_seed(out, rows_dir=d, file='experts.jsonl', **how)
+    assert (tmp_path/'y'/'seed'/'adapter_model.safetensors').exists() and len(open_unified(d).experts)
