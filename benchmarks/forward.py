@@ -99,7 +99,7 @@ def measure(args, quant, mode):
     out = in_turn(steps, args.rounds)
     pre = {'base_prefill': prefill(bare, ids), 'prefill_9': prefill(mine, ids, gates=mixes['decode_9']), 'prefill_64_top2': prefill(mine, ids, gates=mixes[f'decode_{args.experts[-1]}_top2'])}
     if mode=='eager': pre['peft_prefill_mixed_8'] = prefill(theirs, ids, **who)
-    out |= in_turn(pre, max(3, args.rounds//5))
+    out |= in_turn(pre, max(3, args.rounds//3))
     out['swap'] = swaps(model, args.rows, model.stack.slots, args.rounds)
     out['gather'] = statistics.median(seconds(lambda: [make_plan(mixes['decode_9'], model.stack).keep().factors(g, model.base.dtype) for g in range(len(model.stack.groups))]) for _ in range(5))
     names = [f'e{e}' for e in range(9)]
