@@ -654,7 +654,7 @@ def _start_ray(ray, workers, address):
     "Join a cluster, or start one that nobody else can reach"
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     own = dict(num_cpus=len(slots(workers)), _node_ip_address='127.0.0.1', include_dashboard=False)
-    try: ray.init(log_to_driver=False, **({'address': address} if address else own))
+    try: ray.init(log_to_driver=False, **({'address': address} if address else dict(own, address='local')))
     except Exception as e: raise HydraError(f"Ray did not start ({e}): is the address right, the machine too busy? the executor 'local' needs no Ray") from e
 
 def _here(jobs, retries, workers=None): return [j() for j in jobs]

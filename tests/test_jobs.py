@@ -228,14 +228,16 @@ def test_any_harm_to_any_file_at_any_step(k, file, harm, at):
 def tests_importable(monkeypatch):
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), *sys.path]))
 
+HERE = '127.0.0.2' # loopback too; in an address Ray replaces 127.0.0.1 by the one that others see
+
 @pytest.mark.slow
 def test_two_ray_nodes_and_a_killed_worker(rows, tmp_path, whole, tests_importable):
     ray = pytest.importorskip('ray')
     from ray.cluster_utils import Cluster
-    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, node_ip_address='127.0.0.1', include_dashboard=False))
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, node_ip_address=HERE, include_dashboard=False))
     try:
-        cluster.add_node(num_cpus=1)
-        ray.init(cluster.address, _node_ip_address='127.0.0.1', log_to_driver=False)
+        cluster.add_node(num_cpus=1, node_ip_address=HERE)
+        ray.init(cluster.address, _node_ip_address=HERE, log_to_driver=False)
         assert len([n for n in ray.nodes() if n['Alive']])==2
         assert files(run_jobs(jobs(rows, tmp_path/'calm'), 'ray'))==whole
         assert files(run_jobs(mortal(rows, tmp_path), 'ray'))==whole and (tmp_path/'mark').exists()
@@ -245,7 +247,7 @@ def test_two_ray_nodes_and_a_killed_worker(rows, tmp_path, whole, tests_importab
 @pytest.mark.slow
 def test_ray_shares_a_gpu_and_gives_up(rows, tmp_path, whole, tests_importable):
     ray = pytest.importorskip('ray')
-    ray.init(num_cpus=2, num_gpus=1, _node_ip_address='127.0.0.1', include_dashboard=False, log_to_driver=False) # the GPU is Ray's word only
+    ray.init('local', num_cpus=2, num_gpus=1, _node_ip_address=HERE, include_dashboard=False, log_to_driver=False) # the GPU is Ray's word only
     try:
         assert files(run_jobs(jobs(rows, tmp_path), 'ray', gpus=.5))==whole
         with pytest.raises(HydraError, match='killed 1 times'): run_jobs(jobs(rows, tmp_path, 4, doomed), 'ray', retries=0)
