@@ -636,8 +636,7 @@ def _local(jobs, retries, workers=None):
 # %% ../nbs/22_expert.ipynb #cell75
 def _ray(jobs, retries, workers=None, gpus=0., address=None):
     "Ray tasks; a killed worker's task is sent again"
-    try: import ray
-    except ImportError: raise HydraError("the executor 'ray' needs Ray: pip install 'hydramoe[ray]'") from None
+    ray = _import_ray(address)
     ours = not ray.is_initialized()
     if ours: _start_ray(ray, workers, address)
     try:
@@ -650,12 +649,22 @@ def _ray(jobs, retries, workers=None, gpus=0., address=None):
 
 def _call(job): return job()
 
+def _import_ray(address):
+    "Ray, told before it wakes to stay on this machine if that is all it is for"
+    if not address or address.startswith(('127.', 'localhost')): os.environ.setdefault('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER', '0')
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    try: import ray
+    except ImportError: raise HydraError("the executor 'ray' needs Ray: pip install 'hydramoe[ray]'") from None
+    return ray
+
 def _start_ray(ray, workers, address):
     "Join a cluster, or start one that nobody else can reach"
-    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-    own = dict(num_cpus=len(slots(workers)), _node_ip_address='127.0.0.1', include_dashboard=False)
+    own = dict(address='local', num_cpus=len(slots(workers)), _node_ip_address='127.0.0.1', include_dashboard=False)
     try: ray.init(log_to_driver=False, **({'address': address} if address else own))
     except Exception as e: raise HydraError(f"Ray did not start ({e}): is the address right, the machine too busy? the executor 'local' needs no Ray") from e
+    if address or all(n['NodeManagerAddress']=='127.0.0.1' for n in ray.nodes()): return
+    ray.shutdown()
+    raise HydraError("Ray was imported before hydramoe could keep it to this machine, and would listen to the network: call this in a new process, or start Ray yourself")
 
 def _here(jobs, retries, workers=None): return [j() for j in jobs]
 

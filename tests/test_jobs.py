@@ -4,7 +4,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-import pytest, torch
+os.environ.setdefault('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER', '0') # as `run_jobs` sets it, before anybody imports Ray: the loopback interface alone
+
+import psutil, pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors import SafetensorError
 from hydramoe import expert
@@ -234,7 +236,7 @@ def test_two_ray_nodes_and_a_killed_worker(rows, tmp_path, whole, tests_importab
     from ray.cluster_utils import Cluster
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, node_ip_address='127.0.0.1', include_dashboard=False))
     try:
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1, node_ip_address='127.0.0.1')
         ray.init(cluster.address, _node_ip_address='127.0.0.1', log_to_driver=False)
         assert len([n for n in ray.nodes() if n['Alive']])==2
         assert files(run_jobs(jobs(rows, tmp_path/'calm'), 'ray'))==whole
@@ -245,7 +247,7 @@ def test_two_ray_nodes_and_a_killed_worker(rows, tmp_path, whole, tests_importab
 @pytest.mark.slow
 def test_ray_shares_a_gpu_and_gives_up(rows, tmp_path, whole, tests_importable):
     ray = pytest.importorskip('ray')
-    ray.init(num_cpus=2, num_gpus=1, _node_ip_address='127.0.0.1', include_dashboard=False, log_to_driver=False) # the GPU is Ray's word only
+    ray.init('local', num_cpus=2, num_gpus=1, _node_ip_address='127.0.0.1', include_dashboard=False, log_to_driver=False) # the GPU is Ray's word only
     try:
         assert files(run_jobs(jobs(rows, tmp_path), 'ray', gpus=.5))==whole
         with pytest.raises(HydraError, match='killed 1 times'): run_jobs(jobs(rows, tmp_path, 4, doomed), 'ray', retries=0)
@@ -255,6 +257,20 @@ def test_ray_shares_a_gpu_and_gives_up(rows, tmp_path, whole, tests_importable):
 def test_ray_of_our_own_listens_to_this_machine_only(rows, tmp_path, whole):
     pytest.importorskip('ray')
     assert files(run_jobs(jobs(rows, tmp_path), 'ray', workers=2))==whole
+    ray = expert._import_ray(None)
+    expert._start_ray(ray, 2, None)
+    try:
+        open_to = [c.laddr.ip for p in psutil.Process().children(recursive=True) for c in p.net_connections('inet') if c.status=='LISTEN']
+        assert len(open_to)>3 and set(open_to)<={'127.0.0.1', '::1', '::ffff:127.0.0.1'}
+    finally: ray.shutdown()
+
+@pytest.mark.slow
+def test_a_ray_that_would_listen_to_the_network_is_refused():
+    pytest.importorskip('ray')
+    code = "import ray; from hydramoe.expert import run_jobs; run_jobs([print], 'ray')"
+    env = {k: v for k,v in os.environ.items() if k!='RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'}
+    r = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    assert r.returncode==1 and 'would listen to the network' in r.stderr, r.stderr
 
 def _sharded(rank, world, folder):
     "One of two processes that share a base; in a process of its own"
