@@ -21,6 +21,20 @@ from transformers import DynamicCache
 from hydramoe.base import load_base, tiny_base
 from hydramoe.stack import LoraSpec, gated, make_plan, one_hot
 
+def options(doc, experts, rounds):
+    "What this benchmark and scale.py both ask"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--json', action='store_true', help='print one JSON object and nothing else')
+    p.add_argument('--fast', action='store_true', help='a tiny base, few rounds: does it run?')
+    p.add_argument('--base', default='smollm2')
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--experts', default=experts, help='sizes of the stack')
+    p.add_argument('--rows', type=int, default=8)
+    p.add_argument('--context', type=int, default=128)
+    p.add_argument('--rounds', type=int, default=rounds)
+    p.add_argument('--threads', type=int, default=2)
+    return p
+
 def opened(args, quant): return tiny_base(quant=quant) if args.base=='tiny' else load_base(args.base, quant, args.device)
 
 def soft(B, E, slots, seed=0):
@@ -96,8 +110,8 @@ def measure(args, quant, mode):
     steps = {'base': decode(bare, cfg, ids), **{k: decode(mine, cfg, ids, (model.keep, {}), gates=g.to(base.device)) for k,g in mixes.items()},
              'peft_decode_one': decode(theirs, cfg, ids)}
     if mode=='eager': steps['peft_decode_mixed_8'] = decode(theirs, cfg, ids, **who)
-    out = in_turn(steps, args.rounds)
-    pre = {'base_prefill': prefill(bare, ids), 'prefill_9': prefill(mine, ids, gates=mixes['decode_9']), 'prefill_64_top2': prefill(mine, ids, gates=mixes[f'decode_{args.experts[-1]}_top2'])}
+    out, most = in_turn(steps, args.rounds), args.experts[-1]
+    pre = {'base_prefill': prefill(bare, ids), 'prefill_9': prefill(mine, ids, gates=mixes['decode_9']), f'prefill_{most}_top2': prefill(mine, ids, gates=mixes[f'decode_{most}_top2'])}
     if mode=='eager': pre['peft_prefill_mixed_8'] = prefill(theirs, ids, **who)
     out |= in_turn(pre, max(3, args.rounds//3))
     out['swap'] = swaps(model, args.rows, model.stack.slots, args.rounds)
@@ -112,18 +126,9 @@ def relative(s):
     return r | {'gather_ms': round(1e3*s['gather'], 1), 'base_decode_ms': round(1e3*s['base'], 2), 'base_prefill_ms': round(1e3*s['base_prefill'], 1)}
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--json', action='store_true', help='print one JSON object and nothing else')
-    p.add_argument('--fast', action='store_true', help='a tiny base, few rounds: does it run?')
-    p.add_argument('--base', default='smollm2')
-    p.add_argument('--device', default='cpu')
+    p = options(__doc__, '9,64,256', 30)
     p.add_argument('--precisions', default='fp32,bf16')
     p.add_argument('--modes', default='eager', help='eager,compiled')
-    p.add_argument('--experts', default='9,64,256', help='sizes of the stack for top-2')
-    p.add_argument('--rows', type=int, default=8)
-    p.add_argument('--context', type=int, default=128)
-    p.add_argument('--rounds', type=int, default=30)
-    p.add_argument('--threads', type=int, default=2)
     args = p.parse_args()
     if args.fast: args.base, args.rounds, args.experts, args.context = 'tiny', 3, '9,64', 16
     args.experts = [int(e) for e in args.experts.split(',')]

@@ -10,16 +10,13 @@ And the shelf: E experts as PEFT adapters on disk, `--slots` (16) of them in the
 of one expert, drawn by Zipf's law: share found on device, in RAM, on disk, and milliseconds each.
 `--plot FILE` draws latency and memory over E.
 """
-import argparse, json, resource, statistics, sys, tempfile, time, warnings
+import json, resource, statistics, sys, tempfile, warnings
 from pathlib import Path
 import torch
-from hydramoe.base import load_base, tiny_base
 from hydramoe.core import rng
 from hydramoe.stack import LoraSpec, Shelf, gated, make_plan, one_hot
 sys.path.insert(0, str(Path(__file__).parent))
-from forward import decode, in_turn, seconds, top2
-
-def opened(args): return tiny_base(quant=args.quant) if args.base=='tiny' else load_base(args.base, args.quant, args.device)
+from forward import decode, in_turn, opened, options, seconds, top2
 
 def fill(stack, seed=0):
     "Random experts, row by row"
@@ -28,7 +25,7 @@ def fill(stack, seed=0):
 
 def point(args, E, bare, ids):
     "One number of experts"
-    model = gated(opened(args), E, LoraSpec(8))
+    model = gated(opened(args, args.quant), E, LoraSpec(8))
     fill(model.stack)
     cfg, gates = model.config, {'decode_one': one_hot([0]*args.rows, E), 'decode_top2': top2(args.rows, E, E) if E>1 else one_hot([0]*args.rows, E)}
     took = in_turn({'base': bare, **{k: decode(model, cfg, ids, (model.keep, {}), gates=g) for k,g in gates.items()}}, args.rounds)
@@ -38,7 +35,7 @@ def point(args, E, bare, ids):
 
 def shelf(args, E, tmp):
     "E experts on disk, few in the stack"
-    model = gated(opened(args), min(args.slots, E), LoraSpec(8))
+    model = gated(opened(args, args.quant), min(args.slots, E), LoraSpec(8))
     fill(model.stack)
     folders = {}
     for e in range(E):
@@ -66,27 +63,18 @@ def plot(points, path):
     fig.tight_layout(); fig.savefig(path)
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--json', action='store_true', help='print one JSON object and nothing else')
-    p.add_argument('--fast', action='store_true', help='a tiny base, few rounds: does it run?')
+    p = options(__doc__, '1,2,4,8,16,32,64,128,256', 20)
     p.add_argument('--plot', help='a file to draw into')
-    p.add_argument('--base', default='smollm2')
     p.add_argument('--quant', default='fp32')
-    p.add_argument('--device', default='cpu')
-    p.add_argument('--experts', default='1,2,4,8,16,32,64,128,256')
     p.add_argument('--slots', type=int, default=16)
     p.add_argument('--requests', type=int, default=300)
-    p.add_argument('--rows', type=int, default=8)
-    p.add_argument('--context', type=int, default=128)
-    p.add_argument('--rounds', type=int, default=20)
-    p.add_argument('--threads', type=int, default=2)
     args = p.parse_args()
     if args.fast: args.base, args.experts, args.slots, args.rounds, args.requests, args.context = 'tiny', '1,4,16', 4, 3, 40, 16
     Es = [int(e) for e in args.experts.split(',')]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     with torch.inference_mode(), warnings.catch_warnings(action='ignore'), tempfile.TemporaryDirectory() as tmp:
-        base = opened(args)
+        base = opened(args, args.quant)
         ids = torch.randint(3, base.model.config.vocab_size, (args.rows, args.context), device=base.device)
         bare = decode(base.model, base.model.config, ids)
         points = [point(args, E, bare, ids) for E in Es]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['chatml', 'byte_tokenizer', 'Base', 'fingerprint', 'checkpoint_fingerprint', 'has_fast_bf16', 'compute_dtype',
-           'differentiable_nf4', 'tiny_base', 'target_layers', 'render', 'smollm2_dir', 'load_base']
+           'differentiable_nf4', 'tiny_base', 'target_layers', 'render', 'smollm2_dir', 'base_dir', 'base_tokenizer',
+           'load_base', 'base_fingerprint']
 
 # %% ../nbs/10_base.ipynb #cell3
 import hashlib, json, logging, tempfile
@@ -230,7 +231,10 @@ def smollm2_dir(
     return target
 
 # %% ../nbs/10_base.ipynb #cell50
-def _find(id):
+def base_dir(
+    id:str # 'smollm2', the path of a transformers checkpoint, or a Hub id with optional '@revision'
+)->Path: # its checkpoint
+    "Where the files of a base are"
     if id=='smollm2': return smollm2_dir()
     if Path(id).expanduser().is_dir(): return Path(id).expanduser()
     if str(id).startswith(('.','/','~')) or str(id).count('/')!=1:
@@ -238,8 +242,11 @@ def _find(id):
     name,_,revision = str(id).partition('@')
     return hub(name, revision or 'main')
 
-def _tokenizer(path):
-    t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+def base_tokenizer(
+    id:str # as for `base_dir`
+): # a transformers tokenizer with a chat template
+    "The tokenizer of a base, without its weights"
+    t = AutoTokenizer.from_pretrained(base_dir(id), trust_remote_code=False)
     if t.chat_template is None: t.chat_template = chatml
     if t.pad_token is None: t.pad_token = t.eos_token
     return t
@@ -250,13 +257,16 @@ def load_base(
     device:str|None=None # 'cpu' or 'cuda'; None: cuda where there is one
 )->Base: # frozen, in eval mode
     "Load a base in the precision asked for"
-    path,device = _find(id),_device(device)
+    path,device = base_dir(id),_device(device)
     model = _open(path, quant, device)
-    return Base(model, _tokenizer(path), str(id), quant, device, _named(path), path)
+    return Base(model, base_tokenizer(path), str(id), quant, device, base_fingerprint(path), path)
 
-def _named(path):
-    "The checkpoint's fingerprint, remembered for as long as its files are untouched"
-    files = [f.resolve() for f in _shards(Path(path))]
+def base_fingerprint(
+    id:str # as for `base_dir`
+)->str: # as `fingerprint` of the loaded model
+    "A base's fingerprint, remembered for as long as its files are untouched"
+    path = base_dir(id)
+    files = [f.resolve() for f in _shards(path)]
     memo = cache_dir()/'fingerprints'/f"{digest([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])[:32]}.json"
     if not memo.is_file(): write_json(memo, checkpoint_fingerprint(path))
     return read_json(memo)

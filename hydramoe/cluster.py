@@ -11,7 +11,7 @@ __all__ = ['FORMAT', 'prompt_text', 'lesson_texts', 'encoder_dir', 'embed', 'emb
            'hidden_mean']
 
 # %% ../nbs/12_cluster.ipynb #cell2
-import functools, hashlib, html, json, logging, re, shutil, unicodedata, warnings
+import functools, hashlib, html, logging, re, shutil, unicodedata, warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -621,11 +621,12 @@ def stability(
     x:np.ndarray, # (N,d) embeddings
     k:int, # clusters
     seed:int=0, # of the draws and of k-means' starts
-    draws:int=5 # bootstrap samples
+    draws:int=5, # bootstrap samples
+    labels:np.ndarray|None=None # (N,) what `kmeans(x, k, seed)` gives, if it is known
 )->np.ndarray: # (draws,) ARI of each with the clustering of all rows
     "Bootstrap stability: do clusters of a resample agree with those of all rows?"
     x,found = np.asarray(x, np.float32),[]
-    labels = kmeans(x, k, seed)[1]
+    if labels is None: labels = kmeans(x, k, seed)[1]
     for i in range(draws):
         rows = rng(seed, 'stability', i).integers(0, len(x), len(x))
         if len(np.unique(x[rows], axis=0))<k: raise HydraError(f"a resample of {len(x)} rows has fewer than k={k} different ones; choose a smaller k")
@@ -649,7 +650,8 @@ def choose_k(
     if not ks: raise HydraError(f"no k between 2 and a third of {len(x)} rows was given; a third of the rows is the most that can be judged")
     found = []
     for k in progress(ks, desc='choose k', unit=' k'):
-        labels,again = kmeans(x, k, seed)[1],stability(x, k, seed, draws)
+        labels = kmeans(x, k, seed)[1]
+        again = stability(x, k, seed, draws, labels)
         found.append(dict(k=k, silhouette=float(silhouette_score(x, labels)), stability=float(again.mean()), low=float(again.min()), high=float(again.max())))
     return max(found, key=_worth)['k'], found
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HydraError', 'one_of', 'cache_dir', 'repo_root', 'canonical', 'digest', 'derive_seed', 'rng', 'write_bytes',
            'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'file_sha256', 'versions', 'default_threads',
-           'machine', 'commit', 'run_record', 'progress']
+           'machine', 'commit', 'run_record', 'quiet', 'say', 'progress']
 
 # %% ../nbs/00_core.ipynb #cell3
 import dataclasses, difflib, hashlib, importlib.metadata, json, math, os, platform, secrets, subprocess, sys
@@ -224,6 +224,17 @@ def run_record(
     return dict(versions=versions(*names), machine=machine(), commit=commit())
 
 # %% ../nbs/00_core.ipynb #cell59
+def quiet(
+)->bool: # progress and remarks are not wanted
+    "Is `$HYDRAMOE_QUIET` or `$IN_TEST` set?"
+    return bool(os.environ.get('HYDRAMOE_QUIET') or os.environ.get('IN_TEST'))
+
+def say(
+    *words # as for `print`
+):
+    "A line on stderr, absent when `quiet`"
+    if not quiet(): print(*words, file=sys.stderr, flush=True)
+
 def progress(
     iterable=None, # what to loop over; None to call `.update(n)` by hand
     desc:str='', # what is being done
@@ -231,7 +242,6 @@ def progress(
     unit:str='it' # what is counted, e.g. ' tokens'
 )->tqdm: # an iterable and a context manager
     "A progress bar on stderr, absent when `$HYDRAMOE_QUIET` or `$IN_TEST` is set"
-    quiet = bool(os.environ.get('HYDRAMOE_QUIET') or os.environ.get('IN_TEST'))
     every = .2 if sys.stderr.isatty() else 10
-    return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=unit!='it', disable=quiet,
+    return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=unit!='it', disable=quiet(),
                 file=sys.stderr, mininterval=every, dynamic_ncols=True)

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'SHAPES', 'LINK', 'WAYS', 'FACTS_OF', 'TYPES', 'WORDED', 'SAID', 'PUZZLES', 'WORKED', 'KINDS', 'COMMON',
-           'WORKS', 'VERSE', 'END', 'MAPS', 'gather', 'database', 'excerpt', 'as_csv', 'element_sql', 'answer_holds',
-           'speeches', 'persons', 'windows', 'as_messages', 'scenes', 'json_schema', 'accepts', 'live_requests',
-           'value_pools', 'swappable', 'swapped', 'swapped_calls', 'drawn_value', 'worded', 'filled_calls', 'no_calls',
-           'puzzles', 'apart', 'fact_claims', 'content_words', 'key_sentence', 'support_claims', 'verse_runs',
-           'verse_tasks', 'keeps_condition', 'sentences', 'paragraphs', 'prose_tasks', 'gives_back', 'passage_tasks']
+           'WORKS', 'VERSE', 'END', 'MAPS', 'gather', 'excerpt', 'element_sql', 'answer_holds', 'speeches', 'persons',
+           'windows', 'as_messages', 'scenes', 'json_schema', 'accepts', 'live_requests', 'value_pools', 'swappable',
+           'swapped', 'swapped_calls', 'drawn_value', 'worded', 'filled_calls', 'no_calls', 'puzzles', 'apart',
+           'fact_claims', 'content_words', 'key_sentence', 'support_claims', 'verse_runs', 'verse_tasks',
+           'keeps_condition', 'sentences', 'paragraphs', 'prose_tasks', 'gives_back', 'passage_tasks']
 
 # %% ../nbs/13_craft.ipynb #cell3
 import json, re, sqlite3, string
-from collections import Counter, defaultdict
+from collections import defaultdict
 import jsonschema
 from .core import HydraError, rng
-from .data import SPEECH, docs, grams, no_call, rows_of, tool_call, tool_prompt
+from .data import SPEECH, as_csv, database, docs, grams, no_call, rows_of, tool_call, tool_prompt
 
 # %% ../nbs/13_craft.ipynb #cell6
 def gather(
@@ -31,16 +31,6 @@ def gather(
         if (row := draw(g, i)) and (key := json.dumps(row[0])) not in found: found[key] = row
     if len(found)<size: raise HydraError(f'{size} rows were asked for, {patience*size} draws gave {len(found)} distinct ones; ask for fewer, or give a larger source')
     return list(found.values())
-
-# %% ../nbs/13_craft.ipynb #cell10
-def database(
-    files:dict # one SQLite file by path
-)->sqlite3.Connection: # in memory
-    "Open an SQLite file that is held in memory"
-    (data,) = files.values()
-    con = sqlite3.connect(':memory:')
-    con.deserialize(data)
-    return con
 
 # %% ../nbs/13_craft.ipynb #cell13
 MEASURES = {'density':'density in g/cm³', 'atomic_weight':'atomic weight', 'en_pauling':'electronegativity (Pauling)', 'vdw_radius':'van der Waals radius in pm', 'covalent_radius_pyykko':'covalent radius in pm',
@@ -134,13 +124,6 @@ def excerpt(
         small.execute(f"CREATE TABLE {t} ({', '.join(cols)})")
         small.executemany(f"INSERT INTO {t} VALUES ({', '.join('?'*len(cols))})", [[_rounded(v) for v in r] for r in rows])
     return small
-
-def as_csv(
-    head:list[str], # column names, or none
-    rows:list[tuple] # values; None is written as nothing
-)->str: # lines
-    "Rows as comma-separated lines"
-    return '\n'.join(','.join('' if v is None else str(v) for v in r) for r in ([head] if head else [])+list(rows))
 
 # %% ../nbs/13_craft.ipynb #cell19
 WAYS = [dict(above='above', op='>', most='highest', dir='DESC', agg='MAX'), dict(above='below', op='<', most='lowest', dir='ASC', agg='MIN')]

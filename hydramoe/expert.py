@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
-from .base import _find, load_base, target_layers, tiny_base
+from .base import base_dir, load_base, target_layers, tiny_base
 from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, write_json
 from .data import encode
 from .score import loss_matrix, micro_batches, response_losses, save_losses, token_losses
 from .stack import LoraSpec, gated, make_plan, one_hot
-from .unify import DevRows, ExpertRows
 from .store import SealError, open_sealed, sealing, stage, work_dir
+from .unify import DevRows, ExpertRows
 
 # %% ../nbs/22_expert.ipynb #cell8
 @dataclass(frozen=True)
@@ -529,7 +529,7 @@ def outline(
     base:str # its name
 ): # the base as a model on the meta device: sizes without numbers
     "The layers of a base from its configuration alone"
-    cfg = tiny_base().model.config if base=='tiny' else AutoConfig.from_pretrained(_find(base), trust_remote_code=False)
+    cfg = tiny_base().model.config if base=='tiny' else AutoConfig.from_pretrained(base_dir(base), trust_remote_code=False)
     with torch.device('meta'): return AutoModelForCausalLM.from_config(cfg)
 
 def expert_weights(

@@ -12,7 +12,7 @@ __all__ = ['FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'EXPERT', 'USE'
            'one_more', 'add_expert', 'remove_expert', 'explain_bundle', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
-import contextlib, hashlib, json, math, os, re, secrets, shutil, sys, time
+import contextlib, hashlib, json, math, os, re, secrets, shutil, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 import numpy as np
@@ -20,16 +20,15 @@ import torch
 from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from torch import Tensor
-from .core import HydraError, cache_dir, default_threads, derive_seed, digest, file_sha256, one_of, versions
+from .core import HydraError, cache_dir, default_threads, derive_seed, digest, file_sha256, one_of, say, versions
 from .core import read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from .store import is_sealed, seal_id, sealing, stage
 from .fetch import package
-from .base import Base, byte_tokenizer, compute_dtype, load_base, render, target_layers, tiny_base
-from .base import _find, _named, _tokenizer
+from .base import Base, base_dir, base_fingerprint, base_tokenizer, byte_tokenizer, compute_dtype, load_base, render, target_layers, tiny_base
 from .data import encode
 from .formats import Tally, detect, read_records
 from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, load_embeddings, prompt_text, write_domains_yaml
-from .stack import GatedCausalLM, LoraSpec, gated
+from .stack import GatedCausalLM, LoraSpec
 from .score import response_losses
 from .expert import GroupSpec, TrainSpec, collect, expert_weights, group_size, make_jobs, on_stack, open_base
 from .expert import outline, run_jobs, sort_rows, train_experts, train_seed
@@ -531,9 +530,6 @@ def choose_epochs(
     return max(1, min(3, math.ceil(40*k/max(1, n))))
 
 # %% ../nbs/33_hydra.ipynb #cell75
-def _say(*words):
-    if not (os.environ.get('HYDRAMOE_QUIET') or os.environ.get('IN_TEST')): print(*words, file=sys.stderr, flush=True)
-
 def gather(
     source:list|str|Path, # records, a file of rows, or a list of files
     **how # what to override in reading files: as for `formats.detect`
@@ -544,9 +540,9 @@ def gather(
     records, rejects = [], []
     for f in source:
         seen, tally = detect(f, **how), Tally()
-        _say(seen)
+        say(seen)
         good, bad = read_records(seen, tally=tally)
-        _say(tally)
+        say(tally)
         records += good; rejects += [dict(file=str(f), **b) for b in bad]
     return records, rejects
 
@@ -568,8 +564,8 @@ def base_of(
 )->tuple: # tokenizer, fingerprint
     "What can be known of a base without loading its weights"
     if name=='tiny': return byte_tokenizer(), tiny_base().fingerprint
-    path = _find(name)
-    return _tokenizer(path), _named(path)
+    path = base_dir(name)
+    return base_tokenizer(path), base_fingerprint(path)
 
 def _identity(r): return digest([r['prompt'], r['completion'], r.get('tools')])
 
@@ -721,6 +717,10 @@ def sorted_rows(
     edited = dict(edits=edits) if edits else {}
     return x, stage(sort_into_domains, dict(k=spec.k, seed=spec.seed, encoder=spec.encoder, **edited), dict(rows=rows, x=x), **lean)
 
+def _device(): return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+def _with_base(spec, root): return dict(libs=LIBS, root=root, dtype=spec.quant, device=_device())
+
 def make_stages(
     rows:Path, # from `dealt`
     counts:dict, # from `dealt`
@@ -730,10 +730,9 @@ def make_stages(
     **run # where groups of experts are trained, as for `run_jobs`: executor, workers
 )->dict[str,Path]: # rows, domains, seed, experts, router: sealed directories
     "Run the stages behind a build, or find them made"
-    name, (first, second) = base_of(spec.base)[1], training(spec)
-    kw = dict(libs=LIBS, root=root, dtype=spec.quant, device='cuda' if torch.cuda.is_available() else 'cpu')
+    name, (first, second), kw = base_of(spec.base)[1], training(spec), _with_base(spec, root)
     x, found = sorted_rows(rows, counts, spec, root, edits)
-    _say('domains:', ', '.join(Domains.load(found/'domains').names))
+    say('domains:', ', '.join(Domains.load(found/'domains').names))
     seed = stage(seed_expert, dict(first, fingerprint=name), dict(rows=rows), **kw)
     experts = grouped_experts(spec, dict(second, fingerprint=name), dict(rows=found, start=seed), run, **kw)
     how = dict(fingerprint=name, base=spec.base, quant=spec.quant, max_length=spec.max_length)
@@ -805,11 +804,11 @@ def build(cls:Hydra,
 )->Hydra:
     "From examples to a Hydra; killed and called again, it goes on"
     spec, (rows, rejects) = BuildSpec(**kw), gather(records, **(reading or {}))
-    if rejects: _say(f"{len(rejects)} rows were refused, the first in line {rejects[0]['line']}: {rejects[0]['reason']}")
+    if rejects: say(f"{len(rejects)} rows were refused, the first in line {rejects[0]['line']}: {rejects[0]['reason']}")
     place, counts = dealt(rows, spec, root)
     spec, edits = settled(spec, counts['train']), _text(domains)
     _free(out, place, spec, edits)
-    _say(described(counts, spec))
+    say(described(counts, spec))
     hydra = assembled(make_stages(place, counts, spec, root, edits, **(run or {})), counts, spec)
     if edits: hydra.about['built']['edits'] = edits
     if out is not None: hydra.save(out)
@@ -888,8 +887,7 @@ def one_more(
     spec = settled(replace(spec, k=1, epochs=None), counts['train'])
     x = stage(embed_stage, dict(parts='train', encoder=spec.encoder), dict(rows=place), libs=LIBS, root=root)
     params = dict(training(spec)[1], fingerprint=base_of(spec.base)[1], groups={name: [r['id'] for r in read_jsonl(place/'train.jsonl')]})
-    how = dict(libs=LIBS, root=root, dtype=spec.quant, device='cuda' if torch.cuda.is_available() else 'cpu')
-    made = stage(domain_experts, params, dict(rows=place, **({'start': start} if start else {})), **how)
+    made = stage(domain_experts, params, dict(rows=place, **({'start': start} if start else {})), **_with_base(spec, root))
     return made, load_embeddings(x)['train']
 
 def _changed(base, router, folders, built, notes, out):
@@ -898,12 +896,11 @@ def _changed(base, router, folders, built, notes, out):
     hydra.save(out)
     return hydra
 
-def _parts(bundle, base):
-    "Base, router, adapters by name, what was built, notes on experts"
-    man, root = check(bundle), Path(bundle)
-    hydra = Hydra.load(root, base)
+def _parts(bundle, man, base):
+    "Base, router, adapters by name, notes on experts"
+    hydra = Hydra.load(bundle, base)
     hydra.model.detach()
-    return hydra.base, hydra.router, {e['name']: root/'experts'/e['name'] for e in man['experts']}, man['built'], dict(hydra.about['experts'])
+    return hydra.base, hydra.router, {e['name']: Path(bundle)/'experts'/e['name'] for e in man['experts']}, dict(hydra.about['experts'])
 
 def add_expert(
     bundle:str|Path, # what `build` made; left as it is
@@ -915,12 +912,12 @@ def add_expert(
     base:str|None=None # where the base is, if not where the bundle says
 )->Hydra: # the same experts, and one more
     "Train one more expert beside the sealed ones of a bundle"
-    built = check(bundle)['built']
-    if 'spec' not in built: raise HydraError(f"{bundle} does not say how its experts were trained: it was not made by `build`")
-    check_names([*(e['name'] for e in check(bundle)['experts']), name], 'expert')
+    man = check(bundle)
+    if 'spec' not in (built := man['built']): raise HydraError(f"{bundle} does not say how its experts were trained: it was not made by `build`")
+    check_names([*(e['name'] for e in man['experts']), name], 'expert')
     seed = None if start=='fresh' else Path(start) if start else find_seed(built, root)
     made, x = one_more(gather(records)[0], name, BuildSpec(**built['spec']), seed, root)
-    on, router, folders, built, notes = _parts(bundle, base)
+    on, router, folders, notes = _parts(bundle, man, base)
     new = read_json(made/'history.json')['experts'][name]
     change = dict(added=name, seal=seal_id(made))
     return _changed(on, router_with(router, name, x), {**folders, name: made/name}, dict(built, changes=[*built.get('changes', []), change]),
@@ -933,9 +930,10 @@ def remove_expert(
     base:str|None=None # where the base is, if not where the bundle says
 )->Hydra: # the others
     "Take one expert out of a bundle"
-    one_of(name, [e['name'] for e in check(bundle)['experts']], 'expert')
-    on, router, folders, built, notes = _parts(bundle, base)
-    built = dict(built, changes=[*built.get('changes', []), dict(removed=name)])
+    man = check(bundle)
+    one_of(name, [e['name'] for e in man['experts']], 'expert')
+    on, router, folders, notes = _parts(bundle, man, base)
+    built = dict(man['built'], changes=[*man['built'].get('changes', []), dict(removed=name)])
     return _changed(on, router_without(router, name), {n: f for n,f in folders.items() if n!=name}, built, notes, out)
 
 # %% ../nbs/33_hydra.ipynb #cell122
@@ -989,7 +987,7 @@ def forecast(
     spec:BuildSpec # settled
 )->dict: # seconds, memory_gb, and what they are made from
     "Predict the time and memory of a build, and say from what"
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = _device()
     n, vocab, m = shapes(spec.base)
     per = sum(spec.rank*(l.in_features+l.out_features) for l in target_layers(m, spec.targets).values())
     rate = matrix_rate(spec.quant, device)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 import hydramoe, yaml
 from filelock import FileLock, Timeout
-from .core import HydraError, canonical, digest, file_sha256, commit, machine, one_of, read_json, repo_root, versions, write_bytes, write_json
+from .core import HydraError, canonical, digest, file_sha256, commit, machine, one_of, quiet, read_json, repo_root, say, versions, write_bytes, write_json
 from .store import is_sealed, seal_id
 from .fetch import fetch_all
 from .report import html_code, html_details, html_figure, html_page, html_table, latex_numbers, latex_table, markdown_table
@@ -155,8 +155,7 @@ def _why(e):
 def _papermill(nb, made, values):
     import papermill
     from nbclient.exceptions import CellControlSignal, DeadKernelError
-    quiet = os.environ.get('HYDRAMOE_QUIET') or os.environ.get('IN_TEST')
-    try: papermill.execute_notebook(nb, made, values, cwd=nb.parent, kernel_name='python3', progress_bar=False, stderr_file=None if quiet else sys.stderr, extra_arguments=['--log-level=CRITICAL'])
+    try: papermill.execute_notebook(nb, made, values, cwd=nb.parent, kernel_name='python3', progress_bar=False, stderr_file=None if quiet() else sys.stderr, extra_arguments=['--log-level=CRITICAL'])
     except (papermill.PapermillExecutionError, DeadKernelError, CellControlSignal) as e: return _why(e)
     left = [c for c in _code(made) if _source(c).strip() and c['execution_count'] is None]
     return f"{len(left)} cells were not run, though no error was reported" if left else None
@@ -237,9 +236,6 @@ def code_digests(
     return dict(notebook=digest([_bare(t) for t in trees]), package=dict(sorted(seen.items())))
 
 # %% ../nbs/52_reproduce.ipynb #cell41
-def _say(*words):
-    if not (os.environ.get('HYDRAMOE_QUIET') or os.environ.get('IN_TEST')): print(*words, file=sys.stderr, flush=True)
-
 def _asks(nb): return sorted({m for c in _code(nb) for m in re.findall(r"\bupstream\(\s*['\"](\w+)['\"]", _source(c))})
 
 class Graph:
@@ -332,7 +328,7 @@ def _alone(folder):
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder/'.lock')
     try: lock.acquire(timeout=0)
-    except Timeout: _say(f'{folder}: another run is under way; waiting for it'); lock.acquire()
+    except Timeout: say(f'{folder}: another run is under way; waiting for it'); lock.acquire()
     try:
         for p in folder.glob('.running-*'): shutil.rmtree(p)
         yield
@@ -349,13 +345,13 @@ def run_scale(
     with _alone(graph.runs/scale), _environment(HYDRAMOE_RUNS=str(graph.runs)):
         for i,(name,params) in enumerate(todo.items(), 1):
             results[name] = current(graph, name, scale, params)
-            _say(f"[{i}/{len(todo)}] {name} ({scale}): {'unchanged' if results[name] else 'running'}")
+            say(f"[{i}/{len(todo)}] {name} ({scale}): {'unchanged' if results[name] else 'running'}")
             if results[name]: continue
             out = graph.runs/scale/f'{name}.ipynb'
             run_notebook(graph.nb(name), out, params, depends_on(graph, name, scale, params))
             if not out.with_suffix('.json').exists(): raise RunFailed(f"{name}.ipynb came to its end without `save_result`")
             results[name] = graph.result(name, scale)
-            _say(f"      {name}: {results[name].run['seconds']:.0f} s")
+            say(f"      {name}: {results[name].run['seconds']:.0f} s")
     return results
 
 def upstream(
@@ -528,7 +524,7 @@ def report_page(
 
 # %% ../nbs/52_reproduce.ipynb #cell82
 def _told(results, page, bundle):
-    e3, scale = results.get('e3_routing'), next(iter(results.values())).scale
+    e3 = results.get('e3_routing')
     lines = [f'Report: {page}']
     if e3: lines = [markdown_table(e3_table(e3)), *lines]
     if e3 and 'answer' in e3.extra: lines += ['', f"Asked:    {e3.extra['prompt']}", f"Answered: {e3.extra['answer']}", '', e3.extra['explained']]
@@ -543,7 +539,7 @@ def demo(
     graph = graph or Graph()
     todo, folder = members(graph, scale), graph.runs/scale
     if scale!='toy' and not all(current(graph, n, scale, p) for n,p in todo.items()):
-        _say('fetching models and data (kept in the cache, checked by SHA-256)')
+        say('fetching models and data (kept in the cache, checked by SHA-256)')
         fetch_all()
     results = run_scale(scale, graph=graph)
     page = write_bytes(folder/'report.html', report_page(results, folder).encode())

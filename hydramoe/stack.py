@@ -838,7 +838,7 @@ def _read(self:Stack, dir):
     r,scale = _config(dir)
     if r>self.spec.rank: raise HydraError(f"{dir}/adapter_config.json: rank {r} does not fit a stack of rank {self.spec.rank}")
     path,tensors = _adapter(dir)
-    trunk,row = self._rows(path, tensors, r)
+    trunk,row = self._row_of(path, tensors, r)
     self._share(path, trunk, r, scale)
     return row,scale,r
 
@@ -855,7 +855,7 @@ def _share(self:Stack, path, trunk, r, scale):
                          f"(block {self.fork}) all experts of a stack are one")
 
 @patch
-def _rows(self:Stack, path, tensors, r):
+def _row_of(self:Stack, path, tensors, r):
     "One expert's trunk and row of `theta`, from the tensors of an adapter"
     want = {k for s in self.spots for k in _keys(s)}
     if lost := sorted(want-set(tensors)):

@@ -7,7 +7,7 @@ __all__ = ['LICENSES', 'CLASSES', 'BANDS', 'ROWS', 'SHARES', 'PARTS', 'STEPS', '
            'strictest', 'prompt_words', 'shingles', 'jaccard', 'near_pairs', 'near_clusters', 'position', 'part_of',
            'distinct_prompts', 'far_apart', 'leaks', 'Rows', 'ExpertRows', 'RouterRows', 'DevRows', 'TestRows',
            'kind_of', 'only', 'tokenizer_of', 'Unified', 'unified', 'removed_rows', 'domain_rows', 'plot_removed',
-           'dataset_card', 'unify', 'toy_unify', 'open_unified', 'push_to_hub']
+           'size_category', 'dataset_card', 'unify', 'toy_unify', 'open_unified', 'push_to_hub']
 
 # %% ../nbs/15_unify.ipynb #cell3
 import hashlib, re
@@ -18,14 +18,13 @@ from pathlib import Path
 import httpx
 import matplotlib.pyplot as plt
 import numpy as np
-from datasketch import MinHash, MinHashLSH
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import DatasetCardData, HfApi
 from huggingface_hub.errors import HFValidationError, HfHubHTTPError
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from .base import byte_tokenizer, smollm2_dir
+from .base import base_tokenizer, byte_tokenizer
 from .core import HydraError, canonical, digest, one_of, progress, read_json, read_jsonl, write_bytes, write_json, write_jsonl
-from .data import DOMAINS, card_names, draw, encode, grams, load, load_card, prompt_key, toy_records
+from .data import card_names, draw, encode, grams, load, load_card, prompt_key, toy_records
 from .report import markdown_table
 from .store import SEAL, open_sealed
 
@@ -94,6 +93,7 @@ def near_pairs(
     threshold:float=.85 # Jaccard index from which two texts are near; at least .8
 ): # iterator of (i, j), i<j
     "The pairs of texts that are nearly the same"
+    from datasketch import MinHash, MinHashLSH
     if not .8<=threshold<=1: raise HydraError(f'threshold={threshold}; the bands find pairs from .8 to 1, and below .8 rows of one template are not the same row')
     lsh,signs = MinHashLSH(num_perm=BANDS*ROWS, params=(BANDS, ROWS)),np.empty((len(sets), BANDS*ROWS), np.uint32)
     short = ((s>>np.uint64(32)).tolist() for s in sets)
@@ -243,12 +243,8 @@ def tokenizer_of(
 ): # a transformers tokenizer with a chat template
     "The tokenizer that counts tokens for a base"
     if base=='bytes': return byte_tokenizer()
-    path = smollm2_dir() if base=='smollm2' else Path(base).expanduser()
-    if not Path(path).is_dir(): raise HydraError(f"base {base!r} is neither 'smollm2', 'bytes', nor the directory of a checkpoint")
-    from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    tok.chat_template = tok.chat_template or byte_tokenizer().chat_template
-    return tok
+    if base!='smollm2' and not Path(base).expanduser().is_dir(): raise HydraError(f"base {base!r} is neither 'smollm2', 'bytes', nor the directory of a checkpoint")
+    return base_tokenizer(base)
 
 def _fitting(rows, tokenizer, max_length, sizes):
     "Rows that are not too long; their (tokens, response tokens) go to `sizes` by id"
@@ -382,7 +378,13 @@ def plot_removed(
     return fig
 
 # %% ../nbs/15_unify.ipynb #cell71
-SIZES = [(10**3, 'n<1K'), (10**4, '1K<n<10K'), (10**5, '10K<n<100K'), (10**6, '100K<n<1M'), (10**7, '1M<n<10M'), (10**8, '10M<n<100M')]
+SIZES = ('n<1K', '1K<n<10K', '10K<n<100K', '100K<n<1M', '1M<n<10M', '10M<n<100M', '100M<n<1B')
+
+def size_category(
+    rows:int # how many
+)->str: # one of `SIZES`
+    "The Hub's name for a number of rows"
+    return SIZES[sum(rows>=10**e for e in range(3, 9))]
 
 def _license_of(licenses):
     "The front matter's licence of a mix"
@@ -395,9 +397,8 @@ def _front(counts, about, name):
     many = lambda x: [x] if isinstance(x, str) else x or []
     every = lambda k: sorted({v for s in used for v in many(about.get(s, {}).get(k))})
     n = {p:sum(c['rows'] for d in counts['parts'][p].values() for c in d.values()) for p in PARTS[::-1]}
-    size = next((s for top,s in SIZES if sum(n.values())<top), '100M<n<1B')
     files = [dict(split=p, path=f'{p}.jsonl') for p in n if n[p]]
-    return dict(pretty_name=name, **_license_of(sorted({l for c in used.values() for l in c['license']})), language=every('language') or None, size_categories=[size],
+    return dict(pretty_name=name, **_license_of(sorted({l for c in used.values() for l in c['license']})), language=every('language') or None, size_categories=[size_category(sum(n.values()))],
                 task_categories=sorted({'text-generation', *every('task_categories')}), source_datasets=[f"extended|{about.get(s, {}).get('hub', s)}" for s in used],
                 tags=['hydramoe', 'instruction-tuning', *sorted({d for c in used.values() for d in c['domain']})], configs=[dict(config_name='default', data_files=files)])
 

@@ -1,7 +1,6 @@
 "Cards: complete, true to their archives, found in a checkout and in a wheel"
 import csv, functools, json, os, re, sqlite3, subprocess, sys, zipfile
 from collections import Counter
-from pathlib import Path
 import pytest, yaml
 from hydramoe import data, fetch
 from hydramoe.core import HydraError, repo_root

@@ -1,6 +1,6 @@
 "Cards please the Hub, and what is prepared leads back to the same records through mlcroissant alone"
-import json, re
-import pytest, yaml
+import json
+import pytest
 from huggingface_hub import DatasetCard
 from hydramoe import cards, data
 from hydramoe.core import HydraError, read_jsonl

@@ -1,5 +1,5 @@
 "Data: what does not fit a lesson (TRL's own rendering, hash seeds, damaged files)"
-import json, os, random, re, subprocess, sys
+import json, random, re
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from hydramoe import data
@@ -41,14 +41,10 @@ def test_tools_are_seen_by_every_template(smol):
     for tok in (smol, byte_tokenizer()): assert 'area_of_rectangle' in tok.decode(data.encode(r, tok).ids)
 
 
-def test_hash_seed_and_row_order_do_not_matter(tmp_path):
+def test_hash_seed_and_row_order_do_not_matter(in_two_processes):
     "The same mixture from another process with another PYTHONHASHSEED"
     code = 'import sys; from pathlib import Path; from hydramoe.data import toy_mixture; toy_mixture(Path(sys.argv[1]), 600, 3, 3, 120, 5)'
-    outs = []
-    for seed in ('1', '2'):
-        out = tmp_path/seed; out.mkdir()
-        subprocess.run([sys.executable, '-c', code, str(out)], env=os.environ | dict(PYTHONHASHSEED=seed), check=True)
-        outs.append({p.name: p.read_bytes() for p in out.iterdir()})
+    outs = in_two_processes(code)
     assert outs[0] == outs[1]
     rows = data.toy_records(30)
     parts = data.split(rows, dict(test=40, dev=30, train=.5), seed=3)

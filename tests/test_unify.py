@@ -1,5 +1,5 @@
 "Unify: what holds for any rows (order, sides, growth, idempotence, the ledger), other processes, damaged sets, and a Hub that fails"
-import os, shutil, subprocess, sys
+import os, shutil
 import httpx
 import pytest
 from huggingface_hub import DatasetCard, HfApi
@@ -102,13 +102,9 @@ def test_held_out_runs_are_those_of_grams(text, pad):
     if grams(row['prompt'][0]['content']) & grams(held['prompt'][0]['content']): assert U.leaks([row], [held]) == ['prompt']
 
 
-def test_another_process_makes_the_same_bytes(tmp_path):
+def test_another_process_makes_the_same_bytes(in_two_processes):
     code = 'import sys; from pathlib import Path; from hydramoe.unify import toy_unify; toy_unify(Path(sys.argv[1]), 600, 3, 3, 120, 5, router=2, rows=150)'
-    outs = []
-    for seed in ('1', '2'):
-        out = tmp_path/seed; out.mkdir()
-        subprocess.run([sys.executable, '-c', code, str(out)], env=os.environ | dict(PYTHONHASHSEED=seed), check=True)
-        outs.append({p.name: p.read_bytes() for p in out.iterdir()})
+    outs = in_two_processes(code)
     assert outs[0] == outs[1] and set(outs[0]) == set(U.FILES)
 
 
