@@ -305,6 +305,12 @@ def _sources(given, removed, parts):
     n = Counter(r['source'] for r in given)
     return {s:dict(domain=sorted(of[s]['domain']), license=sorted(of[s]['license']), given=n[s], removed=dict(removed[s]), kept=kept[s]) for s in sorted(n)}
 
+def _shared(parts):
+    "How many test rows of each source have thirteen words in a row in common with some row for experts"
+    if not parts['test'] or not parts['experts']: return {}
+    found = Counter(r['source'] for r,where in zip(parts['test'], leaks(parts['test'], parts['experts'])) if where)
+    return dict(sorted(found.items(), key=lambda x: (-x[1], x[0])))
+
 # %% ../nbs/15_unify.ipynb #cell55
 @dataclass(frozen=True)
 class Unified:
@@ -334,7 +340,7 @@ def unified(
     parts = {p:_budgeted([r for r in clean if at[r['id']]==p], p, want.get(p), sizes, seed) for p in PARTS}
     for p in PARTS: _enough(parts[p], p, want.get(p), {r['domain'] for r in clean}, shares)
     _note(removed, 'left over', clean, [r for rs in parts.values() for r in rs])
-    counts = dict(steps=STEPS, parts={p:_tally(rs, sizes) for p,rs in parts.items()}, sources=_sources(given, removed, parts), held=dict(sorted(Counter(r['source'] for r in held).items())))
+    counts = dict(steps=STEPS, parts={p:_tally(rs, sizes) for p,rs in parts.items()}, sources=_sources(given, removed, parts), held=dict(sorted(Counter(r['source'] for r in held).items())), shared=_shared(parts))
     return Unified(**{p:kind_of(p)(sorted((r | dict(part=p) for r in rs), key=lambda r: r['id'])) for p,rs in parts.items()}),counts
 
 # %% ../nbs/15_unify.ipynb #cell63
@@ -432,6 +438,8 @@ Every row keeps the licence of its source; nothing is relicensed here. {law} Lic
 {removed}
 ## Known faults
 
+{shared}
+
 Where no training split of a source can be had, rows of an evaluation split serve as training data; the source's own card says so, and no score on that set may be reported. What the cards say of their sources:
 
 {faults}
@@ -442,6 +450,13 @@ LAW = {'public domain':'All of it is in the public domain.', 'attribution':'Used
        'unclear':'Used as a whole, its terms are not clear, for those of some sources are not: do not publish it again. Drop the rows of class *unclear* (and *restricted*, for commercial use) first.'}
 
 # %% ../nbs/15_unify.ipynb #cell74
+def _template_note(counts):
+    "How far the test rows are worded like rows for experts"
+    n,where = sum(c['rows'] for d in counts['parts']['test'].values() for c in d.values()),counts['shared']
+    named = ', '.join(f'{s} {k:,}' for s,k in where.items())
+    if not where: return 'No test row has thirteen words in a row in common with a row for experts.'
+    return f"{sum(where.values()):,} of {n:,} test rows have thirteen words in a row in common with some row for experts ({named}). Their prompts are not near duplicates; most share the wording of a template, or the passage that both quote. A score on them says little about how a model takes new wording."
+
 def _source_table(counts, about):
     "Sources with where they come from, and their licences carried through"
     home = lambda a: f"Hub: {a['hub']}" if 'hub' in a else a.get('package', a.get('generator', '–'))
@@ -460,7 +475,7 @@ def dataset_card(
     cells = {p:[sum(c[k] for d in counts['parts'][p].values() for c in d.values()) for k in ('rows','tokens')] for p in PARTS[::-1]}
     faults = [f"- {s['source']}: {'; '.join(about.get(s['source'], {}).get('faults') or ['none noted'])}" for s in sources]
     lines = [f"| `{p}` | {kind_of(p).__doc__.lower()} | {r:,} | {t:,} |" for p,(r,t) in cells.items()]
-    text = _PROSE.format(name=name, rows=sum(r for r,_ in cells.values()), n=len(sources), parts='\n'.join(lines), threshold=threshold, held=sum(counts['held'].values()), exams=', '.join(counts['held']) or 'none', faults='\n'.join(faults), base=base,
+    text = _PROSE.format(name=name, rows=sum(r for r,_ in cells.values()), n=len(sources), parts='\n'.join(lines), threshold=threshold, shared=_template_note(counts), held=sum(counts['held'].values()), exams=', '.join(counts['held']) or 'none', faults='\n'.join(faults), base=base,
                          domains=markdown_table(domain_rows(counts)), law=LAW[strictest(l for s in sources for l in s['licence'].split(', '))],
                          sources=markdown_table(sources, dict(source='source', name='name', from_='from', licence='licence', class_='class', rows='rows')), removed=markdown_table(removed_rows(counts)))
     return f'---\n{DatasetCardData(**_front(counts, about, name)).to_yaml()}\n---\n{text}'
