@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'prompt_text', 'lesson_texts', 'encoder_dir', 'embed', 'emb
            'name_domains', 'discover', 'cluster_texts', 'membership', 'agreement', 'random_domains', 'stability',
            'choose_k', 'plot_k', 'layout', 'plot_map', 'map_html', 'save_arrays', 'load_arrays', 'nearest_texts',
            'speaker', 'describe', 'write_domains_yaml', 'read_domains_yaml', 'edit_domains', 'fit_tfidf', 'load_tfidf',
-           'hidden_mean']
+           'hidden_means', 'hidden_mean']
 
 # %% ../nbs/12_cluster.ipynb #cell2
 import functools, hashlib, html, logging, re, shutil, unicodedata, warnings
@@ -1002,26 +1002,36 @@ def load_tfidf(
     return arrays['idf'],arrays['components']
 
 # %% ../nbs/12_cluster.ipynb #cell132
-def _hidden(base, texts, layer, most): # → (n,hidden) fp32
+def _hidden(base, texts, layers, most): # → layer → (n,hidden) fp32
     "One batch's mean hidden states, scaled to unit length"
     import torch
     t = base.tokenizer([t or ' ' for t in texts], return_tensors='pt', padding=True, padding_side='right', truncation=True, max_length=most).to(base.device)
     with torch.no_grad(): out = base.model.base_model(input_ids=t['input_ids'], attention_mask=t['attention_mask'], output_hidden_states=True, use_cache=False)
-    h,m = out.hidden_states[layer].float(),t['attention_mask'][:,:,None]
-    return torch.nn.functional.normalize((h*m).sum(1)/m.sum(1), dim=-1).cpu().numpy()
+    m = t['attention_mask'][:,:,None]
+    return {l: torch.nn.functional.normalize((out.hidden_states[l].float()*m).sum(1)/m.sum(1), dim=-1).cpu().numpy() for l in layers}
+
+def hidden_means(
+    texts:Sequence[str], # N texts
+    base, # a `hydramoe.base.Base`
+    layers:Sequence[int], # depths: 0 the token embeddings, L after the last of L layers
+    batch_size:int=16, # texts a forward pass
+    most:int=256 # tokens of a text that are read
+)->dict[int,np.ndarray]: # layer → (N,hidden) fp32, rows of unit length
+    "The base model's mean hidden state over each text's tokens, at several depths in one pass"
+    last,shape = base.model.config.num_hidden_layers,(len(texts), base.model.config.hidden_size)
+    for l in layers:
+        if not 0<=l<=last: raise HydraError(f"layer={l} of a model with {last} layers; choose 0 to {last}")
+    found,order = {l: np.zeros(shape, np.float32) for l in layers},sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    for i in progress(range(0, len(order), batch_size), desc='hidden states', unit=' batches'):
+        rows = order[i:i+batch_size]
+        for l,h in _hidden(base, [texts[j] for j in rows], layers, most).items(): found[l][rows] = h
+    return found
 
 def hidden_mean(
     texts:Sequence[str], # N texts
     base, # a `hydramoe.base.Base`
-    layer:int, # depth: 0 the token embeddings, L after the last of L layers
-    batch_size:int=16, # texts a forward pass
-    most:int=256 # tokens of a text that are read
+    layer:int, # depth, as for `hidden_means`
+    **how # batch_size, most
 )->np.ndarray: # (N,hidden) fp32, rows of unit length
-    "The base model's mean hidden state over each text's tokens"
-    last = base.model.config.num_hidden_layers
-    if not 0<=layer<=last: raise HydraError(f"layer={layer} of a model with {last} layers; choose 0 to {last}")
-    x,order = np.zeros((len(texts), base.model.config.hidden_size), np.float32),sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    for i in progress(range(0, len(order), batch_size), desc='hidden states', unit=' batches'):
-        rows = order[i:i+batch_size]
-        x[rows] = _hidden(base, [texts[j] for j in rows], layer, most)
-    return x
+    "The base model's mean hidden state at one depth"
+    return hidden_means(texts, base, [layer], **how)[layer]
