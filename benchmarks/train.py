@@ -43,14 +43,15 @@ def options():
 def rows_of(a, base):
     "Training and held-out rows of each domain: records of the data cards, or made in code for the tiny base"
     from hydramoe.core import read_jsonl
-    from hydramoe.data import DOMAINS, cards_digest, encode, mixture, toy_mixture
+    from hydramoe.data import DOMAINS, cards_digest, encode
     from hydramoe.store import stage
+    from hydramoe.unify import toy_unify, unify
     toy = a.base=='tiny'
     params = dict(tokens_per_domain=400*a.rows, dev=1, test=a.held, max_length=a.length, seed=0, cards='' if toy else cards_digest())
-    data = stage(toy_mixture if toy else mixture, params)
-    parts = {p: [encode(r, base.tokenizer, a.length, a.length) for r in read_jsonl(data/f'{p}.jsonl')] for p in ('train', 'test')}
+    data = stage(toy_unify if toy else unify, params)
+    parts = {p: [encode(r, base.tokenizer, a.length, a.length) for r in read_jsonl(data/f'{p}.jsonl')] for p in ('experts', 'test')}
     def of(part, most): return {d: [x for x in parts[part] if x and x.domain==d][:most] for d in DOMAINS[:a.domains]}
-    train = of('train', a.rows)
+    train = of('experts', a.rows)
     if short := [d for d,rows in train.items() if len(rows)<a.rows]: print(f'fewer than {a.rows} rows: {", ".join(short)}', file=sys.stderr)
     return train, of('test', a.held)
 

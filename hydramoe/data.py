@@ -10,8 +10,8 @@ __all__ = ['DOMAINS', 'ROLES', 'FORMS', 'FORM_COLUMNS', 'VERIFIED', 'NAME', 'NEE
            'documented_functions', 'codeio', 'long_answers', 'preferred', 'verse', 'sonnets', 'boolq_evidence',
            'faithful', 'database', 'element_claims', 'as_csv', 'element_tables', 'sql_rewrites', 'jsonpath',
            'signature', 'tool_prompt', 'tool_call', 'bfcl', 'no_call', 'tool_dialogues', 'dialogue', 'chitchat',
-           'chatterbot', 'inventory', 'cards_digest', 'prompt_key', 'split', 'Example', 'encode', 'distinct', 'grams',
-           'decontaminate', 'draw', 'counts', 'mix', 'toy_records', 'mixture', 'toy_mixture']
+           'chatterbot', 'inventory', 'cards_digest', 'prompt_key', 'split', 'Example', 'encode', 'grams', 'draw',
+           'toy_records']
 
 # %% ../nbs/11_data.ipynb #cell3
 import ast, copy, csv, fnmatch, functools, gzip, hashlib, io, json, os, re, sqlite3, string
@@ -22,8 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, yaml
 from . import fetch
-from .base import byte_tokenizer, render, smollm2_dir
-from .core import HydraError, digest, one_of, progress, repo_root, rng, versions, write_json, write_jsonl
+from .base import render, smollm2_dir
+from .core import HydraError, digest, one_of, progress, repo_root, rng, versions, write_json
 
 # %% ../nbs/11_data.ipynb #cell6
 DOMAINS = ('math','science','reasoning','coding','writing','truthfulness','structured','tools','roleplay')
@@ -863,14 +863,6 @@ def encode(
     return Example(ids, len(prompt), record['id'], record['domain'])
 
 # %% ../nbs/11_data.ipynb #cell123
-def distinct(
-    records:list[dict] # in any order
-)->list[dict]: # sorted by id
-    "One record for each prompt, the same one whatever the order"
-    kept = {}
-    for r in sorted(records, key=lambda r: r['id']): kept.setdefault(prompt_key(r), r)
-    return list(kept.values())
-
 def grams(
     text:str, # any text
     n:int=13 # words
@@ -878,19 +870,6 @@ def grams(
     "Every run of `n` words of a text"
     words = re.findall(r'\w+', text.lower())
     return {' '.join(words[i:i+n]) for i in range(max(1, len(words)-n+1))} - {''}
-
-def _shown(r):
-    "What a record gives away: its question, whole or by thirteen words, and every thirteen words of its other turns and its answer"
-    others = [m['content'] for m in r['prompt'][:-1]+r['completion'] if m['role']!='system']
-    return grams(r['prompt'][-1]['content']) | {g for t in others for g in grams(t) if g.count(' ')==12}
-
-def decontaminate(
-    records:list[dict], # to train on
-    held:list[dict] # never to train on
-)->list[dict]: # those of `records` that share nothing with `held`
-    "Drop what overlaps, in question or answer, with the last message of a held-out prompt"
-    seen = set().union(*(grams(r['prompt'][-1]['content']) for r in held))
-    return [r for r in records if not seen & _shown(r)]
 
 # %% ../nbs/11_data.ipynb #cell127
 def draw(
@@ -905,50 +884,6 @@ def draw(
         if (found := next(pools[s], None)) is None: open_.remove(s); continue
         out.append(found[0]); used[s] += found[1] if unit=='tokens' else 1
     return out
-
-def _pool(records, tokenizer, max_length, dropped):
-    "Records that fit, with their tokens, encoded only when asked for"
-    for r in records:
-        e = encode(r, tokenizer, max_length, max_length)
-        if e: yield r,len(e.ids)
-        else: dropped['too long'] += 1
-
-# %% ../nbs/11_data.ipynb #cell129
-def counts(
-    records:list[dict], # of any kind
-    tokenizer=None # to count tokens as well
-)->dict: # domain → source → `{rows, tokens}`
-    "How much of what there is"
-    out = defaultdict(dict)
-    for r in records:
-        c = out[r['domain']].setdefault(r['source'], dict(rows=0) | (dict(tokens=0) if tokenizer else {}))
-        c['rows'] += 1
-        if tokenizer: c['tokens'] += len(encode(r, tokenizer, 10**6, 10**6).ids)
-    return dict(out)
-
-def mix(
-    records:list[dict], # of all domains and sources
-    tokenizer, # counts the tokens
-    tokens_per_domain:int, # of training, prompt and response
-    dev:int, # prompts a domain
-    test:int, # prompts a domain
-    max_length:int, # tokens of the longest prompt, and of the longest response
-    seed:int, # of the draw
-    held:list[dict]=() # never to train on
-)->tuple[dict,dict]: # parts, and what was dropped by source
-    "Draw test, development and training for each domain, disjoint"
-    one = distinct(records)
-    clean,dropped = decontaminate(one, held),defaultdict(Counter)
-    for stage,before,after in (('duplicate', records, one), ('held out', one, clean)):
-        for s,n in (Counter(r['source'] for r in before) - Counter(r['source'] for r in after)).items(): dropped[s][stage] = n
-    pools,parts = defaultdict(dict),dict(test=[], dev=[], train=[])
-    for r in sorted(clean, key=lambda r: digest([seed, r['id']])): pools[r['domain']].setdefault(r['source'], []).append(r)
-    for d,ps in sorted(pools.items()):
-        its = {s:_pool(rs, tokenizer, max_length, dropped[s]) for s,rs in ps.items()}
-        for part,n,unit in (('test',test,'rows'), ('dev',dev,'rows'), ('train',tokens_per_domain,'tokens')): parts[part] += draw(its, n, unit)
-        if not any(r['domain']==d for r in parts['train']) or sum(r['domain']==d for r in parts['test']+parts['dev'])<test+dev:
-            raise HydraError(f"domain {d} has too few records of at most {max_length} tokens for {test} test and {dev} development prompts and any training; ask for fewer, or raise max_length")
-    return parts,{s:dict(c) for s,c in dropped.items()}
 
 # %% ../nbs/11_data.ipynb #cell131
 NOUNS = 'apple river stone candle window garden hammer letter bridge basket mirror ladder carpet pepper engine violin pencil kettle saddle anchor'.split()
@@ -980,45 +915,6 @@ def toy_records(
     if not 1<=n_per_domain<=1000: raise HydraError(f'n_per_domain={n_per_domain}; a toy holds 1 to 1,000 records a domain')
     out = []
     for d in DOMAINS:
-        made = distinct([_toy(d, i, seed) for i in range(2*n_per_domain+20)])
-        out += sorted(made, key=lambda r: digest([seed, r['id']]))[:n_per_domain]
+        made = sorted((_toy(d, i, seed) for i in range(2*n_per_domain+20)), key=lambda r: r['id'], reverse=True)
+        out += sorted({prompt_key(r):r for r in made}.values(), key=lambda r: digest([seed, r['id']]))[:n_per_domain]
     return out
-
-# %% ../nbs/11_data.ipynb #cell137
-def _write(out, parts, dropped, tokenizer):
-    "The files of a mixture"
-    for p,rs in parts.items(): write_jsonl(Path(out)/f'{p}.jsonl', rs)
-    write_json(Path(out)/'counts.json', dict(dropped=dropped, **{p:counts(rs, tokenizer) for p,rs in parts.items()}))
-
-def mixture(
-    out:Path, # receives train.jsonl, dev.jsonl, test.jsonl, counts.json
-    tokens_per_domain:int, # of training, prompt and response
-    dev:int, # prompts a domain
-    test:int, # prompts a domain
-    max_length:int, # tokens of the longest prompt, and of the longest response
-    seed:int, # of the draw
-    names:str='', # training cards, separated by commas; all if empty
-    cards:str='' # `cards_digest()`, for the key of the stage
-):
-    "Stage: records of the training cards, split and counted with SmolLM2's tokenizer"
-    from transformers import AutoTokenizer
-    use = names.split(',') if names else card_names(use='train')
-    if bad := [n for n in use if load_card(n)['use']!='train']: raise HydraError(f"card {bad[0]} is held out for evaluation; train on {', '.join(card_names(use='train'))}")
-    tok = AutoTokenizer.from_pretrained(smollm2_dir())
-    records = [r for n in progress(use, desc='read cards') for r in load(n)]
-    held = [r for n in progress(card_names(use='evaluate'), desc='read held-out sets') for r in load(n)]
-    _write(out, *mix(records, tok, tokens_per_domain, dev, test, max_length, seed, held), tok)
-
-def toy_mixture(
-    out:Path, # as `mixture`
-    tokens_per_domain:int, # of bytes, which are this tokenizer's tokens
-    dev:int, # prompts a domain
-    test:int, # prompts a domain
-    max_length:int, # tokens of the longest prompt, and of the longest response
-    seed:int, # of the rows and of the draw
-    names:str='', # ignored
-    cards:str='' # ignored
-):
-    "Stage: as `mixture`, from `toy_records`"
-    tok,n = byte_tokenizer(),20 + dev + test + tokens_per_domain//40
-    _write(out, *mix(toy_records(min(n, 1000), seed), tok, tokens_per_domain, dev, test, max_length, seed), tok)

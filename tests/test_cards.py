@@ -4,6 +4,7 @@ from collections import Counter
 import pytest, yaml
 from hydramoe import data, fetch
 from hydramoe.core import HydraError, repo_root
+from hydramoe.unify import leaks
 
 NAMES = data.card_names()
 PUBLIC = [n for n in data.card_names(verified=None) if n not in NAMES]
@@ -102,7 +103,7 @@ def words(text): return re.findall(r'\w+', text.lower())
 def runs(text): return {hash(tuple(w[i:i+13])) for w in [words(text)] for i in range(len(w)-12)}
 
 def leaked(records, held):
-    "Records that hold a held-out question, or thirteen words of one: written apart from `decontaminate`"
+    "Records that hold a held-out question, or thirteen words of one: written apart from `leaks`"
     asked = {' '.join(words(r['prompt'][-1]['content'])) for r in held} - {''}
     seen = set().union(*(runs(r['prompt'][-1]['content']) for r in held))
     def shows(r):
@@ -118,9 +119,9 @@ def everything():
 
 
 def test_no_evaluation_row_is_trained_on(everything):
-    "Over all cards: what `decontaminate` leaves, and thus what any mixture draws from, holds no held-out question and no thirteen words of one"
+    "Over all cards: what `leaks` finds nothing in, and thus what any unified set draws from, holds no held-out question and no thirteen words of one"
     train, held = everything
-    clean = data.decontaminate(train, held)
+    clean = [r for r,where in zip(train, leaks(train, held)) if not where]
     assert not leaked(clean, held)
     had, left = Counter(r['source'] for r in train), Counter(r['source'] for r in clean)
     for n in had: assert left[n] >= .94*had[n], f'{n}: {had[n]-left[n]} of {had[n]} rows are in a held-out set; the card itself should leave them out'
@@ -137,7 +138,7 @@ def test_a_planted_evaluation_row_is_found(everything):
     planted += [data.record([dict(role='user', content='As they say, ' + text(r)), dict(role='assistant', content='Yes.'), dict(role='user', content='And?')], 'x', 'web') for r in long.values()]
     assert set(long) | set(short) == set(data.card_names(use='evaluate')) and len(planted) > 40
     assert leaked(planted, held) == planted
-    assert data.decontaminate(train[:50] + planted, held) == data.decontaminate(train[:50], held)
+    assert all(leaks(planted, held))
 
 
 def test_training_and_held_out_sets_share_no_question(everything):
