@@ -188,7 +188,10 @@ texts = st.text(max_size=6) | st.sampled_from(['user', 'assistant', 'system', 't
 leaf = st.none() | st.booleans() | st.integers() | st.floats() | texts
 turn = st.fixed_dictionaries(dict(role=st.sampled_from(['user', 'assistant', 'system', 'tool', 'x']), content=texts)) | st.fixed_dictionaries({'from': st.sampled_from(['human', 'gpt', 'system', 'observation']), 'value': texts})
 anything = st.recursive(leaf, lambda c: st.lists(c, max_size=3) | st.dictionaries(st.sampled_from(KEYS), c, max_size=4), max_leaves=8)
-row = st.dictionaries(st.sampled_from(KEYS), anything, max_size=5) | st.fixed_dictionaries(dict(messages=st.lists(turn, max_size=5))) | st.fixed_dictionaries(dict(conversations=st.lists(turn, max_size=5))) | st.fixed_dictionaries(dict(prompt=texts, completion=texts)) | anything
+part = st.fixed_dictionaries(dict(type=st.sampled_from(['text', 'image_url']), text=texts)) | anything
+call = st.fixed_dictionaries(dict(function=st.fixed_dictionaries(dict(name=texts, arguments=texts | anything)))) | anything
+sent = st.fixed_dictionaries(dict(role=st.sampled_from(['user', 'assistant', 'tool']), content=st.lists(part, max_size=3) | texts | st.none(), tool_calls=st.lists(call, max_size=2) | anything))
+row = st.dictionaries(st.sampled_from(KEYS), anything, max_size=5) | st.fixed_dictionaries(dict(messages=st.lists(turn | sent, max_size=5))) | st.fixed_dictionaries(dict(conversations=st.lists(turn, max_size=5))) | st.fixed_dictionaries(dict(prompt=texts, completion=texts)) | anything
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 scraps = st.lists(st.sampled_from(['{', '}', '[', ']', ',', ':', '"', '\\', '\n', '\r', ' ', '"prompt"', '"completion"', '"x"', '{"prompt": "a", "completion": "b"}', '\0', 'é', ';', '\t', '|', 'prompt', 'completion', 'sep=;', '1', '\ufeff']) | st.text(max_size=3), max_size=30).map(''.join)
 
