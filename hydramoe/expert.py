@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['train_single', 'TrainSpec', 'n_steps', 'spread', 'rate', 'plan_steps', 'gradients', 'share', 'Optimizers', 'StopSpec',
            'Watch', 'save_checkpoint', 'load_checkpoint', 'job_id', 'fit', 'fit_step', 'training', 'plot_history',
-           'shard', 'using_threads', 'open_base', 'sort_rows', 'start_expert', 'train_experts', 'summary', 'train_seed',
-           'GroupSpec', 'outline', 'expert_weights', 'group_size', 'divide', 'make_jobs', 'merge_histories', 'collect',
-           'slots', 'run_jobs', 'on_stack', 'score_adapters', 'fit_trl']
+           'TrunkStates', 'cache_trunk', 'shard', 'using_threads', 'open_base', 'sort_rows', 'start_expert',
+           'train_experts', 'summary', 'train_seed', 'GroupSpec', 'outline', 'expert_weights', 'group_size', 'divide',
+           'make_jobs', 'merge_histories', 'collect', 'slots', 'run_jobs', 'on_stack', 'score_adapters', 'fit_trl']
 
 # %% ../nbs/22_expert.ipynb #cell2
 import hashlib, math, os, queue, re, shutil, signal, tempfile, threading, time, warnings, torch, numpy as np
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from .base import base_dir, load_base, target_layers, tiny_base
-from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, write_json
+from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, versions, write_json
 from .data import encode
-from .score import loss_matrix, micro_batches, response_losses, save_losses, token_losses
-from .stack import LoraSpec, gated, make_plan, one_hot
-from .store import SealError, open_sealed, sealing, stage, work_dir
+from .score import collate, loss_matrix, micro_batches, response_losses, save_losses, token_losses
+from .stack import LoraSpec, at_fork, gated, make_plan, one_hot
+from .store import SealError, open_sealed, sealing, source_hash, stage, work_dir
 from .unify import DevRows, ExpertRows
 
 # %% ../nbs/22_expert.ipynb #cell8
@@ -95,7 +95,8 @@ def _order(n, name, spec): return np.concatenate([rng(spec.seed, 'rows', name, k
 def gradients(
     model, # `hydramoe.stack.GatedCausalLM`
     step:list[tuple], # (expert, example) pairs
-    spec:TrainSpec # gives `micro_tokens`
+    spec:TrainSpec, # gives `micro_tokens`
+    cached=None # `TrunkStates` to go on from; None: every pass begins at the embeddings
 )->Tensor: # (E,) mean loss of each expert's response tokens; nan for an expert without rows
     "Fill `stack.grad`: row e is the gradient of expert e's mean loss"
     stack, slots = model.stack, len(model.stack.theta)
@@ -106,7 +107,8 @@ def gradients(
     for b,counts in share(micro_batches([len(x.ids) for _,x in step], spec.micro_tokens), *_place(model)):
         of = who[b].repeat_interleave(size[b]).to(model.device)
         with stack.bind(make_plan(one_hot(who[b], slots), stack)), _adding_in_place():
-            nll = token_losses(model, [step[i][1] for i in b])*counts
+            xs = [step[i][1] for i in b]
+            nll = token_losses(model, xs, below=cached and cached(xs))*counts
             (nll/labels[of]).sum().backward()
         total.index_add_(0, of, nll.detach())
     return _summed(model, total)/labels
@@ -274,7 +276,7 @@ def load_checkpoint(
             warnings.warn(f'checkpoint refused, going back to the one before: {e}')
             shutil.rmtree(path); continue
         if meta['job'] != job:
-            raise HydraError(f"{path} is a checkpoint of other rows, spec or start; give this run its own directory, or remove that one")
+            raise HydraError(f"{path} is a checkpoint of other rows, spec, start or trunk; give this run its own directory, or remove that one")
         opt.load(load_file(path/'state.safetensors'))
         return read_json(path/'history.json')
     return []
@@ -284,12 +286,15 @@ def job_id(
     rows:list[list], # for each expert its examples
     names:list[str], # for each expert its name
     spec:TrainSpec, # of the run
-    watch:Watch|None=None # development rows, and how they stop an expert
+    watch:Watch|None=None, # development rows, and how they stop an expert
+    cached:bool=False # from the trunk's states: equal but for the last bits
 )->str: # 64 hex digits
-    "What a checkpoint belongs to: start, rows, names and specs"
-    h = hashlib.sha256(stack.theta.detach()[:len(names)].cpu().numpy().tobytes())
+    "What a checkpoint belongs to: start, trunk, rows, names and specs"
+    h = hashlib.sha256(b''.join(_bytes(x) for x in (stack.theta[:len(names)], stack.trunk, stack.trunk_scale)))
     for x in sum([*rows, *(watch.dev if watch else [])], []): h.update(np.array([x.n_prompt, *x.ids], '<i8').tobytes())
-    return digest([h.hexdigest(), [len(r) for r in rows], names, spec, *([[len(r) for r in watch.dev], watch.stop] if watch else [])])
+    return digest([h.hexdigest(), stack.fork, [len(r) for r in rows], names, spec, *([[len(r) for r in watch.dev], watch.stop] if watch else []), *(['cached'] if cached else [])])
+
+def _bytes(x): return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 # %% ../nbs/22_expert.ipynb #cell33
 def fit(
@@ -301,18 +306,19 @@ def fit(
     every:int=10, # steps from checkpoint to checkpoint
     checkpointing:bool=False, # recompute activations: less memory, a third more time, the same result
     dev:list[list]|None=None, # for each expert its development examples
-    stop:StopSpec|None=None # with `dev`: when an expert stops
+    stop:StopSpec|None=None, # with `dev`: when an expert stops
+    cached=None # `TrunkStates` of the rows, from `cache_trunk`: train from the fork on
 )->list[dict]: # for each step {step, tokens, loss, norm, skipped}, by expert name; where it looked, {dev}
     "Train experts fused, in place, each as if it were alone"
     names = list(names or [n or f'expert{e}' for e,n in enumerate(model.stack.names[:len(rows)])])
     steps = [s for s in plan_steps(rows, names, spec) if s]
     watch = Watch(model.stack, dev, stop or StopSpec()) if dev and any(dev) else None
     opt = Optimizers(model.stack, [_present(e, steps) for e in range(len(rows))], spec, watch)
-    job = job_id(model.stack, rows, names, spec, watch)
+    job = job_id(model.stack, rows, names, spec, watch, bool(cached))
     history = load_checkpoint(work, opt, job) if work else []
     with training(model, checkpointing), _sigterm() as asked, progress(total=sum(map(_tokens, steps[len(history):])), desc=f'train {", ".join(names)}'[:30], unit='tok') as bar:
         for step in steps[len(history):]:
-            history.append(fit_step(model, opt, step, len(history), names))
+            history.append(fit_step(model, opt, step, len(history), names, cached))
             if watch: _look(watch, model, history, names, len(history)==len(steps))
             bar.update(_tokens(step))
             if _due(work, model, asked, len(history), every) and step is not steps[-1]: save_checkpoint(work, opt, history, job)
@@ -330,12 +336,13 @@ def fit_step(
     opt:Optimizers, # of its experts
     step:list[tuple], # (expert, example) pairs
     k:int, # which step
-    names:list[str] # of the experts
+    names:list[str], # of the experts
+    cached=None # `TrunkStates`, or None
 )->dict: # {step, tokens, loss, norm, skipped}
     "One step of all experts that have rows in it"
     if opt.watch: step = opt.watch.going(step)
     if not step: return dict(step=k, tokens=0, skipped=[], loss={}, norm={})
-    loss = gradients(model, step, opt.spec).tolist()
+    loss = gradients(model, step, opt.spec, cached).tolist()
     norms, skipped = opt.step({e for e,_ in step})
     for e in skipped: warnings.warn(f"step {k}: the gradient of expert {names[e]!r} is not finite; it is not stepped, the others go on")
     return dict(step=k, tokens=_tokens(step), skipped=[names[e] for e in skipped],
@@ -385,6 +392,66 @@ def plot_history(
     return ax.figure
 
 # %% ../nbs/22_expert.ipynb #cell49
+class TrunkStates:
+    "The trunk's hidden state of each token of some rows, on disk"
+    def __init__(self,
+        path:Path, # a directory that `cache_trunk` sealed
+        device='cpu' # where the states go
+    ):
+        about = read_json(Path(path)/'trunk.json')
+        self.path, self.at, self.width, self.device = Path(path), about['at'], about['width'], device
+        dtype, size = getattr(torch, about['dtype']), about['tokens']*self.width
+        self.states = torch.from_file(str(self.path/'trunk.bin'), shared=False, size=size, dtype=dtype).view(-1, self.width)
+
+    def __call__(self,
+        examples:list # B rows
+    )->Tensor: # (B,T,d), padded right with 0
+        "Read rows, as `from_fork` takes them"
+        if lost := [x.id for x in examples if _row_key(x) not in self.at]: raise HydraError(f"the trunk's states of row {lost[0]!r} are not in {self.path}: cache the rows that you train on")
+        out = torch.zeros(len(examples), max(len(x.ids) for x in examples), self.width, dtype=self.states.dtype)
+        for row,x in zip(out, examples): row[:len(x.ids)] = self.states[self.at[_row_key(x)]:][:len(x.ids)]
+        return out.to(self.device)
+
+def _row_key(x): return hashlib.sha256(np.array(x.ids, '<i8').tobytes()).hexdigest()[:24]
+
+def cache_trunk(
+    model, # `hydramoe.stack.GatedCausalLM`, its stack forked
+    examples:list, # rows; those with the same tokens are kept once
+    root:Path, # folder for the sealed directory
+    base:str, # what names the base's weights: fingerprint and precision
+    max_tokens:int=2048 # most tokens of a padded batch
+)->TrunkStates: # for `fit`
+    "Compute the trunk's hidden states once, or find them; those found damaged are made again"
+    if getattr(model, 'mesh', None): raise HydraError("a base in slices keeps no trunk states: its processes would each need them all; train without cached")
+    rows = sorted({tuple(x.ids): x for x in examples}.values(), key=lambda x: (len(x.ids), x.ids))
+    meta = _trunk_meta(model, [_row_key(x) for x in rows], base, max_tokens)
+    path = Path(root)/f'trunk-{digest(meta)[:16]}'
+    try: found = path.exists() and open_sealed(path)
+    except SealError as e:
+        warnings.warn(f'trunk states refused, computing them again: {e}')
+        found = shutil.rmtree(path)
+    if not found:
+        with sealing(path, meta) as d: _write_trunk(model, rows, d, max_tokens)
+    return TrunkStates(path, model.device)
+
+def _trunk_meta(model, keys, base, max_tokens):
+    s = model.stack
+    return dict(rows=digest(keys), base=base, fork=s.fork, trunk=hashlib.sha256(_bytes(s.trunk)+_bytes(s.trunk_scale)).hexdigest(), max_tokens=max_tokens, dtype=str(s.compute),
+                device=torch.device(model.device).type, threads=torch.get_num_threads(), libs=versions('torch', 'transformers'), source=source_hash(_write_trunk))
+
+@torch.no_grad()
+def _write_trunk(model, rows, out, max_tokens):
+    at, n = {}, 0
+    with open(Path(out)/'trunk.bin', 'wb') as f, progress(total=sum(len(x.ids) for x in rows), desc='trunk', unit='tok') as bar:
+        for b in micro_batches([len(x.ids) for x in rows], max_tokens):
+            xs = [rows[i] for i in b]
+            for x,h in zip(xs, at_fork(model, collate(xs, model.device)[0])):
+                f.write(_bytes(h[:len(x.ids)]))
+                at[_row_key(x)], n = n, n+len(x.ids)
+            bar.update(sum(len(x.ids) for x in xs))
+    write_json(Path(out)/'trunk.json', dict(at=at, tokens=n, width=h.shape[-1], dtype=str(h.dtype).split('.')[1]))
+
+# %% ../nbs/22_expert.ipynb #cell55
 def shard(
     model, # `hydramoe.stack.GatedCausalLM`
     mesh=None # a one-dimensional `DeviceMesh`; None: all processes
@@ -399,7 +466,7 @@ def shard(
         if isinstance(m, GradientCheckpointingLayer): fully_shard(m, mesh=model.mesh)
     return model
 
-# %% ../nbs/22_expert.ipynb #cell52
+# %% ../nbs/22_expert.ipynb #cell58
 @contextmanager
 def using_threads(
     n:int # of torch, inside the block
@@ -411,7 +478,7 @@ def using_threads(
     try: yield
     finally: torch.set_num_threads(was)
 
-# %% ../nbs/22_expert.ipynb #cell55
+# %% ../nbs/22_expert.ipynb #cell61
 def open_base(
     base:str, # 'tiny' (the toy of tests and lessons), or what `load_base` takes
     quant:str='fp32' # 'fp32', 'bf16' or 'nf4'
@@ -470,7 +537,8 @@ def train_experts(
     threads:int=1, # of torch: the last bits of a sum hang on their number, so it is given here and not found
     stop:StopSpec|None=None, # stop each expert by its own development rows; None: all take all their steps
     dev:str='dev.jsonl', # in `rows_dir`, with `stop`
-    dev_groups:dict[str,list[str]]|None=None # as `groups`, of the development records
+    dev_groups:dict[str,list[str]]|None=None, # as `groups`, of the development records
+    cached:bool=False # with `lora.fork`: compute the trunk's states once, and train from them
 )->Path: # `out`: NAME/ for each expert, and history.json
     "Train a group of experts fused, from records to adapters"
     lora, spec, stop = (c(**x) if isinstance(x, dict) else x for c,x in ((LoraSpec, lora), (TrainSpec, spec), (StopSpec, stop)))
@@ -480,7 +548,9 @@ def train_experts(
     kept = _short(rows)
     model = gated(b, slots=len(kept), spec=lora)
     for e,name in enumerate(kept): start_expert(model.stack, e, name, start, spec.seed)
-    with using_threads(threads): history = fit(model, list(kept.values()), spec, work_dir(out), list(kept), checkpointing=checkpointing, dev=[held.get(n, []) for n in kept], stop=stop)
+    with using_threads(threads):
+        trunk = cache_trunk(model, sum(kept.values(), []), work_dir(out), f'{b.fingerprint} {quant}') if cached else None
+        history = fit(model, list(kept.values()), spec, work_dir(out), list(kept), checkpointing=checkpointing, dev=[held.get(n, []) for n in kept], stop=stop, cached=trunk)
     with _disk_errors():
         for e,name in enumerate(kept): model.stack.save_peft(Path(out)/name, e, b.id)
     write_json(Path(out)/'history.json', dict(experts=summary(rows, kept, history), spec=spec, lora=lora, history=history))
@@ -516,7 +586,7 @@ def train_seed(
 
 train_single = train_seed
 
-# %% ../nbs/22_expert.ipynb #cell61
+# %% ../nbs/22_expert.ipynb #cell67
 @dataclass(frozen=True)
 class GroupSpec:
     "Which experts share a job, and with how many threads it computes: part of the result"
@@ -524,7 +594,7 @@ class GroupSpec:
     memory:float=8. # GB that a job's experts may take: factors, gradients, AdamW's moments; base and activations come on top
     threads:int=1 # of torch inside a job
 
-# %% ../nbs/22_expert.ipynb #cell63
+# %% ../nbs/22_expert.ipynb #cell69
 def outline(
     base:str # its name
 ): # the base as a model on the meta device: sizes without numbers
@@ -547,7 +617,7 @@ def group_size(
     if (group.size or 1)<1 or group.memory<=0: raise HydraError(f"{group}: size must be 1 or more, memory more than 0")
     return group.size or max(1, int(group.memory*1e9/(5*4*weights)))
 
-# %% ../nbs/22_expert.ipynb #cell66
+# %% ../nbs/22_expert.ipynb #cell72
 def divide(
     rows:dict[str,int], # expert → how many rows it has
     size:int # most experts in a group
@@ -557,7 +627,7 @@ def divide(
     k = math.ceil(len(rows)/size)
     return [sorted(order[i::k]) for i in range(k)]
 
-# %% ../nbs/22_expert.ipynb #cell69
+# %% ../nbs/22_expert.ipynb #cell75
 def make_jobs(
     make:Callable, # a stage function with `groups` and `threads`, such as `train_experts`
     rows:dict[str,list[dict]], # expert → its records, from `sort_rows`
@@ -593,7 +663,7 @@ def collect(
     write_json(Path(out)/'history.json', dict(found[0], experts=experts, history=merge_histories([h['history'] for h in found])))
     return Path(out)
 
-# %% ../nbs/22_expert.ipynb #cell72
+# %% ../nbs/22_expert.ipynb #cell78
 def slots(
     workers:int|None=None # processes at a time; None: one a GPU, or one in all
 )->list[str]: # for each worker the GPU that it sees, '' for none
@@ -633,7 +703,7 @@ def _local(jobs, retries, workers=None):
         finally: free.put(slot)
     with ThreadPoolExecutor(free.qsize()) as pool: return list(pool.map(one, jobs))
 
-# %% ../nbs/22_expert.ipynb #cell75
+# %% ../nbs/22_expert.ipynb #cell81
 def _ray(jobs, retries, workers=None, gpus=0., address=None):
     "Ray tasks; a killed worker's task is sent again"
     ray = _import_ray(address)
@@ -679,7 +749,7 @@ def run_jobs(
 
 _EXECUTORS = dict(here=_here, local=_local, ray=_ray)
 
-# %% ../nbs/22_expert.ipynb #cell79
+# %% ../nbs/22_expert.ipynb #cell85
 def on_stack(
     adapters:dict[str,Path], # name → folder with a PEFT adapter
     base # `hydramoe.base.Base` they were trained on
@@ -720,7 +790,7 @@ def _placed(mix, slots):
     gates[:,[slots.index(n) for n in mix['names']]] = w
     return gates
 
-# %% ../nbs/22_expert.ipynb #cell83
+# %% ../nbs/22_expert.ipynb #cell89
 def fit_trl(
     base, # `hydramoe.base.Base`, not in a stack
     batches:list[list], # for each step its examples

@@ -74,9 +74,9 @@ def test_collected_jobs_look_like_one(rows, tmp_path):
 def mortal_experts(out, mark, sig, at, **kw):
     "`train_experts` in a process that gets a signal before its step `at`, the first time"
     inner = expert.fit_step
-    def step(model, opt, step, k, names):
+    def step(model, opt, step, k, names, cached=None):
         if k==at and 'a' in names and not Path(mark).exists(): Path(mark).touch(); os.kill(os.getpid(), sig)
-        return inner(model, opt, step, k, names)
+        return inner(model, opt, step, k, names, cached)
     expert.fit_step = step
     try: return train_experts(out, **kw)
     finally: expert.fit_step = inner
@@ -137,9 +137,9 @@ sys.path.insert(0, sys.argv[1])
 from test_jobs import *
 what, rows, root = sys.argv[2:]
 inner = expert.fit_step
-def step(model, opt, s, k, names):
+def step(model, opt, s, k, names, cached=None):
     if k==int(os.environ.get('AT', -1)): exec(what)
-    return inner(model, opt, s, k, names)
+    return inner(model, opt, s, k, names, cached)
 expert.fit_step = step
 run_jobs(jobs(Path(rows), Path(root))[:1])
 """
