@@ -40,12 +40,14 @@ class TrainSpec:
     lr:float=5e-4 # peak learning rate
     rows:float=2. # rows an expert sees in a step, averaged over the experts
     steps:int|None=None # at least as many steps; None: as many as `rows` asks for
-    epochs:int=1 # times each row is seen
+    epochs:float=1 # times each row is seen; 1.5: all once, and half of them again
     warmup:int=10 # steps in which the rate rises; at most a quarter of an expert's steps
     schedule:str='linear' # after warm-up: linear (to nothing) or constant
     clip:float=1. # longest gradient of an expert, a longer one is scaled down
     seed:int=0 # of the order of rows
     micro_tokens:int=900 # most tokens of a padded micro-batch
+    def __post_init__(self):
+        if not 0<self.epochs<math.inf or not 0<self.rows<math.inf: raise HydraError(f"epochs={self.epochs}, rows={self.rows}: both must be above 0; less than one epoch leaves rows out")
 
 # %% ../nbs/22_expert.ipynb #cell10
 def n_steps(
@@ -89,7 +91,9 @@ def plan_steps(
     plan = spread([len(o) for o in order], n_steps([len(r) for r in rows], spec))
     return [[(e, rows[e][order[e][i]]) for e,i in step] for step in plan]
 
-def _order(n, name, spec): return np.concatenate([rng(spec.seed, 'rows', name, k).permutation(n) for k in range(spec.epochs)])
+def _order(n, name, spec):
+    epochs = np.concatenate([rng(spec.seed, 'rows', name, k).permutation(n) for k in range(math.ceil(spec.epochs))])
+    return epochs[:max(1, round(n*spec.epochs))]
 
 # %% ../nbs/22_expert.ipynb #cell19
 def gradients(
