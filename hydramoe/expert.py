@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['train_single', 'TrainSpec', 'n_steps', 'spread', 'rate', 'plan_steps', 'gradients', 'share', 'Optimizers', 'StopSpec',
            'Watch', 'save_checkpoint', 'load_checkpoint', 'job_id', 'fit', 'fit_step', 'training', 'plot_history',
-           'TrunkStates', 'cache_trunk', 'shard', 'using_threads', 'open_base', 'sort_rows', 'start_expert',
-           'train_experts', 'summary', 'train_seed', 'GroupSpec', 'outline', 'expert_weights', 'group_size', 'divide',
-           'make_jobs', 'merge_histories', 'collect', 'slots', 'run_jobs', 'on_stack', 'score_adapters', 'fit_trl']
+           'TrunkStates', 'cache_trunk', 'shard', 'in_processes', 'using_threads', 'open_base', 'sort_rows',
+           'start_expert', 'train_experts', 'summary', 'train_seed', 'GroupSpec', 'outline', 'expert_weights',
+           'group_size', 'divide', 'make_jobs', 'merge_histories', 'collect', 'slots', 'run_jobs', 'on_stack',
+           'score_adapters', 'by_precision', 'fit_trl']
 
 # %% ../nbs/22_expert.ipynb #cell2
-import hashlib, math, os, queue, re, shutil, signal, tempfile, threading, time, warnings, torch, numpy as np
+import hashlib, math, os, queue, re, shutil, signal, sys, tempfile, threading, time, warnings, torch, numpy as np
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .base import base_dir, load_base, target_layers, tiny_base
 from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, versions, write_json
 from .data import encode
-from .score import collate, loss_matrix, micro_batches, response_losses, save_losses, token_losses
+from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, pick, record_sums, response_losses, save_losses, token_losses
 from .stack import LoraSpec, at_fork, gated, make_plan, one_hot
 from .store import SealError, open_sealed, sealing, source_hash, stage, work_dir
 from .unify import DevRows, ExpertRows
@@ -465,12 +466,34 @@ def shard(
     from torch.distributed.fsdp import fully_shard
     if not torch.distributed.is_initialized():
         raise HydraError("no other process to share the base with: start with torchrun, and call torch.distributed.init_process_group first")
-    model.mesh = mesh or init_device_mesh(torch.device(model.device).type, (torch.distributed.get_world_size(),))
+    model.mesh = mesh or init_device_mesh('cuda' if torch.distributed.get_backend()=='nccl' else 'cpu', (torch.distributed.get_world_size(),))
     for m in model.base.modules():
         if isinstance(m, GradientCheckpointingLayer): fully_shard(m, mesh=model.mesh)
-    return model
+    return model if model.mesh.device_type=='cpu' else model.to(model.mesh.device_type) # what lies around the blocks
 
 # %% ../nbs/22_expert.ipynb #cell58
+def in_processes(
+    work:Callable, # called in each with `**how`, once all have met; can be pickled
+    n:int, # processes; with GPUs one each
+    how:dict # arguments of `work`
+):
+    "Run one call in n processes that can share a base"
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
+    if n<1 or torch.cuda.is_available() and n>torch.cuda.device_count(): raise HydraError(f"shards={n}: this machine has {torch.cuda.device_count() or 'no'} GPUs; give one process for each, on a CPU any number")
+    with tempfile.TemporaryDirectory() as meet:
+        try: spawn(_meet, (n, meet, work, how), n)
+        except ProcessRaisedException as e: raise HydraError(f"one of {n} processes failed: {str(e).strip().splitlines()[-1]}") from e
+        except ProcessExitedException as e: raise HydraError(f"one of {n} processes was killed ({e}): is memory short? run it again, it goes on from its last checkpoint") from e
+
+def _meet(rank, n, meet, work, how):
+    gpus = torch.cuda.is_available()
+    if gpus: torch.cuda.set_device(rank)
+    else: os.environ['GLOO_SOCKET_IFNAME'] = 'lo' if sys.platform=='linux' else 'lo0'
+    torch.distributed.init_process_group('nccl' if gpus else 'gloo', init_method=f'file://{meet}/met', rank=rank, world_size=n)
+    try: work(**how)
+    finally: torch.distributed.destroy_process_group()
+
+# %% ../nbs/22_expert.ipynb #cell61
 @contextmanager
 def using_threads(
     n:int # of torch, inside the block
@@ -482,13 +505,14 @@ def using_threads(
     try: yield
     finally: torch.set_num_threads(was)
 
-# %% ../nbs/22_expert.ipynb #cell61
+# %% ../nbs/22_expert.ipynb #cell64
 def open_base(
     base:str, # 'tiny' (the toy of tests and lessons), or what `load_base` takes
-    quant:str='fp32' # 'fp32', 'bf16' or 'nf4'
+    quant:str='fp32', # 'fp32', 'bf16' or 'nf4'
+    device:str|None=None # where it goes; None: a GPU if there is one
 ): # `hydramoe.base.Base`
     "The base by its name"
-    return tiny_base(quant=quant) if base=='tiny' else load_base(base, quant)
+    return tiny_base(quant=quant) if base=='tiny' else load_base(base, quant, device)
 
 def sort_rows(
     records:list[dict], # with id and domain
@@ -542,23 +566,36 @@ def train_experts(
     stop:StopSpec|None=None, # stop each expert by its own development rows; None: all take all their steps
     dev:str='dev.jsonl', # in `rows_dir`, with `stop`
     dev_groups:dict[str,list[str]]|None=None, # as `groups`, of the development records
-    cached:bool=False # with `lora.fork`: compute the trunk's states once, and train from them
+    cached:bool=False, # with `lora.fork`: compute the trunk's states once, and train from them
+    shards:int=1 # processes on this machine that share the base, for one that is larger than a device
 )->Path: # `out`: NAME/ for each expert, and history.json
     "Train a group of experts fused, from records to adapters"
+    how = {k: v for k,v in locals().items() if k!='shards'}
+    if shards==1: _train(**how)
+    elif quant=='nf4': raise HydraError("a base in NF4 is not cut into slices (bitsandbytes keeps its scales beside the weights): give quant bf16 or fp32, or shards=1")
+    else:
+        if base!='tiny': base_dir(base) # fetched once, not by each process
+        in_processes(_train, shards, how)
+    return Path(out)
+
+def _train(out, rows_dir, groups, start, base, quant, lora, spec, max_prompt, max_response, file, checkpointing, threads, stop, dev, dev_groups, cached):
+    "`train_experts` in one process, or in each of those that share the base"
     lora, spec, stop = (c(**x) if isinstance(x, dict) else x for c,x in ((LoraSpec, lora), (TrainSpec, spec), (StopSpec, stop)))
-    b = open_base(base, quant)
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    b = open_base(base, quant, 'cpu' if together else None)
     read = partial(_encoded, tokenizer=b.tokenizer, max_prompt=max_prompt, max_response=max_response)
     rows, held = read(Path(rows_dir)/file, ExpertRows, groups), _short(read(Path(rows_dir)/dev, DevRows, dev_groups)) if stop else {}
     kept = _short(rows)
     model = gated(b, slots=len(kept), spec=lora)
     for e,name in enumerate(kept): start_expert(model.stack, e, name, start, spec.seed)
+    if together: shard(model)
     with using_threads(threads):
         trunk = cache_trunk(model, sum(kept.values(), []), work_dir(out), f'{b.fingerprint} {quant}') if cached else None
         history = fit(model, list(kept.values()), spec, work_dir(out), list(kept), checkpointing=checkpointing, dev=[held.get(n, []) for n in kept], stop=stop, cached=trunk)
+    if _place(model)[0]: return # the first process writes
     with _disk_errors():
         for e,name in enumerate(kept): model.stack.save_peft(Path(out)/name, e, b.id)
     write_json(Path(out)/'history.json', dict(experts=summary(rows, kept, history), spec=spec, lora=lora, history=history))
-    return Path(out)
 
 def _encoded(file, kind, groups, **how):
     "The examples of each expert; rows of another part of a unified set are refused"
@@ -590,7 +627,7 @@ def train_seed(
 
 train_single = train_seed
 
-# %% ../nbs/22_expert.ipynb #cell67
+# %% ../nbs/22_expert.ipynb #cell70
 @dataclass(frozen=True)
 class GroupSpec:
     "Which experts share a job, and with how many threads it computes: part of the result"
@@ -598,7 +635,7 @@ class GroupSpec:
     memory:float=8. # GB that a job's experts may take: factors, gradients, AdamW's moments; base and activations come on top
     threads:int=1 # of torch inside a job
 
-# %% ../nbs/22_expert.ipynb #cell69
+# %% ../nbs/22_expert.ipynb #cell72
 def outline(
     base:str # its name
 ): # the base as a model on the meta device: sizes without numbers
@@ -621,7 +658,7 @@ def group_size(
     if (group.size or 1)<1 or group.memory<=0: raise HydraError(f"{group}: size must be 1 or more, memory more than 0")
     return group.size or max(1, int(group.memory*1e9/(5*4*weights)))
 
-# %% ../nbs/22_expert.ipynb #cell72
+# %% ../nbs/22_expert.ipynb #cell75
 def divide(
     rows:dict[str,int], # expert → how many rows it has
     size:int # most experts in a group
@@ -631,7 +668,7 @@ def divide(
     k = math.ceil(len(rows)/size)
     return [sorted(order[i::k]) for i in range(k)]
 
-# %% ../nbs/22_expert.ipynb #cell75
+# %% ../nbs/22_expert.ipynb #cell78
 def make_jobs(
     make:Callable, # a stage function with `groups` and `threads`, such as `train_experts`
     rows:dict[str,list[dict]], # expert → its records, from `sort_rows`
@@ -667,7 +704,7 @@ def collect(
     write_json(Path(out)/'history.json', dict(found[0], experts=experts, history=merge_histories([h['history'] for h in found])))
     return Path(out)
 
-# %% ../nbs/22_expert.ipynb #cell78
+# %% ../nbs/22_expert.ipynb #cell81
 def slots(
     workers:int|None=None # processes at a time; None: one a GPU, or one in all
 )->list[str]: # for each worker the GPU that it sees, '' for none
@@ -707,7 +744,7 @@ def _local(jobs, retries, workers=None):
         finally: free.put(slot)
     with ThreadPoolExecutor(free.qsize()) as pool: return list(pool.map(one, jobs))
 
-# %% ../nbs/22_expert.ipynb #cell81
+# %% ../nbs/22_expert.ipynb #cell84
 def _ray(jobs, retries, workers=None, gpus=0., address=None):
     "Ray tasks; a killed worker's task is sent again"
     ray = _import_ray(address)
@@ -753,7 +790,7 @@ def run_jobs(
 
 _EXECUTORS = dict(here=_here, local=_local, ray=_ray)
 
-# %% ../nbs/22_expert.ipynb #cell85
+# %% ../nbs/22_expert.ipynb #cell88
 def on_stack(
     adapters:dict[str,Path], # name → folder with a PEFT adapter
     base # `hydramoe.base.Base` they were trained on
@@ -794,7 +831,28 @@ def _placed(mix, slots):
     gates[:,[slots.index(n) for n in mix['names']]] = w
     return gates
 
-# %% ../nbs/22_expert.ipynb #cell89
+# %% ../nbs/22_expert.ipynb #cell92
+def by_precision(
+    rows_dir:Path, # a data stage
+    adapters:Path, # a training stage
+    part:str, # which rows: 'test', 'dev'
+    trained:str, # precision of the base in training: 'nf4', 'bf16' or 'fp32'
+    others:list[str], # precisions to compare it with
+    of:list[str]|None=None, # for each record the expert that answers it; None: the only one
+    draws:int=2000, # bootstrap samples
+    root:Path|None=None, # folder of the scoring stages
+    **how # as `score_adapters` takes them: base, max_prompt, max_response
+)->list[dict]: # {trained, scored, ppl, percent, lo, hi}: macro perplexity, and its difference with a 95 % interval
+    "Perplexity of sealed adapters on the base as they know it, and in other precisions"
+    def losses(quant): return load_losses(stage(score_adapters, dict(part=part, quant=quant, **how), dict(rows_dir=rows_dir, adapters=adapters), libs=('torch', 'transformers', 'bitsandbytes'), dtype=quant, root=root))
+    at = {q: losses(q) for q in dict.fromkeys([trained, *others])}
+    names, one = at[trained].columns, at[trained]
+    if of is None and len(names)>1: raise HydraError(f"{len(names)} experts: say in `of` which one answers each record")
+    sums = {q: record_sums(pick(x, names, [names.index(n) for n in of or names*len(x.ids)]), x.offsets) for q,x in at.items()}
+    def row(q, percent, lo, hi): return dict(trained=trained, scored=q, ppl=perplexity(sums[q], one.tokens, one.domains)['macro'], percent=percent, lo=lo, hi=hi)
+    return [row(q, *paired_bootstrap(x, sums[trained], one.domains, one.tokens, draws)) for q,x in sums.items()]
+
+# %% ../nbs/22_expert.ipynb #cell95
 def fit_trl(
     base, # `hydramoe.base.Base`, not in a stack
     batches:list[list], # for each step its examples

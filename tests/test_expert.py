@@ -399,3 +399,25 @@ def test_experts_above_a_fork_from_records_to_adapters(tmp_path):
         assert any(not torch.equal(a[k], before[k]) for k in a if '.layers.1.' in k)
     assert not list(tmp_path.glob('.work-*'))
     with pytest.raises(HydraError, match='no trunk'): train_experts(tmp_path/'x', rows_dir=rows, cached=True, **JOB)
+
+@pytest.mark.parametrize('epochs', [.4, 1, 1.5, 2.25])
+def test_part_of_an_epoch_is_the_beginning_of_a_whole_one(epochs):
+    seen = lambda n, e: [x.id for s in plan_steps(ROWS, NAMES, replace(SPEC, epochs=n)) for f,x in s if f==e]
+    for e,rows in enumerate(ROWS): assert seen(epochs, e)==seen(3, e)[:round(len(rows)*epochs)]
+
+def test_precision_of_the_base_is_part_of_what_an_adapter_is_worth(tmp_path):
+    "Each line equals scoring by hand on that base; the difference is theirs"
+    from hydramoe.score import response_losses
+    rows = seal_rows(write_rows(tmp_path/'rows'), tmp_path)
+    made = stage(train_experts, dict(JOB, quant='nf4'), dict(rows_dir=rows), root=tmp_path)
+    of = ['abc'[i%3] for i in range(40)]
+    table = expert.by_precision(rows, made, 'train', 'nf4', ['fp32', 'bf16'], of=of, root=tmp_path, base='tiny')
+    assert [t['scored'] for t in table]==['nf4', 'fp32', 'bf16'] and {t['trained'] for t in table}=={'nf4'} and table[0]['percent']==0
+    for t in table:
+        b = tiny_base(quant=t['scored'])
+        model = expert.on_stack({n: made/n for n in 'abc'}, b)
+        xs = [expert.encode(r, b.tokenizer, 300, 300) for r in expert.read_jsonl(rows/'train.jsonl')]
+        nll = response_losses(model, xs, one_hot(torch.tensor(['abc'.index(n) for n in of]), 3))
+        macro = np.mean([np.concatenate([l for l,x in zip(nll, xs) if x.domain==d]).mean() for d in 'abc'])
+        assert t['ppl']==pytest.approx(np.exp(macro), rel=1e-3) and t['percent']==pytest.approx(100*(t['ppl']/table[0]['ppl']-1), abs=1e-6)
+    assert len({t['ppl'] for t in table})==3
