@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['train_single', 'TrainSpec', 'n_steps', 'spread', 'rate', 'plan_steps', 'gradients', 'share', 'Optimizers', 'StopSpec',
            'Watch', 'save_checkpoint', 'load_checkpoint', 'job_id', 'fit', 'fit_step', 'training', 'plot_history',
-           'shard', 'using_threads', 'open_base', 'sort_rows', 'start_expert', 'train_experts', 'summary', 'train_seed',
-           'GroupSpec', 'outline', 'expert_weights', 'group_size', 'divide', 'make_jobs', 'merge_histories', 'collect',
-           'slots', 'run_jobs', 'on_stack', 'score_adapters', 'fit_trl']
+           'TrunkStates', 'cache_trunk', 'shard', 'in_processes', 'using_threads', 'open_base', 'sort_rows',
+           'start_expert', 'train_experts', 'summary', 'train_seed', 'GroupSpec', 'outline', 'expert_weights',
+           'group_size', 'divide', 'make_jobs', 'merge_histories', 'collect', 'slots', 'run_jobs', 'on_stack',
+           'score_adapters', 'by_precision', 'fit_trl']
 
 # %% ../nbs/22_expert.ipynb #cell2
-import hashlib, math, os, queue, re, shutil, signal, tempfile, threading, time, warnings, torch, numpy as np
+import hashlib, math, os, queue, re, shutil, signal, sys, tempfile, threading, time, warnings, torch, numpy as np
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,11 +27,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from .base import base_dir, load_base, target_layers, tiny_base
-from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, write_json
+from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, versions, write_json
 from .data import encode
-from .score import loss_matrix, micro_batches, response_losses, save_losses, token_losses
-from .stack import LoraSpec, gated, make_plan, one_hot
-from .store import SealError, open_sealed, sealing, stage, work_dir
+from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, pick, record_sums, response_losses, save_losses, token_losses
+from .stack import LoraSpec, at_fork, gated, make_plan, one_hot
+from .store import SealError, open_sealed, sealing, source_hash, stage, work_dir
 from .unify import DevRows, ExpertRows
 
 # %% ../nbs/22_expert.ipynb #cell8
@@ -40,12 +41,14 @@ class TrainSpec:
     lr:float=5e-4 # peak learning rate
     rows:float=2. # rows an expert sees in a step, averaged over the experts
     steps:int|None=None # at least as many steps; None: as many as `rows` asks for
-    epochs:int=1 # times each row is seen
+    epochs:float=1 # times each row is seen; 1.5: all once, and half of them again
     warmup:int=10 # steps in which the rate rises; at most a quarter of an expert's steps
     schedule:str='linear' # after warm-up: linear (to nothing) or constant
     clip:float=1. # longest gradient of an expert, a longer one is scaled down
     seed:int=0 # of the order of rows
     micro_tokens:int=900 # most tokens of a padded micro-batch
+    def __post_init__(self):
+        if not 0<self.epochs<math.inf or not 0<self.rows<math.inf: raise HydraError(f"epochs={self.epochs}, rows={self.rows}: both must be above 0; less than one epoch leaves rows out")
 
 # %% ../nbs/22_expert.ipynb #cell10
 def n_steps(
@@ -89,13 +92,16 @@ def plan_steps(
     plan = spread([len(o) for o in order], n_steps([len(r) for r in rows], spec))
     return [[(e, rows[e][order[e][i]]) for e,i in step] for step in plan]
 
-def _order(n, name, spec): return np.concatenate([rng(spec.seed, 'rows', name, k).permutation(n) for k in range(spec.epochs)])
+def _order(n, name, spec):
+    epochs = np.concatenate([rng(spec.seed, 'rows', name, k).permutation(n) for k in range(math.ceil(spec.epochs))])
+    return epochs[:max(1, round(n*spec.epochs))]
 
 # %% ../nbs/22_expert.ipynb #cell19
 def gradients(
     model, # `hydramoe.stack.GatedCausalLM`
     step:list[tuple], # (expert, example) pairs
-    spec:TrainSpec # gives `micro_tokens`
+    spec:TrainSpec, # gives `micro_tokens`
+    cached=None # `TrunkStates` to go on from; None: every pass begins at the embeddings
 )->Tensor: # (E,) mean loss of each expert's response tokens; nan for an expert without rows
     "Fill `stack.grad`: row e is the gradient of expert e's mean loss"
     stack, slots = model.stack, len(model.stack.theta)
@@ -106,7 +112,8 @@ def gradients(
     for b,counts in share(micro_batches([len(x.ids) for _,x in step], spec.micro_tokens), *_place(model)):
         of = who[b].repeat_interleave(size[b]).to(model.device)
         with stack.bind(make_plan(one_hot(who[b], slots), stack)), _adding_in_place():
-            nll = token_losses(model, [step[i][1] for i in b])*counts
+            xs = [step[i][1] for i in b]
+            nll = token_losses(model, xs, below=cached and cached(xs))*counts
             (nll/labels[of]).sum().backward()
         total.index_add_(0, of, nll.detach())
     return _summed(model, total)/labels
@@ -274,7 +281,7 @@ def load_checkpoint(
             warnings.warn(f'checkpoint refused, going back to the one before: {e}')
             shutil.rmtree(path); continue
         if meta['job'] != job:
-            raise HydraError(f"{path} is a checkpoint of other rows, spec or start; give this run its own directory, or remove that one")
+            raise HydraError(f"{path} is a checkpoint of other rows, spec, start or trunk; give this run its own directory, or remove that one")
         opt.load(load_file(path/'state.safetensors'))
         return read_json(path/'history.json')
     return []
@@ -284,12 +291,15 @@ def job_id(
     rows:list[list], # for each expert its examples
     names:list[str], # for each expert its name
     spec:TrainSpec, # of the run
-    watch:Watch|None=None # development rows, and how they stop an expert
+    watch:Watch|None=None, # development rows, and how they stop an expert
+    cached:bool=False # from the trunk's states: equal but for the last bits
 )->str: # 64 hex digits
-    "What a checkpoint belongs to: start, rows, names and specs"
-    h = hashlib.sha256(stack.theta.detach()[:len(names)].cpu().numpy().tobytes())
+    "What a checkpoint belongs to: start, trunk, rows, names and specs"
+    h = hashlib.sha256(b''.join(_bytes(x) for x in (stack.theta[:len(names)], stack.trunk, stack.trunk_scale)))
     for x in sum([*rows, *(watch.dev if watch else [])], []): h.update(np.array([x.n_prompt, *x.ids], '<i8').tobytes())
-    return digest([h.hexdigest(), [len(r) for r in rows], names, spec, *([[len(r) for r in watch.dev], watch.stop] if watch else [])])
+    return digest([h.hexdigest(), stack.fork, [len(r) for r in rows], names, spec, *([[len(r) for r in watch.dev], watch.stop] if watch else []), *(['cached'] if cached else [])])
+
+def _bytes(x): return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 # %% ../nbs/22_expert.ipynb #cell33
 def fit(
@@ -301,18 +311,19 @@ def fit(
     every:int=10, # steps from checkpoint to checkpoint
     checkpointing:bool=False, # recompute activations: less memory, a third more time, the same result
     dev:list[list]|None=None, # for each expert its development examples
-    stop:StopSpec|None=None # with `dev`: when an expert stops
+    stop:StopSpec|None=None, # with `dev`: when an expert stops
+    cached=None # `TrunkStates` of the rows, from `cache_trunk`: train from the fork on
 )->list[dict]: # for each step {step, tokens, loss, norm, skipped}, by expert name; where it looked, {dev}
     "Train experts fused, in place, each as if it were alone"
     names = list(names or [n or f'expert{e}' for e,n in enumerate(model.stack.names[:len(rows)])])
     steps = [s for s in plan_steps(rows, names, spec) if s]
     watch = Watch(model.stack, dev, stop or StopSpec()) if dev and any(dev) else None
     opt = Optimizers(model.stack, [_present(e, steps) for e in range(len(rows))], spec, watch)
-    job = job_id(model.stack, rows, names, spec, watch)
+    job = job_id(model.stack, rows, names, spec, watch, bool(cached))
     history = load_checkpoint(work, opt, job) if work else []
     with training(model, checkpointing), _sigterm() as asked, progress(total=sum(map(_tokens, steps[len(history):])), desc=f'train {", ".join(names)}'[:30], unit='tok') as bar:
         for step in steps[len(history):]:
-            history.append(fit_step(model, opt, step, len(history), names))
+            history.append(fit_step(model, opt, step, len(history), names, cached))
             if watch: _look(watch, model, history, names, len(history)==len(steps))
             bar.update(_tokens(step))
             if _due(work, model, asked, len(history), every) and step is not steps[-1]: save_checkpoint(work, opt, history, job)
@@ -330,12 +341,13 @@ def fit_step(
     opt:Optimizers, # of its experts
     step:list[tuple], # (expert, example) pairs
     k:int, # which step
-    names:list[str] # of the experts
+    names:list[str], # of the experts
+    cached=None # `TrunkStates`, or None
 )->dict: # {step, tokens, loss, norm, skipped}
     "One step of all experts that have rows in it"
     if opt.watch: step = opt.watch.going(step)
     if not step: return dict(step=k, tokens=0, skipped=[], loss={}, norm={})
-    loss = gradients(model, step, opt.spec).tolist()
+    loss = gradients(model, step, opt.spec, cached).tolist()
     norms, skipped = opt.step({e for e,_ in step})
     for e in skipped: warnings.warn(f"step {k}: the gradient of expert {names[e]!r} is not finite; it is not stepped, the others go on")
     return dict(step=k, tokens=_tokens(step), skipped=[names[e] for e in skipped],
@@ -385,6 +397,66 @@ def plot_history(
     return ax.figure
 
 # %% ../nbs/22_expert.ipynb #cell49
+class TrunkStates:
+    "The trunk's hidden state of each token of some rows, on disk"
+    def __init__(self,
+        path:Path, # a directory that `cache_trunk` sealed
+        device='cpu' # where the states go
+    ):
+        about = read_json(Path(path)/'trunk.json')
+        self.path, self.at, self.width, self.device = Path(path), about['at'], about['width'], device
+        dtype, size = getattr(torch, about['dtype']), about['tokens']*self.width
+        self.states = torch.from_file(str(self.path/'trunk.bin'), shared=False, size=size, dtype=dtype).view(-1, self.width)
+
+    def __call__(self,
+        examples:list # B rows
+    )->Tensor: # (B,T,d), padded right with 0
+        "Read rows, as `from_fork` takes them"
+        if lost := [x.id for x in examples if _row_key(x) not in self.at]: raise HydraError(f"the trunk's states of row {lost[0]!r} are not in {self.path}: cache the rows that you train on")
+        out = torch.zeros(len(examples), max(len(x.ids) for x in examples), self.width, dtype=self.states.dtype)
+        for row,x in zip(out, examples): row[:len(x.ids)] = self.states[self.at[_row_key(x)]:][:len(x.ids)]
+        return out.to(self.device)
+
+def _row_key(x): return hashlib.sha256(np.array(x.ids, '<i8').tobytes()).hexdigest()[:24]
+
+def cache_trunk(
+    model, # `hydramoe.stack.GatedCausalLM`, its stack forked
+    examples:list, # rows; those with the same tokens are kept once
+    root:Path, # folder for the sealed directory
+    base:str, # what names the base's weights: fingerprint and precision
+    max_tokens:int=2048 # most tokens of a padded batch
+)->TrunkStates: # for `fit`
+    "Compute the trunk's hidden states once, or find them; those found damaged are made again"
+    if getattr(model, 'mesh', None): raise HydraError("a base in slices keeps no trunk states: its processes would each need them all; train without cached")
+    rows = sorted({tuple(x.ids): x for x in examples}.values(), key=lambda x: (len(x.ids), x.ids))
+    meta = _trunk_meta(model, [_row_key(x) for x in rows], base, max_tokens)
+    path = Path(root)/f'trunk-{digest(meta)[:16]}'
+    try: found = path.exists() and open_sealed(path)
+    except SealError as e:
+        warnings.warn(f'trunk states refused, computing them again: {e}')
+        found = shutil.rmtree(path)
+    if not found:
+        with sealing(path, meta) as d: _write_trunk(model, rows, d, max_tokens)
+    return TrunkStates(path, model.device)
+
+def _trunk_meta(model, keys, base, max_tokens):
+    s = model.stack
+    return dict(rows=digest(keys), base=base, fork=s.fork, trunk=hashlib.sha256(_bytes(s.trunk)+_bytes(s.trunk_scale)).hexdigest(), max_tokens=max_tokens, dtype=str(s.compute),
+                device=torch.device(model.device).type, threads=torch.get_num_threads(), libs=versions('torch', 'transformers'), source=source_hash(_write_trunk))
+
+@torch.no_grad()
+def _write_trunk(model, rows, out, max_tokens):
+    at, n = {}, 0
+    with open(Path(out)/'trunk.bin', 'wb') as f, progress(total=sum(len(x.ids) for x in rows), desc='trunk', unit='tok') as bar:
+        for b in micro_batches([len(x.ids) for x in rows], max_tokens):
+            xs = [rows[i] for i in b]
+            for x,h in zip(xs, at_fork(model, collate(xs, model.device)[0])):
+                f.write(_bytes(h[:len(x.ids)]))
+                at[_row_key(x)], n = n, n+len(x.ids)
+            bar.update(sum(len(x.ids) for x in xs))
+    write_json(Path(out)/'trunk.json', dict(at=at, tokens=n, width=h.shape[-1], dtype=str(h.dtype).split('.')[1]))
+
+# %% ../nbs/22_expert.ipynb #cell55
 def shard(
     model, # `hydramoe.stack.GatedCausalLM`
     mesh=None # a one-dimensional `DeviceMesh`; None: all processes
@@ -394,12 +466,34 @@ def shard(
     from torch.distributed.fsdp import fully_shard
     if not torch.distributed.is_initialized():
         raise HydraError("no other process to share the base with: start with torchrun, and call torch.distributed.init_process_group first")
-    model.mesh = mesh or init_device_mesh(torch.device(model.device).type, (torch.distributed.get_world_size(),))
+    model.mesh = mesh or init_device_mesh('cuda' if torch.distributed.get_backend()=='nccl' else 'cpu', (torch.distributed.get_world_size(),))
     for m in model.base.modules():
         if isinstance(m, GradientCheckpointingLayer): fully_shard(m, mesh=model.mesh)
-    return model
+    return model if model.mesh.device_type=='cpu' else model.to(model.mesh.device_type) # what lies around the blocks
 
-# %% ../nbs/22_expert.ipynb #cell52
+# %% ../nbs/22_expert.ipynb #cell58
+def in_processes(
+    work:Callable, # called in each with `**how`, once all have met; can be pickled
+    n:int, # processes; with GPUs one each
+    how:dict # arguments of `work`
+):
+    "Run one call in n processes that can share a base"
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
+    if n<1 or torch.cuda.is_available() and n>torch.cuda.device_count(): raise HydraError(f"shards={n}: this machine has {torch.cuda.device_count() or 'no'} GPUs; give one process for each, on a CPU any number")
+    with tempfile.TemporaryDirectory() as meet:
+        try: spawn(_meet, (n, meet, work, how), n)
+        except ProcessRaisedException as e: raise HydraError(f"one of {n} processes failed: {str(e).strip().splitlines()[-1]}") from e
+        except ProcessExitedException as e: raise HydraError(f"one of {n} processes was killed ({e}): is memory short? run it again, it goes on from its last checkpoint") from e
+
+def _meet(rank, n, meet, work, how):
+    gpus = torch.cuda.is_available()
+    if gpus: torch.cuda.set_device(rank)
+    else: os.environ['GLOO_SOCKET_IFNAME'] = 'lo' if sys.platform=='linux' else 'lo0'
+    torch.distributed.init_process_group('nccl' if gpus else 'gloo', init_method=f'file://{meet}/met', rank=rank, world_size=n)
+    try: work(**how)
+    finally: torch.distributed.destroy_process_group()
+
+# %% ../nbs/22_expert.ipynb #cell61
 @contextmanager
 def using_threads(
     n:int # of torch, inside the block
@@ -411,13 +505,14 @@ def using_threads(
     try: yield
     finally: torch.set_num_threads(was)
 
-# %% ../nbs/22_expert.ipynb #cell55
+# %% ../nbs/22_expert.ipynb #cell64
 def open_base(
     base:str, # 'tiny' (the toy of tests and lessons), or what `load_base` takes
-    quant:str='fp32' # 'fp32', 'bf16' or 'nf4'
+    quant:str='fp32', # 'fp32', 'bf16' or 'nf4'
+    device:str|None=None # where it goes; None: a GPU if there is one
 ): # `hydramoe.base.Base`
     "The base by its name"
-    return tiny_base(quant=quant) if base=='tiny' else load_base(base, quant)
+    return tiny_base(quant=quant) if base=='tiny' else load_base(base, quant, device)
 
 def sort_rows(
     records:list[dict], # with id and domain
@@ -470,21 +565,37 @@ def train_experts(
     threads:int=1, # of torch: the last bits of a sum hang on their number, so it is given here and not found
     stop:StopSpec|None=None, # stop each expert by its own development rows; None: all take all their steps
     dev:str='dev.jsonl', # in `rows_dir`, with `stop`
-    dev_groups:dict[str,list[str]]|None=None # as `groups`, of the development records
+    dev_groups:dict[str,list[str]]|None=None, # as `groups`, of the development records
+    cached:bool=False, # with `lora.fork`: compute the trunk's states once, and train from them
+    shards:int=1 # processes on this machine that share the base, for one that is larger than a device
 )->Path: # `out`: NAME/ for each expert, and history.json
     "Train a group of experts fused, from records to adapters"
+    how = {k: v for k,v in locals().items() if k!='shards'}
+    if shards==1: _train(**how)
+    elif quant=='nf4': raise HydraError("a base in NF4 is not cut into slices (bitsandbytes keeps its scales beside the weights): give quant bf16 or fp32, or shards=1")
+    else:
+        if base!='tiny': base_dir(base) # fetched once, not by each process
+        in_processes(_train, shards, how)
+    return Path(out)
+
+def _train(out, rows_dir, groups, start, base, quant, lora, spec, max_prompt, max_response, file, checkpointing, threads, stop, dev, dev_groups, cached):
+    "`train_experts` in one process, or in each of those that share the base"
     lora, spec, stop = (c(**x) if isinstance(x, dict) else x for c,x in ((LoraSpec, lora), (TrainSpec, spec), (StopSpec, stop)))
-    b = open_base(base, quant)
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    b = open_base(base, quant, 'cpu' if together else None)
     read = partial(_encoded, tokenizer=b.tokenizer, max_prompt=max_prompt, max_response=max_response)
     rows, held = read(Path(rows_dir)/file, ExpertRows, groups), _short(read(Path(rows_dir)/dev, DevRows, dev_groups)) if stop else {}
     kept = _short(rows)
     model = gated(b, slots=len(kept), spec=lora)
     for e,name in enumerate(kept): start_expert(model.stack, e, name, start, spec.seed)
-    with using_threads(threads): history = fit(model, list(kept.values()), spec, work_dir(out), list(kept), checkpointing=checkpointing, dev=[held.get(n, []) for n in kept], stop=stop)
+    if together: shard(model)
+    with using_threads(threads):
+        trunk = cache_trunk(model, sum(kept.values(), []), work_dir(out), f'{b.fingerprint} {quant}') if cached else None
+        history = fit(model, list(kept.values()), spec, work_dir(out), list(kept), checkpointing=checkpointing, dev=[held.get(n, []) for n in kept], stop=stop, cached=trunk)
+    if _place(model)[0]: return # the first process writes
     with _disk_errors():
         for e,name in enumerate(kept): model.stack.save_peft(Path(out)/name, e, b.id)
     write_json(Path(out)/'history.json', dict(experts=summary(rows, kept, history), spec=spec, lora=lora, history=history))
-    return Path(out)
 
 def _encoded(file, kind, groups, **how):
     "The examples of each expert; rows of another part of a unified set are refused"
@@ -516,7 +627,7 @@ def train_seed(
 
 train_single = train_seed
 
-# %% ../nbs/22_expert.ipynb #cell61
+# %% ../nbs/22_expert.ipynb #cell70
 @dataclass(frozen=True)
 class GroupSpec:
     "Which experts share a job, and with how many threads it computes: part of the result"
@@ -524,7 +635,7 @@ class GroupSpec:
     memory:float=8. # GB that a job's experts may take: factors, gradients, AdamW's moments; base and activations come on top
     threads:int=1 # of torch inside a job
 
-# %% ../nbs/22_expert.ipynb #cell63
+# %% ../nbs/22_expert.ipynb #cell72
 def outline(
     base:str # its name
 ): # the base as a model on the meta device: sizes without numbers
@@ -547,7 +658,7 @@ def group_size(
     if (group.size or 1)<1 or group.memory<=0: raise HydraError(f"{group}: size must be 1 or more, memory more than 0")
     return group.size or max(1, int(group.memory*1e9/(5*4*weights)))
 
-# %% ../nbs/22_expert.ipynb #cell66
+# %% ../nbs/22_expert.ipynb #cell75
 def divide(
     rows:dict[str,int], # expert → how many rows it has
     size:int # most experts in a group
@@ -557,7 +668,7 @@ def divide(
     k = math.ceil(len(rows)/size)
     return [sorted(order[i::k]) for i in range(k)]
 
-# %% ../nbs/22_expert.ipynb #cell69
+# %% ../nbs/22_expert.ipynb #cell78
 def make_jobs(
     make:Callable, # a stage function with `groups` and `threads`, such as `train_experts`
     rows:dict[str,list[dict]], # expert → its records, from `sort_rows`
@@ -593,7 +704,7 @@ def collect(
     write_json(Path(out)/'history.json', dict(found[0], experts=experts, history=merge_histories([h['history'] for h in found])))
     return Path(out)
 
-# %% ../nbs/22_expert.ipynb #cell72
+# %% ../nbs/22_expert.ipynb #cell81
 def slots(
     workers:int|None=None # processes at a time; None: one a GPU, or one in all
 )->list[str]: # for each worker the GPU that it sees, '' for none
@@ -633,7 +744,7 @@ def _local(jobs, retries, workers=None):
         finally: free.put(slot)
     with ThreadPoolExecutor(free.qsize()) as pool: return list(pool.map(one, jobs))
 
-# %% ../nbs/22_expert.ipynb #cell75
+# %% ../nbs/22_expert.ipynb #cell84
 def _ray(jobs, retries, workers=None, gpus=0., address=None):
     "Ray tasks; a killed worker's task is sent again"
     ray = _import_ray(address)
@@ -679,7 +790,7 @@ def run_jobs(
 
 _EXECUTORS = dict(here=_here, local=_local, ray=_ray)
 
-# %% ../nbs/22_expert.ipynb #cell79
+# %% ../nbs/22_expert.ipynb #cell88
 def on_stack(
     adapters:dict[str,Path], # name → folder with a PEFT adapter
     base # `hydramoe.base.Base` they were trained on
@@ -720,7 +831,28 @@ def _placed(mix, slots):
     gates[:,[slots.index(n) for n in mix['names']]] = w
     return gates
 
-# %% ../nbs/22_expert.ipynb #cell83
+# %% ../nbs/22_expert.ipynb #cell92
+def by_precision(
+    rows_dir:Path, # a data stage
+    adapters:Path, # a training stage
+    part:str, # which rows: 'test', 'dev'
+    trained:str, # precision of the base in training: 'nf4', 'bf16' or 'fp32'
+    others:list[str], # precisions to compare it with
+    of:list[str]|None=None, # for each record the expert that answers it; None: the only one
+    draws:int=2000, # bootstrap samples
+    root:Path|None=None, # folder of the scoring stages
+    **how # as `score_adapters` takes them: base, max_prompt, max_response
+)->list[dict]: # {trained, scored, ppl, percent, lo, hi}: macro perplexity, and its difference with a 95 % interval
+    "Perplexity of sealed adapters on the base as they know it, and in other precisions"
+    def losses(quant): return load_losses(stage(score_adapters, dict(part=part, quant=quant, **how), dict(rows_dir=rows_dir, adapters=adapters), libs=('torch', 'transformers', 'bitsandbytes'), dtype=quant, root=root))
+    at = {q: losses(q) for q in dict.fromkeys([trained, *others])}
+    names, one = at[trained].columns, at[trained]
+    if of is None and len(names)>1: raise HydraError(f"{len(names)} experts: say in `of` which one answers each record")
+    sums = {q: record_sums(pick(x, names, [names.index(n) for n in of or names*len(x.ids)]), x.offsets) for q,x in at.items()}
+    def row(q, percent, lo, hi): return dict(trained=trained, scored=q, ppl=perplexity(sums[q], one.tokens, one.domains)['macro'], percent=percent, lo=lo, hi=hi)
+    return [row(q, *paired_bootstrap(x, sums[trained], one.domains, one.tokens, draws)) for q,x in sums.items()]
+
+# %% ../nbs/22_expert.ipynb #cell95
 def fit_trl(
     base, # `hydramoe.base.Base`, not in a stack
     batches:list[list], # for each step its examples

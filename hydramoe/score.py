@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from .core import HydraError, progress, read_json, rng, write_json
-from .stack import hidden, logits
+from .stack import from_fork, hidden, logits
 
 # %% ../nbs/21_score.ipynb #cell8
 def micro_batches(
@@ -56,11 +56,12 @@ def token_losses(
     model, # `hydramoe.stack.GatedCausalLM`
     examples:list, # of `hydramoe.data.Example`
     gates:Tensor|None=None, # (B,E), or None: the base, or the plan that is bound
-    chunk:int=256 # logits made at a time
+    chunk:int=256, # logits made at a time
+    below:Tensor|None=None # (B,T,d) of `at_fork`, if it is at hand: go on from there
 )->Tensor: # (L,) nll of all response tokens, row after row; differentiable
     "Loss of each response token of one batch"
     ids, at, labels = collate(examples, model.device)
-    h = hidden(model, ids, None, gates).flatten(0, 1)[at]
+    h = (hidden(model, ids, None, gates) if below is None else from_fork(model, below, None, gates)).flatten(0, 1)[at]
     return torch.cat([F.cross_entropy(logits(model, x).float(), y, reduction='none') for x,y in zip(h.split(chunk), labels.split(chunk))])
 
 # %% ../nbs/21_score.ipynb #cell18

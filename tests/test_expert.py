@@ -7,7 +7,7 @@ from hydramoe import expert
 from hydramoe.base import tiny_base
 from hydramoe.core import HydraError, read_json, rng, write_jsonl
 from hydramoe.data import Example
-from hydramoe.expert import TrainSpec, fit, fit_trl, gradients, plan_steps, start_expert, train_experts, train_seed
+from hydramoe.expert import TrainSpec, cache_trunk, fit, fit_trl, gradients, plan_steps, start_expert, train_experts, train_seed
 from hydramoe.stack import LoraSpec, gated, one_hot
 from hydramoe.store import open_sealed, sealing, stage
 
@@ -89,8 +89,8 @@ def test_nan_in_one_leaves_the_others_bit_equal(poison, monkeypatch):
     model = fresh()
     if poison=='weights': model.stack.theta[1,5] = torch.nan
     else:
-        def sick(model, step, spec, inner=gradients):
-            loss = inner(model, step, spec); model.stack.grad[1,3] = torch.inf; return loss
+        def sick(model, step, spec, cached=None, inner=gradients):
+            loss = inner(model, step, spec, cached); model.stack.grad[1,3] = torch.inf; return loss
         monkeypatch.setattr(expert, 'gradients', sick)
     start = model.stack.theta[1].clone()
     with pytest.warns(UserWarning, match="'middle' is not finite"): history = fit(model, ROWS, SPEC)
@@ -101,8 +101,8 @@ def test_nan_in_one_leaves_the_others_bit_equal(poison, monkeypatch):
 
 def test_one_bad_step_is_skipped_and_forgotten(monkeypatch):
     "A single overflow costs the expert that step, and nothing else"
-    def sick(model, step, spec, inner=gradients, calls=[]):
-        loss = inner(model, step, spec); calls.append(0)
+    def sick(model, step, spec, cached=None, inner=gradients, calls=[]):
+        loss = inner(model, step, spec, cached); calls.append(0)
         if len(calls)==3: model.stack.grad[0] = torch.inf
         return loss
     monkeypatch.setattr(expert, 'gradients', sick)
@@ -116,9 +116,9 @@ class Stop(Exception): pass
 
 def stop_at(monkeypatch, k):
     inner = expert.fit_step
-    def step(model, opt, step, i, names):
+    def step(model, opt, step, i, names, cached=None):
         if i==k: raise Stop
-        return inner(model, opt, step, i, names)
+        return inner(model, opt, step, i, names, cached)
     monkeypatch.setattr(expert, 'fit_step', step)
 
 @pytest.mark.parametrize('k', [0, 1, 5, 9, 14])
@@ -300,3 +300,124 @@ def test_rows_of_another_part_are_never_trained_on(tmp_path, part):
     assert not (tmp_path/'x').exists()
     with sealing(tmp_path/'y', {}) as out: train_seed(out, rows_dir=d, file='experts.jsonl', **how)
     assert (tmp_path/'y'/'seed'/'adapter_model.safetensors').exists() and len(open_unified(d).experts)
+
+# ---- the fork
+FORKED = LoraSpec(rank=4, fork=.5)
+
+def forked(seed=0, quant='fp32', layers=4):
+    "A forked stack whose trunk is not nothing: a seed expert, drawn from `seed`"
+    model = gated(tiny_base(quant=quant, layers=layers), slots=len(NAMES), spec=FORKED)
+    model.stack.trunk.copy_(torch.empty_like(model.stack.trunk).normal_(std=.05, generator=torch.Generator().manual_seed(seed)))
+    for e,n in enumerate(NAMES): model.stack.init_expert(e, 0, n)
+    model.stack.trainable()
+    return model
+
+def test_a_checkpoint_of_another_trunk_is_refused(tmp_path, monkeypatch):
+    "The same experts, rows and spec above another seed expert are another run"
+    with monkeypatch.context() as m:
+        stop_at(m, 5)
+        with pytest.raises(Stop): fit(forked(), ROWS, SPEC, tmp_path, NAMES, every=2)
+    other = forked(1)
+    assert torch.equal(other.stack.theta, forked().stack.theta)
+    with pytest.raises(HydraError, match='step-000004.*trunk'): fit(other, ROWS, SPEC, tmp_path, NAMES)
+    assert len(fit(forked(), ROWS, SPEC, tmp_path, NAMES, every=2))==len(trained()[1])
+
+def cached(model, root, quant='fp32', rows=ROWS, **kw): return cache_trunk(model, sum(rows, []), root, f'tiny {quant}', **kw)
+
+@pytest.mark.parametrize('quant', ['fp32', 'bf16', 'nf4'])
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_training_from_the_cached_trunk_equals_training_without(quant, checkpointing, tmp_path):
+    whole, part = forked(quant=quant), forked(quant=quant)
+    start = whole.stack.theta.clone()
+    a = fit(whole, ROWS, SPEC, checkpointing=checkpointing)
+    b = fit(part, ROWS, SPEC, checkpointing=checkpointing, cached=cached(part, tmp_path, quant))
+    close = 1e-3 if quant=='fp32' else .1 # bf16 rounds where a sum is cut
+    assert [h.keys() for h in a]==[h.keys() for h in b] and [h['tokens'] for h in a]==[h['tokens'] for h in b]
+    for e in range(3): assert far(part.stack.theta[e], whole.stack.theta[e], start[e])<close
+    assert torch.equal(part.stack.trunk, forked(quant=quant).stack.trunk) and (part.stack.theta-start).abs().max()>1e-2
+
+def test_with_the_same_batches_the_cached_trunk_gives_the_same_bits(tmp_path):
+    "A row alone is a batch whose shape is the same when states are cached and when they are not"
+    alone = replace(SPEC, micro_tokens=1)
+    whole, part = forked(), forked()
+    assert fit(whole, ROWS, alone)==fit(part, ROWS, alone, cached=cached(part, tmp_path, max_tokens=1))
+    assert torch.equal(whole.stack.theta, part.stack.theta)
+
+def test_the_trunk_is_not_computed_again(tmp_path, monkeypatch):
+    "Once for all epochs and experts: then the blocks below the fork are never run"
+    model = forked()
+    states = cached(model, tmp_path)
+    for block in model.base.model.layers[:model.stack.fork]: monkeypatch.setattr(block, 'forward', None)
+    monkeypatch.setattr(model.base.model.embed_tokens, 'forward', None)
+    assert len(fit(model, ROWS, SPEC, cached=states))==len(fit(forked(), ROWS, SPEC))
+    assert cached(forked(), tmp_path, rows=ROWS[::-1]).path==states.path and len(list(tmp_path.glob('trunk-*')))==1
+
+@pytest.mark.parametrize('k', [1, 5, 14])
+def test_resume_from_the_cached_trunk_is_bit_equal(k, tmp_path, monkeypatch):
+    whole = forked()
+    history = fit(whole, ROWS, SPEC, tmp_path/'whole', NAMES, every=2, cached=cached(whole, tmp_path/'whole'))
+    with monkeypatch.context() as m:
+        stop_at(m, k)
+        broken = forked()
+        with pytest.raises(Stop): fit(broken, ROWS, SPEC, tmp_path/'cut', NAMES, every=2, cached=cached(broken, tmp_path/'cut'))
+    again = forked()
+    assert fit(again, ROWS, SPEC, tmp_path/'cut', NAMES, every=2, cached=cached(again, tmp_path/'cut'))==history
+    assert torch.equal(again.stack.theta, whole.stack.theta)
+    if k>2:
+        with pytest.raises(HydraError, match='step-0000'): fit(forked(), ROWS, SPEC, tmp_path/'cut', NAMES)
+
+@pytest.mark.parametrize('other', [dict(model=dict(seed=1)), dict(quant='another base'), dict(rows=[ROWS[0][1:], *ROWS[1:]]), dict(model=dict(quant='bf16'))], ids=['trunk', 'base', 'rows', 'dtype'])
+def test_states_of_something_else_are_not_taken(other, tmp_path):
+    other = dict(other)
+    mine, theirs = cached(forked(), tmp_path), cached(forked(**other.pop('model', {})), tmp_path, **other)
+    assert mine.path!=theirs.path
+
+@pytest.mark.parametrize('harm', [missing, truncated, flipped])
+@pytest.mark.parametrize('file', ['trunk.bin', 'trunk.json', 'seal.json'])
+def test_damaged_states_are_refused_by_name_and_made_again(harm, file, tmp_path):
+    states = cached(forked(), tmp_path)
+    want, sealed = states(ROWS[0]).clone(), open_sealed(states.path)['files']
+    harm(states.path/file)
+    with pytest.warns(UserWarning, match=f'trunk states refused.*{states.path.name}'): again = cached(forked(), tmp_path)
+    assert torch.equal(again(ROWS[0]), want) and open_sealed(again.path)['files']==sealed
+
+def test_experts_above_a_fork_from_records_to_adapters(tmp_path):
+    "With and without the cache the same adapters within rounding; whole adapters, which all carry the seed expert's trunk"
+    from safetensors.torch import load_file
+    rows = seal_rows(write_rows(tmp_path/'rows'), tmp_path)
+    plain = dict(base='tiny', quant='fp32', spec=asdict(replace(SPEC, steps=12)))
+    seed = stage(train_seed, dict(plain, lora=dict(rank=4)), dict(rows_dir=rows), root=tmp_path)
+    made = [stage(train_experts, dict(plain, lora=dict(rank=4, fork=.5), cached=c), dict(rows_dir=rows, start=seed), root=tmp_path) for c in (False, True)]
+    of = lambda d, n: load_file(d/n/'adapter_model.safetensors')
+    before = of(seed, 'seed')
+    for n in 'abc':
+        a, b = (of(m, n) for m in made)
+        assert a.keys()==b.keys()==before.keys()
+        for k in a:
+            if '.layers.0.' in k: assert torch.equal(a[k], before[k]) and torch.equal(b[k], before[k])
+            else: torch.testing.assert_close(a[k], b[k], atol=2e-3, rtol=2e-2)
+        assert any(not torch.equal(a[k], before[k]) for k in a if '.layers.1.' in k)
+    assert not list(tmp_path.glob('.work-*'))
+    with pytest.raises(HydraError, match='no trunk'): train_experts(tmp_path/'x', rows_dir=rows, cached=True, **JOB)
+
+@pytest.mark.parametrize('epochs', [.4, 1, 1.5, 2.25])
+def test_part_of_an_epoch_is_the_beginning_of_a_whole_one(epochs):
+    seen = lambda n, e: [x.id for s in plan_steps(ROWS, NAMES, replace(SPEC, epochs=n)) for f,x in s if f==e]
+    for e,rows in enumerate(ROWS): assert seen(epochs, e)==seen(3, e)[:round(len(rows)*epochs)]
+
+def test_precision_of_the_base_is_part_of_what_an_adapter_is_worth(tmp_path):
+    "Each line equals scoring by hand on that base; the difference is theirs"
+    from hydramoe.score import response_losses
+    rows = seal_rows(write_rows(tmp_path/'rows'), tmp_path)
+    made = stage(train_experts, dict(JOB, quant='nf4'), dict(rows_dir=rows), root=tmp_path)
+    of = ['abc'[i%3] for i in range(40)]
+    table = expert.by_precision(rows, made, 'train', 'nf4', ['fp32', 'bf16'], of=of, root=tmp_path, base='tiny')
+    assert [t['scored'] for t in table]==['nf4', 'fp32', 'bf16'] and {t['trained'] for t in table}=={'nf4'} and table[0]['percent']==0
+    for t in table:
+        b = tiny_base(quant=t['scored'])
+        model = expert.on_stack({n: made/n for n in 'abc'}, b)
+        xs = [expert.encode(r, b.tokenizer, 300, 300) for r in expert.read_jsonl(rows/'train.jsonl')]
+        nll = response_losses(model, xs, one_hot(torch.tensor(['abc'.index(n) for n in of]), 3))
+        macro = np.mean([np.concatenate([l for l,x in zip(nll, xs) if x.domain==d]).mean() for d in 'abc'])
+        assert t['ppl']==pytest.approx(np.exp(macro), rel=1e-3) and t['percent']==pytest.approx(100*(t['ppl']/table[0]['ppl']-1), abs=1e-6)
+    assert len({t['ppl'] for t in table})==3

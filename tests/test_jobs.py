@@ -74,9 +74,9 @@ def test_collected_jobs_look_like_one(rows, tmp_path):
 def mortal_experts(out, mark, sig, at, **kw):
     "`train_experts` in a process that gets a signal before its step `at`, the first time"
     inner = expert.fit_step
-    def step(model, opt, step, k, names):
+    def step(model, opt, step, k, names, cached=None):
         if k==at and 'a' in names and not Path(mark).exists(): Path(mark).touch(); os.kill(os.getpid(), sig)
-        return inner(model, opt, step, k, names)
+        return inner(model, opt, step, k, names, cached)
     expert.fit_step = step
     try: return train_experts(out, **kw)
     finally: expert.fit_step = inner
@@ -137,9 +137,9 @@ sys.path.insert(0, sys.argv[1])
 from test_jobs import *
 what, rows, root = sys.argv[2:]
 inner = expert.fit_step
-def step(model, opt, s, k, names):
+def step(model, opt, s, k, names, cached=None):
     if k==int(os.environ.get('AT', -1)): exec(what)
-    return inner(model, opt, s, k, names)
+    return inner(model, opt, s, k, names, cached)
 expert.fit_step = step
 run_jobs(jobs(Path(rows), Path(root))[:1])
 """
@@ -300,3 +300,31 @@ def test_a_sharded_base_trains_the_same_adapters(tmp_path, tests_importable):
     assert ((a['theta']-alone.stack.theta).norm()/(alone.stack.theta-start).norm()).item()<1e-3
     for x,h in zip(a['loss'], history): assert x==pytest.approx(h['loss'], rel=1e-4)
     assert len(list((tmp_path/'work').glob('step-*')))==2
+
+def _whose_base(out, **how):
+    "`_train`, after a look at how the base lies in this process"
+    from torch.distributed.tensor import DTensor
+    inner = expert.fit
+    def fit(model, *a, **kw):
+        blocks = [p for m in model.base.model.layers for p in m.parameters()]
+        if not all(isinstance(p, DTensor) for p in blocks) or sum(p.to_local().numel() for p in blocks)>.6*sum(p.numel() for p in blocks): raise HydraError('the base is whole')
+        return inner(model, *a, **kw)
+    expert.fit = fit
+    expert._train(out, **how)
+
+@pytest.mark.slow
+def test_experts_on_a_base_shared_by_processes(rows, tmp_path, whole, tests_importable, monkeypatch):
+    "`shards=2`: slices of the base in each process, one set of files, the same experts within the rounding of sums"
+    from safetensors.torch import load_file
+    one = stage(train_experts, JOB, dict(rows_dir=rows), root=tmp_path)
+    two = stage(train_experts, dict(JOB, shards=2), dict(rows_dir=rows), root=tmp_path)
+    assert open_sealed(one)['files'].keys()==open_sealed(two)['files'].keys()
+    assert open_sealed(stage(train_experts, dict(JOB, shards=2), dict(rows_dir=rows), root=tmp_path/'again'))['files']==open_sealed(two)['files']
+    for n in 'abcd':
+        a, b = (load_file(d/n/'adapter_model.safetensors') for d in (one, two))
+        for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-3, rtol=1e-2)
+    monkeypatch.setattr(expert, '_train', _whose_base)
+    with sealing(tmp_path/'looked', {}) as out: train_experts(out, rows_dir=rows, shards=2, **JOB)
+    assert open_sealed(tmp_path/'looked')['files']==open_sealed(two)['files']
+    for bad, says in ((dict(lora=dict(rank=0)), 'processes failed.*rank=0'), (dict(quant='nf4'), 'NF4'), (dict(lora=dict(rank=4, fork=.5), cached=True), 'processes failed.*keeps no trunk')):
+        with pytest.raises(HydraError, match=says): train_experts(tmp_path/'x', rows_dir=rows, **dict(JOB, shards=2, **bad))
