@@ -67,7 +67,7 @@ class Gate:
         if layer not in self.layers: raise HydraError(f"this gate knows nothing of the layer {layer}; it was made for {len(self.layers)} others: make it for this stack")
         score,index = _CHOICE[self.kind](self, x.reshape(-1, x.shape[-1]).float(), layer)
         weight = (score/self.params['temperature']).softmax(-1)
-        return index.view(*x.shape[:-1], -1),weight.view(*x.shape[:-1], -1)
+        return tuple(t.view(*x.shape[:-1], t.shape[-1]) for t in (index, weight))
 
     def to(self, device): # of the model → a gate there
         "The same gate on another device"

@@ -547,7 +547,7 @@ def through_gate(self:Plan,
 )->Tensor: # (B,T,out)
     "Add to each token the experts that the gate chooses for it"
     spot,(A,B) = self.stack.spots[i],self.stack.leaves[i]
-    index,weight = (t.reshape(-1, t.shape[-1]) for t in self.gate(x, spot.name))
+    index,weight = (t.flatten(0, -2) for t in self.gate(x, spot.name))
     flat,out,new = x.reshape(-1, spot.inp),y.reshape(-1, spot.out),torch.is_grad_enabled()
     for e,n,k in by_expert(index):
         z = flat[n]@A[e].mT.to(x.dtype)*(weight[n,k]*self.stack.scale[e]).to(x.dtype)[:,None]
