@@ -20,7 +20,7 @@ from fastcore.basics import patch
 import torch
 from torch import nn, Tensor
 import safetensors.torch
-from safetensors import safe_open
+from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -821,7 +821,10 @@ def adapted(self:Stack,
     on = [i for i in every if i<self.below or self.leaves[i][0][e].any() or self.leaves[i][1][e].any()]
     return on if len(on)>self.below else list(every)
 
-def _whole_number(x): return int(x) if x==int(x) else x
+def _alpha(scale, r):
+    "The shortest alpha that gives this scale again, to the last bit of fp32"
+    x = next(x for x in [*(round(scale*r, d) for d in (6, 9, 12)), scale*r] if Tensor([x/r])==Tensor([scale]))
+    return int(x) if x==int(x) else x
 
 @patch
 def save_peft(self:Stack,
@@ -837,7 +840,7 @@ def save_peft(self:Stack,
         of,s,(A,B) = (e if i in self.own else 0),self.spots[i],self.leaves[i]
         tensors.update(zip(_keys(s), (t.detach().cpu().contiguous() for t in (A[of,:r], B[of,:,:r]))))
     save_file({k: tensors[k] for k in sorted(tensors)}, dir/'adapter_model.safetensors', metadata={'format': 'pt'})
-    write_json(dir/'adapter_config.json', dict(peft_type='LORA', task_type='CAUSAL_LM', r=r, lora_alpha=_whole_number(round(self.scale[e].item()*r, 6)),
+    write_json(dir/'adapter_config.json', dict(peft_type='LORA', task_type='CAUSAL_LM', r=r, lora_alpha=_alpha(self.scale[e].item(), r),
         lora_dropout=0.0, bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=_suffixes([self.spots[i].name for i in on], self.linear), base_model_name_or_path=base_id))
     return dir
 
@@ -873,13 +876,20 @@ def _wants(c, name):
     at = next(filter(None, (re.match(rf'(?:^|.*?\.){p}\.(\d+)\.', name) for p in ([within] if isinstance(within, str) else within))), None)
     return at is not None and int(at[1]) in ([blocks] if isinstance(blocks, int) else blocks)
 
-def _adapter(dir):
+def _tensors_file(dir):
     path = dir/'adapter_model.safetensors'
     if not path.is_file():
         raise HydraError(f"{path} does not exist"+("; adapter_model.bin is a pickle, which can run code: convert it to safetensors with PEFT"
                                                    if (dir/'adapter_model.bin').exists() else ""))
-    try: return path, safetensors.torch.load_file(path)
-    except Exception as e: raise HydraError(f"{path} is damaged: {e}") from None
+    return path
+
+@contextmanager
+def _whole(path):
+    try: yield
+    except SafetensorError as e: raise HydraError(f"{path} is damaged: {e}") from None
+
+def _adapter(dir):
+    with _whole(path := _tensors_file(dir)): return path, safetensors.torch.load_file(path)
 
 @patch
 @torch.no_grad()
@@ -942,7 +952,7 @@ def _row_of(self:Stack, path, tensors, own, scale):
 # %% ../nbs/20_stack.ipynb #widen-c1
 def _layers_of(dir, linear):
     "The layers that an adapter's tensors name"
-    with safe_open(_adapter(dir)[0], 'pt') as f: keys = sorted(f.keys())
+    with _whole(path := _tensors_file(dir)), safe_open(path, 'pt') as f: keys = sorted(f.keys())
     names = {k.removeprefix('base_model.model.').rsplit('.lora_', 1)[0]: k for k in keys}
     if lost := [k for n,k in names.items() if n not in linear]:
         raise HydraError(f"{dir}/adapter_model.safetensors holds {_and_more(lost)}, which is for no linear layer of this base: was it trained on another?")
@@ -955,9 +965,9 @@ def with_adapters(
     "Put plain PEFT adapters onto a base: the largest rank, every layer that any of them adapts"
     every = {n: _config(Path(f)) for n,f in adapters.items()}
     linear = list(target_layers(base.model))
-    layers = set().union(*(_layers_of(Path(f), linear) for f in adapters.values()))
-    own = {n: [_of_layer(c, l) for l in layers if _wants(c, l)] or [_of_layer(c, '')] for n,c in every.items()}
-    r,scale = max(x for o in own.values() for x in o)
+    own = {n: {l: _of_layer(c, l) for l in linear if _wants(c, l)} for n,c in every.items()}
+    layers = set().union(*own.values(), *(_layers_of(Path(f), linear) for f in adapters.values()))
+    r,scale = max(x for o in own.values() for x in o.values())
     model = gated(base, len(adapters), LoraSpec(r, r*scale, ','.join(_suffixes(layers, linear))))
     try:
         for e,(name,folder) in enumerate(adapters.items()): model.stack.load_peft(Path(folder), e, name)
