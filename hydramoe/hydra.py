@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'EXPERT', 'USE', 'ENOUGH', 'LIMITS', 'TEMPERATURES', 'LIBS',
            'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests', 'seal_bundle',
-           'read_manifest', 'check_files', 'check_adapter', 'check', 'base_uri', 'open_uri', 'model_card', 'BuildSpec',
-           'choose_k', 'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert',
-           'domain_experts', 'measure_routers', 'dealt', 'settled', 'training', 'sorted_rows', 'make_stages',
-           'grouped_experts', 'assembled', 'described', 'propose_domains', 'router_with', 'router_without', 'find_seed',
-           'one_more', 'add_expert', 'remove_expert', 'explain_bundle', 'matrix_rate', 'shapes', 'forecast']
+           'read_manifest', 'check_files', 'check_adapter', 'check', 'chooser', 'base_uri', 'open_uri', 'model_card',
+           'BuildSpec', 'choose_k', 'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains',
+           'seed_expert', 'domain_experts', 'measure_routers', 'dealt', 'settled', 'training', 'sorted_rows',
+           'make_stages', 'grouped_experts', 'assembled', 'described', 'propose_domains', 'router_with',
+           'router_without', 'find_seed', 'one_more', 'add_expert', 'remove_expert', 'explain_bundle', 'adapters_base',
+           'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
 import contextlib, hashlib, json, math, os, re, secrets, shutil, time
@@ -28,19 +29,20 @@ from .base import Base, base_dir, base_fingerprint, base_tokenizer, byte_tokeniz
 from .data import encode
 from .formats import Tally, detect, read_records
 from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, load_embeddings, prompt_text, write_domains_yaml
-from .stack import GatedCausalLM, LoraSpec
+from .stack import GatedCausalLM, LoraSpec, with_adapters
 from .score import response_losses
 from .expert import GroupSpec, TrainSpec, collect, expert_weights, group_size, make_jobs, on_stack, open_base
 from .expert import outline, run_jobs, sort_rows, train_experts, train_seed
 from .route import Router, explain_route, plot_route, route_text, similarity, uniform
+from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
 
 # %% ../nbs/33_hydra.ipynb #cell8
 class Hydra:
-    "A base model, experts on a stack, and a router that weighs them for each prompt"
+    "A base model, experts on a stack, and a router that weighs them for each prompt, or a gate that does for each token"
     def __init__(self,
         base:Base, # never changed
         model:GatedCausalLM, # the base with the experts on its stack
-        router:Router, # prompt → weights of experts, by name
+        router:Router|Gate, # prompt → weights of experts, by name; or, inside the model, what a layer reads → experts
         about:dict|None=None # how it was built, for the bundle and its card
     ):
         "Put the parts together"
@@ -48,13 +50,19 @@ class Hydra:
             raise HydraError(f"the router weighs {', '.join(sorted(lost))}, which the stack does not hold; "
                              f"it holds {', '.join(model.stack.names)}")
         self.base, self.model, self.router, self.about = base, model.eval(), router, about or {}
+        if self.gate: check_gate(self.gate, model.stack)
 
     @property
     def names(self)->list:
         "The experts, in the order of the stack"
         return list(self.model.stack.names)
 
-    def __repr__(self): return f"Hydra of {len(self.names)} experts ({', '.join(self.names)}) on {self.base.id}, {self.router.kind} router"
+    @property
+    def gate(self)->Gate|None:
+        "What stands in place of a router, if it is a gate"
+        return self.router if isinstance(self.router, Gate) else None
+
+    def __repr__(self): return f"Hydra of {len(self.names)} experts ({', '.join(self.names)}) on {self.base.id}, {self.router.kind} {'gate' if self.gate else 'router'}"
 
 # %% ../nbs/33_hydra.ipynb #cell14
 def _is_turn(t): return isinstance(t, dict) and isinstance(t.get('role'), str) and isinstance(t.get('content'), str)
@@ -76,6 +84,7 @@ def route(self:Hydra,
     prompts:list # strings or conversations
 )->Tensor: # (B,E) gate weights, in the order of the router's names
     "What the router makes of each prompt"
+    if self.gate: raise HydraError(f"this Hydra has no router but a gate ({self.gate.kind}), which chooses anew for each token in each layer: see `explain`")
     return torch.as_tensor(self.router([prompt_text(dict(prompt=as_messages(p))) for p in prompts])).float()
 
 @patch
@@ -90,8 +99,9 @@ def _chosen(self:Hydra, expert):
 def gates(self:Hydra,
     prompts:list, # strings or conversations
     expert=None # None: the router's choice; a name, 'base', {name: weight}, or a list of these, one a prompt
-)->Tensor: # (B,E) gate weights, in the order of the stack
+)->Tensor|Gate: # (B,E) gate weights, in the order of the stack; or the gate itself, which chooses later
     "The gate of each prompt"
+    if expert is None and self.gate: return self.gate
     if expert is None:
         g = torch.zeros(len(prompts), len(self.names))
         g[:, [self.names.index(n) for n in self.router.names]] = self.route(prompts)
@@ -325,10 +335,24 @@ def check(
         if bad := {'auto_map', 'trust_remote_code'} & set(_keys(read_json(f))):
             raise BundleError(f"{f} holds {min(bad)}, which would run code from elsewhere: remove it")
     _check_indices(root, man)
+    chooser(root, man)
     for e in man['experts']: check_adapter(root/'experts'/e['name'], e['rank'], e['alpha'])
     if stray := {p.parent.name for p in root.glob('experts/*/*')} - {e['name'] for e in man['experts']}:
         raise BundleError(f"{root/'experts'/min(stray)} is extra: hydra.json does not list that expert")
     return man
+
+def chooser(
+    root:Path, # a bundle
+    man:dict # its manifest
+)->Router|Gate: # of the kind and for the experts that the manifest names
+    "Open what chooses among a bundle's experts: `gates/` or `router/`, never both"
+    place, other = (root/'gates', root/'router') if man['router'] in GATES else (root/'router', root/'gates')
+    if other.exists(): raise BundleError(f"{other} is extra: hydra.json says {man['router']}, which stands in {place.name}/")
+    found = load_gate(place) if place.name=='gates' else Router.load(place)
+    if found.kind!=man['router']: raise BundleError(f"{place} holds {found.kind} where hydra.json says {man['router']}")
+    if place.name=='gates' and found.names!=(names := [e['name'] for e in man['experts']]):
+        raise BundleError(f"{place} chooses among {', '.join(found.names)}, hydra.json lists {', '.join(names)}")
+    return found
 
 def _check_indices(root, man):
     "What config.json and tensors.json repeat agrees with the rest"
@@ -392,7 +416,7 @@ def _beside(target):
 @patch
 def _write(self:Hydra, root):
     "All files of the bundle"
-    self.router.save(root/'router')
+    save_gate(self.gate, root/'gates') if self.gate else self.router.save(root/'router')
     write_json(root/'config.json', _hydra_config(self))
     base = dict(id=base_uri(self.base), fingerprint=self.base.fingerprint, quant=self.base.quant)
     experts = [self._write_expert(root/'experts'/name, e) for e,name in enumerate(self.names)]
@@ -459,7 +483,8 @@ def model_card(
 )->str: # Markdown with front matter
     "The bundle's README: what it is, how to use it, what it was made from"
     b, n = man['base'], len(man['experts'])
-    what = f"{n} QLoRA experts on `{b['id']}` ({b['quant']}), weighed prompt by prompt by a {man['router']} router. The base is not included."
+    how = f"chosen token by token in each layer by a gate ({man['router']}) made from their own weights" if man['router'] in GATES else f"weighed prompt by prompt by a {man['router']} router"
+    what = f"{n} QLoRA experts on `{b['id']}` ({b['quant']}), {how}. The base is not included."
     rows = [[e['name'], e['rank'], e['alpha'], e.get('rows', '')] for e in man['experts']]
     experts = _table(['expert', 'rank', 'alpha', 'training rows'], rows)
     seals = f"Weights of the base: `{b['fingerprint'][:16]}…`; seal of this bundle: `{man['seal'][:16]}…`."
@@ -471,11 +496,12 @@ def model_card(
 def from_adapters(cls:Hydra,
     adapters:dict, # name → folder with a PEFT adapter
     base:Base, # what they were trained on
-    router:Router, # prompt → weights
+    router:Router|Gate|dict, # prompt → weights; or a gate; or keywords of `make_gate`, to make one from these adapters
     about:dict|None=None # for the bundle and its card
 )->Hydra:
     "A Hydra of plain PEFT adapters"
-    return cls(base, on_stack(adapters, base), router, about)
+    model = with_adapters(base, adapters)
+    return cls(base, model, make_gate(model.stack, **router) if isinstance(router, dict) else router, about)
 
 @patch(cls_method=True)
 def load(cls:Hydra,
@@ -491,8 +517,7 @@ def load(cls:Hydra,
     if base.fingerprint!=made_on['fingerprint']:
         raise BundleError(f"{path}: its experts were trained on {made_on['id']} with the weights {made_on['fingerprint'][:16]}…, "
                           f"and {base.id} has {base.fingerprint[:16]}…: experts are noise on another base; give the right one")
-    router = Router.load(path/'router')
-    if router.kind!=man['router']: raise BundleError(f"{path/'router'} holds a {router.kind} router where hydra.json says {man['router']}")
+    router = chooser(path, man)
     notes = {e['name']: {k:v for k,v in e.items() if k not in ('name', 'rank', 'alpha')} for e in man['experts']}
     about = dict(built=man['built'], experts=notes)
     return cls.from_adapters({e['name']: path/'experts'/e['name'] for e in man['experts']}, base, router, about)
@@ -848,7 +873,8 @@ def router_with(
     name:str, # of the new expert
     x:np.ndarray # (N,d) embeddings of its training prompts
 )->Router: # as if fitted with that domain from the start
-    "A router that knows one more expert"
+    "A router that knows one more expert; a gate is made again, by keywords of `make_gate`"
+    if isinstance(router, Gate): return dict(kind=router.kind, **router.params)
     if router.kind=='uniform': return uniform([*router.names, name])
     old = _domains_of(router)
     return _similar(router, Domains(np.vstack([old.centroids, np.asarray(x).mean(0)]), [*old.names, name], old.encoder))
@@ -857,9 +883,10 @@ def router_without(
     router:Router, # of kind similarity or uniform
     name:str # of the expert that goes
 )->Router: # as if fitted without that domain
-    "A router that knows one expert less"
+    "A router that knows one expert less; a gate is made again, by keywords of `make_gate`"
     keep = [i for i,n in enumerate(router.names) if n!=one_of(name, router.names, 'expert')]
     if not keep: raise HydraError(f"{name!r} is the only expert: without it there is no Hydra")
+    if isinstance(router, Gate): return dict(kind=router.kind, **router.params)
     if router.kind=='uniform': return uniform([router.names[i] for i in keep])
     old = _domains_of(router)
     return _similar(router, Domains(old.centroids[keep], [old.names[i] for i in keep], old.encoder))
@@ -941,7 +968,10 @@ def remove_expert(
 def explain(self:Hydra,
     prompt:str|list # one prompt or conversation
 )->dict: # from `explain_route`, with its `text` and the base
-    "Which experts a prompt gets, and from which scores"
+    "Which experts a prompt gets, and from which scores; a gate's choice is averaged layer by layer"
+    if self.gate:
+        x = self.base.tokenizer(render(self.base.tokenizer, as_messages(prompt)), return_tensors='pt', add_special_tokens=False).to(self.base.device)
+        return dict(explain_gate(self.model, self.gate, prompt_text(dict(prompt=as_messages(prompt))), x['input_ids']), base=base_uri(self.base))
     e = explain_route(self.router, prompt_text(dict(prompt=as_messages(prompt))))
     return dict(e, text=route_text(e), base=base_uri(self.base))
 
@@ -950,16 +980,60 @@ def plot(self:Hydra,
     prompt:str|list # one prompt or conversation
 ): # matplotlib Figure
     "The routing of one prompt, drawn"
-    return plot_route(self.explain(prompt))
+    return (plot_gate if self.gate else plot_route)(self.explain(prompt))
 
 def explain_bundle(
     path:str|Path, # a bundle
     prompt:str|list # one prompt or conversation
 )->tuple: # as `Hydra.explain` and `Hydra.plot` give them
-    "Explain the route of a prompt without loading the base"
+    "Explain the route of a prompt without loading the base; a gate needs it"
     man = check(path)
+    if man['router'] in GATES: return (e := Hydra.load(path).explain(prompt)), plot_gate(e)
     e = explain_route(Router.load(Path(path)/'router'), prompt_text(dict(prompt=as_messages(prompt))))
     return dict(e, text=route_text(e), base=man['base']['id']), plot_route(e)
+
+# %% ../nbs/33_hydra.ipynb #adopt-c1
+_PLAIN = {'HuggingFaceTB/SmolLM2-135M-Instruct': 'smollm2', 'tiny-0': 'tiny'} # bases that we have under a shorter name
+
+def adapters_base(
+    adapters:dict # name → folder with a PEFT adapter
+)->str|None: # the base that they name; None if they name none
+    "On which base adapters were trained, by their own word"
+    said = {n: read_json(Path(f)/'adapter_config.json').get('base_model_name_or_path') for n,f in adapters.items() if (Path(f)/'adapter_config.json').is_file()}
+    bases = sorted({b for b in said.values() if b})
+    if len(bases)>1: raise HydraError(f"the adapters were trained on different bases, {', '.join(bases)}: experts are noise on another base; take those of one, or say with base= (--base) that it is the same")
+    return _PLAIN.get(bases[0], bases[0]) if bases else None
+
+def adopt(
+    adapters:dict|list, # name → folder with a PEFT adapter; or folders, whose names become the experts'
+    out:str|Path|None=None, # where the bundle goes; None: into memory only
+    base:str|None=None, # what they were trained on, as `load_base` takes it; None: what they name
+    quant:str='nf4', # precision of the base: fp32, bf16 or nf4
+    gate:str='arrow', # arrow, spectr or lag
+    **kw # as `make_gate` takes them: top_k, temperature, candidates
+)->Hydra: # with a gate in place of a router
+    "A Hydra from PEFT adapters alone, without any data"
+    folders = adapters if isinstance(adapters, dict) else {}
+    if not folders:
+        names = check_names([Path(f).resolve().name for f in adapters], 'expert')
+        folders = dict(zip(names, adapters))
+    check_names(list(folders), 'expert')
+    one_of(gate, GATES, 'gate')
+    if not (base := base or adapters_base(folders)): raise HydraError("the adapters do not say what base they were trained on: give it, base= (--base)")
+    hydra = Hydra.from_adapters(folders, open_base(base, quant), dict(kind=gate, **kw))
+    hydra.about['built'] = dict(adapters={n: file_sha256(Path(f)/'adapter_model.safetensors') for n,f in folders.items()}, gate=dict(hydra.gate.params, kind=gate), versions=versions('hydramoe', *LIBS))
+    if out is not None: hydra.save(out)
+    return hydra
+
+def adopted(
+    hydra:Hydra # from `adopt`
+)->str: # a few lines
+    "What was made of adapters, in words"
+    stack, cost = hydra.model.stack, gate_cost(hydra.gate, hydra.model.stack)
+    wide = max(map(len, hydra.names))
+    lines = [f"  {n:<{wide}}  rank {stack.ranks[e]}, scale {stack.scale[e].item():g}, {len(stack.adapted(e))} layers" for e,n in enumerate(hydra.names)]
+    p = ', '.join(f"{k.replace('_', '-')} {v:g}" for k,v in hydra.gate.params.items())
+    return '\n'.join([*lines, f"{hydra.gate.kind} gate ({p}): choosing costs {cost['choose']/cost['base']:.1%} of the layers that are adapted, the chosen experts {cost['act']/cost['base']:.1%}"])
 
 # %% ../nbs/33_hydra.ipynb #cell126
 SHARE = dict(fp32=.59, bf16=.39, nf4=.35) # of the matrix rate that fused training of SmolLM2 reached on two cores

@@ -169,7 +169,7 @@ def refused(adapter, match, **kw):
     assert s.theta.abs().sum()==0 and s.names==[None,None]
 
 @pytest.mark.parametrize('change, said', [(dict(use_dora=True), 'use_dora'), (dict(bias='all'), 'bias'), (dict(modules_to_save=['lm_head']), 'modules_to_save'),
-                                          (dict(rank_pattern={'q_proj': 2}), 'rank_pattern'), (dict(peft_type='LOHA'), 'peft_type')])
+                                          (dict(target_parameters=['experts.w']), 'target_parameters'), (dict(peft_type='LOHA'), 'peft_type')])
 def test_other_arithmetic_is_refused(adapter, change, said):
     p = adapter/'adapter_config.json'
     p.write_text(json.dumps({**json.loads(p.read_text()), **change}))
@@ -190,6 +190,11 @@ def test_other_targets_and_ranks_are_refused(adapter):
     refused(adapter, 'rank 4 does not fit', rank=2)
     refused(adapter, 'has no layer', targets='q_proj,v_proj')
     few = fill(Stack(tiny_base().model, 1, LoraSpec(4, targets='q_proj'))).save_peft(adapter.parent/'few', 0, 'tiny-0')
+    some = Stack(tiny_base().model, 1, LoraSpec(4))
+    some.load_peft(few, 0)
+    assert {some.spots[i].name.split('.')[-1] for i in some.adapted(0)}=={'q_proj'} # fewer layers are zero in the others
+    p = few/'adapter_config.json'
+    p.write_text(p.read_text().replace('q_proj', 'v_proj'))
     refused(few, 'lacks')
     wide = fill(Stack(tiny_base(width=128).model, 1, LoraSpec(4))).save_peft(adapter.parent/'wide', 0, 'tiny-0')
     refused(wide, r'has shape \(4, 128\), this base and rank need \(4, 64\)')

@@ -1,0 +1,371 @@
+"Gates against full SVD, against PEFT, against themselves in other batches; adapters of others; bundles that lie"
+import contextlib, io, json, os, subprocess, sys, threading, warnings
+from pathlib import Path
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from hydramoe.base import byte_tokenizer, tiny_base
+from hydramoe.cli import main
+from hydramoe.core import HydraError, read_json, write_json
+from hydramoe.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
+from hydramoe.hydra import BundleError, Hydra, adopt, check, seal_bundle
+from hydramoe.stack import LoraSpec, Stack, at_fork, from_fork, gated, hidden, make_plan, one_hot, with_adapters
+
+KINDS = list(GATES)
+
+def rand(seed): return torch.Generator().manual_seed(seed)
+
+def filled(slots=4, rank=4, seed=0, quant='fp32', **kw):
+    m = gated(tiny_base(quant=quant), slots, LoraSpec(rank, 2*rank, **kw))
+    for e in range(slots): m.stack.init_expert(e, e, f'expert{e}')
+    m.stack.theta.add_(.05*torch.randn(m.stack.theta.shape, generator=rand(seed)))
+    return m
+
+def uneven():
+    "Experts of rank 1, 2, 4: on all layers, the attention, the MLP of the first block"
+    m = filled(3)
+    for i,s in enumerate(m.stack.spots):
+        A,B = m.stack.leaves[i]
+        for e,here in enumerate([True, 'attn' in s.name, '.0.mlp' in s.name]):
+            r = (4 if here else 0, 2*here, 1*here)[e]
+            A[e,r:],B[e,:,r:] = 0.,0.
+    m.stack.ranks,m.stack.scale = [4,2,1],torch.tensor([2.,.7,3.])
+    return m
+
+def batch(rows=3, length=12, pads=(0,3,5)):
+    ids = torch.randint(3, 250, (rows,length), generator=rand(1))
+    mask = torch.ones_like(ids)
+    for r in range(rows): mask[r,:pads[r]] = 0
+    return dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1)-1).clamp(min=0))
+
+# ---- exact
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1,6), st.integers(6,20), st.integers(6,20), st.integers(0,99), st.integers(0,3))
+def test_rotated_is_the_full_svd_and_the_same_expert(r, inp, out, seed, lost):
+    g = rand(seed)
+    A,B,s = torch.randn(2,r,inp, generator=g),torch.randn(2,out,r, generator=g),torch.tensor([.3,2.])
+    A[:,max(1, r-lost):] = 0.
+    A2,B2 = rotated(A, B, s)
+    D = s[:,None,None]*B@A
+    assert (A2.shape, B2.shape)==(A.shape, B.shape)
+    torch.testing.assert_close(B2@A2, D, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(B2.mT@B2, torch.eye(r).expand(2,r,r), atol=1e-5, rtol=0)
+    U,S,V = torch.linalg.svd(D.double(), full_matrices=False)
+    torch.testing.assert_close(A2.norm(dim=-1), S[:,:r].float(), atol=1e-4, rtol=1e-4)
+    clear = S[:,0]>1.01*S[:,1] if S.shape[1]>1 else S[:,0]>0
+    first = (A2[:,0]/A2[:,0].norm(dim=-1, keepdim=True)*V[:,0].float()).sum(-1).abs()
+    torch.testing.assert_close(first[clear], torch.ones(int(clear.sum())), atol=1e-4, rtol=0)
+    x = torch.randn(5,inp, generator=g)
+    torch.testing.assert_close((x@A2.mT).norm(dim=-1), (x@D.mT).norm(dim=-1), atol=1e-3, rtol=1e-3)
+
+def by_hand(stack, name, x, kind, k, T, c):
+    "Index and weight of a gate for the rows of x, from full SVDs of ΔW, one token at a time"
+    deltas = [stack.delta(name, g) for g in torch.eye(stack.slots)]
+    here = [e for e,d in enumerate(deltas) if d.abs().max()>0]
+    def by_arrow(v, e): return (v@torch.linalg.svd(deltas[e]).Vh[0]).abs().item()
+    def by_spectr(v, e): return (deltas[e]@v).norm().item()
+    out = torch.zeros(len(x), stack.slots)
+    for n,v in enumerate(x):
+        pool = sorted(here, key=lambda e: -by_arrow(v, e))[:c] if kind=='lag' else here
+        score = by_arrow if kind=='arrow' else by_spectr
+        best = sorted(pool, key=lambda e: -score(v, e))[:k]
+        out[n,best] = torch.tensor([score(v, e)/T for e in best]).softmax(0)
+    return out
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('make', [filled, uneven])
+def test_a_gate_is_its_formula_whatever_ranks_and_targets(kind, make):
+    m = make()
+    gate = make_gate(m.stack, kind, top_k=2, temperature=.8, **({'candidates': 2} if kind=='lag' else {}))
+    for s in m.stack.spots:
+        x = torch.randn(6, s.inp, generator=rand(3))
+        index,weight = gate(x, s.name)
+        told = torch.zeros(6, m.stack.slots).scatter(-1, index, weight)
+        torch.testing.assert_close(told, by_hand(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_plan_is_the_dense_formula_of_the_gates_choice(kind):
+    m = uneven()
+    gate = make_gate(m.stack, kind, top_k=2)
+    for i,s in enumerate(m.stack.spots):
+        x = torch.randn(2,5,s.inp, generator=rand(i))
+        told = torch.zeros(2,5,3).scatter(-1, *gate(x, s.name))
+        with torch.no_grad():
+            base = m.base.get_submodule(s.name).base_layer(x)
+            want = make_plan(told, m.stack, 'dense').add(base.clone(), x, i) if told.any() else base
+            torch.testing.assert_close(make_plan(gate, m.stack).add(base.clone(), x, i), want, atol=1e-4, rtol=1e-4)
+
+# ---- PEFT
+@pytest.mark.parametrize('k, T', [(1,1.), (2,.5), (3,2.)])
+def test_equal_to_pefts_arrow_where_one_direction_dominates(tmp_path, k, T):
+    m = filled(3)
+    for _,B in m.stack.leaves: B[:,:,1:] *= .05
+    paths = [str(m.stack.save_peft(tmp_path/f'e{e}', e, 'tiny-0')) for e in range(3)]
+    with warnings.catch_warnings(action='ignore'): theirs = create_arrow_model(tiny_base().model, paths, ArrowConfig(top_k=k, router_temperature=T)).eval()
+    x = batch()
+    gate,keep = arrow(m.stack, k, T),x['attention_mask'].bool()
+    with torch.no_grad(): ours,base,there = m(**x, gates=gate).logits,m(**x).logits,theirs(**x).logits
+    torch.testing.assert_close(ours[keep], there[keep], atol=2e-3, rtol=1e-3)
+    assert (ours-base).abs().max()>.1
+
+def test_pefts_arrow_refuses_unequal_ranks_and_ours_takes_them(tmp_path):
+    for n,r in (('a',2), ('b',4)): filled(1, r).stack.save_peft(tmp_path/n, 0, 'tiny-0')
+    paths = {n: tmp_path/n for n in 'ab'}
+    with pytest.raises(ValueError, match='rank mismatch'), warnings.catch_warnings(action='ignore'): create_arrow_model(tiny_base().model, [str(p) for p in paths.values()], ArrowConfig(top_k=1))
+    m = with_adapters(tiny_base(), paths)
+    assert m.stack.ranks==[2,4] and torch.isfinite(m(**batch(), gates=arrow(m.stack)).logits).all()
+
+# ---- in the model
+@pytest.mark.parametrize('kind', KINDS)
+def test_rows_do_not_hang_on_their_batch(kind):
+    m,x = filled(),batch()
+    gate = make_gate(m.stack, kind, top_k=2)
+    with torch.no_grad(): together = m(**x, gates=gate).logits
+    for r in range(3):
+        keep = x['attention_mask'][r].bool()
+        with torch.no_grad(): alone = m(input_ids=x['input_ids'][r:r+1,keep], gates=gate).logits[0]
+        torch.testing.assert_close(together[r,keep], alone, atol=1e-3, rtol=1e-3)
+
+HOW = dict(do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
+
+@pytest.mark.parametrize('kw', [dict(), dict(num_beams=3), dict(use_cache=False), dict(num_beams=2, num_return_sequences=2), dict(cache_implementation='static')])
+def test_generation_with_cache_padding_and_beams_is_one_by_one(kw):
+    m,x = filled(),batch()
+    x.pop('position_ids')
+    gate,n = spectr(m.stack, 2),kw.get('num_return_sequences', 1)
+    out = m.generate(**x, gates=gate, **HOW, **kw)[:,12:]
+    for r in range(3):
+        keep = x['attention_mask'][r].bool()
+        alone = m.generate(x['input_ids'][r:r+1,keep], gates=gate, **HOW, **kw)[:,int(keep.sum()):]
+        assert torch.equal(out[r*n:r*n+n], alone)
+    assert not torch.equal(out, m.generate(**x, **HOW, **kw)[:,12:])
+
+class Largest(TorchDispatchMode):
+    "The most numbers that one tensor held"
+    most = 0
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor): self.most = max(self.most, t.numel())
+        return out
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_no_intermediate_of_all_experts_outputs(kind):
+    m = filled(slots=32, rank=2)
+    gate,x = make_gate(m.stack, kind, top_k=2),torch.randn(1,200,64, generator=rand(0))
+    i = next(i for i,s in enumerate(m.stack.spots) if 'up_proj' in s.name)
+    y = torch.zeros(1,200,m.stack.spots[i].out)
+    with torch.no_grad(), Largest() as seen: make_plan(gate, m.stack).add(y, x, i)
+    assert seen.most<=max(200*128, 200*32*2, 32*2*128)<200*32*128/8
+    with torch.no_grad(), Largest() as seen: torch.einsum('te,teo->to', torch.ones(200,32), torch.ones(200,32,128))
+    assert seen.most>=200*32*128
+
+def test_a_trained_gate_gets_its_gradient_through_the_whole_model():
+    m,x = filled(3),batch()
+    def loss(w): return m(**x, gates=lambda h, name: (torch.tensor([0,2]).expand(*h.shape[:-1], 2), w.expand(*h.shape[:-1], 2))).logits.double().square().mean()
+    w = torch.tensor([.6,.4], requires_grad=True)
+    loss(w).backward()
+    for j in range(2):
+        d = torch.zeros(2); d[j] = 1e-2
+        with torch.no_grad(): slope = (loss(w+d)-loss(w-d))/2e-2
+        assert abs(w.grad[j]-slope)<.02*w.grad.abs().max()
+
+def test_below_a_fork_the_trunk_is_all_there_is():
+    m,x = filled(3, fork=.5),batch()
+    m.stack.trunk.add_(.05*torch.randn(m.stack.trunk.shape, generator=rand(5)))
+    gate,args = arrow(m.stack, 2),(x['input_ids'], x['attention_mask'])
+    assert all('.1.' in n for n in gate.layers)
+    with torch.no_grad(): torch.testing.assert_close(from_fork(m, at_fork(m, *args), args[1], gate), hidden(m, *args, gate), atol=1e-4, rtol=1e-4)
+
+@pytest.mark.parametrize('quant', ['bf16', 'nf4'])
+def test_other_precisions(quant):
+    m = filled(quant=quant)
+    with torch.no_grad(): out = m(**batch(), gates=lag(m.stack, 2, 3)).logits
+    assert torch.isfinite(out).all() and out.dtype==m(**batch()).logits.dtype
+
+def test_threads_with_different_gates_never_mix():
+    m,x = filled(),batch()
+    gates = [make_gate(m.stack, k, top_k=n) for k in KINDS for n in (1,2)]
+    with torch.no_grad(): want = [m(**x, gates=g).logits for g in gates]
+    bad = []
+    def work(j):
+        with torch.no_grad():
+            for _ in range(5):
+                if not torch.equal(m(**x, gates=gates[j]).logits, want[j]): bad.append(j)
+    threads = [threading.Thread(target=work, args=(j,)) for j in range(len(gates))]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert not bad
+
+def test_use_is_what_the_gate_chose():
+    m,x = filled(2),batch()
+    for e in range(2):
+        only = lambda h, name: (torch.full((*h.shape[:-1],1), e), torch.ones(*h.shape[:-1],1))
+        only.names = m.stack.names
+        assert all(u.tolist()==one_hot([e], 2)[0].tolist() for u in gate_use(m, only, x['input_ids'], x['attention_mask']).values())
+
+# ---- adapters of others
+MADE = dict(plain=dict(r=4, lora_alpha=8, target_modules=['q_proj','v_proj']),
+            stabilised=dict(r=2, lora_alpha=3, target_modules=['up_proj','o_proj'], use_rslora=True),
+            patterned=dict(r=2, lora_alpha=4, target_modules=['q_proj','up_proj','down_proj'], rank_pattern={'up_proj': 5}, alpha_pattern={r'layers\.1\.mlp\.up_proj': 1, 'down_proj': 7}),
+            regex=dict(r=3, lora_alpha=6, target_modules=r'.*layers\.1\..*(q|k)_proj'),
+            some=dict(r=1, lora_alpha=1, target_modules=['gate_proj','k_proj'], layers_to_transform=[1], layers_pattern='layers'),
+            without=dict(r=2, lora_alpha=2, target_modules=['q_proj','k_proj'], exclude_modules=['model.layers.0.self_attn.q_proj']))
+
+def by_peft(folder, seed=0, **kw):
+    "An adapter that PEFT made, all its numbers random"
+    m = get_peft_model(tiny_base().model, LoraConfig(task_type='CAUSAL_LM', **kw))
+    g = rand(seed)
+    with torch.no_grad():
+        for n,p in m.named_parameters():
+            if 'lora_' in n: p.copy_(.3*torch.randn(p.shape, generator=g))
+    m.save_pretrained(folder)
+    c = read_json(folder/'adapter_config.json')
+    write_json(folder/'adapter_config.json', dict(c, base_model_name_or_path='tiny-0'))
+    return folder
+
+@pytest.fixture(scope='module')
+def theirs(tmp_path_factory):
+    d = tmp_path_factory.mktemp('theirs')
+    return {n: by_peft(d/n, i, **kw) for i,(n,kw) in enumerate(MADE.items())}
+
+def through_peft(folder, ids):
+    with torch.no_grad(), warnings.catch_warnings(action='ignore'): return PeftModel.from_pretrained(tiny_base().model, folder).eval()(input_ids=ids).logits
+
+def test_each_adapter_is_what_it_is_in_peft_and_after_another_save(theirs, tmp_path):
+    m,ids = with_adapters(tiny_base(), theirs),batch()['input_ids']
+    for e,(n,folder) in enumerate(theirs.items()):
+        want = through_peft(folder, ids)
+        with torch.no_grad(): torch.testing.assert_close(m(input_ids=ids, gates=one_hot([e]*3, len(theirs))).logits, want, atol=1e-3, rtol=1e-3)
+        m.stack.save_peft(tmp_path/n, e, 'tiny-0')
+        assert load_file(tmp_path/n/'adapter_model.safetensors').keys()==load_file(folder/'adapter_model.safetensors').keys()
+        torch.testing.assert_close(through_peft(tmp_path/n, ids), want, atol=1e-3, rtol=1e-3)
+
+@pytest.mark.parametrize('change', [dict(use_dora=True), dict(bias='all'), dict(modules_to_save=['lm_head']), dict(peft_type='IA3'), dict(target_parameters=['x']),
+                                    dict(fan_in_fan_out=True), dict(alora_invocation_tokens=[1]), dict(trainable_token_indices=[1])])
+def test_other_arithmetic_is_refused_by_name(theirs, tmp_path, change):
+    folder = tmp_path/'odd'; folder.mkdir()
+    for f in theirs['plain'].iterdir():
+        if f.is_file(): (folder/f.name).write_bytes(f.read_bytes())
+    write_json(folder/'adapter_config.json', read_json(folder/'adapter_config.json')|change)
+    base = tiny_base()
+    with pytest.raises(HydraError, match=f"odd/adapter_config.json: {next(iter(change))}.*only LORA|odd/adapter_config.json: {next(iter(change))}.*plain LoRA"): with_adapters(base, dict(a=theirs['plain'], b=folder))
+    gated(base, 1)
+
+def test_adapters_of_another_base_or_of_the_head_are_refused_and_the_base_stays_whole(theirs, tmp_path):
+    wide = gated(tiny_base(width=128), 1, LoraSpec(2)).stack
+    wide.init_expert(0, 0, 'wide')
+    base = tiny_base()
+    with pytest.raises(HydraError, match=r'wide.*has shape \(2, 128\)'): with_adapters(base, dict(a=theirs['plain'], b=wide.save_peft(tmp_path/'wide', 0)))
+    deep = gated(tiny_base(layers=3), 1, LoraSpec(2)).stack
+    deep.init_expert(0, 0, 'deep')
+    with pytest.raises(HydraError, match=r'deep.*layers\.2\..*no linear layer of this base'): with_adapters(base, dict(b=deep.save_peft(tmp_path/'deep', 0)))
+    with pytest.raises(HydraError, match='lm_head.*no linear layer of this base'): with_adapters(base, dict(b=by_peft(tmp_path/'head', r=2, target_modules=['lm_head'])))
+    assert torch.equal(base.model(**batch()).logits, tiny_base().model(**batch()).logits)
+    gated(base, 1)
+
+def test_what_the_configuration_names_must_be_there(theirs, tmp_path):
+    folder = tmp_path/'few'; folder.mkdir()
+    (folder/'adapter_config.json').write_bytes((theirs['plain']/'adapter_config.json').read_bytes())
+    t = load_file(theirs['plain']/'adapter_model.safetensors')
+    gone = sorted(t)[0].rsplit('.lora', 1)[0]
+    save_file({k: v for k,v in t.items() if not k.startswith(gone)}, folder/'adapter_model.safetensors')
+    with pytest.raises(HydraError, match='lacks '+gone.replace('.', r'\.')): with_adapters(tiny_base(), dict(b=folder))
+
+# ---- bundles
+@pytest.fixture
+def bundle(theirs, tmp_path):
+    adopt(theirs, tmp_path/'b', quant='fp32', gate='arrow', top_k=2)
+    return tmp_path/'b'
+
+def reseal(d):
+    old = read_json(d/'hydra.json')
+    for f in ('hydra.json', 'tensors.json'): (d/f).unlink()
+    seal_bundle(d, {k: old[k] for k in ('base', 'experts', 'router', 'built')})
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_bundle_answers_as_what_was_built(theirs, tmp_path, kind):
+    a = adopt(theirs, tmp_path/'b', quant='fp32', gate=kind)
+    b,prompts = Hydra.load(tmp_path/'b'),['Who was that?', 'And now?', 'One two three four']
+    assert b.gate.kind==kind and b.generate(prompts, max_new_tokens=8)==a.generate(prompts, max_new_tokens=8)==[b.ask(p, max_new_tokens=8) for p in prompts]
+    assert b.explain('Who?')==a.explain('Who?')
+    b.save(tmp_path/'b2')
+    assert check(tmp_path/'b2')['seal']==check(tmp_path/'b')['seal']
+
+def nan(t): t[sorted(t)[2]][0,0] = float('nan')
+def extra(t): t['more'] = torch.zeros(2)
+def gone(t): t.pop(sorted(t)[2])
+def nudged(t): t[sorted(t)[2]][0,0] += 1e-3
+
+@pytest.mark.parametrize('change, said', [(nan, 'altered'), (extra, 'extra more'), (gone, 'missing'), (nudged, 'altered')])
+def test_altered_gate_tensors_are_named(bundle, change, said):
+    f = bundle/'gates'/'gate.safetensors'
+    t = load_file(f); name = sorted(t)[2]
+    change(t); save_file(t, f)
+    with pytest.raises(BundleError, match=rf"gates/gate\.safetensors was altered.*{said}.*") as e: check(bundle)
+    assert change is extra or name in str(e.value)
+
+@pytest.mark.parametrize('change', [nan, extra, gone])
+def test_a_resealed_lie_is_refused_too(bundle, change):
+    f = bundle/'gates'/'gate.safetensors'
+    t = load_file(f); change(t); save_file(t, f); reseal(bundle)
+    with pytest.raises(HydraError, match='gate'): Hydra.load(bundle)
+
+def other_names(b): g = load_gate(b/'gates'); g.names = g.names[::-1]; save_gate(g, b/'gates')
+def other_kind(b): m = Hydra.load(b).model; save_gate(spectr(m.stack), b/'gates')
+def fewer_layers(b): g = load_gate(b/'gates'); g.layers.pop(sorted(g.layers)[0]); save_gate(g, b/'gates')
+def misshapen(b): g = load_gate(b/'gates'); n = sorted(g.layers)[0]; g.layers[n] = g.layers[n][:,:5]; save_gate(g, b/'gates')
+def a_router_too(b): from hydramoe.route import uniform; uniform(list(MADE)).save(b/'router')
+def no_gate(b): [f.unlink() for f in (b/'gates').iterdir()]; (b/'gates').rmdir()
+def a_pickle(b): (b/'gates'/'gate.bin').write_bytes(b'x')
+
+@pytest.mark.parametrize('change, said', [(other_names, 'chooses among'), (other_kind, 'holds spectr where hydra.json says arrow'), (fewer_layers, 'reads 0 inputs where the stack has'),
+                                          (misshapen, 'reads 5 inputs where the stack has'), (a_router_too, 'router is extra'), (no_gate, 'gate.json')])
+def test_gates_that_do_not_belong_are_refused(bundle, change, said):
+    change(bundle); reseal(bundle)
+    with pytest.raises(HydraError, match=said): Hydra.load(bundle)
+
+def test_a_pickle_among_the_gates_is_refused(bundle):
+    a_pickle(bundle)
+    with pytest.raises(BundleError, match='gate.bin does not belong'): check(bundle)
+
+TWICE = "import sys; from pathlib import Path; from hydramoe.hydra import adopt; adopt({p.name: p for p in sorted(Path(sys.argv[1]).iterdir())}, sys.argv[2], quant='fp32', gate='lag')"
+
+def test_two_processes_write_the_same_bytes(theirs, tmp_path):
+    where = next(iter(theirs.values())).parent
+    both = [subprocess.Popen([sys.executable, '-c', TWICE, str(where), str(tmp_path/s)], env=os.environ|dict(PYTHONHASHSEED=s)) for s in '12']
+    assert [p.wait() for p in both]==[0,0]
+    a,b = ({p.relative_to(tmp_path/s): p.read_bytes() for p in (tmp_path/s).rglob('*') if p.is_file()} for s in '12')
+    assert a==b and len(a)==2*len(theirs)+6
+
+# ---- the command
+def shell(*argv):
+    out,err = io.StringIO(),io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: code = main([str(a) for a in argv])
+        except SystemExit as e: code = e.code
+    return code,out.getvalue(),err.getvalue()
+
+def test_from_adapters_to_an_answer_on_a_base_in_a_folder(theirs, tmp_path, monkeypatch):
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    tiny_base().model.save_pretrained(tmp_path/'base'); byte_tokenizer().save_pretrained(tmp_path/'base')
+    for f in theirs.values(): write_json(f/'adapter_config.json', dict(read_json(f/'adapter_config.json'), base_model_name_or_path=str(tmp_path/'base')))
+    try:
+        code,out,err = shell('build', '--from', theirs['plain'], theirs['regex'], f"odd={theirs['patterned']}", '--out', tmp_path/'b', '--quant', 'fp32', '--gate', 'spectr', '--top-k', 2)
+        assert code==0, err
+        assert 'plain  rank 4, scale 2, 4 layers' in out and 'odd    rank 5' in out and 'spectr gate (top-k 2' in out
+        code,out,err = shell('ask', tmp_path/'b', 'Who was that?', '--max-new-tokens', 6, '--json')
+        assert code==0, err
+        said = json.loads(out)
+        assert set(said['route'])=={'plain','regex','odd'}
+        assert said['answer']==Hydra.load(tmp_path/'b').ask('Who was that?', max_new_tokens=6)
+        code,out,err = shell('explain', tmp_path/'b', 'Who was that?', '--json', '--png', tmp_path/'r.png')
+        layers = json.loads(out)['layers']
+        assert code==0 and set(layers)==set(load_gate(tmp_path/'b'/'gates').layers) and (tmp_path/'r.png').stat().st_size>3000
+        assert 'spectr gate' in shell('check', tmp_path/'b')[1]
+        assert shell('ask', tmp_path/'b', 'Who?', '--expert', 'odd', '--max-new-tokens', 3)[0]==0
+        assert shell('build', '--from', theirs['plain'], '--out', tmp_path/'b')[0]==2
+    finally:
+        for f in theirs.values(): write_json(f/'adapter_config.json', dict(read_json(f/'adapter_config.json'), base_model_name_or_path='tiny-0'))
