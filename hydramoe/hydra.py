@@ -21,6 +21,7 @@ import torch
 from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from torch import Tensor
+from transformers import DynamicCache
 from .core import HydraError, cache_dir, default_threads, derive_seed, digest, file_sha256, one_of, say, versions
 from .core import read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from .store import is_sealed, seal_id, sealing, stage
@@ -138,23 +139,77 @@ def ask(self:Hydra,
 
 # %% ../nbs/33_hydra.ipynb #cell25
 class Chat:
-    "A conversation with a Hydra; each turn is routed anew"
+    "A conversation with a Hydra: each turn is routed, and who answers stays until another is better by a margin"
     def __init__(self,
         hydra:Hydra, # who answers
-        system:str|None=None # an instruction that stands before all turns
+        system:str|None=None, # an instruction that stands before all turns
+        margin:float=.2 # by how much another expert must outweigh the one that answers, to take over
     ):
         "Start an empty conversation"
-        self.hydra, self.messages = hydra, [dict(role='system', content=system)] if system else []
+        self.hydra, self.margin, self.messages = hydra, margin, [dict(role='system', content=system)] if system else []
+        self.gates, self.cache, self.ids, self.turns = None, None, [], [] # who answers, what was read, its tokens, what each turn cost
+
+    def route(self,
+        text:str # what the user says
+    )->Tensor: # (1,E) gate weights
+        "Who answers next: the mixture that is there, unless another expert leads by the margin"
+        new = self.hydra.gates([text])
+        if self.gates is None: return new
+        w, now = _and_base(new)[0], _and_base(self.gates)[0].argmax()
+        return new if w.max()-w[now]>self.margin else self.gates
 
     def __call__(self,
         text:str, # what the user says
+        expert=None, # None: routed; else as in `Hydra.gates`
         **kwargs # as for `generate`
     )->str: # the answer, which joins the conversation
         "Say something and get an answer"
         turns = self.messages + as_messages(text)
-        answer = self.hydra.ask(turns, **kwargs)
+        gates = self.route(text) if expert is None else self.hydra.gates([turns], expert)
+        weights = {n: w for n,w in zip(self.hydra.names, gates[0].tolist()) if w}
+        with self._cached(turns, gates, kwargs) as cache: answer = self.hydra.ask(turns, expert=weights or 'base', **cache, **kwargs)
         self.messages = turns + [dict(role='assistant', content=answer)]
         return answer
+
+def _and_base(g): return torch.cat([g, 1-g.sum(-1, keepdim=True)], -1) # what is left of 1 is the base's
+
+# %% ../nbs/33_hydra.ipynb #chatcached
+def _cut(cache, n):
+    "Forget all but the first n tokens"
+    if (more := cache.get_seq_length()-n)>0: cache.crop(-more)
+
+def _shared(a, b): return next((i for i,(x,y) in enumerate(zip(a, b)) if x!=y), min(len(a), len(b)))
+
+@patch
+@contextlib.contextmanager
+def _cached(self:Chat, turns, gates, kwargs):
+    "The cache of what was read already, cut to what is still true; kept afterwards for the next turn"
+    tok = self.hydra.base.tokenizer
+    ids = tok(render(tok, turns), add_special_tokens=False)['input_ids']
+    before = min(_shared(ids, self.ids), len(ids)-1) if self.cache else 0
+    same = self.gates is not None and torch.equal(gates, self.gates)
+    cache, known = (self.cache, before) if same and before else (DynamicCache(), 0)
+    _cut(cache, known)
+    self.cache = None
+    own = not kwargs.keys() & {'num_beams', 'num_return_sequences', 'use_cache', 'cache_implementation', 'past_key_values'}
+    yield dict(past_key_values=cache) if own else {}
+    if own:
+        _cut(cache, len(ids))
+        self.cache, self.ids = cache, ids
+    took_over = self.gates is not None and not torch.equal(_and_base(gates).argmax(), _and_base(self.gates).argmax())
+    again = before if not known else 0
+    self.turns.append(dict(experts=dict(zip(self.hydra.names, gates[0].tolist())), took_over=took_over, tokens=len(ids), read=len(ids)-(known if own else 0), again=again))
+    self.gates = gates
+
+@patch
+def explain(self:Chat,
+    turn:int=-1 # which one
+)->str: # one line
+    "Who answered a turn, and how many tokens were read for it"
+    t = self.turns[turn]
+    who = ', '.join(f'{n} {w:.0%}' for n,w in sorted(t['experts'].items(), key=lambda e: -e[1]) if w>=.1) or 'base'
+    cost = f"{t['read']} of {t['tokens']} tokens read" + (f", {t['again']} of them again" if t['again'] else '')
+    return f"{who}{' took over' if t['took_over'] else ''}; {cost}"
 
 # %% ../nbs/33_hydra.ipynb #cell29
 FORMAT = 1 # of hydra.json; any other is refused
