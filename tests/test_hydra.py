@@ -1,14 +1,15 @@
 "What a Hydra promises beyond its lesson: two processes, kill -9, PEFT alone"
-import json, os, shutil, signal, subprocess, sys, time
+import gc, json, os, shutil, signal, subprocess, sys, threading, time, tracemalloc
 from pathlib import Path
 import numpy as np
 import pytest, torch
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 from hydramoe.base import load_base, tiny_base
 from hydramoe.cluster import lesson_texts
 from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra import BundleError, Hydra, check, seal_bundle
+from hydramoe.hydra import BundleError, Chat, Hydra, check, seal_bundle
 from hydramoe.route import uniform
 from hydramoe.stack import LoraSpec, gated, one_hot
 
@@ -74,6 +75,152 @@ def test_beams_and_several_answers_keep_the_gate(bundle):
     h = Hydra.load(bundle)
     out = h.generate(['ahoy', 'sum up'], expert=['sea', 'sum'], max_new_tokens=6, num_beams=2)
     assert out == [h.ask('ahoy', expert='sea', max_new_tokens=6, num_beams=2), h.ask('sum up', expert='sum', max_new_tokens=6, num_beams=2)]
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+class Fickle:
+    "A router by the first word of a prompt"
+    kind, names = 'fickle', NAMES
+    def __call__(self, texts): return np.array([[float(t.startswith(n)) for n in NAMES] for t in texts])
+
+def fickle(base=None):
+    h = by_hand() if base is None else Hydra(base, by_hand_on(base), uniform(NAMES))
+    h.router = Fickle()
+    return h
+
+def by_hand_on(base):
+    model = gated(base, 3, LoraSpec(rank=4))
+    for e, name in enumerate(NAMES): model.stack.init_expert(e, seed=0, name=name)
+    model.stack.theta += torch.from_numpy(rng(0, 'noise').normal(0, .1, model.stack.theta.shape)).float()
+    return model
+
+SAID = ['law of the sea?', 'and who says so?', 'sea or land?', 'sea again?', 'nothing of it', 'sum it up']
+
+def test_a_conversation_equals_asking_with_all_of_it():
+    "Turn by turn the answer is that of a fresh Hydra which reads everything under the present expert"
+    h, fresh = fickle(), by_hand()
+    chat = Chat(h, 'Be brief.')
+    for t in SAID:
+        answer = chat(t, max_new_tokens=9)
+        who = {n: w for n, w in chat.turns[-1]['experts'].items() if w} or 'base'
+        assert answer == fresh.ask(chat.messages[:-1], expert=who, max_new_tokens=9), t
+    assert [max(t['experts'], key=t['experts'].get) if any(t['experts'].values()) else 'base' for t in chat.turns] == ['law', 'base', 'sea', 'sea', 'base', 'sum']
+    assert [t['took_over'] for t in chat.turns] == [False, True, True, False, True, True]
+    assert [t['again']>0 for t in chat.turns] == [False, True, True, False, True, True]
+    assert [t['read']==t['tokens'] for t in chat.turns] == [True, True, True, False, True, True]
+
+def test_a_stale_cache_would_be_seen():
+    "What the test above would find: going on from the cache of another expert gives other answers"
+    h = fickle()
+    chat = Chat(h)
+    chat(SAID[0], max_new_tokens=9)
+    chat.gates = h.gates([SAID[2]]) # a lie about who filled the cache
+    stale = chat(SAID[2], max_new_tokens=9)
+    assert stale != h.ask(chat.messages[:-1], expert='sea', max_new_tokens=9)
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.sampled_from([[1, 0, 0], [.6, .4, 0], [.4, .6, 0], [.3, .3, .4], [0, 0, 0], [0, .1, .2]]), min_size=1, max_size=6), st.sampled_from([0., .1, .25, 1.]))
+def test_hysteresis(weights, margin):
+    "Who leads changes exactly when another leads by more than the margin, and without a change no weight moves"
+    class Told:
+        def gates(self, prompts): return torch.tensor([weights[int(prompts[0])]]).float()
+    chat, full = Chat(Told(), margin=margin), lambda g: [*g, 1-sum(g)]
+    chat.gates = held = chat.route('0')
+    for i in range(1, len(weights)):
+        w, lead = full(torch.tensor(weights[i]).float().tolist()), int(np.argmax(full(held[0].tolist())))
+        chat.gates = new = chat.route(str(i))
+        gain = max(w)-w[lead]
+        if gain > margin+1e-6: assert torch.equal(new, torch.tensor([weights[i]]).float())
+        elif gain < margin-1e-6: assert torch.equal(new, held)
+        held = new
+
+def test_an_interrupted_turn_leaves_no_cache_and_the_conversation_as_it_was():
+    h = fickle()
+    chat = Chat(h)
+    chat(SAID[0], max_new_tokens=4)
+    before = list(chat.messages)
+    class Stop:
+        def put(self, x): raise KeyboardInterrupt
+        def end(self): pass
+    with pytest.raises(KeyboardInterrupt): chat(SAID[2], streamer=Stop(), max_new_tokens=4)
+    assert chat.messages == before and chat.cache is None and len(chat.turns) == 1
+    assert chat(SAID[2], max_new_tokens=9) == h.ask(before+[dict(role='user', content=SAID[2])], expert='sea', max_new_tokens=9)
+
+def test_beams_in_a_conversation():
+    h = fickle()
+    chat = Chat(h)
+    for kw in (dict(), dict(num_beams=2), dict(), dict()):
+        answer = chat('law and order', max_new_tokens=5, **kw)
+        assert answer == h.ask(chat.messages[:-1], expert='law', max_new_tokens=5, **kw)
+    assert chat.turns[3]['read'] < chat.turns[3]['tokens'] == len(chat.ids)
+
+def test_a_sliding_window_in_a_conversation(tmp_path):
+    "Gemma forgets what is far away; its cache is cut all the same"
+    from transformers import AutoConfig, AutoModelForCausalLM
+    cfg = AutoConfig.for_model('gemma3_text', vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=8, pad_token_id=0, eos_token_id=2, bos_token_id=1)
+    with torch.random.fork_rng(): torch.manual_seed(0); AutoModelForCausalLM.from_config(cfg).save_pretrained(tmp_path)
+    tiny_base().tokenizer.save_pretrained(tmp_path)
+    h = fickle(load_base(str(tmp_path), 'fp32', 'cpu'))
+    chat = Chat(h)
+    for t in ['sea'*9, 'sea again?', 'law now']: assert chat(t, max_new_tokens=12) == h.ask(chat.messages[:-1], expert=t[:3], max_new_tokens=12)
+    assert chat.turns[1]['read'] < chat.turns[1]['tokens']
+
+# --- threads and long runs -------------------------------------------------------------------------------------------
+
+def test_eight_threads_with_eight_gates_answer_as_one_does():
+    h = by_hand()
+    mixes = ['law', 'sea', 'sum', 'base', {'law': .5, 'sea': .5}, {'sum': 2.}, {'law': .2, 'sea': .3, 'sum': .5}, {'sea': -1.}]
+    jobs = [(e, dict(max_new_tokens=12, **kw)) for e, kw in zip(mixes, [{}, dict(num_beams=2), {}, {}, dict(use_cache=False), {}, dict(num_beams=3), {}])]
+    asks = ['ahoy', 'what is the law of the sea?']
+    want = [h.generate(asks, expert=e, **kw) for e, kw in jobs]
+    assert len({str(w) for w in want}) == 8
+    got, gate = [[] for _ in jobs], threading.Barrier(8)
+    def work(i):
+        gate.wait()
+        for _ in range(3): got[i].append(h.generate(asks, expert=jobs[i][0], **jobs[i][1]))
+    ts = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in ts: t.start()
+    for t in ts: t.join()
+    assert got == [[w]*3 for w in want]
+
+@pytest.mark.slow
+def test_five_hundred_swaps_leave_nothing_behind():
+    "Tensors and bytes that are alive after 500 more swaps and mixtures are those of before"
+    h = by_hand()
+    x, rs = ids(h, 'ahoy'), rng(0, 'swaps')
+    def swap(n):
+        for i in range(n):
+            g = torch.from_numpy(rs.random((1, 3))).float() if i%3 == 0 else one_hot([i%3], 3)
+            h.model.generate(x, gates=g, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    def alive():
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+        return len(tensors), sum(t.nbytes for t in tensors)
+    tracemalloc.start()
+    swap(200) # what torch and transformers keep for themselves is full by then
+    tensors, first = alive(), tracemalloc.get_traced_memory()[0]
+    swap(500)
+    after, grown = alive(), tracemalloc.get_traced_memory()[0]-first
+    tracemalloc.stop()
+    assert after[0] <= tensors[0]+2 and after[1] <= tensors[1]+4096, (tensors, after)
+    assert grown < 500*100, f'{grown/500:.0f} bytes a swap'
+
+@pytest.mark.parametrize('quant', ['fp32', 'bf16', 'nf4'])
+def test_the_base_is_bit_equal_before_with_and_after(quant):
+    base = tiny_base(quant=quant)
+    x = base.tokenizer('A Hydra has nine heads', return_tensors='pt').input_ids
+    say = lambda m, **kw: m(x, **kw).logits
+    with torch.no_grad():
+        before, weights = say(base.model), {n: p.clone() for n, p in base.model.named_parameters()}
+        model = by_hand_on(base)
+        h = Hydra(base, model, uniform(NAMES))
+        assert torch.equal(say(model), before) and torch.equal(say(model, gates=torch.zeros(1, 3)), before) and torch.equal(say(base.model), before)
+        h.generate(['ahoy', 'sum up'], expert=['sea', {'law': .3, 'sum': .7}], max_new_tokens=5)
+        assert not torch.equal(say(model, gates=one_hot([1], 3)), before)
+        assert torch.equal(say(model), before) and torch.equal(say(model, gates=h.gates(['ahoy'], 'base')), before)
+        free = model.detach()
+        assert torch.equal(say(free), before)
+        assert all(torch.equal(p, weights[n]) for n, p in free.named_parameters())
 
 # --- refused ---------------------------------------------------------------------------------------------------------
 

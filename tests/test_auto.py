@@ -1,0 +1,258 @@
+"A Hydra as transformers knows models: equal to Hydra, to its rows, to PEFT, in every way to generate, on other architectures"
+import json, os, subprocess, sys, threading
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from pathlib import Path
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
+import hydramoe.auto as auto
+from hydramoe.auto import HydraConfig, HydraForCausalLM, prompts_of, unrender
+from hydramoe.base import byte_tokenizer, gemma_chat, load_base, render, tiny_base
+from hydramoe.cluster import Domains, embed
+from hydramoe.core import HydraError, derive_seed, read_json, rng, write_json
+from hydramoe.hydra import BundleError, Hydra
+from hydramoe.route import similarity
+from hydramoe.stack import LoraSpec, gated, one_hot
+
+NAMES = ['law', 'sea', 'sum']
+TEXTS = ['the court and the law', 'a ship at sea', 'add the numbers to a sum']
+ASKS = ['which court applies this law?', 'how deep is the sea under a ship?', 'what is the sum of the numbers?']
+
+def hydra_on(base, rank=4, noise=.1):
+    "Three experts of noise, and a router that reads words"
+    model = gated(base, 3, LoraSpec(rank, 2*rank))
+    for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
+    model.stack.theta += torch.from_numpy(rng(0, 'noise').normal(0, noise, model.stack.theta.shape)).float()
+    return Hydra(base, model, similarity(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .01))
+
+def inputs(hydra, prompts, **kw):
+    texts = [render(hydra.base.tokenizer, p if isinstance(p, list) else [dict(role='user', content=p)]) for p in prompts]
+    return hydra.base.tokenizer(texts, return_tensors='pt', padding=True, padding_side='left', add_special_tokens=False, **kw)
+
+def said(hydra, out, x): return [t.strip() for t in hydra.base.tokenizer.batch_decode(out[:,x['input_ids'].shape[1]:], skip_special_tokens=True)]
+
+@pytest.fixture(scope='module')
+def hydra(): return hydra_on(tiny_base())
+@pytest.fixture(scope='module')
+def bundle(hydra, tmp_path_factory): return hydra.save(tmp_path_factory.mktemp('auto')/'h')
+@pytest.fixture(scope='module')
+def model(bundle): return AutoModelForCausalLM.from_pretrained(bundle)
+
+def fresh(code):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=os.environ|dict(HYDRAMOE_QUIET='1')).stdout.strip()
+
+# ---- where transformers learns of us
+@pytest.mark.parametrize('first', ['from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline; import hydramoe',
+                                   'import hydramoe; from transformers import GenerationMixin, AutoModelForCausalLM, AutoTokenizer, pipeline'])
+def test_a_fresh_process_knows_bundles(bundle, hydra, first):
+    code = f"{first}; b={str(bundle)!r}; m,t=AutoModelForCausalLM.from_pretrained(b),AutoTokenizer.from_pretrained(b)\np=pipeline('text-generation', model=b, max_new_tokens=6, do_sample=False)\nprint(repr(p([dict(role='user', content={ASKS[1]!r})])[0]['generated_text'][-1]['content'].strip()), type(m).__name__, len(t))"
+    assert fresh(code)==f"{hydra.ask(ASKS[1], max_new_tokens=6)!r} HydraForCausalLM 259"
+
+def test_importing_hydramoe_is_light():
+    "Neither torch nor transformers, and the names that are offered are there when asked for"
+    assert fresh("import sys, hydramoe, hydramoe.cli; print([m for m in ('torch', 'transformers', 'hydramoe.auto', 'hydramoe.hydra') if m in sys.modules])")=='[]'
+    assert fresh("import hydramoe; print(hydramoe.HydraForCausalLM.__name__, hydramoe.Hydra.__name__, hydramoe.HydraConfig.model_type)")=='HydraForCausalLM Hydra hydra_moe'
+    assert fresh("import sys, hydramoe, transformers.models.auto.configuration_auto as c; print('hydra_moe' in c.CONFIG_MAPPING, 'torch' in sys.modules and 'hydramoe.stack' in sys.modules, sum('hydramoe' in type(f).__module__ for f in sys.meta_path))")=='True False 0'
+    with pytest.raises(AttributeError, match='no_such'): __import__('hydramoe').no_such
+
+# ---- the configuration
+@pytest.mark.parametrize('key', ['auto_map', 'trust_remote_code'])
+@pytest.mark.parametrize('where', ['', 'text_config', 'deep'])
+def test_a_configuration_that_points_to_code_is_refused_alone(bundle, tmp_path, key, where):
+    c = read_json(bundle/'config.json')
+    at = c if not where else c['text_config'] if where=='text_config' else c['text_config'].setdefault('rope_parameters', {}).setdefault('more', [{}])[0]
+    at[key] = {'AutoConfig': 'evil.Config'} if key=='auto_map' else True
+    write_json(tmp_path/'config.json', c)
+    (tmp_path/'evil.py').write_text("open('/tmp/never', 'w')")
+    with pytest.raises((BundleError, ValueError)): AutoConfig.from_pretrained(tmp_path)
+
+def test_a_configuration_comes_back(bundle, model):
+    c = AutoConfig.from_pretrained(bundle)
+    assert type(c) is HydraConfig and c.experts==NAMES and c.router=='similarity' and c.get_text_config().model_type=='llama'
+    d = {k:v for k,v in c.to_dict().items() if k!='_name_or_path'}
+    assert {k:v for k,v in HydraConfig.from_dict(json.loads(c.to_json_string())).to_dict().items() if k!='_name_or_path'}==d
+    assert model.config.to_dict()['text_config']['hidden_size']==64
+
+@pytest.mark.parametrize('text', [dict(model_type='hydra_moe'), dict(model_type='nothing'), dict(), dict(model_type='llama', hidden_size='wide'), dict(model_type=['llama'])])
+def test_a_base_that_is_none(text):
+    with pytest.raises(HydraError, match='text_config'): HydraConfig(text_config=text)
+
+# ---- reading back
+turn = st.text(st.characters(codec='utf-8', exclude_categories=['Cs']), max_size=20)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(turn, min_size=1, max_size=5), st.none()|turn)
+def test_unrender_inverts_render_or_says_none(turns, system):
+    t = byte_tokenizer()
+    talk = [dict(role='system', content=system)]*(system is not None)+[dict(role=('user', 'assistant')[i%2], content=c) for i,c in enumerate(turns)]
+    text = render(t, talk)
+    got = unrender(t, text)
+    if len(turns)%2 and '<|im' not in ''.join(turns)+(system or ''): assert got==talk
+    assert got is None or render(t, got)==text
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(turn.map(str.strip).filter(lambda s: s and '<' not in s), min_size=1, max_size=3))
+def test_unrender_with_a_template_that_trims_and_has_no_system_turn(turns):
+    t = byte_tokenizer(); t.chat_template = gemma_chat
+    talk = [dict(role=('user', 'assistant')[i%2], content=c) for i,c in enumerate(turns)]
+    assert unrender(t, render(t, talk))==(talk if len(talk)%2 else None)
+
+def test_a_template_that_adds_a_system_turn_by_itself():
+    t = byte_tokenizer()
+    t.chat_template = "{% if messages[0]['role']!='system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"+t.chat_template
+    for talk in ([dict(role='user', content='hi')], [dict(role='system', content='Be brief.'), dict(role='user', content='hi')]):
+        assert unrender(t, render(t, talk))==talk
+
+def test_padding_is_not_read(hydra):
+    x = inputs(hydra, ASKS)
+    want = [[dict(role='user', content=a)] for a in ASKS]
+    assert prompts_of(hydra.base.tokenizer, **x)==want==prompts_of(hydra.base.tokenizer, x['input_ids'])
+    right = hydra.base.tokenizer([render(hydra.base.tokenizer, w) for w in want], return_tensors='pt', padding=True, padding_side='right', add_special_tokens=False)
+    assert prompts_of(hydra.base.tokenizer, right['input_ids'], right['attention_mask'])==want
+
+# ---- generate
+HOW = [dict(), dict(num_beams=3), dict(num_beams=2, length_penalty=.5), dict(repetition_penalty=1.3), dict(use_cache=False), dict(cache_implementation='static'), dict(cache_implementation='dynamic')]
+
+@pytest.mark.parametrize('how', HOW, ids=str)
+def test_generate_equals_hydra_and_its_rows(hydra, model, how):
+    x = inputs(hydra, ASKS)
+    out = model.generate(**x, max_new_tokens=7, do_sample=False, **how)
+    assert said(hydra, out, x)==hydra.generate(ASKS, max_new_tokens=7, **how)
+    for i,a in enumerate(ASKS):
+        one = inputs(hydra, [a])
+        assert said(hydra, model.generate(**one, max_new_tokens=7, do_sample=False, **how), one)==said(hydra, out[i:i+1], x)
+    assert model.gates_for(**x).argmax(1).tolist()==[0,1,2]
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.text(st.characters(codec='ascii', min_codepoint=32, exclude_characters='<|'), min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=4), st.integers(0, 99), st.sampled_from([.3, 1., 2.]))
+def test_sampling_draws_what_hydra_draws(hydra, model, prompts, seed, temperature):
+    x = inputs(hydra, prompts)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, 'generate'))
+        out = model.generate(**x, max_new_tokens=5, do_sample=True, temperature=temperature)
+    assert said(hydra, out, x)==hydra.generate(prompts, max_new_tokens=5, temperature=temperature, seed=seed)
+
+def test_several_answers_keep_the_gates_of_their_prompt(hydra, model):
+    x = inputs(hydra, ASKS)
+    out = model.generate(**x, max_new_tokens=6, do_sample=False, num_beams=4, num_return_sequences=2)
+    for i,a in enumerate(ASKS):
+        one = inputs(hydra, [a])
+        assert said(hydra, out[2*i:2*i+2], x)==said(hydra, model.generate(**one, expert=NAMES[i], max_new_tokens=6, do_sample=False, num_beams=4, num_return_sequences=2), one)
+
+def test_a_stream_is_the_answer(hydra, model):
+    x = inputs(hydra, ASKS[:1])
+    s = TextIteratorStreamer(hydra.base.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    t = threading.Thread(target=lambda: model.generate(**x, streamer=s, max_new_tokens=8, do_sample=False))
+    t.start(); got = ''.join(s); t.join()
+    assert got.strip()==hydra.ask(ASKS[0], max_new_tokens=8)
+
+def test_gates_and_experts_by_hand(hydra, model):
+    x, kw = inputs(hydra, ASKS), dict(max_new_tokens=6, do_sample=False)
+    mix = ['base', 'sea', {'law': .3, 'sum': .7}]
+    assert said(hydra, model.generate(**x, expert=mix, **kw), x)==hydra.generate(ASKS, expert=mix, max_new_tokens=6)
+    assert torch.equal(model.generate(**x, expert=mix, **kw), model.generate(**x, gates=hydra.gates(ASKS, mix), **kw))
+    assert torch.equal(model.generate(x['input_ids'], attention_mask=x['attention_mask'], **kw), model.generate(**x, **kw))
+    with torch.no_grad():
+        plain = tiny_base().model
+        assert torch.equal(model(**x, gates=torch.zeros(3, 3)).logits, plain(**x).logits)
+    with pytest.raises(HydraError, match="expert='tax'"): model.generate(**x, expert='tax')
+    with pytest.raises(HydraError, match='gates='): model.generate(inputs_embeds=torch.zeros(1, 3, 64))
+    with pytest.raises(HydraError, match='prompt is empty'): model.generate(torch.tensor([[0, 0]]))
+
+def test_beams_equal_peft_and_the_merged_model(hydra, model, bundle, tmp_path):
+    "A one-hot row computes what PEFT's adapter does, and what a plain model with the product folded in does"
+    from peft import PeftModel
+    x, kw = inputs(hydra, ASKS), dict(max_new_tokens=8, do_sample=False, num_beams=3, num_return_sequences=3, eos_token_id=2, pad_token_id=0)
+    for e,n in enumerate(NAMES):
+        ours = model.generate(**x, expert=n, **kw)
+        adapted = PeftModel.from_pretrained(tiny_base().model, bundle/'experts'/n).eval()
+        assert torch.equal(ours, adapted.generate(**x, **kw))
+        assert torch.equal(ours, adapted.merge_and_unload().generate(**x, **kw))
+    assert len({tuple(model.generate(**x, expert=n, **kw).flatten().tolist()) for n in NAMES})==3
+
+def test_a_forward_is_routed_and_knows_what_it_cannot_see(hydra, model):
+    x = inputs(hydra, ASKS)
+    with torch.no_grad(): out = model(**x, use_cache=True)
+    assert torch.equal(out.logits[:,-1].argmax(-1), model.generate(**x, max_new_tokens=1, do_sample=False)[:,-1])
+    with pytest.raises(HydraError, match='pass gates='): model(x['input_ids'][:,-1:], past_key_values=out.past_key_values)
+    loss = model(**x, labels=x['input_ids']).loss
+    assert torch.isfinite(loss)
+
+# ---- in and out
+def files(d): return {p.relative_to(d).as_posix(): p.read_bytes() for p in Path(d).rglob('*') if p.is_file()}
+
+def test_saved_is_the_bundle(model, bundle, tmp_path):
+    model.save_pretrained(tmp_path/'a', max_shard_size='1GB')
+    (tmp_path/'b').mkdir(); model.save_pretrained(tmp_path/'b')
+    assert files(tmp_path/'a')==files(bundle)==files(tmp_path/'b')
+
+@pytest.mark.parametrize('kw, words', [(dict(load_in_4bit=True), 'load_in_4bit'), (dict(dtype=torch.float16), 'float16'), (dict(subfolder='x'), 'subfolder'), (dict(attn_implementation='flash_attention_2'), 'attn_implementation'), (dict(base=tiny_base(seed=1)), 'another base')])
+def test_what_cannot_be_kept_is_refused(bundle, kw, words):
+    with pytest.raises(HydraError, match=words): HydraForCausalLM.from_pretrained(bundle, **kw)
+
+@pytest.mark.parametrize('kw, quant', [(dict(dtype='bfloat16'), 'bf16'), (dict(dtype=torch.bfloat16), 'bf16'), (dict(quant='nf4'), 'nf4'), (dict(dtype='auto', device_map='cpu'), 'fp32'), (dict(device_map={'': 'cpu'}), 'fp32')])
+def test_precision_in_transformers_words(bundle, kw, quant):
+    m = AutoModelForCausalLM.from_pretrained(bundle, **kw)
+    assert m.hydra.base.quant==quant and m.generate(**inputs(m.hydra, ASKS), max_new_tokens=2).shape[0]==3
+
+def test_from_the_hub_the_links_of_its_cache_are_copied(bundle, tmp_path, monkeypatch, model, hydra):
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    seen = []
+    def hub(id, revision):
+        seen.append((id, revision))
+        for f,b in files(bundle).items():
+            blob, link = tmp_path/'blobs'/f.replace('/', '_'), tmp_path/'snap'/f
+            blob.parent.mkdir(exist_ok=True); link.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(b)
+            link.is_symlink() or link.symlink_to(blob)
+        return tmp_path/'snap'
+    monkeypatch.setattr(auto, 'hub', hub)
+    for _ in range(2): m = HydraForCausalLM.from_pretrained('me/hydra', revision='a'*40)
+    assert seen==[('me/hydra', 'a'*40)]
+    assert m.hydra.ask(ASKS[0], max_new_tokens=4)==hydra.ask(ASKS[0], max_new_tokens=4)
+    assert len(auto.HydraTokenizer.from_pretrained('me/hydra', revision='a'*40))==259
+
+def test_pipeline_of_texts_and_chats(bundle, hydra):
+    p = pipeline('text-generation', model=str(bundle), max_new_tokens=6, do_sample=False, batch_size=3)
+    got = p([[dict(role='user', content=a)] for a in ASKS])
+    assert [g[0]['generated_text'][-1]['content'].strip() for g in got]==hydra.generate(ASKS, max_new_tokens=6)
+    ids = hydra.base.tokenizer(ASKS[1], return_tensors='pt').input_ids
+    g = hydra.gates([ASKS[1]])
+    want = hydra.base.tokenizer.decode(hydra.model.generate(ids, gates=g, max_new_tokens=6, do_sample=False)[0], skip_special_tokens=True)
+    assert p(ASKS[1], return_full_text=True)[0]['generated_text']==want
+
+# ---- other architectures
+SMALL = dict(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+KINDS = dict(llama=dict(tie_word_embeddings=False), qwen2=dict(tie_word_embeddings=True), qwen3=dict(head_dim=16), mistral=dict(sliding_window=16), gemma=dict(head_dim=16), gemma2=dict(head_dim=16, sliding_window=16),
+             gemma3_text=dict(head_dim=16, sliding_window=16), gpt_neox=dict(use_parallel_residual=True, num_key_value_heads=None), phi3=dict(), olmo2=dict())
+
+def checkpoint(kind, to):
+    "A random model of an architecture, saved with the tokenizer of bytes"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{k:v for k,v in (SMALL|KINDS[kind]).items() if v is not None})).float()
+        for p in m.parameters():
+            if p.dim()>1: p.data.normal_(0, .1)
+    m.save_pretrained(to); byte_tokenizer().save_pretrained(to)
+    return str(to)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_architecture(kind, tmp_path):
+    "A bundle on it opens; each expert is what PEFT makes of its adapter; every way to generate agrees"
+    from peft import PeftModel
+    h = hydra_on(load_base(checkpoint(kind, tmp_path/'base'), 'fp32', 'cpu'), noise=.05)
+    before = h.base.model.config.to_dict()
+    m = AutoModelForCausalLM.from_pretrained(h.save(tmp_path/'bundle'))
+    assert m.config.get_text_config().model_type==kind and AutoTokenizer.from_pretrained(tmp_path/'bundle').chat_template
+    assert h.base.model.config.to_dict()==before
+    x, kw = inputs(h, ASKS), dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=2)
+    keep = x['attention_mask'].bool()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path/'base').eval()
+    with torch.no_grad(): assert torch.equal(m(**x, gates=torch.zeros(3, 3)).logits, plain(**x).logits)
+    adapted = PeftModel.from_pretrained(plain, tmp_path/'bundle'/'experts'/'sea').eval()
+    with torch.no_grad():
+        ours = m(**x, gates=one_hot([1]*3, 3)).logits[keep]
+        torch.testing.assert_close(ours, adapted(**x).logits[keep], atol=2e-4, rtol=2e-4)
+        assert (ours-m(**x, gates=torch.zeros(3, 3)).logits[keep]).abs().max()>.01
+    assert torch.equal(m.generate(**x, expert='sea', num_beams=2, **kw), adapted.generate(**x, num_beams=2, **kw))
+    out = m.generate(**x, **kw)
+    assert said(h, out, x)==h.generate(ASKS, max_new_tokens=6)
+    for how in (dict(cache_implementation='static'), dict(use_cache=False)): assert torch.equal(m.generate(**x, **kw, **how), out)

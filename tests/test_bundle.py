@@ -1,0 +1,197 @@
+"""What a bundle must survive, and what it must refuse, found by search; and a bundle of each format that must open for ever.
+
+`python tests/test_bundle.py` writes the golden bundle of the present format, once: tests/data/bundle-FORMAT."""
+import json, shutil, struct
+from pathlib import Path
+import pytest, torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from hydramoe.base import render, tiny_base
+from hydramoe.cluster import Domains, embed
+from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
+from hydramoe.hydra import FORMAT, BundleError, Hydra, check, seal_bundle
+from hydramoe.route import similarity
+from hydramoe.stack import LoraSpec, gated
+
+DATA = Path(__file__).parent/'data'
+NAMES, TEXTS = ['law', 'sea'], ['the court and the law', 'a ship at sea']
+ASKS = ['Which court?', 'A ship and a law', 'hm'] # of which the likeliest tokens lead clearly
+
+def golden():
+    "Two experts of rank 1 on three kinds of layers of the tiny base, large enough to be heard; a router that reads words"
+    base = tiny_base()
+    model = gated(base, 2, LoraSpec(1, 2, 'q_proj,o_proj,down_proj'))
+    for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
+    model.stack.theta += torch.from_numpy(rng(0, 'golden').normal(0, .3, model.stack.theta.shape)).float()
+    return Hydra(base, model, similarity(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .5))
+
+def greedy(h, prompt, expert=None, n=6):
+    "Token ids of the greedy answer, the gates, and by how much the likeliest token led at its tightest"
+    tok = h.base.tokenizer
+    x = tok(render(tok, [dict(role='user', content=prompt)]), return_tensors='pt', add_special_tokens=False)
+    g = h.gates([prompt], expert)
+    out = h.model.generate(**x, gates=g, max_new_tokens=n, do_sample=False, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, return_dict_in_generate=True, output_logits=True)
+    top = torch.stack(out.logits)[:,0].topk(2).values
+    return dict(prompt=prompt, expert=expert, gates=[round(w, 6) for w in g[0].tolist()], tokens=out.sequences[0,x['input_ids'].shape[1]:].tolist()), (top[:,0]-top[:,1]).min().item()
+
+if __name__=='__main__':
+    h, to = golden(), DATA/f'bundle-{FORMAT}'
+    h.save(to)
+    both = [greedy(h, p, e) for p in ASKS for e in (None, 'law', 'sea', 'base')]
+    assert min(m for _,m in both)>.02, [m for _,m in both]
+    write_json(DATA/f'bundle-{FORMAT}.json', [g for g,_ in both])
+    raise SystemExit
+
+# ---- golden
+@pytest.mark.parametrize('at', sorted(DATA.glob('bundle-*/')), ids=lambda p: p.name)
+def test_a_bundle_of_each_format_opens_and_answers_as_ever(at):
+    h, said = Hydra.load(at), read_json(DATA/f'{at.name}.json')
+    for want in said:
+        got, margin = greedy(h, want['prompt'], want['expert'])
+        assert margin>.01 and got['tokens']==want['tokens'] and got['gates']==pytest.approx(want['gates'], abs=1e-5)
+    assert len({str(w['tokens']) for w in said})>3 and sum(f.stat().st_size for f in at.rglob('*'))<60_000
+
+def test_the_present_format_has_its_golden_bundle(): assert read_json(DATA/f'bundle-{FORMAT}'/'hydra.json')['format']==FORMAT
+
+def test_what_is_written_today_is_the_golden_bundle(tmp_path):
+    "To the byte, but for what the card says"
+    golden().save(tmp_path/'now')
+    a, b = ({p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file() and p.name!='README.md'} for d in (tmp_path/'now', DATA/f'bundle-{FORMAT}'))
+    assert a.keys()==b.keys() and [f for f in a if a[f]!=b[f]]==[]
+
+# ---- search
+BYTES = {p.relative_to(DATA/f'bundle-{FORMAT}').as_posix(): p.read_bytes() for p in sorted((DATA/f'bundle-{FORMAT}').rglob('*')) if p.is_file() and p.name!='README.md'}
+TENSORS, TEXT = [f for f in BYTES if f.endswith('.safetensors')], [f for f in BYTES if f.endswith('.json')]
+WHOLE = Hydra.load(DATA/f'bundle-{FORMAT}')
+MOST = settings.default.max_examples # 100, or more under HYPOTHESIS_PROFILE=search
+def fuzz(n): return settings(max_examples=max(n, MOST) if MOST>100 else n, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+@pytest.fixture
+def at(tmp_path):
+    "A bundle that may be changed; `reset` before each example"
+    return tmp_path/'b'
+
+def reset(at):
+    shutil.rmtree(at, ignore_errors=True)
+    for f,b in BYTES.items(): (at/f).parent.mkdir(parents=True, exist_ok=True); (at/f).write_bytes(b)
+    return at
+
+def refused_or_same(at):
+    "The only two ends: an error of ours that names a file of the bundle, or the very same Hydra"
+    try: h = Hydra.load(at)
+    except HydraError as e:
+        assert str(e)
+        return str(e)
+    assert h.names==NAMES and torch.equal(h.model.stack.theta, WHOLE.model.stack.theta) and torch.equal(h.model.stack.scale, WHOLE.model.stack.scale)
+
+def reseal(at):
+    "Every digest made to fit, as a forger would"
+    try: old = read_json(at/'hydra.json'); (at/'hydra.json').unlink(); seal_bundle(at, {k: old[k] for k in ('base', 'experts', 'router', 'built')})
+    except HydraError: pass
+
+@fuzz(100)
+@given(st.data())
+def test_no_byte_can_be_changed(at, data):
+    "Flipped, cut, inserted, doubled: refused, and the file is named. Only hydra.json may be laid out otherwise, if it says the same"
+    file = data.draw(st.sampled_from(sorted(BYTES)))
+    b, i = BYTES[file], data.draw(st.integers(0, len(BYTES[file])-1))
+    new = data.draw(st.one_of(st.integers(0, 255).map(lambda v: b[:i]+bytes([v])+b[i+1:]), st.binary(min_size=1, max_size=9).map(lambda v: b[:i]+v+b[i:]), st.just(b[:i]), st.just(b[:i]+b[i+1:]), st.just(b+b), st.binary(max_size=40)))
+    reset(at); (at/file).write_bytes(new)
+    said = refused_or_same(at)
+    if new!=b and file!='hydra.json': assert said and file in said
+    if said is None: assert json.loads(new)==json.loads(b)
+
+@fuzz(40)
+@given(st.sampled_from(sorted(BYTES)), st.sampled_from(['gone', 'folder', 'link', 'link out', 'empty', 'renamed', 'doubled', 'pickle beside']))
+def test_no_file_can_be_moved(at, file, how):
+    p = reset(at)/file
+    if how in ('gone', 'folder', 'link', 'link out'): p.unlink()
+    if how=='folder': p.mkdir()
+    if how=='link': (at.parent/'copy').write_bytes(BYTES[file]); p.symlink_to(at.parent/'copy')
+    if how=='link out': p.symlink_to('../'*len(p.parts)+'etc/hostname')
+    if how=='empty': p.write_bytes(b'')
+    if how=='renamed': p.rename(p.with_name('x'+p.name))
+    if how=='doubled': shutil.copy(p, p.with_name('x'+p.name))
+    if how=='pickle beside': p.with_suffix('.bin').write_bytes(b'\x80\x04.')
+    said = refused_or_same(at)
+    assert said and (p.name in said or p.with_suffix('.bin').name in said or 'x'+p.name in said)
+
+odd = st.recursive(st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([10**30, 10**400, -1e308, float('inf'), float('nan'), 1e-320, '', 'x', '..', '../../etc', '/etc/passwd', 'law', 'sea', '\ud800', 'a\0b', 'tiny:0', 'tiny:x', 'tiny:', 'path:/etc', 'hub:a/b', 'pypi:os', 'similarity', 'q_proj', 'auto_map', 'minilm'])
+                   | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(['r', 'name', 'auto_map', 'format', 'x', '']), x, max_size=3), max_leaves=5)
+
+def spots(x, at=()):
+    yield at
+    for k in (x if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ()): yield from spots(x[k], at+(k,))
+
+def put(x, at, v):
+    if not at: return v
+    x = json.loads(json.dumps(x))
+    y = x
+    for k in at[:-1]: y = y[k]
+    if v is ...: del y[at[-1]]
+    else: y[at[-1]] = v
+    return x
+
+@fuzz(150)
+@given(st.data())
+def test_no_forged_json_does_harm(at, data):
+    "Any value anywhere in any JSON file, with every digest made to fit"
+    file = data.draw(st.sampled_from(TEXT))
+    whole = json.loads(BYTES[file])
+    where = data.draw(st.sampled_from(list(spots(whole))))
+    forged = put(whole, where, data.draw(odd | st.just(...) if where else odd))
+    reset(at)
+    (at/file).write_text(json.dumps(forged), errors='surrogatepass')
+    man = read_json(at/'hydra.json')
+    if isinstance(man, dict) and isinstance(man.get('files'), dict):
+        if file!='hydra.json': man['files'][file] = file_sha256(at/file)
+        try: seal = digest({k:v for k,v in man.items() if k!='seal'})
+        except HydraError: seal = 'of no number'
+        (at/'hydra.json').write_text(json.dumps(man | dict(seal=seal)), errors='surrogatepass')
+    refused_or_same(at)
+
+@pytest.mark.parametrize('file', [f for f in TEXT if f!='tensors.json'])
+@pytest.mark.parametrize('text', ['['*100_000, '{"a":'*5000+'1'+'}'*5000, '{"format": 1, "format": 2}', 'NaN', '1'*5000, '\ufeff{}', '"', '{"a": "\\ud800"}'], ids=lambda t: t[:9])
+def test_hard_json(at, file, text):
+    reset(at); (at/file).write_text(text)
+    if file!='hydra.json': reseal(at)
+    assert refused_or_same(at)
+
+def header(b): n = struct.unpack('<Q', b[:8])[0]; return json.loads(b[8:8+n]), b[8+n:]
+def packed(h, body): t = json.dumps(h).encode(); return struct.pack('<Q', len(t))+t+body
+
+@fuzz(100)
+@given(st.data())
+def test_no_forged_tensor_file_does_harm(at, data):
+    "Headers that lie about types, shapes, offsets and names, and bodies of noise, with every digest made to fit: an error, or a Hydra of finite numbers"
+    file = data.draw(st.sampled_from(TENSORS))
+    h, body = header(BYTES[file])
+    name = data.draw(st.sampled_from(sorted(set(h)-{'__metadata__'})))
+    what = data.draw(st.sampled_from(['dtype', 'shape', 'data_offsets', 'name', 'metadata', 'drop', 'length', 'body', 'any']))
+    if what=='dtype': h[name]['dtype'] = data.draw(st.sampled_from(['F64', 'F16', 'BF16', 'I8', 'I64', 'U8', 'BOOL', 'F8_E4M3', 'F8_E5M2', 'C64', 'F4', 'x', None, 3]))
+    if what=='shape': h[name]['shape'] = data.draw(st.lists(st.sampled_from([-1, 0, 1, 2, 64, 2**40, 2**63, 2**64, 1.5, '1']), max_size=4))
+    if what=='data_offsets': h[name]['data_offsets'] = data.draw(st.lists(st.sampled_from([-1, 0, 4, 256, len(body), len(body)+1, 2**63, 'x']), max_size=3))
+    if what=='name': h[data.draw(st.text(max_size=8) | st.sampled_from(['../x', name.replace('.lora_A', '.lora_B'), name+'\0', name.upper()]))] = h.pop(name)
+    if what=='metadata': h['__metadata__'] = data.draw(odd)
+    if what=='drop': h.pop(name)
+    if what=='any': h = put(h, data.draw(st.sampled_from(list(spots(h)))), data.draw(odd))
+    if what=='body': i = data.draw(st.integers(0, len(body)-1)); body = body[:i]+data.draw(st.binary(min_size=1, max_size=8))+body[i+1:]
+    b = packed(h, body)
+    if what=='length': b = struct.pack('<Q', data.draw(st.sampled_from([0, 1, 8, len(b)-8, len(b)-7, 10**8, 10**9, 2**63, 2**64-1])))+b[8:]
+    reset(at); (at/file).write_bytes(b)
+    if file.startswith('router'):
+        body = {k:v for k,v in read_json(at/'router'/'router.json').items() if k!='digest'} | dict(sha256=file_sha256(at/file))
+        write_json(at/'router'/'router.json', body | dict(digest=digest(body)))
+    reseal(at)
+    try: loaded = Hydra.load(at)
+    except HydraError as e: assert str(e)
+    else: assert torch.isfinite(loaded.model.stack.theta).all() and loaded.names==NAMES
+
+# ---- by name
+def adapter(at, **kw): f = at/'experts'/'law'/'adapter_config.json'; write_json(f, read_json(f) | kw); reseal(at)
+
+@pytest.mark.parametrize('kw, words', [(dict(lora_alpha=200), 'lora_alpha=200'), (dict(lora_alpha=2.5), 'lora_alpha=2.5'), (dict(r=2), 'r=2'), (dict(use_rslora=True), 'use_rslora'), (dict(use_dora=True), 'use_dora'), (dict(alpha_pattern={'q_proj': 9}), 'alpha_pattern'),
+                                       (dict(rank_pattern={'q_proj': 9}), 'rank_pattern'), (dict(modules_to_save=['lm_head']), 'modules_to_save'), (dict(megatron_config={}, megatron_core='os'), 'megatron_co'), (dict(fan_in_fan_out=True), 'fan_in_fan_out'), (dict(bias='all'), 'bias'), (dict(peft_type='IA3'), 'peft_type')])
+def test_an_adapter_that_says_more_than_plain_lora_is_refused(at, kw, words):
+    "PEFT alone would compute something else than we do, or import what it is told to"
+    adapter(reset(at), **kw)
+    with pytest.raises(HydraError, match=f'law.*{words}'): Hydra.load(at)
