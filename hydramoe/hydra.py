@@ -160,10 +160,10 @@ class Chat:
 
     def route(self,
         text:str # what the user says
-    )->Tensor: # (1,E) gate weights
+    )->Tensor|Gate: # (1,E) gate weights; or the Hydra's gate, which chooses token by token anyway
         "Who answers next: the mixture that is there, unless another expert leads by the margin"
         new = self.hydra.gates([text])
-        if self.gates is None: return new
+        if not torch.is_tensor(self.gates) or self.hydra.gate: return new
         w, now = _and_base(new)[0], _and_base(self.gates)[0].argmax()
         return new if w.max()-w[now]>self.margin else self.gates
 
@@ -175,10 +175,14 @@ class Chat:
         "Say something and get an answer"
         turns = self.messages + as_messages(text)
         gates = self.route(text) if expert is None else self.hydra.gates([turns], expert)
-        weights = {n: w for n,w in zip(self.hydra.names, gates[0].tolist()) if w}
-        with self._cached(turns, gates, kwargs) as cache: answer = self.hydra.ask(turns, expert=weights or 'base', **cache, **kwargs)
+        by_hand = {n: w for n,w in _experts(self.hydra, gates).items() if w} or 'base' if torch.is_tensor(gates) else None
+        with self._cached(turns, gates, kwargs) as cache: answer = self.hydra.ask(turns, expert=by_hand, **cache, **kwargs)
         self.messages = turns + [dict(role='assistant', content=answer)]
         return answer
+
+def _experts(hydra, gates): return dict(zip(hydra.names, gates[0].tolist())) if torch.is_tensor(gates) else {f'{gates.kind} gate': 1.}
+
+def _leader(g): return int(_and_base(g).argmax()) if torch.is_tensor(g) else -1
 
 def _and_base(g): return torch.cat([g, 1-g.sum(-1, keepdim=True)], -1) # what is left of 1 is the base's
 
@@ -196,7 +200,7 @@ def _cached(self:Chat, turns, gates, kwargs):
     tok = self.hydra.base.tokenizer
     ids = tok(render(tok, turns), add_special_tokens=False)['input_ids']
     before = min(_shared(ids, self.ids), len(ids)-1) if self.cache else 0
-    same = self.gates is not None and torch.equal(gates, self.gates)
+    same = gates is self.gates or torch.is_tensor(gates) and torch.is_tensor(self.gates) and torch.equal(gates, self.gates)
     cache, known = (self.cache, before) if same and before else (DynamicCache(), 0)
     _cut(cache, known)
     self.cache = None
@@ -205,9 +209,9 @@ def _cached(self:Chat, turns, gates, kwargs):
     if own:
         _cut(cache, len(ids))
         self.cache, self.ids = cache, ids
-    took_over = self.gates is not None and not torch.equal(_and_base(gates).argmax(), _and_base(self.gates).argmax())
+    took_over = self.gates is not None and _leader(gates)!=_leader(self.gates)
     again = before if not known else 0
-    self.turns.append(dict(experts=dict(zip(self.hydra.names, gates[0].tolist())), took_over=took_over, tokens=len(ids), read=len(ids)-(known if own else 0), again=again))
+    self.turns.append(dict(experts=_experts(self.hydra, gates), took_over=took_over, tokens=len(ids), read=len(ids)-(known if own else 0), again=again))
     self.gates = gates
 
 @patch

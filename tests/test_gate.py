@@ -6,11 +6,12 @@ from hypothesis import given, settings, strategies as st
 from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from hydramoe.auto import HydraForCausalLM
 from hydramoe.base import byte_tokenizer, tiny_base
 from hydramoe.cli import main
 from hydramoe.core import HydraError, read_json, write_json
 from hydramoe.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
-from hydramoe.hydra import BundleError, Hydra, adopt, check, seal_bundle
+from hydramoe.hydra import Chat, BundleError, Hydra, adopt, check, seal_bundle
 from hydramoe.stack import LoraSpec, Stack, at_fork, from_fork, gated, hidden, make_plan, one_hot, with_adapters
 
 KINDS = list(GATES)
@@ -369,3 +370,16 @@ def test_from_adapters_to_an_answer_on_a_base_in_a_folder(theirs, tmp_path, monk
         assert shell('build', '--from', theirs['plain'], '--out', tmp_path/'b')[0]==2
     finally:
         for f in theirs.values(): write_json(f/'adapter_config.json', dict(read_json(f/'adapter_config.json'), base_model_name_or_path='tiny-0'))
+
+def test_a_conversation_and_transformers_take_a_gate_too(theirs, tmp_path):
+    h = adopt(theirs, tmp_path/'b', quant='fp32', gate='arrow', top_k=2)
+    chat = Chat(h)
+    said = [chat(t, max_new_tokens=6) for t in ('Who was that?', 'And now?')]
+    assert said[1]==h.ask(chat.messages[:-1], max_new_tokens=6) and chat.explain().startswith('arrow gate 100%') and not chat.turns[1]['took_over']
+    assert chat.turns[1]['read']<chat.turns[1]['tokens'] # the cache is kept: the gate is the same
+    by_hand = chat('And then?', expert=h.names[0], max_new_tokens=6)
+    assert by_hand==h.ask(chat.messages[:-1], expert=h.names[0], max_new_tokens=6) and chat.turns[2]['took_over']
+    model = HydraForCausalLM.from_pretrained(tmp_path/'b')
+    x = h.base.tokenizer.apply_chat_template([dict(role='user', content='Who?')], return_tensors='pt', return_dict=True, add_generation_prompt=True)
+    out = model.generate(**x, max_new_tokens=6, do_sample=False)
+    assert h.base.tokenizer.decode(out[0, x['input_ids'].shape[1]:], skip_special_tokens=True).strip()==h.ask('Who?', max_new_tokens=6)
