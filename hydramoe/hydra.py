@@ -34,7 +34,7 @@ from .stack import GatedCausalLM, LoraSpec, with_adapters
 from .score import response_losses
 from .expert import GroupSpec, TrainSpec, collect, expert_weights, group_size, make_jobs, on_stack, open_base
 from .expert import outline, run_jobs, sort_rows, train_experts, train_seed
-from .route import Router, explain_route, plot_route, route_text, similarity, uniform
+from .route import Router, explain_route, plot_route, route_text, similarity, uniform, with_domain, without_domain
 from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
 
 # %% ../nbs/33_hydra.ipynb #cell8
@@ -163,7 +163,7 @@ class Chat:
     )->Tensor|Gate: # (1,E) gate weights; or the Hydra's gate, which chooses token by token anyway
         "Who answers next: the mixture that is there, unless another expert leads by the margin"
         new = self.hydra.gates([text])
-        if not torch.is_tensor(self.gates) or self.hydra.gate: return new
+        if not (torch.is_tensor(new) and torch.is_tensor(self.gates)): return new
         w, now = _and_base(new)[0], _and_base(self.gates)[0].argmax()
         return new if w.max()-w[now]>self.margin else self.gates
 
@@ -935,36 +935,24 @@ def propose_domains(
     return found
 
 # %% ../nbs/33_hydra.ipynb #cell114
-def _domains_of(router):
-    "The domains behind a similarity router"
-    if router.kind!='similarity':
-        raise HydraError(f"a {router.kind} router cannot be refitted from the bundle alone: it is fitted on all prompts at once; build again")
-    return Domains(router.arrays['centroids'], router.names, router.params['encoder'])
-
-def _similar(router, domains): return similarity(domains, router.params['temperature'], (k := router.params.get('top_k')) and min(k, len(domains)))
+def _made_again(gate): return dict(kind=gate.kind, **gate.params)
 
 def router_with(
-    router:Router, # of kind similarity or uniform
+    router:Router|Gate, # of a kind that keeps what it was fitted from: similarity, ridge, knn, uniform; or a gate
     name:str, # of the new expert
     x:np.ndarray # (N,d) embeddings of its training prompts
-)->Router: # as if fitted with that domain from the start
-    "A router that knows one more expert; a gate is made again, by keywords of `make_gate`"
-    if isinstance(router, Gate): return dict(kind=router.kind, **router.params)
-    if router.kind=='uniform': return uniform([*router.names, name])
-    old = _domains_of(router)
-    return _similar(router, Domains(np.vstack([old.centroids, np.asarray(x).mean(0)]), [*old.names, name], old.encoder))
+)->Router|dict: # as if fitted with that domain from the start; for a gate the keywords of `make_gate`
+    "A router that knows one more expert"
+    return _made_again(router) if isinstance(router, Gate) else with_domain(router, name, x)
 
 def router_without(
-    router:Router, # of kind similarity or uniform
+    router:Router|Gate, # as for `router_with`
     name:str # of the expert that goes
-)->Router: # as if fitted without that domain
-    "A router that knows one expert less; a gate is made again, by keywords of `make_gate`"
-    keep = [i for i,n in enumerate(router.names) if n!=one_of(name, router.names, 'expert')]
-    if not keep: raise HydraError(f"{name!r} is the only expert: without it there is no Hydra")
-    if isinstance(router, Gate): return dict(kind=router.kind, **router.params)
-    if router.kind=='uniform': return uniform([router.names[i] for i in keep])
-    old = _domains_of(router)
-    return _similar(router, Domains(old.centroids[keep], [old.names[i] for i in keep], old.encoder))
+)->Router|dict: # as if fitted without that domain; for a gate the keywords of `make_gate`
+    "A router that knows one expert less"
+    one_of(name, router.names, 'expert')
+    if len(router.names)==1: raise HydraError(f"{name!r} is the only expert: without it there is no Hydra")
+    return _made_again(router) if isinstance(router, Gate) else without_domain(router, name)
 
 # %% ../nbs/33_hydra.ipynb #cell117
 def find_seed(
