@@ -247,7 +247,7 @@ def plot_gate(
     use = _blocks({n: torch.tensor(list(w.values())) for n,w in explanation['layers'].items()})
     names = list(next(iter(explanation['layers'].values())))
     fig,ax = plt.subplots(figsize=(max(4, .3*len(use)), .9+.35*len(names)), layout='constrained')
-    image = ax.imshow(torch.stack(list(use.values()), 1), vmin=0, vmax=1, cmap='Blues', aspect='auto')
+    image = ax.imshow(torch.stack(list(use.values()), 1).numpy(), vmin=0, vmax=1, cmap='Blues', aspect='auto')
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel='block', title=f"average weight by {explanation['kind']}")
     step = max(1, len(use)//15)
     ax.set_xticks(range(0, len(use), step), list(use)[::step])
@@ -255,7 +255,7 @@ def plot_gate(
     plt.close(fig)
     return fig
 
-# %% ../nbs/31_gate.ipynb #cell65
+# %% ../nbs/31_gate.ipynb #cell67
 def save_gate(
     gate:Gate, # any
     path:str|Path # a directory, made if missing
@@ -271,7 +271,7 @@ def load_gate(
     if set(meta)!={'kind', 'names', 'params'}: raise HydraError(f"{Path(path)/'gate.json'} tells of {', '.join(sorted(meta))}; need kind, names, params")
     return Gate(meta['kind'], meta['names'], {n: torch.from_numpy(a) for n,a in arrays.items()}, meta['params'])
 
-# %% ../nbs/31_gate.ipynb #cell68
+# %% ../nbs/31_gate.ipynb #cell70
 def score_gates(
     out:Path, # the directory to fill: a stage's
     *,
