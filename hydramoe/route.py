@@ -303,7 +303,8 @@ def knn(
     "Route by the labels of the nearest training prompts"
     names,encoder,x,y = _training(domains, x, labels, encoder)
     if not (isinstance(k, int) and k>=1): raise HydraError(f"k={k} neighbours; give a whole number, at least 1")
-    return Router('knn', names, dict(prompts=x.astype(np.float32), labels=y), dict(k=k, temperature=temperature, top_k=top_k, encoder=encoder))
+    order = np.argsort(y, kind='stable')
+    return Router('knn', names, dict(prompts=x[order].astype(np.float32), labels=y[order]), dict(k=k, temperature=temperature, top_k=top_k, encoder=encoder))
 
 def _to_prompts(r, x): # → (N,M)
     if x.ndim!=2 or x.shape[1]!=r.arrays['prompts'].shape[1]:
@@ -347,7 +348,7 @@ def with_domain(
     _may_change(router)
     x = _standard(x, router.arrays) if router.params.get('encoder')=='hidden' else x
     arrays = dict(router.arrays, **_GROWS[router.kind](router, x))
-    if 'centroids' in arrays: arrays |= _of_similarity(router, x)
+    if 'centroids' in arrays: arrays |= dict(centroids=_means_of(arrays['gram'])) if router.kind=='ridge' else _of_similarity(router, x)
     return Router(router.kind, [*router.names, name], arrays, dict(router.params))
 
 def without_domain(
@@ -489,7 +490,9 @@ def static_vectors(
     arrays:dict[str,np.ndarray] # from `distil_tokens`: seen, vectors, middle
 )->np.ndarray: # (N,d) fp32, rows of unit length
     "Stand-ins for MiniLM's embeddings, from a stored vector a token"
-    return normalize(_bags(_tokens(texts), arrays['seen'])@arrays['vectors'].astype(np.float32)+arrays['middle']).astype(np.float32)
+    bags = _bags(_tokens(texts), arrays['seen'])
+    used = np.unique(bags.indices)
+    return normalize(bags[:,used]@arrays['vectors'][used].astype(np.float32)+arrays['middle']).astype(np.float32)
 
 # %% ../nbs/30_route.ipynb #cell76
 def distil_tokens(
@@ -522,7 +525,7 @@ def on_static(
     if router.params.get('encoder')!='minilm': raise HydraError(f"tokens were distilled from minilm, and this {router.kind} router reads {router.params.get('encoder')}")
     return replace(router, arrays=dict(router.arrays, **arrays), params=dict(router.params, encoder='static'))
 
-# %% ../nbs/30_route.ipynb #cell79
+# %% ../nbs/30_route.ipynb #cell81
 def _standard(x, arrays): # (N,d) → (N,d), rows of unit length
     x = np.asarray(x, np.float64)
     if x.ndim!=2 or x.shape[1]!=len(arrays['center']): raise HydraError(f"hidden states of shape {x.shape} do not fit this router; need (N, {len(arrays['center'])})")
@@ -542,7 +545,7 @@ def on_hidden(
     r = make(domains, _standard(x, rule), labels, encoder='words', **kwargs)
     return replace(r, arrays=dict(r.arrays, **rule), params=dict(r.params, encoder='hidden', layer=int(layer)))
 
-# %% ../nbs/30_route.ipynb #cell83
+# %% ../nbs/30_route.ipynb #cell85
 def _far(r, x): # → (N,)
     "Squared distance to the nearest domain; for neighbours the mean over those that vote"
     if r.kind=='knn': return np.sort(_to_prompts(r, x), 1)[:,:r.params['k']].mean(1)
@@ -576,7 +579,7 @@ def _means_of(gram):
     last = gram[:,np.triu_indices(size)[1]==size-1]
     return (last[:,:-1]/last[:,-1:]).astype(np.float32)
 
-# %% ../nbs/30_route.ipynb #cell90
+# %% ../nbs/30_route.ipynb #cell92
 def lead(
     w:np.ndarray # (N,E) weights
 )->np.ndarray: # (N,), 0 to 1
@@ -620,7 +623,7 @@ def _cascaded(r, n, given):
 
 _WEIGHTS['cascade'] = _cascaded
 
-# %% ../nbs/30_route.ipynb #cell93
+# %% ../nbs/30_route.ipynb #cell95
 def explain_route(
     router:Router, # any kind that can be asked one prompt
     text:str, # the prompt
@@ -656,7 +659,7 @@ def route_text(
     if rest := e['experts'][most:]: lines.append(f"  … {len(rest)} more, {sum(x['weight'] for x in rest):.1%} together")
     return '\n'.join(lines)
 
-# %% ../nbs/30_route.ipynb #cell95
+# %% ../nbs/30_route.ipynb #cell97
 def plot_route(
     explanation:dict, # from `explain_route`
     most:int=12 # experts drawn

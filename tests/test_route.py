@@ -195,3 +195,224 @@ def test_a_long_prompt_is_cut_and_many_experts_are_summed():
     r = uniform([f'd{i}' for i in range(40)])
     lines = route_text(explain_route(r, 'word\n'*500), most=3).splitlines()
     assert len(lines)==6 and max(map(len, lines))<100 and '37 more, 92.5% together' in lines[-1]
+
+# --- in closed form: what comes and goes leaves no trace
+
+from dataclasses import replace
+from hydramoe.route import abstaining, calibrated, calibration_error, cascade, choose_margin, choose_threshold, distilled, in_hindsight, knn, lead, on_hidden
+from hydramoe.route import on_static, permuted, ridge, static_vectors, with_domain, with_prompts, without_domain
+
+NAMES = [f'd{i}' for i in range(5)]
+y = labels(60, 5)
+def means(names, x, y): return similarity(Domains(np.stack([x[np.asarray(y)==n].mean(0) for n in names]), names, 'words'))
+def hidden(names, x, y): return on_hidden(ridge, names, x, y, 3)
+def fitted(make, names, x=x, y=y): return make(names, x[np.isin(y, [NAMES.index(n) for n in names])], [NAMES[i] for i in y if NAMES[i] in names])
+def equal(a, b): return a.names==b.names and a.params==b.params and a.arrays.keys()==b.arrays.keys() and all(np.array_equal(a.arrays[n], b.arrays[n]) for n in a.arrays)
+
+@pytest.mark.parametrize('make', [means, ridge, knn])
+@pytest.mark.parametrize('gone', [0, 2, 4])
+def test_a_domain_more_or_less_is_a_refit(make, gone):
+    left = [n for i,n in enumerate(NAMES) if i!=gone]
+    without = fitted(make, left)
+    new = with_domain(without, NAMES[gone], x[y==gone])
+    assert equal(new, fitted(make, [*left, NAMES[gone]]))
+    assert equal(without_domain(new, NAMES[gone]), without)
+    assert equal(without_domain(fitted(make, NAMES), NAMES[gone]), without)
+
+def test_a_domain_leaves_a_standardised_router_without_a_trace():
+    r = hidden(NAMES, 50*x+np.arange(16), y)
+    assert equal(without_domain(with_domain(r, 'more', 50*x[:9]+np.arange(16)), 'more'), r)
+
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(range(60)), st.integers(6, 54), st.floats(1e-6, 1.))
+def test_more_prompts_in_any_order_are_a_refit(turn, cut, size):
+    z,turn = (size*x).astype(np.float32),np.array(turn)
+    first,rest = turn[:cut],turn[cut:]
+    if len(set(y[first]))<5: return
+    assert equal(with_prompts(ridge(NAMES, z[first], y[first]), z[rest], y[rest]), ridge(NAMES, z, y))
+
+def test_ridge_is_least_squares_on_labels():
+    from sklearn.linear_model import Ridge
+    want = Ridge(alpha=.3).fit(x.astype(np.float64), np.eye(5)[y]).predict(x.astype(np.float64))
+    assert np.allclose(ridge(NAMES, x, y).scores(x=x), want, atol=1e-3)
+
+def test_a_saved_ridge_router_can_still_be_refitted(tmp_path):
+    back = Router.load(fitted(ridge, NAMES[:4]).save(tmp_path))
+    assert equal(with_domain(back, 'd4', x[y==4]), ridge(NAMES, x, y))
+
+# --- neighbours, losses, calibration
+
+def test_neighbours_vote_by_distance():
+    r = knn(NAMES, x, y, k=7, temperature=.3)
+    d = ((x[:5,None].astype(float)-x[None])**2).sum(-1)
+    for row,g in zip(d, r(x=x[:5])):
+        near = sorted(range(60), key=lambda i: row[i])[:7]
+        v = np.exp(-row[near]/.3)
+        assert np.allclose(g, [v[[y[i]==e for i in near]].sum()/v.sum() for e in range(5)], atol=1e-5)
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 99), st.floats(.02, 2), st.floats(1e-4, .1))
+def test_taught_by_losses_is_the_least_kl(seed, tau, l2):
+    L = rng(seed, 'losses').normal(size=(60,5))
+    r = distilled(NAMES, x, L, tau, l2)
+    z,w,q = np.c_[x, np.ones(60)].astype(float),np.c_[r.arrays['weight'], r.arrays['bias']],softmax(-L/tau)
+    def kl(w): return (np.logaddexp.reduce(z@w.T, 1)-(q*(z@w.T)).sum(1)).mean()+l2/2*(w**2).sum()
+    grad = (softmax(z@w.T)-q).T@z/60+l2*w
+    assert np.abs(grad).max()<1e-4
+    assert all(kl(w)<=kl(w+.01*rng(i, 'step').normal(size=w.shape)) for i in range(5))
+
+def test_small_tau_is_the_best_expert_and_equal_losses_are_no_opinion():
+    L = rng(3, 'losses').normal(size=(16,5))
+    assert (distilled(NAMES, x[:16], L, 1e-4, 1e-9)(x=x[:16]).argmax(1)==L.argmin(1)).all()
+    assert np.allclose(distilled(NAMES, x, np.full((60,5), 2.))(x=x), .2, atol=1e-6)
+    assert np.allclose(distilled(NAMES, x, L[np.zeros(60,int)]+np.arange(60)[:,None])(x=x), distilled(NAMES, x, L[np.zeros(60,int)])(x=x), atol=1e-5)
+
+def test_held_still_it_stays_where_it_began():
+    start = routers['classifier']
+    assert np.allclose(distilled(NAMES, x, rng(0, 'l').normal(size=(60,5)), l2=1e6, start=start)(x=x), start(x=x), atol=1e-3)
+
+def test_calibration_lowers_the_nll_and_changes_no_first_choice():
+    far = x+.5*rng(1, 'blur').normal(size=x.shape)
+    for r in (classifier(NAMES, x, y, C=1e4), ridge(NAMES, x, y), means(NAMES, x, np.array(NAMES)[y]), distilled(NAMES, x, -np.eye(5)[y])):
+        mild = calibrated(r, far, y)
+        def nll(r): return -np.log(np.maximum(r(x=far)[np.arange(60),y], 1e-9)).mean()
+        assert nll(mild)<=nll(r)+1e-6 and (mild(x=far).argmax(1)==r(x=far).argmax(1)).all()
+        assert all(nll(mild)<=nll(replace(mild, params=dict(mild.params, temperature=mild.params['temperature']*f)))+1e-6 for f in (.7, 1.4))
+
+# --- controls
+
+@pytest.mark.parametrize('kind', ['similarity', 'classifier', 'ridge', 'knn', 'oracle', 'mix'])
+def test_permuted_routes_are_the_same_in_another_order(kind):
+    r = dict(routers, ridge=ridge(NAMES, x, y), knn=knn(NAMES, x, y))[kind]
+    turn = rng(7, 'permuted').permutation(5)
+    assert np.allclose(permuted(r, 7)(x=x), r(x=x)[:,turn], atol=1e-6) and permuted(r, 7).names==r.names
+    assert (turn!=np.arange(5)).any()
+
+def test_hindsight_is_the_least_loss():
+    L = rng(0, 'l').normal(size=(60,5))
+    assert (in_hindsight(NAMES, L)(x=x).argmax(1)==L.argmin(1)).all()
+
+# --- abstention
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(0, 10), min_size=30, max_size=200), st.sampled_from([.05, .1, .3]))
+def test_a_threshold_loses_no_more_than_asked(d, lose):
+    d = np.array(d)
+    t = choose_threshold(d, lose)
+    assert (d>t).mean()<=lose and t in d and (d>=t).mean()>=lose-1/len(d)
+
+def test_a_threshold_holds_for_new_prompts_on_average():
+    draws = [rng(i, 'd').normal(size=80)**2 for i in range(400)]
+    lost = np.mean([d[40:]>choose_threshold(d[:40], .1) for d in draws])
+    assert .07<lost<=.105
+
+@pytest.mark.parametrize('make', [means, ridge, knn])
+def test_far_prompts_go_to_the_base_and_the_others_where_they_went(make, tmp_path):
+    r = fitted(make, NAMES)
+    t = float(np.median(abstaining(r, 1.).distance(x=x)))
+    careful = abstaining(r, t)
+    g,far = careful(x=x),careful.distance(x=x)>t
+    assert 0<far.sum()<60 and (g[far]==0).all() and np.array_equal(g[~far], r(x=x)[~far])
+    assert np.array_equal(Router.load(careful.save(tmp_path))(x=x), g) and (heard(g[far])==0).all()
+
+def test_a_row_of_zeros_is_a_gate():
+    import torch
+    from hydramoe.base import tiny_base
+    from hydramoe.stack import LoraSpec, gated
+    b = tiny_base()
+    ids = torch.randint(3, 90, (2,6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        bare = b.model(input_ids=ids).logits
+        model = gated(b, 5, LoraSpec(2))
+        model.stack.theta.normal_(std=.2, generator=torch.Generator().manual_seed(0))
+        out = model(input_ids=ids, gates=torch.tensor([[0.]*5, [0,.5,0,.5,0]])).logits
+    assert torch.allclose(out[0], bare[0], atol=1e-5) and not torch.allclose(out[1], bare[1], atol=1e-3)
+
+def test_abstaining_grows_with_its_domains():
+    r = abstaining(fitted(ridge, NAMES[:4]), .9)
+    assert equal(with_domain(r, 'd4', x[y==4]), abstaining(ridge(NAMES, x, y), .9))
+
+# --- other vectors
+
+def pretended(seed=0):
+    t = [f'{a} {b} word{i}' for i,(a,b) in enumerate(zip('red green blue'.split()*8, 'cat dog'.split()*12))]
+    return t, dict(seen=np.arange(0, 30_000, dtype=np.int64), vectors=rng(seed, 'v').normal(size=(30_000,16)).astype(np.float16), middle=np.zeros(16, np.float32))
+
+@pytest.fixture
+def wordpiece(monkeypatch):
+    "A tokenizer that needs no asset"
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    import hydramoe.route as route
+    t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(['?','red','green','blue','cat','dog'])}, unk_token='?'))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    monkeypatch.setattr(route, '_wordpiece', lambda: t)
+
+def test_static_vectors_are_the_sum_of_their_tokens(wordpiece):
+    t,a = pretended()
+    v = static_vectors(t, a)
+    assert np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-5)
+    assert all(np.array_equal(static_vectors([s], a)[0], u) for s,u in zip(t, v))
+    s = a['vectors'].astype(float)[[1,4,0]].sum(0)
+    assert np.allclose(v[0], s/np.linalg.norm(s), atol=1e-5) and np.array_equal(static_vectors(['cat red word9'], a)[0], v[0])
+
+def test_a_static_router_is_kept_whole(wordpiece, tmp_path):
+    t,a = pretended()
+    r = on_static(replace(routers['similarity'], params=dict(routers['similarity'].params, encoder='minilm')), a)
+    back = Router.load(r.save(tmp_path))
+    assert np.array_equal(back(t), r(t)) and back.params['encoder']=='static'
+
+def test_hidden_states_are_measured_by_the_rule_of_the_first_fit(tmp_path):
+    h = 50*x+np.arange(16)*100
+    r = hidden(NAMES, h, y)
+    assert np.allclose(hidden(NAMES, h*4-7, y)(x=h*4-7), r(x=h), atol=1e-3)
+    assert np.array_equal(Router.load(r.save(tmp_path))(x=h), r(x=h))
+    with pytest.raises(HydraError, match='after layer 3: give it as x'): r(['one'])
+
+# --- cascade
+
+@settings(deadline=None, max_examples=25)
+@given(st.floats(-1, 1))
+def test_a_cascade_is_the_cheap_router_where_it_leads_and_the_good_one_elsewhere(margin):
+    cheap,good = routers['similarity'],ridge(NAMES, x, y)
+    g,w = cascade(cheap, good, margin)(x=(x, x)),cheap(x=x)
+    ask = lead(w)<=margin
+    assert np.array_equal(g[ask], good(x=x)[ask]) and np.array_equal(g[~ask], w[~ask])
+
+@pytest.mark.parametrize('agree', [.8, .9, .97, 1.])
+def test_a_margin_is_the_least_that_agrees(agree):
+    cheap,good = routers['similarity'],ridge(NAMES, x, y)
+    w,chosen = cheap(x=x),good(x=x).argmax(1)
+    m = choose_margin(w, chosen, agree)
+    def same(m): return ((w.argmax(1)==chosen)|(lead(w)<=m)).mean()
+    assert same(m)>=agree and not [n for n in [-1, *lead(w)] if n<m and same(n)>=agree]
+    assert (cascade(cheap, good, m)(x=(x, x)).argmax(1)==chosen).mean()>=agree
+
+def test_a_cascade_is_kept_whole(tmp_path):
+    r = cascade(routers['similarity'], ridge(NAMES, x, y), .4)
+    back = Router.load(r.save(tmp_path))
+    assert np.array_equal(back(x=(x, x)), r(x=(x, x))) and back.names==NAMES
+
+@pytest.mark.parametrize('make,message', [
+    (lambda: ridge(NAMES, x, y, lam=0), 'lam=0'),
+    (lambda: knn(NAMES, x, y, k=0), 'k=0 neighbours'),
+    (lambda: ridge(NAMES, x*1e8, y), 'too many to be summed exactly'),
+    (lambda: with_domain(routers['classifier'], 'new', x), 'fitted on all prompts at once'),
+    (lambda: with_domain(ridge(NAMES, x, y), 'd0', x), "'d0' occurs twice"),
+    (lambda: without_domain(ridge(NAMES, x, y), 'd9'), 'choose one of d0'),
+    (lambda: with_prompts(routers['uniform'], x, y), 'keeps no sums'),
+    (lambda: distilled(NAMES, x, np.ones((60,4))), r'need \(60, 5\)'),
+    (lambda: distilled(NAMES, x, np.ones((60,5)), tau=0), 'tau must be above 0'),
+    (lambda: distilled(NAMES, x, np.full((60,5), np.nan)), 'all finite'),
+    (lambda: choose_threshold(np.ones(5), .05), 'give at least 19'),
+    (lambda: abstaining(routers['uniform'], 1.), 'reads no vectors'),
+    (lambda: abstaining(routers['classifier'], 1.), 'does not know where its domains are'),
+    (lambda: on_static(routers['similarity'], {}), "reads words"),
+    (lambda: cascade(routers['similarity'], uniform(list('abcde')), .1), 'must weigh the same experts'),
+    (lambda: permuted(cascade(routers['similarity'], routers['similarity'], .1)), 'permute the two routers')])
+def test_more_refused(make, message):
+    with pytest.raises(HydraError, match=message): make()
+
+def test_a_cascade_with_an_array_of_nobody_is_refused(tmp_path):
+    cascade(routers['similarity'], ridge(NAMES, x, y), .4).save(tmp_path)
+    forge(tmp_path, lambda a,m: a.update(third=a['first.centroids']))
+    with pytest.raises(HydraError, match="'third'"): Router.load(tmp_path)
