@@ -120,11 +120,12 @@ class HydraForCausalLM(GatedCausalLM):
         input_ids:Tensor|None, # (B,T)
         attention_mask:Tensor|None=None, # (B,T), 1 where a token is
         expert=None # as `Hydra.gates` takes it; None: the router's choice
-    )->Tensor: # (B,E), on the model's device
+    )->Tensor: # (B,E), on the model's device; a Hydra with a gate gives that
         "The gates of each row, by what its ids say or by hand"
         if input_ids is None: raise HydraError("there are no token ids to route by: give input_ids, or say yourself which experts, gates=")
         prompts = prompts_of(self.hydra.base.tokenizer, input_ids, attention_mask) if expert is None else ['-']*len(input_ids)
-        return self.hydra.gates(prompts, expert).to(self.device)
+        gates = self.hydra.gates(prompts, expert)
+        return gates.to(self.device) if isinstance(gates, Tensor) else gates
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, gates=None, logits_to_keep=None, **kwargs):
         "As the base's forward; `gates` (B,E) or as the stack takes them, None: routed by `input_ids`"

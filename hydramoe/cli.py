@@ -137,7 +137,7 @@ _FILES = (
     arg('--encoding', help='of text files, such as cp1252 (default: by their first bytes, else utf-8)'),
 )
 _ROWS = (
-    arg('--base', default='smollm2', help="the base: 'smollm2', a path, or a Hub id, ORG/NAME@REVISION (default %(default)s)"),
+    arg('--base', default='smollm2', help="the base: 'smollm2', 'gemma3', a path, or a Hub id, ORG/NAME@REVISION (default %(default)s)"),
     arg('--k', type=int, metavar='N', help='experts (default: one for each 20 rows, nine at most)'),
     arg('--tokens', type=int, default=50_000, metavar='N', help='training tokens of one pass; rows beyond are left out (default %(default)s)'),
     arg('--max-length', type=int, default=300, metavar='N', help='tokens of a prompt, and of an answer; longer rows are left out (default %(default)s)'),

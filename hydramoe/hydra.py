@@ -163,7 +163,7 @@ class Chat:
     )->Tensor|Gate: # (1,E) gate weights; or the Hydra's gate, which chooses token by token anyway
         "Who answers next: the mixture that is there, unless another expert leads by the margin"
         new = self.hydra.gates([text])
-        if not (torch.is_tensor(new) and torch.is_tensor(self.gates)): return new
+        if not isinstance(self.gates, Tensor) or not isinstance(new, Tensor): return new
         w, now = _and_base(new)[0], _and_base(self.gates)[0].argmax()
         return new if w.max()-w[now]>self.margin else self.gates
 
@@ -175,21 +175,20 @@ class Chat:
         "Say something and get an answer"
         turns = self.messages + as_messages(text)
         gates = self.route(text) if expert is None else self.hydra.gates([turns], expert)
-        by_hand = {n: w for n,w in _experts(self.hydra, gates).items() if w} or 'base' if torch.is_tensor(gates) else None
-        with self._cached(turns, gates, kwargs) as cache: answer = self.hydra.ask(turns, expert=by_hand, **cache, **kwargs)
+        with self._cached(turns, gates, kwargs) as cache: answer = self.hydra.ask(turns, expert=_by_name(self.hydra, gates), **cache, **kwargs)
         self.messages = turns + [dict(role='assistant', content=answer)]
         return answer
 
-def _experts(hydra, gates): return dict(zip(hydra.names, gates[0].tolist())) if torch.is_tensor(gates) else {f'{gates.kind} gate': 1.}
-
-def _leader(g): return int(_and_base(g).argmax()) if torch.is_tensor(g) else -1
-
+def _by_name(hydra, g): return ({n: w for n,w in zip(hydra.names, g[0].tolist()) if w} or 'base') if isinstance(g, Tensor) else None # None: what the Hydra does by itself
 def _and_base(g): return torch.cat([g, 1-g.sum(-1, keepdim=True)], -1) # what is left of 1 is the base's
 
 # %% ../nbs/33_hydra.ipynb #chatcached
 def _cut(cache, n):
     "Forget all but the first n tokens"
     if (more := cache.get_seq_length()-n)>0: cache.crop(-more)
+
+def _same(g, h): return g is h or isinstance(g, Tensor) and isinstance(h, Tensor) and torch.equal(g, h)
+def _leader(g): return _and_base(g)[0].argmax().item() if isinstance(g, Tensor) else None # None: a gate, which has no leader
 
 def _shared(a, b): return next((i for i,(x,y) in enumerate(zip(a, b)) if x!=y), min(len(a), len(b)))
 
@@ -200,8 +199,7 @@ def _cached(self:Chat, turns, gates, kwargs):
     tok = self.hydra.base.tokenizer
     ids = tok(render(tok, turns), add_special_tokens=False)['input_ids']
     before = min(_shared(ids, self.ids), len(ids)-1) if self.cache else 0
-    same = gates is self.gates or torch.is_tensor(gates) and torch.is_tensor(self.gates) and torch.equal(gates, self.gates)
-    cache, known = (self.cache, before) if same and before else (DynamicCache(), 0)
+    cache, known = (self.cache, before) if before and _same(gates, self.gates) else (DynamicCache(), 0)
     _cut(cache, known)
     self.cache = None
     own = not kwargs.keys() & {'num_beams', 'num_return_sequences', 'use_cache', 'cache_implementation', 'past_key_values'}
@@ -210,8 +208,7 @@ def _cached(self:Chat, turns, gates, kwargs):
         _cut(cache, len(ids))
         self.cache, self.ids = cache, ids
     took_over = self.gates is not None and _leader(gates)!=_leader(self.gates)
-    again = before if not known else 0
-    self.turns.append(dict(experts=_experts(self.hydra, gates), took_over=took_over, tokens=len(ids), read=len(ids)-(known if own else 0), again=again))
+    self.turns.append(dict(experts=_by_name(self.hydra, gates), took_over=took_over, tokens=len(ids), read=len(ids)-(known if own else 0), again=before-(known if own else 0)))
     self.gates = gates
 
 @patch
@@ -220,7 +217,8 @@ def explain(self:Chat,
 )->str: # one line
     "Who answered a turn, and how many tokens were read for it"
     t = self.turns[turn]
-    who = ', '.join(f'{n} {w:.0%}' for n,w in sorted(t['experts'].items(), key=lambda e: -e[1]) if w>=.1) or 'base'
+    experts = t['experts'] if isinstance(t['experts'], dict) else {}
+    who = ', '.join(f'{n} {w:.0%}' for n,w in sorted(experts.items(), key=lambda e: -e[1]) if w>=.1) or t['experts'] or f'{self.gates.kind} gate'
     cost = f"{t['read']} of {t['tokens']} tokens read" + (f", {t['again']} of them again" if t['again'] else '')
     return f"{who}{' took over' if t['took_over'] else ''}; {cost}"
 

@@ -256,3 +256,22 @@ def test_architecture(kind, tmp_path):
     out = m.generate(**x, **kw)
     assert said(h, out, x)==h.generate(ASKS, max_new_tokens=6)
     for how in (dict(cache_implementation='static'), dict(use_cache=False)): assert torch.equal(m.generate(**x, **kw, **how), out)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['smollm2', 'gemma3'])
+def test_real_bases(name, tmp_path):
+    "A bundle on a base that comes in packages: found again by name, its experts as in PEFT, its rows as one by one"
+    from peft import PeftModel
+    h = hydra_on(load_base(name, 'fp32', 'cpu'), noise=.02)
+    bundle = h.save(tmp_path/'bundle')
+    x, kw = inputs(h, ASKS), dict(max_new_tokens=6, do_sample=False)
+    out, said_alone = said(h, HydraForCausalLM(h).generate(**x, **kw), x), [h.ask(a, max_new_tokens=6) for a in ASKS]
+    assert out==said_alone
+    with torch.no_grad(): ours = h.model(**x, gates=one_hot([1]*3, 3)).logits
+    adapted = PeftModel.from_pretrained(h.model.detach(), bundle/'experts'/'sea').eval()
+    keep = x['attention_mask'].bool()
+    with torch.no_grad(): theirs = adapted(**x).logits
+    assert (ours[keep]-theirs[keep]).abs().max()<2e-3 and torch.equal(ours[:,-1].argmax(-1), theirs[:,-1].argmax(-1))
+    del adapted, h
+    m, t = AutoModelForCausalLM.from_pretrained(bundle), AutoTokenizer.from_pretrained(bundle)
+    assert [t.decode(o[x['input_ids'].shape[1]:], skip_special_tokens=True).strip() for o in m.generate(**x, **kw)]==out
