@@ -218,7 +218,7 @@ def explain(self:Chat,
     "Who answered a turn, and how many tokens were read for it"
     t = self.turns[turn]
     experts = t['experts'] if isinstance(t['experts'], dict) else {}
-    who = ', '.join(f'{n} {w:.0%}' for n,w in sorted(experts.items(), key=lambda e: -e[1]) if w>=.1) or t['experts'] or f'{self.gates.kind} gate'
+    who = ', '.join(f'{n} {w:.0%}' for n,w in sorted(experts.items(), key=lambda e: -e[1]) if w>=.1) or t['experts'] or f'{self.hydra.gate.kind} gate'
     cost = f"{t['read']} of {t['tokens']} tokens read" + (f", {t['again']} of them again" if t['again'] else '')
     return f"{who}{' took over' if t['took_over'] else ''}; {cost}"
 
