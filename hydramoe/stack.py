@@ -549,10 +549,11 @@ def through_gate(self:Plan,
     spot,(A,B) = self.stack.spots[i],self.stack.leaves[i]
     index,weight = (t.flatten(0, -2) for t in self.gate(x, spot.name))
     flat,out,new,used = x.reshape(-1, spot.inp),y.reshape(-1, spot.out),torch.is_grad_enabled(),index.unique()
+    if not len(used): return y
     if len(used)<=4*index.shape[1]:
         g = weight.new_zeros(len(flat), self.stack.slots).scatter_add(1, index, weight)[:,used]*self.stack.scale[used]
         z = (flat@A[used].flatten(0, 1).mT.to(x.dtype)).unflatten(1, (len(used), -1))*g.to(x.dtype)[...,None]
-        return (out.addmm if new else out.addmm_)(z.flatten(1), B.mT[used].flatten(0, 1).to(x.dtype)).view_as(y) if len(used) else y
+        return (out.addmm if new else out.addmm_)(z.flatten(1), B.mT[used].flatten(0, 1).to(x.dtype)).view_as(y)
     for e,n,k in by_expert(index):
         z = flat[n]@A[e].mT.to(x.dtype)*(weight[n,k]*self.stack.scale[e]).to(x.dtype)[:,None]
         out = (out.index_add if new else out.index_add_)(0, n, z@B[e].mT.to(x.dtype))

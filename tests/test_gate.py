@@ -98,6 +98,15 @@ def test_the_plan_is_the_dense_formula_of_the_gates_choice(kind):
             want = make_plan(told, m.stack, 'dense').add(base.clone(), x, i) if told.any() else base
             torch.testing.assert_close(make_plan(gate, m.stack).add(base.clone(), x, i), want, atol=1e-4, rtol=1e-4)
 
+def test_a_layer_that_nobody_adapts_is_the_base():
+    m = filled(2)
+    A,B = m.stack.leaves[0]
+    B[:] = 0.
+    for k in KINDS:
+        x,y = torch.randn(2,3,64),torch.randn(2,3,m.stack.spots[0].out)
+        assert make_gate(m.stack, k)(x, m.stack.spots[0].name)[0].shape==(2,3,0)
+        assert torch.equal(make_plan(make_gate(m.stack, k), m.stack).add(y.clone(), x, 0), y)
+
 # ---- PEFT
 @pytest.mark.parametrize('k, T', [(1,1.), (2,.5), (3,2.)])
 def test_equal_to_pefts_arrow_where_one_direction_dominates(tmp_path, k, T):
