@@ -844,12 +844,16 @@ def by_precision(
     **how # as `score_adapters` takes them: base, max_prompt, max_response
 )->list[dict]: # {trained, scored, ppl, percent, lo, hi}: macro perplexity, and its difference with a 95 % interval
     "Perplexity of sealed adapters on the base as they know it, and in other precisions"
-    def losses(quant): return load_losses(stage(score_adapters, dict(part=part, quant=quant, **how), dict(rows_dir=rows_dir, adapters=adapters), libs=('torch', 'transformers', 'bitsandbytes'), dtype=quant, root=root))
+    def losses(quant):
+        "The loss matrix on a base of this precision"
+        return load_losses(stage(score_adapters, dict(part=part, quant=quant, **how), dict(rows_dir=rows_dir, adapters=adapters), libs=('torch', 'transformers', 'bitsandbytes'), dtype=quant, root=root))
     at = {q: losses(q) for q in dict.fromkeys([trained, *others])}
     names, one = at[trained].columns, at[trained]
     if of is None and len(names)>1: raise HydraError(f"{len(names)} experts: say in `of` which one answers each record")
     sums = {q: record_sums(pick(x, names, [names.index(n) for n in of or names*len(x.ids)]), x.offsets) for q,x in at.items()}
-    def row(q, percent, lo, hi): return dict(trained=trained, scored=q, ppl=perplexity(sums[q], one.tokens, one.domains)['macro'], percent=percent, lo=lo, hi=hi)
+    def row(q, percent, lo, hi):
+        "A line of the table"
+        return dict(trained=trained, scored=q, ppl=perplexity(sums[q], one.tokens, one.domains)['macro'], percent=percent, lo=lo, hi=hi)
     return [row(q, *paired_bootstrap(x, sums[trained], one.domains, one.tokens, draws)) for q,x in sums.items()]
 
 # %% ../nbs/22_expert.ipynb #cell95
