@@ -246,8 +246,12 @@ def calibrated(
 )->Router: # the same, at the temperature under which the labels are likeliest
     "Temperature scaling on prompts that the router was not fitted on (Guo et al. 2017)"
     y = _indices(labels, router.names)
-    def at(t, **kw): return replace(router, params=dict(router.params, temperature=float(np.exp(t)), **kw))
-    def nll(t): return -np.log(np.maximum(at(t, top_k=None, farthest=None)(x=x)[np.arange(len(y)),y], 1e-9)).mean()
+    def at(t, **kw):
+        "The router at a temperature, given by its logarithm"
+        return replace(router, params=dict(router.params, temperature=float(np.exp(t)), **kw))
+    def nll(t):
+        "Mean negative log-likelihood of the labels"
+        return -np.log(np.maximum(at(t, top_k=None, farthest=None)(x=x)[np.arange(len(y)),y], 1e-9)).mean()
     return at(minimize_scalar(nll, bounds=(-9,9), method='bounded', options=dict(xatol=1e-3)).x)
 
 # %% ../nbs/30_route.ipynb #cell49
@@ -406,6 +410,7 @@ def distilled(
 def _least_kl(z, q, first, l2): # (N,d), (N,E), (E,d) → (E,d)
     "Minimise KL(q‖softmax(zwᵀ)) + l2‖w−first‖²/2 by L-BFGS"
     def f(flat):
+        "Value and gradient"
         w = flat.reshape(first.shape)
         s = z@w.T
         p,shift = softmax(s),w-first
