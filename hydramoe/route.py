@@ -12,7 +12,6 @@ __all__ = ['softmax', 'top_k', 'Router', 'similarity', 'heard', 'classifier', 'r
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
