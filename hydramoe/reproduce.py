@@ -418,7 +418,7 @@ def _numbers_upstream(results):
     e1, e2 = results.get('e1_domains'), results.get('e2_experts')
     nmi = {r['against']: f"{r['nmi']:.2f}" for r in e1.rows if r.get('system')=='k-means'} if e1 else {}
     tokens = {r['system']: r['tokens'] for r in e2.rows} if e2 else {}
-    return {'nmi domains': nmi.get('domains'), 'nmi sources': nmi.get('sources'), 'train records': e1 and e1.extra.get('counts', {}).get('train'),
+    return {'nmi domains': nmi.get('domains'), 'nmi sources': nmi.get('sources'), 'train records': e1 and e1.extra.get('counts', {}).get('experts'),
             'seed pass tokens': tokens.get('seed'), 'single pass tokens': tokens.get('single')}
 
 # %% ../nbs/52_reproduce.ipynb #cell68
