@@ -8,7 +8,7 @@ __all__ = ['train_single', 'TrainSpec', 'n_steps', 'spread', 'rate', 'plan_steps
            'TrunkStates', 'cache_trunk', 'shard', 'in_processes', 'using_threads', 'open_base', 'sort_rows',
            'start_expert', 'train_experts', 'summary', 'train_seed', 'GroupSpec', 'outline', 'expert_weights',
            'group_size', 'divide', 'make_jobs', 'merge_histories', 'collect', 'slots', 'run_jobs', 'on_stack',
-           'score_adapters', 'by_precision', 'fit_trl']
+           'part_examples', 'score_adapters', 'by_precision', 'fit_trl']
 
 # %% ../nbs/22_expert.ipynb #cell2
 import hashlib, math, os, queue, re, shutil, signal, sys, tempfile, threading, time, warnings, torch, numpy as np
@@ -30,7 +30,7 @@ from .base import base_dir, load_base, target_layers, tiny_base
 from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, versions, write_json
 from .data import encode
 from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, pick, record_sums, response_losses, save_losses, token_losses
-from .stack import LoraSpec, at_fork, gated, make_plan, one_hot
+from .stack import LoraSpec, at_fork, gated, make_plan, one_hot, with_adapters
 from .store import SealError, open_sealed, sealing, source_hash, stage, work_dir
 from .unify import DevRows, ExpertRows
 
@@ -796,11 +796,20 @@ def on_stack(
     base # `hydramoe.base.Base` they were trained on
 ): # `hydramoe.stack.GatedCausalLM` with the adapters in its slots, in order
     "Put plain PEFT adapters onto a base: the largest rank, every layer that any of them adapts"
-    configs = [read_json(Path(f)/'adapter_config.json') for f in adapters.values()]
-    top = max(configs, key=lambda c: c['r'])
-    model = gated(base, len(adapters), LoraSpec(top['r'], top['lora_alpha'], ','.join(sorted({t for c in configs for t in c['target_modules']}))))
-    for e,(name,folder) in enumerate(adapters.items()): model.stack.load_peft(Path(folder), e, name)
-    return model
+    return with_adapters(base, adapters)
+
+def part_examples(
+    rows_dir:Path, # a data stage
+    part:str, # which of its files: PART.jsonl
+    tokenizer, # of the base
+    max_prompt:int, # tokens; no row may be longer
+    max_response:int # tokens; the same
+)->list: # an `Example` a record
+    "The records of a part as token ids, all of them"
+    rows = [encode(r, tokenizer, max_prompt, max_response) for r in read_jsonl(Path(rows_dir)/f'{part}.jsonl')]
+    if None in rows:
+        raise HydraError(f"{rows.count(None)} of {len(rows)} {part} records are longer than {max_prompt} + {max_response} tokens; a comparison leaves none out: raise the limits")
+    return rows
 
 def score_adapters(
     out:Path, # the directory to fill: a stage's
@@ -816,9 +825,7 @@ def score_adapters(
 )->Path: # `out`, which `load_losses` reads
     "Seal the loss matrix of adapters, or of mixes of them, on the records of a part"
     b = open_base(base, quant)
-    rows = [encode(r, b.tokenizer, max_prompt, max_response) for r in read_jsonl(Path(rows_dir)/f'{part}.jsonl')]
-    if None in rows:
-        raise HydraError(f"{rows.count(None)} of {len(rows)} {part} records are longer than {max_prompt} + {max_response} tokens; a comparison leaves none out: raise the limits")
+    rows = part_examples(rows_dir, part, b.tokenizer, max_prompt, max_response)
     found = {p.name: p for p in _adapters(adapters)} if adapters else {}
     model = on_stack(found, b) if found else gated(b, 1, LoraSpec(1))
     columns = {m: _placed(x, list(found)) for m,x in mixes.items()} if mixes else dict(zip(found, torch.eye(len(found)))) or dict(base=None)

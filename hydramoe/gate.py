@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from .core import HydraError, one_of, read_jsonl
+from .core import HydraError, one_of
 from .cluster import check_names, load_arrays, save_arrays
-from .data import encode
 from .stack import GatedCausalLM, Stack, by_expert, hidden, make_plan, with_adapters
 from .score import Losses, loss_matrix, save_losses
-from .expert import open_base
+from .expert import open_base, part_examples
 from .route import heard, route_text
 
 # %% ../nbs/31_gate.ipynb #cell7
@@ -286,8 +285,7 @@ def score_gates(
 )->Path: # `out`, which `load_losses` reads
     "Seal the loss matrix of gates over adapters on the records of a part"
     b = open_base(base, quant)
-    rows = [encode(r, b.tokenizer, max_prompt, max_response) for r in read_jsonl(Path(rows_dir)/f'{part}.jsonl')]
-    if None in rows: raise HydraError(f"{rows.count(None)} of {len(rows)} {part} records are longer than {max_prompt} + {max_response} tokens; a comparison leaves none out: raise the limits")
+    rows = part_examples(rows_dir, part, b.tokenizer, max_prompt, max_response)
     found = {p.parent.name: p.parent for p in sorted(Path(adapters).glob('*/adapter_config.json'))}
     if not found: raise HydraError(f"{adapters} holds no adapters: give a folder with one folder for each")
     return save_losses(gate_losses(with_adapters(b, found), rows, gates), out)

@@ -11,6 +11,7 @@ from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write
 from hydramoe.hydra import FORMAT, BundleError, Hydra, check, seal_bundle
 from hydramoe.route import similarity
 from hydramoe.stack import LoraSpec, gated
+from test_hydra import put, spots
 
 DATA = Path(__file__).parent/'data'
 NAMES, TEXTS = ['law', 'sea'], ['the court and the law', 'a ship at sea']
@@ -117,19 +118,6 @@ def test_no_file_can_be_moved(at, file, how):
 
 odd = st.recursive(st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([10**30, 10**400, -1e308, float('inf'), float('nan'), 1e-320, '', 'x', '..', '../../etc', '/etc/passwd', 'law', 'sea', '\ud800', 'a\0b', 'tiny:0', 'tiny:x', 'tiny:', 'path:/etc', 'hub:a/b', 'pypi:os', 'similarity', 'q_proj', 'auto_map', 'minilm'])
                    | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(['r', 'name', 'auto_map', 'format', 'x', '']), x, max_size=3), max_leaves=5)
-
-def spots(x, at=()):
-    yield at
-    for k in (x if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ()): yield from spots(x[k], at+(k,))
-
-def put(x, at, v):
-    if not at: return v
-    x = json.loads(json.dumps(x))
-    y = x
-    for k in at[:-1]: y = y[k]
-    if v is ...: del y[at[-1]]
-    else: y[at[-1]] = v
-    return x
 
 @fuzz(150)
 @given(st.data())
