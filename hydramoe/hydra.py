@@ -933,7 +933,11 @@ def propose_domains(
     return found
 
 # %% ../nbs/33_hydra.ipynb #cell114
-def _made_again(gate): return dict(kind=gate.kind, **gate.params)
+def _made_again(gate):
+    if 'since' in gate.params:
+        raise HydraError(f"this gate was made from what the experts add to their seed expert (SHA-256 {gate.params['since']}…), which a bundle does not hold: "
+                         "make it again from the adapters that you want, adopt(folders, since=FOLDER_OF_THE_SEED)")
+    return dict(kind=gate.kind, **gate.params)
 
 def router_with(
     router:Router|Gate, # of a kind that keeps what it was fitted from: similarity, ridge, knn, uniform; or a gate
@@ -1071,7 +1075,7 @@ def adopt(
     base:str|None=None, # what they were trained on, as `load_base` takes it; None: what they name
     quant:str='nf4', # precision of the base: fp32, bf16 or nf4
     gate:str='arrow', # arrow, spectr or lag
-    **kw # as `make_gate` takes them: top_k, temperature, candidates
+    **kw # as `make_gate` takes them: top_k, temperature, candidates, since
 )->Hydra: # with a gate in place of a router
     "A Hydra from PEFT adapters alone, without any data"
     folders = adapters if isinstance(adapters, dict) else {}
@@ -1093,7 +1097,7 @@ def adopted(
     stack, cost = hydra.model.stack, gate_cost(hydra.gate, hydra.model.stack)
     wide = max(map(len, hydra.names))
     lines = [f"  {n:<{wide}}  rank {stack.ranks[e]}, scale {stack.scale[e].item():g}, {len(stack.adapted(e))} layers" for e,n in enumerate(hydra.names)]
-    p = ', '.join(f"{k.replace('_', '-')} {v:g}" for k,v in hydra.gate.params.items())
+    p = ', '.join(f"{k.replace('_', '-')} {v if isinstance(v, str) else f'{v:g}'}" for k,v in hydra.gate.params.items())
     return '\n'.join([*lines, f"{hydra.gate.kind} gate ({p}): choosing costs {cost['choose']/cost['base']:.1%} of the layers that are adapted, the chosen experts {cost['act']/cost['base']:.1%}"])
 
 # %% ../nbs/33_hydra.ipynb #cell126

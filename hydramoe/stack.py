@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Spot', 'Group', 'LoraSpec', 'Stack', 'Plan', 'make_plan', 'one_hot', 'by_expert', 'using', 'GatedLinear',
-           'GatedCausalLM', 'gated', 'hidden', 'logits', 'at_fork', 'from_fork', 'refill', 'with_adapters', 'Shelf',
-           'slots_within']
+           'GatedCausalLM', 'gated', 'hidden', 'logits', 'at_fork', 'from_fork', 'refill', 'factors_of',
+           'with_adapters', 'Shelf', 'slots_within']
 
 # %% ../nbs/20_stack.ipynb #cell3
 import inspect, re, threading, warnings
@@ -953,6 +953,17 @@ def _row_of(self:Stack, path, tensors, own, scale):
             view.copy_(tensors[k])
         if mine!=scale: views[1].mul_(mine/scale)
     return trunk[0].to(self.theta.device),row[0]
+
+# %% ../nbs/20_stack.ipynb #since-c1
+@torch.no_grad()
+def factors_of(
+    stack:Stack, # whose layers the adapter is for; its slots stay as they are
+    dir:str|Path # a PEFT adapter on layers of the stack, of its rank or less
+)->tuple[dict[int,tuple],float]: # number of a layer in `stack.own` -> A (r,in), B (out,r), zero where it adapts nothing; its scale
+    "Read a PEFT adapter beside the experts of a stack, as strictly as into a slot"
+    row,scale,_ = stack._read(Path(dir))
+    views = _views(row[None].to(stack.theta.device), stack.spots[stack.below:], stack.spec.rank)
+    return {i: (a[0], b[0]) for i,(a,b) in zip(stack.own, views)},scale
 
 # %% ../nbs/20_stack.ipynb #widen-c1
 def _layers_of(dir, linear):

@@ -11,7 +11,7 @@ from hydramoe.base import byte_tokenizer, tiny_base
 from hydramoe.cli import main
 from hydramoe.core import HydraError, read_json, write_json
 from hydramoe.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
-from hydramoe.hydra import Chat, BundleError, Hydra, adopt, check, seal_bundle
+from hydramoe.hydra import Chat, BundleError, Hydra, adopt, adopted, check, remove_expert, seal_bundle
 from hydramoe.stack import LoraSpec, Stack, at_fork, from_fork, gated, hidden, make_plan, one_hot, with_adapters
 
 KINDS = list(GATES)
@@ -61,6 +61,12 @@ def test_rotated_is_the_full_svd_and_the_same_expert(r, inp, out, seed, lost):
     x = torch.randn(5,inp, generator=g)
     torch.testing.assert_close((x@A2.mT).norm(dim=-1), (x@D.mT).norm(dim=-1), atol=1e-3, rtol=1e-3)
 
+def test_rotated_of_more_rows_than_the_layer_has_inputs():
+    A,B,x = torch.randn(2,9,6, generator=rand(0)),torch.randn(2,7,9, generator=rand(1)),torch.randn(5,6, generator=rand(2))
+    A2,B2 = rotated(A, B)
+    assert (A2.shape, B2.shape)==((2,6,6), (2,7,6))
+    torch.testing.assert_close(B2@A2, B@A, atol=1e-4, rtol=1e-4)
+
 def by_hand(stack, name, x, kind, k, T, c):
     "Index and weight of a gate for the rows of x, from full SVDs of ΔW, one token at a time"
     deltas = [stack.delta(name, g) for g in torch.eye(stack.slots)]
@@ -85,6 +91,95 @@ def test_a_gate_is_its_formula_whatever_ranks_and_targets(kind, make):
         index,weight = gate(x, s.name)
         told = torch.zeros(6, m.stack.slots).scatter(-1, index, weight)
         torch.testing.assert_close(told, by_hand(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
+
+# ---- what experts add to the seed they branched from
+def seed_of(folder, stack, noise, seed=7):
+    "An expert for the stack's layers, saved alone"
+    one = gated(tiny_base(), 1, LoraSpec(stack.spec.rank, 3*stack.spec.rank)).stack
+    one.init_expert(0, seed, 'seed')
+    for _,b in one.leaves: b.add_(noise*torch.randn(b.shape, generator=rand(seed)))
+    one.save_peft(folder, 0)
+    return folder,one
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('make', [filled, uneven])
+def test_a_gate_since_a_seed_is_the_gate_of_dense_differences(kind, make, tmp_path, monkeypatch):
+    m = make()
+    folder,one = seed_of(tmp_path/'seed', m.stack, .05)
+    theta = m.stack.theta.clone()
+    gate = make_gate(m.stack, kind, top_k=2, temperature=.8, since=folder, **({'candidates': 2} if kind=='lag' else {}))
+    assert torch.equal(m.stack.theta, theta)
+    whole = m.stack.delta
+    def difference(name, g): return whole(name, g)-one.delta(name, torch.ones(1)) if (d := whole(name, g)).abs().max()>0 else d # who has no factors here takes no part
+    monkeypatch.setattr(m.stack, 'delta', difference)
+    for s in m.stack.spots:
+        x = torch.randn(6, s.inp, generator=rand(3))
+        index,weight = gate(x, s.name)
+        told = torch.zeros(6, m.stack.slots).scatter(-1, index, weight)
+        torch.testing.assert_close(told, by_hand(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_since_a_seed_of_zero_it_is_the_plain_gate(kind, tmp_path):
+    m = uneven()
+    folder,_ = seed_of(tmp_path/'seed', m.stack, 0)
+    plain,since = make_gate(m.stack, kind, top_k=2),make_gate(m.stack, kind, top_k=2, since=folder)
+    for n,t in plain.layers.items():
+        r = t.shape[1]
+        torch.testing.assert_close(since.layers[n][:,:r], t, atol=1e-4, rtol=1e-4)
+        if kind!='arrow': assert not since.layers[n][:,r:].any()
+
+def branched(tmp_path, own=.02):
+    "Experts that are a seed and, each, one direction of its own, orthogonal to the others' and to the seed's"
+    m = gated(tiny_base(), 3, LoraSpec(4, 8))
+    for e in range(3): m.stack.init_expert(e, 0, f'expert{e}')
+    Q = {}
+    for i,s in enumerate(m.stack.spots):
+        A,B = m.stack.leaves[i]
+        Q[s.name] = torch.linalg.qr(torch.randn(s.inp,6, generator=rand(i))).Q.T
+        out = torch.linalg.qr(torch.randn(s.out,6, generator=rand(99+i))).Q
+        A[:,:3],A[:,3] = Q[s.name][:3],Q[s.name][3:]
+        B[:,:,:3],B[:,:,3] = out[:,:3],own*out[:,3:].T
+    seed = gated(tiny_base(), 1, LoraSpec(4, 8)).stack
+    seed.init_expert(0, 0, 'seed')
+    for (a,b),(A,B) in zip(seed.leaves, m.stack.leaves): a[0,:3],b[0,:,:3],a[0,3],b[0,:,3] = A[0,:3],B[0,:,:3],0.,0.
+    return m,Q,seed.save_peft(tmp_path/'seed', 0)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_experts_of_one_seed_are_told_apart_by_what_is_their_own(kind, tmp_path):
+    m,Q,folder = branched(tmp_path)
+    plain,since = (make_gate(m.stack, kind, top_k=1, since=f, **({'candidates': 3} if kind=='lag' else {})) for f in (None, folder))
+    x = {n: torch.randn(1,3, generator=rand(5))@q[:3]+.3*q[3:] for n,q in Q.items()} # what the seed acts on, and a little of what is one expert's
+    right = {g: [(g(v, n)[0][:,0]==torch.arange(3)).float().mean().item() for n,v in x.items()] for g in (plain, since)}
+    assert min(right[since])==1
+    if kind=='arrow': assert max(right[plain])<1 # all prototypes are the seed's: whoever comes first is chosen
+
+def test_who_is_the_seed_itself_takes_no_part(tmp_path):
+    m,_,folder = branched(tmp_path)
+    m.stack.load_peft(folder, 1, 'expert1')
+    for kind in KINDS:
+        gate = make_gate(m.stack, kind, top_k=3, since=folder)
+        for n,t in gate.layers.items():
+            assert not t[1].any() and gate.width[n]==2
+            assert sorted(gate(torch.randn(1,t.shape[-1], generator=rand(0)), n)[0][0].tolist())==[0,2][:gate.params['top_k']] or kind=='lag'
+
+def test_a_fork_and_a_seed_that_does_not_fit(tmp_path):
+    m = filled(3, fork=.5)
+    m.stack.save_peft(tmp_path/'seed', 0)
+    gate = arrow(m.stack, since=tmp_path/'seed')
+    assert all('.1.' in n for n in gate.layers) and all(w==2 for w in gate.width.values())
+    wide = gated(tiny_base(), 1, LoraSpec(8)).stack
+    wide.init_expert(0, 0, 'wide'); wide.save_peft(tmp_path/'wide', 0)
+    with pytest.raises(HydraError, match='rank 8 does not fit'): arrow(filled(3).stack, since=tmp_path/'wide')
+    with pytest.raises(HydraError, match='not a PEFT adapter'): arrow(filled(3).stack, since=tmp_path)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_bundle_keeps_a_gate_since_a_seed_and_will_not_guess_it_again(theirs, tmp_path, kind):
+    a = adopt(theirs, tmp_path/'b', quant='fp32', gate=kind, since=theirs['plain'])
+    b = Hydra.load(tmp_path/'b')
+    assert b.gate.params==a.gate.params and b.gate.params['since'] in adopted(a) and check(tmp_path/'b')['built']['gate']['since']==b.gate.params['since']
+    assert b.ask('Who was that?', max_new_tokens=8)==a.ask('Who was that?', max_new_tokens=8)
+    with pytest.raises(HydraError, match='what the experts add to their seed expert'): remove_expert(tmp_path/'b', 'regex', tmp_path/'less')
+    assert not (tmp_path/'less').exists()
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_plan_is_the_dense_formula_of_the_gates_choice(kind):
