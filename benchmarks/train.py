@@ -2,7 +2,7 @@
 
     python benchmarks/train.py                a table
     python benchmarks/train.py --json         vs_trl_bf16, vs_trl_fp32: tokens a second, ours ÷ TRL's; memory_vs_trl: peak
-                                              memory, ours ÷ TRL's; quality_gap: held-out loss, ours ÷ TRL's − 1
+                                              memory, ours ÷ TRL's; quality_gap: held-out loss, ours ÷ TRL's − 1; and tables
     python benchmarks/train.py --base tiny --domains 3 --rows 6 --steps 3       seconds, to see that it works
 
 Both sides get the same base in the same precision (bf16: weights and products in bf16, adapters, their gradients and AdamW in
@@ -167,6 +167,12 @@ def compared(a, quant, work):
     memory = max(r[0]['memory'] for r in runs)
     return dict(ours=speed[0], trl=speed[1], ratio=speed[0]/speed[1], held=held, gap=held['ours']/held['trl']-1, memory=memory)
 
+def conditions(a):
+    "What was measured, where, and on what work"
+    from hydramoe.core import default_threads, machine, versions
+    return dict({k: v for k,v in vars(a).items() if k not in ('side', 'quant', 'work', 'json')}, threads=a.threads or default_threads(),
+                versions=versions('torch', 'transformers', 'peft', 'trl'), machine=machine(), work=__doc__.split('\n\n')[2])
+
 def main():
     a = options()
     if a.side:
@@ -179,7 +185,7 @@ def main():
     result = {f'vs_trl_{q}': x['ratio'] for q,x in out.items()}
     if theirs: result['memory_vs_trl'] = out[quants[0]]['memory']/theirs
     result['quality_gap'] = max((x['gap'] for x in out.values()), key=abs)
-    if a.json: print(json.dumps(result)); return
+    if a.json: print(json.dumps(result | dict(tables=out, trl_memory_gib=theirs, conditions=conditions(a)), indent=1)); return
     for q,x in out.items():
         print(f"{q}: ours {x['ours']:.0f} tokens/s, TRL {x['trl']:.0f}: {x['ratio']:.2f}×; held-out loss {x['held']['start']:.4f} before, "
               f"ours {x['held']['ours']:.4f}, TRL {x['held']['trl']:.4f}: {x['gap']:+.3%}")
