@@ -2,7 +2,8 @@
 
     python benchmarks/train.py                a table
     python benchmarks/train.py --json         vs_trl_bf16, vs_trl_fp32: tokens a second, ours ÷ TRL's; memory_vs_trl: peak
-                                              memory, ours ÷ TRL's; quality_gap: held-out loss, ours ÷ TRL's − 1; and tables
+                                              memory, ours ÷ TRL's; quality_gap: held-out loss, ours ÷ TRL's − 1; bare_vs_trl_*: the
+                                              base alone, forward and backward, ÷ TRL's: the most that ours could reach; and tables
     python benchmarks/train.py --base tiny --domains 3 --rows 6 --steps 3       seconds, to see that it works
 
 Both sides get the same base in the same precision (bf16: weights and products in bf16, adapters, their gradients and AdamW in
@@ -102,6 +103,21 @@ def ours(a):
     for e,n in enumerate(names): model.stack.save_peft(Path(a.work)/a.quant/'ours'/n, e)
     return dict(tokens=sum(tokens([x for _,x in s]) for s in steps[a.warm:]), seconds=sum(seconds[a.warm:]), memory=peak())
 
+def bare(a):
+    "The base alone on the steps of the fused run: forward, loss and the way back to its embeddings, which no training of adapters in all layers can do without"
+    import torch
+    from hydramoe.score import collate, micro_batches
+    base, spec, _, _, steps = prepared(a)
+    m, seconds = base.model, []
+    for step in steps:
+        t = clock(a)
+        for b in micro_batches([len(x.ids) for _,x in step], spec.micro_tokens):
+            ids, at, labels = collate([step[i][1] for i in b], base.device)
+            h = m.base_model(inputs_embeds=m.get_input_embeddings()(ids).requires_grad_(), use_cache=False).last_hidden_state.flatten(0, 1)[at]
+            sum(torch.nn.functional.cross_entropy(m.lm_head(x).float(), y, reduction='sum') for x,y in zip(h.split(256), labels.split(256))).backward()
+        seconds.append(clock(a)-t)
+    return dict(tokens=sum(tokens([x for _,x in s]) for s in steps[a.warm:]), seconds=sum(seconds[a.warm:]), memory=peak())
+
 def timer(a):
     "A trainer's callback that notes when each step begins and ends"
     from transformers import TrainerCallback
@@ -150,7 +166,7 @@ def score(a):
         model.detach()
     return out
 
-SIDES = dict(ours=ours, trl=trl, trl_memory=trl_memory, score=score)
+SIDES = dict(ours=ours, trl=trl, bare=bare, trl_memory=trl_memory, score=score)
 
 def measured(side, quant, work):
     "One side in a process of its own"
@@ -160,12 +176,12 @@ def measured(side, quant, work):
         return json.loads(Path(out.name).read_text().splitlines()[-1])
 
 def compared(a, quant, work):
-    "Both sides in turn, and what comes of it"
-    runs = [(measured('ours', quant, work), measured('trl', quant, work)) for _ in range(a.repeat)]
-    speed = [statistics.median(r[i]['tokens']/r[i]['seconds'] for r in runs) for i in (0, 1)]
+    "The sides in turn, and what comes of it"
+    runs = [[measured(s, quant, work) for s in ('ours', 'trl', 'bare')] for _ in range(a.repeat)]
+    speed = [statistics.median(r[i]['tokens']/r[i]['seconds'] for r in runs) for i in range(3)]
     held = measured('score', quant, work)
     memory = max(r[0]['memory'] for r in runs)
-    return dict(ours=speed[0], trl=speed[1], ratio=speed[0]/speed[1], held=held, gap=held['ours']/held['trl']-1, memory=memory)
+    return dict(ours=speed[0], trl=speed[1], bare=speed[2], ratio=speed[0]/speed[1], held=held, gap=held['ours']/held['trl']-1, memory=memory)
 
 def conditions(a):
     "What was measured, where, and on what work"
@@ -182,12 +198,12 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         out = {q: compared(a, q, work) for q in quants}
         theirs = None if a.no_memory else measured('trl_memory', quants[0], work)['memory']
-    result = {f'vs_trl_{q}': x['ratio'] for q,x in out.items()}
+    result = {f'vs_trl_{q}': x['ratio'] for q,x in out.items()} | {f'bare_vs_trl_{q}': x['bare']/x['trl'] for q,x in out.items()}
     if theirs: result['memory_vs_trl'] = out[quants[0]]['memory']/theirs
     result['quality_gap'] = max((x['gap'] for x in out.values()), key=abs)
     if a.json: print(json.dumps(result | dict(tables=out, trl_memory_gib=theirs, conditions=conditions(a)), indent=1)); return
     for q,x in out.items():
-        print(f"{q}: ours {x['ours']:.0f} tokens/s, TRL {x['trl']:.0f}: {x['ratio']:.2f}×; held-out loss {x['held']['start']:.4f} before, "
+        print(f"{q}: ours {x['ours']:.0f} tokens/s, TRL {x['trl']:.0f}: {x['ratio']:.2f}×; the base alone {x['bare']:.0f}; held-out loss {x['held']['start']:.4f} before, "
               f"ours {x['held']['ours']:.4f}, TRL {x['held']['trl']:.4f}: {x['gap']:+.3%}")
     if theirs: print(f"peak memory in {quants[0]}: ours {out[quants[0]]['memory']:.2f} GiB, TRL {theirs:.2f} at equal tokens a forward: {result['memory_vs_trl']:.2f}×")
 
