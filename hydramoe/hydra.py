@@ -970,7 +970,7 @@ def described(
     into = f"{c['rows']} rows: {c['train']} to train on ({c['tokens']:,} tokens), {c['dev']} for development"
     made = (f"{spec.k} expert{'s'*(spec.k>1)} of rank {spec.rank}, {spec.epochs} pass{'es'*(spec.epochs>1)} over their rows "
             f"after one of the seed expert")
-    if spec.fork: made += f", which they share below block {experts_outline(spec).fork} of {shapes(spec.base)[2].config.get_text_config().num_hidden_layers}"
+    if spec.fork: made += f", which they share below block {experts_outline(spec).fork} of {outline(spec.base).config.get_text_config().num_hidden_layers}"
     return f"{', '.join([into, *lost])}\n{made}"
 
 def _free(out, rows, spec, edits=''):
