@@ -265,6 +265,8 @@ def test_the_base_alone_has_no_trunk():
     assert h.generate(batch, max_new_tokens=8) == [h.ask('law', max_new_tokens=8), want[0], h.ask('sea', max_new_tokens=8), want[1]]
     two = h.generate(batch, max_new_tokens=4, num_beams=2, num_return_sequences=2)
     assert two[2:4] == h.generate(['nothing'], max_new_tokens=4, num_beams=2, num_return_sequences=2)
+    from hydramoe.auto import HydraForCausalLM
+    with pytest.raises(HydraError, match='this Hydra forks'): HydraForCausalLM(h).generate(ids(h, 'nothing'), max_new_tokens=2, expert='base')
     with torch.no_grad(): # a share left to the base is left to the bare blocks above the fork
         x = ids(h, 'ahoy')
         assert (h.model(x, gates=torch.zeros(1, 3)).logits-h.model(x).logits).abs().max() > .1
