@@ -125,7 +125,7 @@ def _rejected(rejects, out):
 
 # %% ../nbs/53_cli.ipynb #cell24
 _BUILD = ['hydramoe build mine.jsonl --dry-run', 'hydramoe build mine.jsonl', 'hydramoe build mine.jsonl more.jsonl --k 4 --rank 16 --out my-hydra',
-          'hydramoe build mine.jsonl --base ~/models/Qwen3-0.6B --quant bf16', 'hydramoe build sheet.csv --map prompt=question,completion=answer', 'hydramoe build --from adapters/code math=adapters/v2 --gate spectr --out my-hydra', '', 'a line of mine.jsonl is', '{"prompt": "Who wrote Faust?", "completion": "Goethe."}',
+          'hydramoe build mine.jsonl --base ~/models/Qwen3-0.6B --quant bf16', 'hydramoe build mine.jsonl --fork 0.5', 'hydramoe build sheet.csv --map prompt=question,completion=answer', 'hydramoe build --from adapters/code math=adapters/v2 --gate spectr --out my-hydra', '', 'a line of mine.jsonl is', '{"prompt": "Who wrote Faust?", "completion": "Goethe."}',
           'or', '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}']
 
 _FILES = (
@@ -147,6 +147,8 @@ _ROWS = (
 @command('build', 'Make a Hydra from your own examples', _BUILD, *_FILES, *_ROWS,
          arg('--rank', type=int, default=8, metavar='N', help='of each expert (default %(default)s)'),
          arg('--targets', default='all-linear', help='layers to adapt, such as q_proj,v_proj (default %(default)s)'),
+         arg('--fork', type=float, default=0, metavar='N', help='experts part at this block, or share of the depth, and are one below it: at 0.5 they are half as large, train some 1.9 times as fast, and in a chat a change of expert costs half; '
+             'the price is quality, as they can learn less (default: 0, experts adapt all blocks)'),
          arg('--lr', type=float, default=5e-4, metavar='X', help='peak learning rate (default %(default)s)'),
          arg('--epochs', type=int, metavar='N', help='passes of the experts over their rows (default: one to three, more for less data)'),
          arg('--quant', default='nf4', choices=['nf4', 'bf16', 'fp32'], help='precision of the base (default %(default)s)'),
@@ -296,9 +298,10 @@ def check(a):
     "Whole, or what is wrong with it"
     from hydramoe.hydra import GATES, check
     man = check(a.bundle)
+    forks = f"forked at block {man['fork']}, " if 'fork' in man else ''
     text = (f"{a.bundle} is whole: {len(man['experts'])} experts on {man['base']['id']} ({man['base']['quant']}), "
-            f"{man['router']} {'gate' if man['router'] in GATES else 'router'}, {len(man['files'])} files, seal {man['seal'][:16]}")
-    return text, {k: man[k] for k in ('format', 'base', 'experts', 'router', 'seal')}
+            f"{man['router']} {'gate' if man['router'] in GATES else 'router'}, {forks}{len(man['files'])} files, seal {man['seal'][:16]}")
+    return text, {k: man[k] for k in ('format', 'base', 'experts', 'router', 'fork', 'seal') if k in man}
 
 # %% ../nbs/53_cli.ipynb #cell38
 def _said():

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'EXPERT', 'PLAIN', 'USE', 'ENOUGH', 'LIMITS', 'TEMPERATURES',
            'LIBS', 'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests',
-           'seal_bundle', 'read_manifest', 'check_files', 'check_adapter', 'check', 'chooser', 'base_uri', 'uri_id',
-           'open_uri', 'model_card', 'BuildSpec', 'choose_k', 'choose_epochs', 'gather', 'keep_records', 'base_of',
-           'deal', 'sort_into_domains', 'seed_expert', 'domain_experts', 'measure_routers', 'dealt', 'settled',
-           'training', 'sorted_rows', 'make_stages', 'grouped_experts', 'assembled', 'described', 'propose_domains',
-           'router_with', 'router_without', 'find_seed', 'one_more', 'add_expert', 'remove_expert', 'explain_bundle',
-           'adapters_base', 'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
+           'seal_bundle', 'read_manifest', 'check_files', 'check_adapter', 'trunk_digests', 'check_trunk', 'check',
+           'chooser', 'base_uri', 'uri_id', 'open_uri', 'model_card', 'BuildSpec', 'choose_k', 'choose_epochs',
+           'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert', 'domain_experts',
+           'measure_routers', 'dealt', 'settled', 'training', 'experts_outline', 'sorted_rows', 'make_stages',
+           'grouped_experts', 'recorded', 'assembled', 'described', 'propose_domains', 'router_with', 'router_without',
+           'find_seed', 'keep_adapter', 'one_more', 'add_expert', 'remove_expert', 'explain_bundle', 'adapters_base',
+           'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
 import contextlib, hashlib, json, math, os, re, secrets, shutil, time
@@ -30,9 +31,9 @@ from .base import PACKAGED, Base, base_dir, base_fingerprint, base_tokenizer, by
 from .data import encode
 from .formats import Tally, detect, read_records
 from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, load_embeddings, prompt_text, write_domains_yaml
-from .stack import GatedCausalLM, LoraSpec, with_adapters
+from .stack import GatedCausalLM, LoraSpec, Stack, read_on, refill, with_adapters
 from .score import response_losses
-from .expert import GroupSpec, TrainSpec, collect, expert_weights, group_size, make_jobs, on_stack, open_base
+from .expert import GroupSpec, TrainSpec, collect, group_size, make_jobs, on_stack, open_base
 from .expert import outline, run_jobs, sort_rows, train_experts, train_seed
 from .route import Router, explain_route, plot_route, route_text, similarity, uniform, with_domain, without_domain
 from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
@@ -130,13 +131,26 @@ def generate(self:Hydra,
 )->list[str]: # an answer a prompt
     "Answer each prompt with its own mixture of experts"
     tok, device, gates = self.base.tokenizer, self.base.device, self.gates(prompts, expert)
+    if self.model.stack.fork and isinstance(gates, Tensor) and not gates.any(1).all():
+        if gates.any(): return self._apart(prompts, gates, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, **kwargs)
+        gates = None
     texts = [render(tok, as_messages(p)) for p in prompts]
     x = tok(texts, return_tensors='pt', padding=True, padding_side='left', add_special_tokens=False).to(device)
     how = dict(do_sample=True, temperature=temperature) if temperature>0 else dict(do_sample=False)
     ends = dict(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     with _own_randomness(seed, device):
-        out = self.model.generate(**x, gates=gates.to(device), max_new_tokens=max_new_tokens, **how, **ends, **kwargs)
+        out = self.model.generate(**x, gates=None if gates is None else gates.to(device), max_new_tokens=max_new_tokens, **how, **ends, **kwargs)
     return [t.strip() for t in tok.batch_decode(out[:, x['input_ids'].shape[1]:], skip_special_tokens=True)]
+
+@patch
+def _apart(self:Hydra, prompts, gates, **how):
+    "A batch in two: the base alone, and rows with experts"
+    out, alone = [None]*len(prompts), ~gates.any(1)
+    for part in (alone, ~alone):
+        rows = part.nonzero()[:,0].tolist()
+        answers = self.generate([prompts[i] for i in rows], expert=[_by_name(self, gates[i:i+1]) for i in rows], **how)
+        for k,i in enumerate(rows): out[i] = answers[k*len(answers)//len(rows):(k+1)*len(answers)//len(rows)]
+    return sum(out, [])
 
 @patch
 def ask(self:Hydra,
@@ -157,6 +171,7 @@ class Chat:
         "Start an empty conversation"
         self.hydra, self.margin, self.messages = hydra, margin, [dict(role='system', content=system)] if system else []
         self.gates, self.cache, self.ids, self.turns = None, None, [], [] # who answers, what was read, its tokens, what each turn cost
+        self.states = None # (1,T,d) of these tokens at the fork, if the Hydra has one
 
     def route(self,
         text:str # what the user says
@@ -192,23 +207,58 @@ def _leader(g): return _and_base(g)[0].argmax().item() if isinstance(g, Tensor) 
 
 def _shared(a, b): return next((i for i,(x,y) in enumerate(zip(a, b)) if x!=y), min(len(a), len(b)))
 
+def _on_trunk(g): return not isinstance(g, Tensor) or bool(g.any()) # all zero: the base alone
+
+@patch
+def _blocks(self:Chat):
+    "The block at which the experts part, and how many blocks there are"
+    model = self.hydra.model
+    return model.stack.fork, model.config.get_text_config().num_hidden_layers
+
+@patch
+def _keeps(self:Chat, gates):
+    "Is there a trunk, and do these gates stand on it? The base alone does not"
+    return self._blocks()[0]>0 and _on_trunk(gates)
+
+@patch
+def _true(self:Chat, gates):
+    "In how many blocks the cache is what these gates would have made of it"
+    fork, depth = self._blocks()
+    if _same(gates, self.gates): return depth
+    return fork if _on_trunk(gates) and _on_trunk(self.gates) else 0
+
+@patch
+@torch.no_grad()
+def _read(self:Chat, ids, known, again, cache, gates):
+    "Under a fork: fill the cache again above it if that is due, read on up to the last token, and keep what passes the fork"
+    model, device = self.hydra.model, self.hydra.base.device
+    states, gates = [self.states[:, :known]] if known else [], gates.to(device)
+    if known and again: refill(model, *states, cache, gates)
+    if known<len(ids)-1: states.append(read_on(model, torch.tensor([ids[known:-1]], device=device), cache, gates))
+    return torch.cat(states, 1) if states else None
+
 @patch
 @contextlib.contextmanager
 def _cached(self:Chat, turns, gates, kwargs):
     "The cache of what was read already, cut to what is still true; kept afterwards for the next turn"
     tok = self.hydra.base.tokenizer
     ids = tok(render(tok, turns), add_special_tokens=False)['input_ids']
+    own = not kwargs.keys() & {'num_beams', 'num_return_sequences', 'use_cache', 'cache_implementation', 'past_key_values'}
     before = min(_shared(ids, self.ids), len(ids)-1) if self.cache else 0
-    cache, known = (self.cache, before) if before and _same(gates, self.gates) else (DynamicCache(), 0)
+    true, depth = self._true(gates) if own and before else 0, self._blocks()[1]
+    cache, known, again = (self.cache, before, before*(true<depth)) if true else (DynamicCache(), 0, before)
     _cut(cache, known)
     self.cache = None
-    own = not kwargs.keys() & {'num_beams', 'num_return_sequences', 'use_cache', 'cache_implementation', 'past_key_values'}
+    keeps = own and self._keeps(gates)
+    states = self._read(ids, known, again, cache, gates) if keeps else None
     yield dict(past_key_values=cache) if own else {}
     if own:
-        _cut(cache, len(ids))
-        self.cache, self.ids = cache, ids
+        self.ids, self.states = ids[:-1] if keeps else ids, states
+        _cut(cache, len(self.ids))
+        self.cache = cache
     took_over = self.gates is not None and _leader(gates)!=_leader(self.gates)
-    self.turns.append(dict(experts=_by_name(self.hydra, gates), took_over=took_over, tokens=len(ids), read=len(ids)-(known if own else 0), again=before-(known if own else 0)))
+    above = dict(above=true) if again and true else {}
+    self.turns.append(dict(experts=_by_name(self.hydra, gates), took_over=took_over, tokens=len(ids), read=len(ids)-before+again, again=again, **above))
     self.gates = gates
 
 @patch
@@ -220,6 +270,7 @@ def explain(self:Chat,
     experts = t['experts'] if isinstance(t['experts'], dict) else {}
     who = ', '.join(f'{n} {w:.0%}' for n,w in sorted(experts.items(), key=lambda e: -e[1]) if w>=.1) or t['experts'] or f'{self.hydra.gate.kind} gate'
     cost = f"{t['read']} of {t['tokens']} tokens read" + (f", {t['again']} of them again" if t['again'] else '')
+    if 'above' in t: cost += f" from block {t['above']} of {self._blocks()[1]} on"
     return f"{who}{' took over' if t['took_over'] else ''}; {cost}"
 
 # %% ../nbs/33_hydra.ipynb #cell29
@@ -306,6 +357,7 @@ def read_manifest(
                           f"a newer hydramoe may have written it, so upgrade; or build it again")
     _shaped(man, MANIFEST, at)
     _shaped(man['base'], BASE, f'{at}: base')
+    if type(fork := man.get('fork', 1)) is not int or fork<1: raise BundleError(f"{at}: fork={str(fork)[:40]!r} is not the number of a block, 1 or more; a Hydra without a fork says nothing")
     for i,e in enumerate(man['experts']): _shaped(e, EXPERT, f'{at}: expert {i}')
     if man['seal']!=digest({k:v for k,v in man.items() if k!='seal'}):
         raise BundleError(f"{at} was altered: its seal is not the digest of what it holds")
@@ -384,6 +436,26 @@ def _check_tensor(n, t, tensors, rank, file):
     if t.dim()!=2 or t.shape[0 if half[2]=='A' else 1]!=rank:
         raise BundleError(f"{file}: {n} has shape {tuple(t.shape)}, which is not of rank {rank}")
 
+# %% ../nbs/33_hydra.ipynb #fork-6
+def trunk_digests(
+    folder:Path, # with a PEFT adapter
+    fork:int # the block at which experts part
+)->dict: # tensor → digest, of the blocks below; and the scale
+    "What an adapter says below a fork"
+    cfg = read_json(folder/'adapter_config.json')
+    below = {n: d for n,d in tensor_digests(folder/'adapter_model.safetensors').items() if int((re.search(r'\.(\d+)\.', n) or [0, -1])[1])<fork}
+    return dict(below, scale=cfg['lora_alpha']/cfg['r'])
+
+def check_trunk(
+    folder:Path, # with a PEFT adapter
+    like:Path, # another one
+    fork:int # the block at which they may part
+)->None:
+    "Refuse an adapter that is not one with another below a fork"
+    a, b = trunk_digests(folder, fork), trunk_digests(like, fork)
+    if odd := sorted(n for n in a.keys()|b.keys() if a.get(n)!=b.get(n)):
+        raise BundleError(f"{folder} is of another seed expert than {like}: below the fork (block {fork}) they differ in {odd[0]}")
+
 # %% ../nbs/33_hydra.ipynb #cell42
 def check(
     path:str|Path # a bundle
@@ -402,6 +474,8 @@ def check(
     _check_indices(root, man)
     chooser(root, man)
     for e in man['experts']: check_adapter(root/'experts'/e['name'], e['rank'], e['alpha'])
+    if 'fork' in man:
+        for e in man['experts'][1:]: check_trunk(root/'experts'/e['name'], root/'experts'/man['experts'][0]['name'], man['fork'])
     if stray := {p.parent.name for p in root.glob('experts/*/*')} - {e['name'] for e in man['experts']}:
         raise BundleError(f"{root/'experts'/min(stray)} is extra: hydra.json does not list that expert")
     return man
@@ -493,7 +567,8 @@ def _write(self:Hydra, root):
     write_json(root/'config.json', _hydra_config(self))
     base = dict(id=base_uri(self.base), fingerprint=self.base.fingerprint, quant=self.base.quant)
     experts = [self._write_expert(root/'experts'/name, e) for e,name in enumerate(self.names)]
-    man = seal_bundle(root, dict(base=base, experts=experts, router=self.router.kind, built=self.about.get('built', {})))
+    forks = dict(fork=self.model.stack.fork) if self.model.stack.fork else {}
+    man = seal_bundle(root, dict(base=base, experts=experts, router=self.router.kind, built=self.about.get('built', {}), **forks))
     public = _plain_name(self.base) if base['id'].startswith(('hub:', 'pypi:')) else None
     write_bytes(root/'README.md', model_card(man, public).encode())
     return man
@@ -543,6 +618,8 @@ ENOUGH = 20 # development rows from which on a temperature is chosen by them
 
 LIMITS = "The experts know no more than the data they were trained on, and were not tested for safety, bias or truth beyond what stands above."
 
+def _shared_below(man): return f"\n\nBelow block {man['fork']} all experts are one, the seed expert that they branched from." if 'fork' in man else ''
+
 def _measured(built):
     "What was measured on the development rows, if anything was"
     if not built.get('scores'): return []
@@ -559,7 +636,7 @@ def model_card(
     how = f"chosen token by token in each layer by a gate ({man['router']}) made from their own weights" if man['router'] in GATES else f"weighed prompt by prompt by a {man['router']} router"
     what = f"{n} QLoRA experts on `{b['id']}` ({b['quant']}), {how}. The base is not included."
     rows = [[e['name'], e['rank'], e['alpha'], e.get('rows', '')] for e in man['experts']]
-    experts = _table(['expert', 'rank', 'alpha', 'training rows'], rows)
+    experts = _table(['expert', 'rank', 'alpha', 'training rows'], rows) + _shared_below(man)
     seals = f"Weights of the base: `{b['fingerprint'][:16]}…`; seal of this bundle: `{man['seal'][:16]}…`."
     parts = [_front(name), '# A Hydra', what, '## Use', USE, '## Experts', experts, *_measured(man['built']), '## Limits', LIMITS, seals]
     return '\n\n'.join(parts) + '\n'
@@ -570,10 +647,11 @@ def from_adapters(cls:Hydra,
     adapters:dict, # name → folder with a PEFT adapter
     base:Base, # what they were trained on
     router:Router|Gate|dict, # prompt → weights; or a gate; or keywords of `make_gate`, to make one from these adapters
-    about:dict|None=None # for the bundle and its card
+    about:dict|None=None, # for the bundle and its card
+    fork:float=0 # where experts part, as in `LoraSpec`, if below they are one
 )->Hydra:
     "A Hydra of plain PEFT adapters"
-    model = with_adapters(base, adapters)
+    model = with_adapters(base, adapters, fork)
     return cls(base, model, make_gate(model.stack, **router) if isinstance(router, dict) else router, about)
 
 @patch(cls_method=True)
@@ -593,7 +671,7 @@ def load(cls:Hydra,
     router = chooser(path, man)
     notes = {e['name']: {k:v for k,v in e.items() if k not in ('name', 'rank', 'alpha')} for e in man['experts']}
     about = dict(built=man['built'], experts=notes)
-    return cls.from_adapters({e['name']: path/'experts'/e['name'] for e in man['experts']}, base, router, about)
+    return cls.from_adapters({e['name']: path/'experts'/e['name'] for e in man['experts']}, base, router, about, man.get('fork', 0))
 
 # %% ../nbs/33_hydra.ipynb #cell69
 @dataclass(frozen=True)
@@ -604,6 +682,7 @@ class BuildSpec:
     k:int|None=None # experts; None: by the number of rows, see `choose_k`
     rank:int=8 # of each expert
     targets:str='all-linear' # layers that are adapted, as `target_layers` takes them
+    fork:float=0 # the block at which experts part, or below 1 a share of the depth; below it they are the seed expert. 0: they adapt all blocks
     tokens:int=50_000 # training tokens of one pass, prompt and answer; rows beyond are left out
     max_length:int=300 # tokens: the longest prompt, and the longest answer
     lr:float=5e-4 # peak learning rate
@@ -794,12 +873,21 @@ def settled(
 def training(
     spec:BuildSpec # settled
 )->tuple: # of the seed expert, of the experts: keywords of `train_seed` and `train_experts`
-    "How the two passes are trained: the first at a constant rate, the second down to nothing"
-    lora = asdict(LoraSpec(spec.rank, 2*spec.rank, spec.targets))
-    same = dict(base=spec.base, quant=spec.quant, lora=lora, max_prompt=spec.max_length, max_response=spec.max_length)
+    "How the two passes are trained: the first whole and at a constant rate, the second above the fork and down to nothing"
+    whole, above = asdict(_lora(spec, 0)), asdict(_lora(spec))
+    same = dict(base=spec.base, quant=spec.quant, max_prompt=spec.max_length, max_response=spec.max_length)
     first = TrainSpec(lr=spec.lr, rows=2., schedule='constant', seed=spec.seed)
     second = TrainSpec(lr=spec.lr, rows=2., steps=20, epochs=spec.epochs, seed=spec.seed)
-    return dict(same, spec=asdict(first), threads=spec.threads), dict(same, spec=asdict(second), threads=spec.threads)
+    cached = dict(cached=True) if spec.fork else {}
+    return dict(same, lora=whole, spec=asdict(first), threads=spec.threads), dict(same, lora=above, spec=asdict(second), threads=spec.threads, **cached)
+
+def _lora(spec, fork=None): return LoraSpec(spec.rank, 2*spec.rank, spec.targets, spec.fork if fork is None else fork)
+
+def experts_outline(
+    spec:BuildSpec # any
+)->Stack: # on the meta device: sizes without numbers
+    "Where the experts of a build part, and how large they are; refuses what the base cannot hold"
+    return Stack(outline(spec.base), 1, _lora(spec))
 
 # %% ../nbs/33_hydra.ipynb #cell94
 def sorted_rows(
@@ -838,14 +926,14 @@ def make_stages(
     return dict(rows=rows, domains=found, seed=seed, experts=experts, router=router)
 
 def grouped_experts(
-    spec:BuildSpec, # gives rank, targets, memory, threads
+    spec:BuildSpec, # gives rank, targets, fork, memory, threads
     params:dict, # of `domain_experts`
     inputs:dict, # of `domain_experts`
     run:dict, # of `run_jobs`
     **how # of `stage`
 )->Path: # sealed: NAME/ for each domain, history.json
     "The experts of all domains, in as many jobs as memory asks for"
-    size = group_size(expert_weights(outline(spec.base), LoraSpec(spec.rank, 2*spec.rank, spec.targets)), GroupSpec(memory=spec.memory))
+    size = group_size(experts_outline(spec).theta.shape[1], GroupSpec(memory=spec.memory))
     rows = sort_rows(read_jsonl(inputs['rows']/'train.jsonl'))
     made = run_jobs(make_jobs(domain_experts, rows, size, params, inputs, spec.threads, **how), **run)
     return made[0] if len(made)==1 else stage(collect, {}, {f'part{i}': m for i,m in enumerate(made)}, root=how['root'])
@@ -853,6 +941,12 @@ def grouped_experts(
 def _seals(made): return {k: seal_id(p) for k,p in made.items()}
 
 # %% ../nbs/33_hydra.ipynb #cell96
+def recorded(
+    spec:BuildSpec # settled
+)->dict: # for JSON
+    "A spec as bundles have always said it: one that says no fork has none"
+    return {k: v for k,v in asdict(spec).items() if k!='fork' or v}
+
 def assembled(
     made:dict, # from `make_stages`
     counts:dict, # from `dealt`
@@ -860,11 +954,11 @@ def assembled(
 )->Hydra:
     "The Hydra of finished stages"
     names, history = Domains.load(made['domains']/'domains').names, read_json(made['experts']/'history.json')['experts']
-    built = dict(spec=asdict(spec), counts=counts, dev_rows=counts['dev'], scores=read_json(made['router']/'scores.json'),
+    built = dict(spec=recorded(spec), counts=counts, dev_rows=counts['dev'], scores=read_json(made['router']/'scores.json'),
                  seals=_seals(made), versions=versions('hydramoe', *LIBS))
     about = dict(built=built, experts={n: {k: history[n][k] for k in ('rows', 'tokens', 'steps')} for n in names})
     adapters, router = {n: made['experts']/n for n in names}, Router.load(made['router']/'router')
-    return Hydra.from_adapters(adapters, open_base(spec.base, spec.quant), router, about)
+    return Hydra.from_adapters(adapters, open_base(spec.base, spec.quant), router, about, spec.fork)
 
 def described(
     counts:dict, # from `dealt`
@@ -876,13 +970,14 @@ def described(
     into = f"{c['rows']} rows: {c['train']} to train on ({c['tokens']:,} tokens), {c['dev']} for development"
     made = (f"{spec.k} expert{'s'*(spec.k>1)} of rank {spec.rank}, {spec.epochs} pass{'es'*(spec.epochs>1)} over their rows "
             f"after one of the seed expert")
+    if spec.fork: made += f", which they share below block {experts_outline(spec).fork} of {outline(spec.base).config.get_text_config().num_hidden_layers}"
     return f"{', '.join([into, *lost])}\n{made}"
 
 def _free(out, rows, spec, edits=''):
     "Refuse a place that holds a Hydra of other rows, another spec or other edits, before hours are spent"
     if out is None or not os.path.lexists(out): return
     built = check(out)['built']
-    if (built.get('spec'), built.get('seals', {}).get('rows'), built.get('edits', ''))!=(asdict(spec), seal_id(rows), edits):
+    if (built.get('spec'), built.get('seals', {}).get('rows'), built.get('edits', ''))!=(recorded(spec), seal_id(rows), edits):
         raise BundleError(f"{out} holds another Hydra: choose another place, or delete it first")
 
 def _text(file):
@@ -967,6 +1062,28 @@ def find_seed(
         if is_sealed(d) and seal_id(d)==want: return d
     raise HydraError(f"the seed expert of this bundle (seal {str(want)[:16]}…) is not in {place}: give the folder of an adapter to start from, or 'fresh'")
 
+def keep_adapter(
+    start:str|Path, # a folder with an adapter, or sealed already
+    root:str|Path|None=None # where stages go; in the cache if None
+)->Path: # sealed, named by what is in it
+    "Put an adapter where stages can find it"
+    start = Path(start)
+    if is_sealed(start): return start
+    files = [start/f for f in ('adapter_config.json', 'adapter_model.safetensors')]
+    if lost := [f for f in files if not f.is_file()]: raise HydraError(f"{lost[0]} does not exist: give the folder of a PEFT adapter to start from, or 'fresh'")
+    name = digest([file_sha256(f) for f in files])
+    place = Path(root or cache_dir()/'stages')/f'adapter-{name[:16]}'
+    if not is_sealed(place):
+        with sealing(place, dict(adapter=name)) as out: [shutil.copy(f, out/f.name) for f in files]
+    return place
+
+def _same_trunk(bundle, man, start):
+    "A new expert of a forked Hydra must stand on its trunk: seen before it is trained"
+    if not (fork := man.get('fork')): return
+    first = Path(bundle)/'experts'/man['experts'][0]['name']
+    if start is None: raise HydraError(f"a fresh expert does not stand on the trunk of {bundle}, which forks at block {fork}: branch it from the seed expert, or from one of its own experts, such as {first}")
+    for f in Path(start).rglob('adapter_config.json'): check_trunk(f.parent, first, fork)
+
 def one_more(
     rows:list[dict], # records of the new domain
     name:str, # of the expert
@@ -982,9 +1099,9 @@ def one_more(
     made = stage(domain_experts, params, dict(rows=place, **({'start': start} if start else {})), **_with_base(spec, root))
     return made, load_embeddings(x)['train']
 
-def _changed(base, router, folders, built, notes, out):
+def _changed(base, router, folders, built, notes, out, fork):
     "A bundle of other experts, saved"
-    hydra = Hydra.from_adapters(folders, base, router, dict(built=dict(built, scores=[], dev_rows=0), experts=notes))
+    hydra = Hydra.from_adapters(folders, base, router, dict(built=dict(built, scores=[], dev_rows=0), experts=notes), fork)
     hydra.save(out)
     return hydra
 
@@ -1007,13 +1124,14 @@ def add_expert(
     man = check(bundle)
     if 'spec' not in (built := man['built']): raise HydraError(f"{bundle} does not say how its experts were trained: it was not made by `build`")
     check_names([*(e['name'] for e in man['experts']), name], 'expert')
-    seed = None if start=='fresh' else Path(start) if start else find_seed(built, root)
+    seed = None if start=='fresh' else keep_adapter(start, root) if start else find_seed(built, root)
+    _same_trunk(bundle, man, seed and (start or seed))
     made, x = one_more(gather(records)[0], name, BuildSpec(**built['spec']), seed, root)
     on, router, folders, notes = _parts(bundle, man, base)
     new = read_json(made/'history.json')['experts'][name]
     change = dict(added=name, seal=seal_id(made))
     return _changed(on, router_with(router, name, x), {**folders, name: made/name}, dict(built, changes=[*built.get('changes', []), change]),
-                    {**notes, name: {k: new[k] for k in ('rows', 'tokens', 'steps')}}, out)
+                    {**notes, name: {k: new[k] for k in ('rows', 'tokens', 'steps')}}, out, man.get('fork', 0))
 
 def remove_expert(
     bundle:str|Path, # left as it is
@@ -1026,7 +1144,7 @@ def remove_expert(
     one_of(name, [e['name'] for e in man['experts']], 'expert')
     on, router, folders, notes = _parts(bundle, man, base)
     built = dict(man['built'], changes=[*man['built'].get('changes', []), dict(removed=name)])
-    return _changed(on, router_without(router, name), {n: f for n,f in folders.items() if n!=name}, built, notes, out)
+    return _changed(on, router_without(router, name), {n: f for n,f in folders.items() if n!=name}, built, notes, out, man.get('fork', 0))
 
 # %% ../nbs/33_hydra.ipynb #cell122
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Spot', 'Group', 'LoraSpec', 'Stack', 'Plan', 'make_plan', 'one_hot', 'by_expert', 'using', 'GatedLinear',
-           'GatedCausalLM', 'gated', 'hidden', 'logits', 'at_fork', 'from_fork', 'refill', 'factors_of',
+           'GatedCausalLM', 'gated', 'hidden', 'logits', 'at_fork', 'from_fork', 'refill', 'read_on', 'factors_of',
            'with_adapters', 'Shelf', 'slots_within']
 
 # %% ../nbs/20_stack.ipynb #cell3
@@ -783,15 +783,42 @@ def from_fork(
 def refill(
     model:GatedCausalLM, # the same
     h:Tensor, # (B,T,d) of `at_fork`, for all tokens in the cache
-    cache, # a DynamicCache of T tokens, filled by whichever expert; changed in place
+    cache, # a DynamicCache of T tokens, made with a configuration or without, filled by whichever expert; changed in place
     gates:Tensor|None=None, # of the new expert
     attention_mask:Tensor|None=None # (B,T)
 )->Tensor: # (B,T,d) the last hidden state
     "Fill a cache again above the fork, for other gates"
-    new = type(cache)(config=model.config)
+    new = type(cache)(**({} if cache.layer_class_to_replicate else dict(config=model.config)))
     out = from_fork(model, h, attention_mask, gates, new)
     cache.layers[model.stack.fork:] = new.layers[model.stack.fork:]
     return out
+
+# %% ../nbs/20_stack.ipynb #fork-2
+class _Through(nn.Module):
+    "A block that shows what it was given"
+    def __init__(self, block):
+        super().__init__()
+        self.block,self.h = block,None
+
+    def forward(self, h, *args, **kw):
+        "What the block makes of it"
+        self.h = h
+        return self.block(h, *args, **kw)
+
+def read_on(
+    model:GatedCausalLM, # whose stack forks
+    input_ids:Tensor, # (B,T) what follows the tokens in the cache
+    cache, # a DynamicCache; grows by T tokens
+    gates:Tensor|None=None, # as `forward` takes them
+    attention_mask:Tensor|None=None # (B,tokens in the cache + T)
+)->Tensor: # (B,T,d) as `at_fork` gives it
+    "Read tokens into a cache, and keep what passes the fork: with it `refill` can change the expert later"
+    blocks,f = _blocks(model),model.stack.fork
+    tap = _Through(blocks[f])
+    m = _with_blocks(model, blocks[:f]+[tap]+blocks[f+1:])
+    with using(model.plan_for(gates, cache.get_seq_length(), input_ids.shape[1])):
+        m(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+    return tap.h
 
 # %% ../nbs/20_stack.ipynb #cell99
 @patch
@@ -976,7 +1003,8 @@ def _layers_of(dir, linear):
 
 def with_adapters(
     base:Base, # what they were trained on
-    adapters:dict[str,str|Path] # name -> folder with a PEFT adapter, of any rank and targets
+    adapters:dict[str,str|Path], # name -> folder with a PEFT adapter, of any rank and targets
+    fork:float=0 # as in `LoraSpec`, for adapters that are one below it
 )->GatedCausalLM: # with the adapters in its slots, in order
     "Put plain PEFT adapters onto a base: the largest rank, every layer that any of them adapts"
     every = {n: _config(Path(f)) for n,f in adapters.items()}
@@ -984,7 +1012,7 @@ def with_adapters(
     own = {n: {l: _of_layer(c, l) for l in linear if _wants(c, l)} for n,c in every.items()}
     layers = set().union(*own.values(), *(_layers_of(Path(f), linear) for f in adapters.values()))
     r,scale = max(x for o in own.values() for x in o.values())
-    model = gated(base, len(adapters), LoraSpec(r, r*scale, ','.join(_suffixes(layers, linear))))
+    model = gated(base, len(adapters), LoraSpec(r, r*scale, ','.join(_suffixes(layers, linear)), fork))
     try:
         for e,(name,folder) in enumerate(adapters.items()): model.stack.load_peft(Path(folder), e, name)
     except HydraError: model.detach(); raise

@@ -1,15 +1,16 @@
 """What a bundle must survive, and what it must refuse, found by search; and a bundle of each format that must open for ever.
 
 `python tests/test_bundle.py` writes the golden bundle of the present format, once: tests/data/bundle-FORMAT."""
-import json, shutil, struct
+import json, re, shutil, struct
 from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import load_file, save_file
 from hydramoe.base import render, tiny_base
 from hydramoe.cluster import Domains, embed
 from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra import FORMAT, BundleError, Hydra, check, seal_bundle
-from hydramoe.route import similarity
+from hydramoe.route import similarity, uniform
 from hydramoe.stack import LoraSpec, gated
 from test_hydra import put, spots
 
@@ -183,3 +184,70 @@ def test_an_adapter_that_says_more_than_plain_lora_is_refused(at, kw, words):
     "PEFT alone would compute something else than we do, or import what it is told to"
     adapter(reset(at), **kw)
     with pytest.raises(HydraError, match=f'law.*{words}'): Hydra.load(at)
+
+# ---- the fork
+@pytest.fixture(scope='module')
+def split(tmp_path_factory):
+    "Three experts that part at block 1 of 2, kept as a bundle"
+    base, names = tiny_base(), [*NAMES, 'sky']
+    model = gated(base, 3, LoraSpec(4, 8, fork=1))
+    for e,n in enumerate(names): model.stack.init_expert(e, e, n)
+    for t in (model.stack.theta, model.stack.trunk): t += torch.from_numpy(rng(0, 'split').normal(0, .1, t.shape)).float()
+    h = Hydra(base, model, uniform(names))
+    return h, h.save(tmp_path_factory.mktemp('split')/'b')
+
+def test_a_forked_bundle_opens_forked(split):
+    h, at = split
+    again = Hydra.load(at)
+    assert read_json(at/'hydra.json')['fork']==again.model.stack.fork==1 and again.save(at)
+    assert torch.equal(again.model.stack.theta, h.model.stack.theta) and torch.equal(again.model.stack.trunk, h.model.stack.trunk)
+    mixed = ['sea', {'law': .3, 'sky': .7}, 'base']
+    assert again.generate(ASKS, expert=mixed, max_new_tokens=8)==h.generate(ASKS, expert=mixed, max_new_tokens=8)
+
+def test_each_expert_of_a_forked_bundle_is_whole_in_peft_alone_and_for_a_reader_that_knows_no_fork(split):
+    from peft import PeftModel
+    h, at = split
+    x = h.base.tokenizer('A Hydra has nine heads', return_tensors='pt').input_ids
+    flat = Hydra.from_adapters({n: at/'experts'/n for n in h.names}, tiny_base(), h.router)
+    assert flat.model.stack.fork==0
+    with torch.no_grad():
+        for e,n in enumerate(h.names):
+            ours = h.model(x, gates=torch.eye(3)[e:e+1]).logits
+            assert torch.allclose(PeftModel.from_pretrained(tiny_base().model, at/'experts'/n).eval()(x).logits, ours, atol=1e-4)
+            assert torch.allclose(flat.model(x, gates=torch.eye(3)[e:e+1]).logits, ours, atol=1e-4) and (ours-h.model(x).logits).abs().max()>.1
+
+@pytest.mark.parametrize('block', [0, 1])
+def test_another_trunk_is_refused_by_name(split, tmp_path, block):
+    d = Path(shutil.copytree(split[1], tmp_path/'d'))
+    f = d/'experts'/'sky'/'adapter_model.safetensors'
+    t = load_file(f)
+    k = next(k for k in sorted(t) if f'.layers.{block}.' in k)
+    t[k][0,0] += 1
+    save_file(t, f, metadata={'format': 'pt'})
+    man = read_json(d/'hydra.json')
+    (d/'hydra.json').unlink()
+    seal_bundle(d, {k: man[k] for k in ('base', 'experts', 'router', 'built', 'fork')})
+    if block: assert Hydra.load(d).model.stack.fork==1
+    else:
+        with pytest.raises(BundleError, match=f'sky is of another seed expert.*block 1.*{re.escape(k)}'): check(d)
+        with pytest.raises(HydraError, match='sky.* is of another seed expert'): Hydra.from_adapters({n: d/'experts'/n for n in split[0].names}, tiny_base(), split[0].router, fork=1)
+
+@pytest.mark.parametrize('fork, words', [(v, 'not the number of a block') for v in (0, -1, 1.0, .5, True, None, '1', [1])]+[(2, 'experts.*is of another seed expert'), (10**9, 'another seed expert')])
+def test_a_fork_that_is_none(split, tmp_path, fork, words):
+    d = Path(shutil.copytree(split[1], tmp_path/'d'))
+    man = {k: v for k,v in (read_json(d/'hydra.json') | dict(fork=fork)).items() if k!='seal'}
+    write_json(d/'hydra.json', man | dict(seal=digest(man)))
+    with pytest.raises(BundleError, match=words): check(d)
+
+def test_one_expert_under_a_fork_that_the_base_does_not_have(tmp_path):
+    "With nobody to differ from, it is the base that says no"
+    base = tiny_base()
+    model = gated(base, 1, LoraSpec(2, fork=1))
+    model.stack.init_expert(0, 0, 'law')
+    d = Hydra(base, model, uniform(['law'])).save(tmp_path/'d')
+    assert Hydra.load(d).model.stack.fork==1
+    man = {k: v for k,v in (read_json(d/'hydra.json') | dict(fork=2)).items() if k!='seal'}
+    write_json(d/'hydra.json', man | dict(seal=digest(man)))
+    base = tiny_base()
+    with pytest.raises(HydraError, match='fork=2: a model of 2 blocks can fork at 0 to 1'): Hydra.load(d, base)
+    assert Hydra.from_adapters({'law': d/'experts'/'law'}, base, uniform(['law'])).names==['law'] # the base is as it was

@@ -1,10 +1,11 @@
 "What a Hydra promises beyond its lesson: two processes, kill -9, PEFT alone"
-import gc, json, os, shutil, signal, subprocess, sys, threading, time, tracemalloc
+import contextlib, gc, json, os, shutil, signal, subprocess, sys, threading, time, tracemalloc
 from pathlib import Path
 import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 from hydramoe.base import load_base, tiny_base
 from hydramoe.cluster import lesson_texts
@@ -153,18 +154,122 @@ def test_beams_in_a_conversation():
         assert answer == h.ask(chat.messages[:-1], expert='law', max_new_tokens=5, **kw)
     assert chat.turns[3]['read'] < chat.turns[3]['tokens'] == len(chat.ids)
 
-def test_a_sliding_window_in_a_conversation(tmp_path):
-    "Gemma forgets what is far away; its cache is cut all the same"
+def windowed(tmp_path, layers):
     from transformers import AutoConfig, AutoModelForCausalLM
-    cfg = AutoConfig.for_model('gemma3_text', vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=8, pad_token_id=0, eos_token_id=2, bos_token_id=1)
+    cfg = AutoConfig.for_model('gemma3_text', vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=8, pad_token_id=0, eos_token_id=2, bos_token_id=1)
     with torch.random.fork_rng(): torch.manual_seed(0); AutoModelForCausalLM.from_config(cfg).save_pretrained(tmp_path)
     tiny_base().tokenizer.save_pretrained(tmp_path)
-    h = fickle(load_base(str(tmp_path), 'fp32', 'cpu'))
+    return load_base(str(tmp_path), 'fp32', 'cpu')
+
+def test_a_sliding_window_in_a_conversation(tmp_path):
+    "Gemma forgets what is far away; its cache is cut all the same"
+    h = fickle(windowed(tmp_path, 2))
     chat = Chat(h)
     for t in ['sea'*9, 'sea again?', 'law now']: assert chat(t, max_new_tokens=12) == h.ask(chat.messages[:-1], expert=t[:3], max_new_tokens=12)
     assert chat.turns[1]['read'] < chat.turns[1]['tokens']
 
 # --- threads and long runs -------------------------------------------------------------------------------------------
+
+# --- a conversation under a fork
+
+def noisy(base, fork):
+    "Three experts of noise that part at a fork, on a trunk of noise"
+    model = gated(base, 3, LoraSpec(rank=4, fork=fork))
+    for e, name in enumerate(NAMES): model.stack.init_expert(e, seed=0, name=name)
+    for t in (model.stack.theta, model.stack.trunk): t += torch.from_numpy(rng(0, 'noise').normal(0, .1, t.shape)).float()
+    return model
+
+def forked(base=None, fork=.5, router=None):
+    base = base or tiny_base(layers=4)
+    h = Hydra(base, noisy(base, fork), uniform(NAMES))
+    h.router = router or Fickle()
+    return h
+
+@contextlib.contextmanager
+def counted(h):
+    "Tokens that each block reads meanwhile"
+    ran, layers = [0]*4, h.model.base.model.layers
+    def count(i): return lambda block, args, kw: ran.__setitem__(i, ran[i]+(args[0] if args else kw['hidden_states']).shape[1])
+    hooks = [b.register_forward_pre_hook(count(i), with_kwargs=True) for i, b in enumerate(layers)]
+    try: yield ran
+    finally:
+        for k in hooks: k.remove()
+
+def contents(cache): return [t for l in cache.layers for t in (l.keys, l.values)]
+
+def read_whole(h, ids, gates):
+    "What one pass over all of it leaves in a cache"
+    cache = DynamicCache()
+    with torch.no_grad(): h.model(input_ids=torch.tensor([ids]), gates=gates if gates.any() else None, past_key_values=cache, use_cache=True)
+    return contents(cache)
+
+@pytest.mark.parametrize('n', [1, 9])
+def test_a_forked_conversation_equals_reading_all_of_it_and_costs_what_it_says(n):
+    "Answers and cache are those of an expert that was there from the beginning; no block below the fork reads a token twice, unless the base alone spoke"
+    h, fresh = forked(), forked()
+    chat = Chat(h, 'Be brief.')
+    for t in ['law of the sea?', 'sea or land?', 'sea again?', 'sum it up', 'nothing of it', 'nothing at all', 'law now', 'sum now']:
+        with counted(h) as ran: answer = chat(t, max_new_tokens=n)
+        turn = chat.turns[-1]
+        if n==1: assert ran == [turn['read']-turn['again']*('above' in turn)]*2 + [turn['read']]*2, t
+        else: assert answer == fresh.ask(chat.messages[:-1], expert=turn['experts'], max_new_tokens=n), t
+        for a, b in zip(contents(chat.cache), read_whole(fresh, chat.ids, chat.gates), strict=True): assert torch.allclose(a, b, atol=1e-5), t
+    assert [t.get('above', 0) for t in chat.turns] == [0, 2, 0, 2, 0, 0, 0, 2]
+    assert [t['again']>0 for t in chat.turns] == [False, True, False, True, True, False, True, True]
+    assert [t['read']==t['tokens'] for t in chat.turns] == [True, True, False, True, True, False, True, True]
+    assert chat.explain(1).endswith(f"{chat.turns[1]['again']} of them again from block 2 of 4 on") and 'block' not in chat.explain(2)+chat.explain(4)
+
+def test_the_lower_half_of_a_stale_cache_would_be_seen():
+    "What the test above would find: a refill from states of another conversation gives another cache"
+    h = forked()
+    chat = Chat(h)
+    chat('law of the sea?', max_new_tokens=3)
+    chat.states = chat.states.flip(1)
+    chat('sea or land?', max_new_tokens=3)
+    assert not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(contents(chat.cache), read_whole(h, chat.ids, chat.gates)))
+
+def test_beams_and_interruptions_under_a_fork(monkeypatch):
+    import hydramoe.hydra
+    h, fresh = forked(), forked()
+    chat = Chat(h)
+    for t, kw in (('law?', {}), ('sea?', dict(num_beams=2)), ('sum?', {}), ('law!', {})):
+        assert chat(t, max_new_tokens=5, **kw) == fresh.ask(chat.messages[:-1], expert=t[:3], max_new_tokens=5, **kw)
+    with monkeypatch.context() as m:
+        m.setattr(hydramoe.hydra, 'read_on', lambda *a: 1/0) # after the refill, before the answer
+        with pytest.raises(ZeroDivisionError): chat('sea?', max_new_tokens=5)
+    assert chat.cache is None and len(chat.turns) == 4
+    assert chat('sea?', max_new_tokens=5) == fresh.ask(chat.messages[:-1], expert='sea', max_new_tokens=5)
+
+def test_a_gate_and_an_expert_by_hand_take_turns_under_a_fork(tmp_path):
+    made = noisy(tiny_base(), 1)
+    folders = {n: made.stack.save_peft(tmp_path/n, e, 'tiny-0') for e, n in enumerate(NAMES)}
+    h = Hydra.from_adapters(folders, tiny_base(), dict(kind='arrow', top_k=2), fork=1)
+    chat = Chat(h)
+    for who in (None, 'law', None, 'sea', None):
+        assert chat('and?', expert=who, max_new_tokens=6) == h.ask(chat.messages[:-1], expert=who, max_new_tokens=6)
+    assert [t.get('above', 0) for t in chat.turns] == [0, 1, 1, 1, 1]
+
+def test_a_sliding_window_under_a_fork(tmp_path):
+    h = forked(windowed(tmp_path, 4))
+    chat = Chat(h)
+    for t in ['sea'*9, 'sea again?', 'law now', 'sum it']: assert chat(t, max_new_tokens=12) == h.ask(chat.messages[:-1], expert=t[:3], max_new_tokens=12)
+    assert [t.get('above', 0) for t in chat.turns] == [0, 0, 2, 2]
+
+def test_the_base_alone_has_no_trunk():
+    "By hand or because a router abstains, alone or in a batch; beside it, rows answer as ever"
+    h, base = forked(), tiny_base(layers=4)
+    bare = Hydra(base, by_hand_on(base), uniform(NAMES))
+    want = [bare.ask(p, expert='base', max_new_tokens=8) for p in ('nothing', 'else')]
+    assert [h.ask(p, max_new_tokens=8) for p in ('nothing', 'else')] == want
+    batch = ['law', 'nothing', 'sea', 'else']
+    assert h.generate(batch, max_new_tokens=8) == [h.ask('law', max_new_tokens=8), want[0], h.ask('sea', max_new_tokens=8), want[1]]
+    two = h.generate(batch, max_new_tokens=4, num_beams=2, num_return_sequences=2)
+    assert two[2:4] == h.generate(['nothing'], max_new_tokens=4, num_beams=2, num_return_sequences=2)
+    from hydramoe.auto import HydraForCausalLM
+    with pytest.raises(HydraError, match='this Hydra forks'): HydraForCausalLM(h).generate(ids(h, 'nothing'), max_new_tokens=2, expert='base')
+    with torch.no_grad(): # a share left to the base is left to the bare blocks above the fork
+        x = ids(h, 'ahoy')
+        assert (h.model(x, gates=torch.zeros(1, 3)).logits-h.model(x).logits).abs().max() > .1
 
 def test_eight_threads_with_eight_gates_answer_as_one_does():
     h = by_hand()
@@ -383,8 +488,9 @@ def test_build_does_not_depend_on_the_order_of_rows(tmp_path, monkeypatch):
 
 def test_wishes_that_cannot_be_met(tmp_path, monkeypatch):
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path))
-    for kw, words in ((dict(k=0), 'k=0'), (dict(k=99), 'k=99'), (dict(tokens=3), 'tokens=3'), (dict(max_length=1), 'max_length=1'), (dict(targets='no_proj'), 'no_proj'), (dict(rank=0), 'rank=0')):
+    for kw, words in ((dict(k=0), 'k=0'), (dict(k=99), 'k=99'), (dict(tokens=3), 'tokens=3'), (dict(max_length=1), 'max_length=1'), (dict(targets='no_proj'), 'no_proj'), (dict(rank=0), 'rank=0'), (dict(fork=2), 'can fork at 0 to 1'), (dict(fork=-1), 'fork=-1')):
         with pytest.raises(HydraError, match=words): build(None, **kw)
+    assert not list((tmp_path/'stages').glob('seed_expert-*/seal.json'))
     with pytest.raises(HydraError, match='no records'): Hydra.build([], base='tiny')
 
 @pytest.mark.slow
@@ -433,6 +539,42 @@ def test_one_more_and_one_less(tmp_path, monkeypatch):
     assert check(tmp_path/'again')['seal']==check(tmp_path/'new')['seal'] and again.names[-1]=='birds'
     fresh = add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'fresh', start='fresh', root=tmp_path/'elsewhere')
     assert not torch.equal(fresh.model.stack.theta[-1], again.model.stack.theta[-1])
+
+def test_a_forked_build(tmp_path, monkeypatch):
+    "The trunk is the seed expert below the fork, computed once for the experts; whoever joins later stands on it too"
+    import hydramoe.expert
+    from hydramoe.hydra import add_expert, find_seed, remove_expert
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    cached, make = [], hydramoe.expert.cache_trunk
+    monkeypatch.setattr(hydramoe.expert, 'cache_trunk', lambda *a, **kw: cached.append(1) or make(*a, **kw))
+    plain = build(tmp_path/'plain', epochs=1)
+    assert not cached
+    h = build(tmp_path/'h', epochs=1, fork=.5)
+    man = check(tmp_path/'h')
+    assert len(cached)==1 and man['fork']==h.model.stack.fork==1 and man['built']['spec']['fork']==.5
+    seed = load_file(find_seed(man['built'])/'seed'/'adapter_model.safetensors')
+    for n in h.names:
+        own = load_file(tmp_path/'h'/'experts'/n/'adapter_model.safetensors')
+        assert {k for k in seed if not torch.equal(seed[k], own[k])}=={k for k in seed if '.layers.1.' in k} and own.keys()==seed.keys()
+    more = add_expert(tmp_path/'h', BIRDS, 'birds', tmp_path/'more')
+    assert len(cached)==2 and torch.equal(more.model.stack.trunk, h.model.stack.trunk) and check(tmp_path/'more')['fork']==1
+    assert sealed(tmp_path/'h', 'experts/').items()<=sealed(tmp_path/'more', 'experts/').items()
+    remove_expert(tmp_path/'more', 'birds', tmp_path/'back')
+    assert sealed(tmp_path/'back', 'experts/', 'router/')==sealed(tmp_path/'h', 'experts/', 'router/')
+    sibling = add_expert(tmp_path/'h', BIRDS, 'birds', tmp_path/'sibling', start=tmp_path/'h'/'experts'/h.names[0], root=tmp_path/'elsewhere')
+    assert torch.equal(sibling.model.stack.trunk, h.model.stack.trunk)
+    for start, words in (('fresh', 'does not stand on the trunk'), (tmp_path/'plain'/'experts'/plain.names[0], f'{plain.names[0]} is of another seed expert.*layers.0'), (tmp_path/'none', 'none.adapter_config.json does not exist')):
+        with pytest.raises(HydraError, match=words): add_expert(tmp_path/'h', BIRDS, 'birds', tmp_path/'x', start=start)
+    assert len(cached)==3
+    with pytest.raises(BundleError, match='holds another Hydra'): build(tmp_path/'plain', epochs=1, fork=.5)
+
+def test_a_build_without_a_fork_is_recorded_as_ever(tmp_path, monkeypatch):
+    from hydramoe.hydra import BuildSpec
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    build(tmp_path/'a', epochs=1, fork=0)
+    man = check(tmp_path/'a')
+    assert 'fork' not in man and 'fork' not in man['built']['spec'] and BuildSpec(**man['built']['spec']).fork==0
+    build(tmp_path/'a', epochs=1) # found whole
 
 @pytest.mark.slow
 def test_groups_and_workers(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from hydramoe.base import Base, byte_tokenizer, tiny_base
 from hydramoe.core import HydraError
-from hydramoe.stack import GatedLinear, LoraSpec, Stack, gated, hidden, logits, make_plan, one_hot, using
+from hydramoe.stack import GatedLinear, LoraSpec, Stack, gated, hidden, logits, make_plan, one_hot, using, with_adapters
 from hydramoe.store import sealing
 
 def fill(stack, seed=0):
@@ -436,6 +436,24 @@ def test_trunk_and_branches_make_the_whole(make):
     for g in (one_hot([0,1,2],3), torch.rand(3,3, generator=torch.Generator().manual_seed(0)), torch.zeros(3,3)):
         torch.testing.assert_close(from_fork(m, at_fork(m, **x), x['attention_mask'], g), hidden(m, **x, gates=g))
 
+@pytest.mark.parametrize('configured', [False, True], ids=['a plain cache', "a cache of the model's own layers"])
+@pytest.mark.parametrize('make', [None, neox, qwen2, gemma2, granite, cohere])
+def test_a_cache_is_read_on_and_changes_hands(make, configured):
+    "Piece by piece by expert 0, then filled again for expert 2: what a single pass of expert 2 leaves; and the states are those of the trunk"
+    from transformers import DynamicCache
+    from hydramoe.stack import at_fork, read_on, refill
+    m,x = forked(make=make),batch(pads=(0,0,0))['input_ids']
+    def new(): return DynamicCache(config=m.config) if configured else DynamicCache()
+    def kv(cache): return [t for l in cache.layers for t in (l.keys, l.values)]
+    with torch.no_grad():
+        mine,whole = new(),new()
+        h = torch.cat([read_on(m, part, mine, one_hot([0]*3,3)) for part in (x[:,:3], x[:,3:4], x[:,4:])], 1)
+        torch.testing.assert_close(h, at_fork(m, x), atol=1e-4, rtol=1e-4)
+        read_on(m, x, whole, one_hot([2]*3,3))
+        assert (kv(mine)[-1]-kv(whole)[-1]).abs().max()>1e-3
+        refill(m, h, mine, one_hot([2]*3,3))
+    for a,b in zip(kv(mine), kv(whole), strict=True): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
 def test_an_expert_of_a_forked_stack_loads_in_peft_and_again(tmp_path):
     m,x = forked(),batch()
     for e in range(3): m.stack.save_peft(tmp_path/str(e), e, 'tiny-0')
@@ -457,6 +475,9 @@ def test_an_expert_of_another_seed_expert_is_refused(tmp_path):
     s.load_peft(tmp_path/'a', 0)
     with pytest.raises(HydraError, match='another seed expert'): s.load_peft(tmp_path/'b', 1)
     assert s.names==['a', None] and s.theta[1].abs().sum()==0
+    base = tiny_base(layers=4)
+    with pytest.raises(HydraError, match='/b/.* is of another seed expert'): with_adapters(base, dict(a=tmp_path/'a', b=tmp_path/'b'), .5)
+    assert with_adapters(base, dict(a=tmp_path/'a', b=tmp_path/'b')).stack.below==0
     m.stack.init_expert(2, 0, 'odd', alpha=3)
     with pytest.raises(HydraError, match='has scale'): m.stack.save_peft(tmp_path/'c', 2)
 
