@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from hydramoe.base import render, tiny_base
 from hydramoe.cluster import Domains, embed
 from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra import FORMAT, BundleError, Hydra, check, seal_bundle
+from hydramoe.hydra import FORMAT, Hydra, seal_bundle
 from hydramoe.route import similarity
 from hydramoe.stack import LoraSpec, gated
 from test_hydra import put, spots
