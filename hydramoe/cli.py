@@ -137,7 +137,7 @@ _FILES = (
     arg('--encoding', help='of text files, such as cp1252 (default: by their first bytes, else utf-8)'),
 )
 _ROWS = (
-    arg('--base', default='smollm2', help="the base: 'smollm2', 'gemma3', a path, or a Hub id, ORG/NAME@REVISION (default %(default)s)"),
+    arg('--base', help="the base: 'smollm2', 'gemma3', a path, or a Hub id, ORG/NAME@REVISION (default: smollm2; with a bundle or adapters what they name)"),
     arg('--k', type=int, metavar='N', help='experts (default: one for each 20 rows, nine at most)'),
     arg('--tokens', type=int, default=50_000, metavar='N', help='training tokens of one pass; rows beyond are left out (default %(default)s)'),
     arg('--max-length', type=int, default=300, metavar='N', help='tokens of a prompt, and of an answer; longer rows are left out (default %(default)s)'),
@@ -173,7 +173,7 @@ def build(a):
     if a.add or a.remove: return changed(_given(a))
     from hydramoe.hydra import BuildSpec, Hydra, check, gather
     _given(a)
-    spec = BuildSpec(**{k:v for k,v in vars(a).items() if k in BuildSpec.__dataclass_fields__})
+    spec = BuildSpec(**_spec(a))
     (records, rejects), out = gather(a.files, **_reading(a)), _out(a)
     refused = _rejected(rejects, out)
     if a.dry_run: return dry_run(records, spec, refused)
@@ -188,9 +188,8 @@ def build(a):
          arg('--out', default='domains.yaml', metavar='FILE', help='the file to write (default %(default)s)'))
 def domains(a):
     "A file in which domains are renamed, merged and split by hand"
-    from hydramoe.hydra import BuildSpec, propose_domains
-    spec = {k:v for k,v in vars(_given(a)).items() if k in BuildSpec.__dataclass_fields__}
-    found = propose_domains(a.files, a.out, reading=_reading(a), say=a.describe, **spec)
+    from hydramoe.hydra import propose_domains
+    found = propose_domains(_given(a).files, a.out, reading=_reading(a), say=a.describe, **_spec(a))
     return f"{a.out}: {', '.join(found.names)}\nedit it, then: hydramoe build {a.files[0]} --domains {a.out}, with the same options", dict(file=a.out, domains=found.names)
 
 def changed(
@@ -202,13 +201,17 @@ def changed(
     name, bundle = a.remove or a.name or Path(a.add).stem, Path(a.files[0])
     out = Path(a.out or f"{bundle}-{'without' if a.remove else 'with'}-{name}")
     if os.path.lexists(out): raise HydraError(f"{out} exists: choose another place with --out, or delete it first")
-    base = None if a.base=='smollm2' else a.base
-    if a.remove: hydra, refused = remove_expert(bundle, name, out, base=base), None
+    if a.remove: hydra, refused = remove_expert(bundle, name, out, base=a.base), None
     else:
         records, rejects = gather([a.add], **_reading(a))
         refused = _rejected(rejects, out)
-        hydra = add_expert(bundle, records, name, out, a.start, base=base)
+        hydra = add_expert(bundle, records, name, out, a.start, base=a.base)
     return f"{out}: {hydra}", dict(bundle=str(out), experts=hydra.names, changes=hydra.about['built']['changes'], rejects=refused)
+
+def _spec(a):
+    "What was said of a build's spec; what was not is the spec's own default"
+    from hydramoe.hydra import BuildSpec
+    return {k:v for k,v in vars(a).items() if k in BuildSpec.__dataclass_fields__ and v is not None}
 
 def _given(a):
     if not a.files: raise HydraError("no FILE was given: name the files with your examples; or, to build from PEFT adapters alone, hydramoe build --from ADAPTER …")
@@ -228,7 +231,7 @@ def from_adapters(
     if a.files or a.add or a.remove: raise HydraError("give either FILE or --from ADAPTER …, and no --add or --remove beside it")
     if not a.out: raise HydraError("say where the bundle goes: --out DIR")
     if os.path.lexists(a.out): raise HydraError(f"{a.out} exists: choose another place with --out, or delete it first")
-    hydra = adopt(_adapters(a.adapters), a.out, None if a.base=='smollm2' else a.base, a.quant, a.gate or 'arrow', top_k=a.top_k)
+    hydra = adopt(_adapters(a.adapters), a.out, a.base, a.quant, a.gate or 'arrow', top_k=a.top_k)
     try_it = f'hydramoe ask {a.out} "Hello, who are you?"'
     return f"{a.out}: {hydra}\n{adopted(hydra)}\ntry it: {try_it}", dict(bundle=str(a.out), experts=hydra.names, built=hydra.about['built'], next=try_it)
 

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'EXPERT', 'PLAIN', 'USE', 'ENOUGH', 'LIMITS', 'TEMPERATURES',
-           'LIBS', 'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests',
+           'SAFE', 'LIBS', 'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests',
            'seal_bundle', 'read_manifest', 'check_files', 'check_adapter', 'trunk_digests', 'check_trunk', 'check',
            'chooser', 'base_uri', 'uri_id', 'open_uri', 'model_card', 'BuildSpec', 'choose_k', 'choose_epochs',
            'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert', 'domain_experts',
-           'measure_routers', 'dealt', 'settled', 'training', 'experts_outline', 'sorted_rows', 'make_stages',
-           'grouped_experts', 'recorded', 'assembled', 'described', 'propose_domains', 'router_with', 'router_without',
-           'find_seed', 'keep_adapter', 'one_more', 'add_expert', 'remove_expert', 'explain_bundle', 'adapters_base',
-           'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
+           'candidates', 'measure_routers', 'dealt', 'settled', 'training', 'experts_outline', 'sorted_rows',
+           'make_stages', 'grouped_experts', 'recorded', 'assembled', 'described', 'propose_domains', 'router_with',
+           'router_without', 'find_seed', 'keep_adapter', 'one_more', 'add_expert', 'remove_expert', 'explain_bundle',
+           'adapters_base', 'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
 import contextlib, hashlib, json, math, os, re, secrets, shutil, time
@@ -33,9 +33,9 @@ from .formats import Tally, detect, read_records
 from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, load_embeddings, prompt_text, write_domains_yaml
 from .stack import GatedCausalLM, LoraSpec, Stack, read_on, refill, with_adapters
 from .score import response_losses
-from .expert import GroupSpec, TrainSpec, collect, group_size, make_jobs, on_stack, open_base
+from .expert import GroupSpec, TrainSpec, collect, group_size, make_jobs, open_base
 from .expert import outline, run_jobs, sort_rows, train_experts, train_seed
-from .route import Router, explain_route, plot_route, route_text, similarity, uniform, with_domain, without_domain
+from .route import Router, explain_route, plot_route, ridge, route_text, similarity, uniform, with_domain, without_domain
 from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
 
 # %% ../nbs/33_hydra.ipynb #cell8
@@ -614,16 +614,17 @@ print(hydra.ask('…'))
 
 Each folder in `experts/` is a plain PEFT adapter and loads in PEFT alone."""
 
-ENOUGH = 20 # development rows from which on a temperature is chosen by them
+ENOUGH = 20 # development rows from which on a router is chosen by them
 
 LIMITS = "The experts know no more than the data they were trained on, and were not tested for safety, bias or truth beyond what stands above."
 
 def _shared_below(man): return f"\n\nBelow block {man['fork']} all experts are one, the seed expert that they branched from." if 'fork' in man else ''
 
-def _measured(built):
+def _measured(man):
     "What was measured on the development rows, if anything was"
-    if not built.get('scores'): return []
-    chosen = ", on which the router's temperature was also chosen" if built['dev_rows']>=ENOUGH else ''
+    if not (built := man['built']).get('scores'): return []
+    best = min((s for s in built['scores'] if s['system'].startswith(man['router'])), key=lambda s: s['ppl'], default=None)
+    chosen = f". The {best['system']} was chosen by them, and its own figure flatters it a little" if best and built['dev_rows']>=ENOUGH else ''
     about = f"Perplexity of the answers of {built['dev_rows']} development prompts, which no expert was trained on{chosen}:"
     return ['## Measured', about, _table(['system', 'perplexity'], [[s['system'], f"{s['ppl']:.2f}"] for s in built['scores']])]
 
@@ -638,7 +639,7 @@ def model_card(
     rows = [[e['name'], e['rank'], e['alpha'], e.get('rows', '')] for e in man['experts']]
     experts = _table(['expert', 'rank', 'alpha', 'training rows'], rows) + _shared_below(man)
     seals = f"Weights of the base: `{b['fingerprint'][:16]}…`; seal of this bundle: `{man['seal'][:16]}…`."
-    parts = [_front(name), '# A Hydra', what, '## Use', USE, '## Experts', experts, *_measured(man['built']), '## Limits', LIMITS, seals]
+    parts = [_front(name), '# A Hydra', what, '## Use', USE, '## Experts', experts, *_measured(man), '## Limits', LIMITS, seals]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/33_hydra.ipynb #cell52
@@ -817,7 +818,17 @@ def domain_experts(
     train_experts(out, rows_dir=rows, start=start, **kw)
 
 # %% ../nbs/33_hydra.ipynb #cell85
-TEMPERATURES = (.02, .05, .1, .2) # of the similarity router, in squared distance of unit vectors
+TEMPERATURES = dict(similarity=(.02, .05, .1, .2), ridge=(.05, .1, .2)) # of the softmax; in squared distance of unit vectors, and in scores that lie near 0 and 1
+SAFE = 'similarity router, temperature 0.05' # where too few rows could tell a better one
+
+def candidates(
+    found:Domains, # one expert a domain
+    x:np.ndarray, # (N,d) embeddings of the training prompts
+    labels:list[str] # (N,) their domains
+)->dict[str,Router]: # name → router
+    "The routers that a build tries, the simplest first"
+    make = dict(similarity=lambda T: similarity(found, T), ridge=lambda T: ridge(found, x, labels, temperature=T))
+    return {f'{kind} router, temperature {T}': make[kind](T) for kind,Ts in TEMPERATURES.items() for T in Ts} | {'uniform mix': uniform(found.names)}
 
 def _ppl(model, examples, gates):
     "Perplexity of the answers, every token counting the same"
@@ -833,14 +844,13 @@ def measure_routers(
     quant:str, # its precision
     max_length:int, # tokens
 )->None: # router/ and scores.json
-    "A stage: measure systems on the development rows, keep the best temperature"
-    found, at, b = Domains.load(rows/'domains'), load_embeddings(x).get('dev'), open_base(base, quant)
+    "A stage: measure systems on the development rows, keep the best router"
+    found, at, b = Domains.load(rows/'domains'), load_embeddings(x), open_base(base, quant)
     examples = [encode(r, b.tokenizer, max_length, max_length) for r in read_jsonl(rows/'dev.jsonl')]
-    model = on_stack({n: experts/n for n in found.names}, b)
-    routers = {'uniform mix': uniform(found.names)} | {f'similarity router, temperature {T}': similarity(found, T) for T in TEMPERATURES}
-    ppl = {n: _ppl(model, examples, torch.as_tensor(r(x=at))) for n,r in routers.items()} if examples else {}
-    best = min(TEMPERATURES, key=lambda T: ppl[f'similarity router, temperature {T}']) if len(examples)>=ENOUGH else .05
-    routers[f'similarity router, temperature {best}'].save(out/'router')
+    model = with_adapters(b, {n: experts/n for n in found.names})
+    routers = candidates(found, at['train'], [r['domain'] for r in read_jsonl(rows/'train.jsonl')])
+    ppl = {n: _ppl(model, examples, torch.as_tensor(r(x=at['dev']))) for n,r in routers.items()} if examples else {}
+    routers[min(ppl, key=ppl.get) if len(examples)>=ENOUGH else SAFE].save(out/'router')
     base_ppl = {'base': _ppl(model, examples, None)} if examples else {}
     write_json(out/'scores.json', [dict(system=n, ppl=p) for n,p in (base_ppl | ppl).items()])
 
@@ -1249,7 +1259,7 @@ def forecast(
     per = sum(spec.rank*(l.in_features+l.out_features) for l in target_layers(m, spec.targets).values())
     rate = matrix_rate(spec.quant, device)
     speed, train = SHARE[spec.quant]*rate/(4*n), counts['tokens']*(1+spec.epochs)
-    seconds = train/speed + counts['dev_tokens']*(2+len(TEMPERATURES))/(2*speed)
+    seconds = train/speed + counts['dev_tokens']*(2+sum(map(len, TEMPERATURES.values())))/(2*speed)
     memory = _memory(n, vocab, per, m.config, spec, device)
     return dict(seconds=round(seconds), memory_gb=round(memory/1e9, 1), tokens_a_second=round(speed), training_tokens=train,
                 weights=n, weights_of_an_expert=per, matrix_gflops=round(rate/1e9), share=SHARE[spec.quant], device=device)

@@ -263,10 +263,13 @@ def _gram(x): # (n,d) → ((d+1)(d+2)/2,) upper triangle of ZᵀZ in units of gr
     if not g.max()<2**53: raise HydraError(f"{len(x)} prompts with entries up to {np.abs(x).max():.3g} are too many to be summed exactly; scale vectors to unit length, at most two million a domain")
     return g[np.triu_indices(len(g))]
 
+def _triangle(gram): # (E,m) → d+1; the row and the column of each of the m entries
+    size = int((8*gram.shape[1]+1)**.5-1)//2
+    return size,*np.triu_indices(size)
+
 def _solved(gram, lam): # (E,m) → weight (E,d), bias (E,)
     "Ridge regression from the statistics; the ones are not penalised"
-    size = int((8*gram.shape[1]+1)**.5-1)//2
-    i,j = np.triu_indices(size)
+    size,i,j = _triangle(gram)
     G,C = np.zeros((size,size)),gram[:,j==size-1].T*_GRAIN**2
     G[i,j] = G[j,i] = gram.sum(0)*_GRAIN**2
     G[np.arange(size-1),np.arange(size-1)] += lam
@@ -579,8 +582,8 @@ def abstaining(
     return replace(router, arrays=arrays, params=dict(router.params, farthest=float('inf') if farthest is None else float(farthest)))
 
 def _means_of(gram):
-    size = int((8*gram.shape[1]+1)**.5-1)//2
-    last = gram[:,np.triu_indices(size)[1]==size-1]
+    size,_,j = _triangle(gram)
+    last = gram[:,j==size-1]
     return (last[:,:-1]/last[:,-1:]).astype(np.float32)
 
 # %% ../nbs/30_route.ipynb #cell92

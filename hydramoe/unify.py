@@ -239,12 +239,10 @@ def only(
 
 # %% ../nbs/15_unify.ipynb #cell47
 def tokenizer_of(
-    base:str='smollm2' # 'smollm2', 'bytes', or the path of a checkpoint
+    base:str='smollm2' # 'bytes', or any base that `load_base` knows: 'smollm2', 'gemma3', the path of a checkpoint, a Hub id
 ): # a transformers tokenizer with a chat template
     "The tokenizer that counts tokens for a base"
-    if base=='bytes': return byte_tokenizer()
-    if base!='smollm2' and not Path(base).expanduser().is_dir(): raise HydraError(f"base {base!r} is neither 'smollm2', 'bytes', nor the directory of a checkpoint")
-    return base_tokenizer(base)
+    return byte_tokenizer() if base=='bytes' else base_tokenizer(base)
 
 def _fitting(rows, tokenizer, max_length, sizes):
     "Rows that are not too long; their (tokens, response tokens) go to `sizes` by id"
@@ -507,7 +505,7 @@ def unify(
     cards:str='', # `data.cards_digest()`, for the key of the stage
     router:int=None, # rows a domain; all there are if None
     licenses:str='all', # 'all', or 'open': without the restricted and the unclear
-    base:str='smollm2', # whose tokenizer counts: 'smollm2', 'bytes', or the path of a checkpoint
+    base:str='smollm2', # whose tokenizer counts, as for `tokenizer_of`
     threshold:float=.85, # Jaccard index from which two prompts are nearly the same, .8 to 1
     shares:dict=SHARES # of test, dev and router; experts get the rest
 ):

@@ -6,6 +6,7 @@ import pytest
 
 from hydramoe.cli import main
 from hydramoe.cluster import lesson_texts
+from hydramoe.core import HydraError
 
 COMMANDS = ['build', 'domains', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce', 'data list', 'data show', 'data prepare', 'data check', 'data card']
 TINY = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words']
@@ -82,6 +83,20 @@ def test_built_again_it_is_the_same(made):
     assert json.loads(here('check', 'mine-hydra', '--json', cwd=d).stdout)['seal'] == before
     other = here('build', 'mine.jsonl', *TINY, '--k', 3, '--quiet', cwd=d)
     assert other.returncode == 2 and 'another Hydra' in other.stderr
+
+def test_a_base_that_is_named_is_taken_and_none_is_left_to_those_who_know(tmp_path, monkeypatch):
+    from hydramoe import hydra
+    def caught(name):
+        def f(*a, **kw): seen.append((name, kw.get('base') if name!='adopt' else a[2])); raise HydraError('enough')
+        return f
+    for name in ('adopt', 'add_expert', 'remove_expert', 'propose_domains'): monkeypatch.setattr(hydra, name, caught(name))
+    monkeypatch.setattr(hydra.Hydra, 'build', caught('build'))
+    (tmp_path/'x.jsonl').write_text('{"prompt": "a", "completion": "b"}')
+    seen, commands = [], (['build', '--from', 'a', 'b', '--out', 'c'], ['build', 'c', '--add', 'x.jsonl'], ['build', 'c', '--remove', 'law'], ['domains', 'x.jsonl'], ['build', 'x.jsonl', '--quiet'])
+    for said in ([], ['--base', 'smollm2'], ['--base', 'tiny']):
+        for c in commands: assert here(*c, *said, cwd=tmp_path).returncode == 2
+    names = ['adopt', 'add_expert', 'remove_expert', 'propose_domains', 'build']
+    assert seen == [*zip(names, [None]*4+['smollm2'])] + [(n, b) for b in ('smollm2', 'tiny') for n in names]
 
 def test_json_is_all_that_is_on_stdout(made):
     d, _ = made

@@ -576,6 +576,53 @@ def test_a_build_without_a_fork_is_recorded_as_ever(tmp_path, monkeypatch):
     assert 'fork' not in man and 'fork' not in man['built']['spec'] and BuildSpec(**man['built']['spec']).fork==0
     build(tmp_path/'a', epochs=1) # found whole
 
+TRIED = dict(similarity=3, ridge=4, uniform=7) # kind → which candidate is made the best
+
+@pytest.mark.parametrize('kind', TRIED)
+def test_whichever_router_a_build_keeps_experts_join_and_leave(kind, tmp_path, monkeypatch):
+    "The one of least perplexity is kept, saved and named on the card; one expert more and out again leaves not a bit"
+    from hydramoe import hydra
+    from hydramoe.hydra import add_expert, remove_expert
+    from hydramoe.route import Router
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    seen = []
+    def told(model, examples, gates):
+        seen.append(gates)
+        return 1. if len(seen)-1==TRIED[kind] else 2.
+    monkeypatch.setattr(hydra, '_ppl', told)
+    old = build(tmp_path/'old', epochs=1, dev=.5)
+    assert len(seen)==9==2+sum(map(len, hydra.TEMPERATURES.values())) and seen[-1] is None and old.router.kind==kind==Router.load(tmp_path/'old'/'router').kind
+    card, tried = (tmp_path/'old'/'README.md').read_text(), [s['system'] for s in check(tmp_path/'old')['built']['scores']]
+    assert len(tried)==9 and all(f'| {n} |' in card for n in tried) and f'The {tried[1+TRIED[kind]]} was chosen by them' in card
+    assert (seen[TRIED[kind]]==seen[7]).all()==(kind=='uniform')
+    add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'new')
+    new = Hydra.load(tmp_path/'new')
+    assert new.router.kind==kind and new.router.names==[*old.names, 'birds']
+    if kind!='uniform': assert new.gates([prompt(r) for r in BIRDS])[:,-1].mean()>.5
+    remove_expert(tmp_path/'new', 'birds', tmp_path/'back')
+    assert sealed(tmp_path/'back', 'experts/', 'router/')==sealed(tmp_path/'old', 'experts/', 'router/')
+    assert 'was chosen by them' not in (tmp_path/'back'/'README.md').read_text()
+
+def prompt(r): return r['prompt'][0]['content']
+
+def test_a_tie_goes_to_the_simplest_and_few_rows_choose_nothing(tmp_path, monkeypatch):
+    from hydramoe import hydra
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr(hydra, '_ppl', lambda *_: 2.)
+    tied = build(tmp_path/'tied', epochs=1, dev=.5).router
+    assert (tied.kind, tied.params['temperature'])==('similarity', .02)
+    monkeypatch.setattr(hydra, '_ppl', lambda model, examples, gates, n=iter(range(99)): float(-next(n)))
+    few = build(tmp_path/'few', epochs=1).router
+    assert (few.kind, few.params['temperature'])==('similarity', .05) and 'chosen by them' not in (tmp_path/'few'/'README.md').read_text()
+
+def test_what_was_measured_is_what_is_kept(tmp_path, monkeypatch):
+    "Nothing pretended: the router in the bundle is the first of least perplexity"
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    h = build(tmp_path/'h', epochs=3, dev=.5, lr=5e-3)
+    scores = {s['system']: s['ppl'] for s in h.about['built']['scores'] if s['system']!='base'}
+    best = min(scores, key=scores.get)
+    assert best.startswith(h.router.kind) and (h.router.kind=='uniform' or best.endswith(f" {h.router.params['temperature']}"))
+
 @pytest.mark.slow
 def test_groups_and_workers(tmp_path, monkeypatch):
     "Three experts in groups of two by a small memory: the same bundle here and in two processes"

@@ -108,6 +108,14 @@ def test_another_process_makes_the_same_bytes(in_two_processes):
     assert outs[0] == outs[1] and set(outs[0]) == set(U.FILES)
 
 
+def test_tokens_are_counted_for_every_base_that_can_be_loaded(tmp_path, monkeypatch):
+    TOK.save_pretrained(tmp_path/'mine')
+    monkeypatch.setattr('hydramoe.base.gemma3_dir', lambda: tmp_path/'mine') # as fetched
+    monkeypatch.setattr('hydramoe.base.hub', lambda name, revision: tmp_path/'mine')
+    for base in ('bytes', 'gemma3', str(tmp_path/'mine'), 'org/name', 'org/name@main'):
+        assert U.tokenizer_of(base)('a word').input_ids == TOK('a word').input_ids
+    with pytest.raises(HydraError, match="'nonesuch' is neither 'smollm2' nor 'gemma3', nor a directory"): U.tokenizer_of('nonesuch')
+
 def test_a_domain_that_cannot_give_is_named():
     toys = toy_records(30)
     with pytest.raises(HydraError, match='domain coding has 30 rows for experts|domain .* for test, 40 were asked for; ask for fewer'): U.unified(toys, TOK, dict(test=40))
