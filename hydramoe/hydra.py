@@ -27,7 +27,7 @@ from .core import HydraError, cache_dir, default_threads, derive_seed, digest, f
 from .core import read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from .store import is_sealed, seal_id, sealing, stage
 from .fetch import package
-from .base import PACKAGED, Base, base_dir, base_fingerprint, base_tokenizer, byte_tokenizer, compute_dtype, load_base, render, target_layers, tiny_base
+from .base import PACKAGED, Base, base_dir, base_fingerprint, base_tokenizer, byte_tokenizer, compute_dtype, load_base, render, tiny_base
 from .data import encode
 from .formats import Tally, detect, read_records
 from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, load_embeddings, prompt_text, write_domains_yaml
@@ -1256,10 +1256,12 @@ def forecast(
     "Predict the time and memory of a build, and say from what"
     device = _device()
     n, vocab, m = shapes(spec.base)
-    per = sum(spec.rank*(l.in_features+l.out_features) for l in target_layers(m, spec.targets).values())
+    stack, blocks = Stack(m, 1, _lora(spec)), m.config.get_text_config().num_hidden_layers
+    per, below = stack.theta.shape[1], stack.fork/blocks
     rate = matrix_rate(spec.quant, device)
     speed, train = SHARE[spec.quant]*rate/(4*n), counts['tokens']*(1+spec.epochs)
-    seconds = train/speed + counts['dev_tokens']*(2+sum(map(len, TEMPERATURES.values())))/(2*speed)
+    work = train - counts['tokens']*below*(spec.epochs-.5) # a trunk is read once, and never learns
+    seconds = work/speed + counts['dev_tokens']*(2+sum(map(len, TEMPERATURES.values())))/(2*speed)
     memory = _memory(n, vocab, per, m.config, spec, device)
     return dict(seconds=round(seconds), memory_gb=round(memory/1e9, 1), tokens_a_second=round(speed), training_tokens=train,
                 weights=n, weights_of_an_expert=per, matrix_gflops=round(rate/1e9), share=SHARE[spec.quant], device=device)

@@ -1,6 +1,5 @@
 "Gates against full SVD, against PEFT, against themselves in other batches; adapters of others; bundles that lie"
 import contextlib, io, json, os, subprocess, sys, threading, warnings
-from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
@@ -12,7 +11,7 @@ from hydramoe.cli import main
 from hydramoe.core import HydraError, read_json, write_json
 from hydramoe.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
 from hydramoe.hydra import Chat, BundleError, Hydra, adopt, adopted, check, remove_expert, seal_bundle
-from hydramoe.stack import LoraSpec, Stack, at_fork, from_fork, gated, hidden, make_plan, one_hot, with_adapters
+from hydramoe.stack import LoraSpec, at_fork, from_fork, gated, hidden, make_plan, one_hot, with_adapters
 
 KINDS = list(GATES)
 
@@ -62,7 +61,7 @@ def test_rotated_is_the_full_svd_and_the_same_expert(r, inp, out, seed, lost):
     torch.testing.assert_close((x@A2.mT).norm(dim=-1), (x@D.mT).norm(dim=-1), atol=1e-3, rtol=1e-3)
 
 def test_rotated_of_more_rows_than_the_layer_has_inputs():
-    A,B,x = torch.randn(2,9,6, generator=rand(0)),torch.randn(2,7,9, generator=rand(1)),torch.randn(5,6, generator=rand(2))
+    A,B = torch.randn(2,9,6, generator=rand(0)),torch.randn(2,7,9, generator=rand(1))
     A2,B2 = rotated(A, B)
     assert (A2.shape, B2.shape)==((2,6,6), (2,7,6))
     torch.testing.assert_close(B2@A2, B@A, atol=1e-4, rtol=1e-4)
