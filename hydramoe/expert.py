@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .base import base_dir, load_base, target_layers, tiny_base
 from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, versions, write_json
 from .data import encode
-from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, pick, record_sums, response_losses, save_losses, token_losses
+from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, record_sums, response_losses, save_losses, token_losses
 from .stack import LoraSpec, at_fork, gated, make_plan, one_hot, with_adapters
 from .store import SealError, open_sealed, sealing, source_hash, stage, work_dir
 from .unify import DevRows, ExpertRows
@@ -851,13 +851,15 @@ def by_precision(
     **how # as `score_adapters` takes them: base, max_prompt, max_response
 )->list[dict]: # {trained, scored, ppl, percent, lo, hi}: macro perplexity, and its difference with a 95 % interval
     "Perplexity of sealed adapters on the base as they know it, and in other precisions"
-    def losses(quant):
-        "The loss matrix on a base of this precision"
-        return load_losses(stage(score_adapters, dict(part=part, quant=quant, **how), dict(rows_dir=rows_dir, adapters=adapters), libs=('torch', 'transformers', 'bitsandbytes'), dtype=quant, root=root))
-    at = {q: losses(q) for q in dict.fromkeys([trained, *others])}
-    names, one = at[trained].columns, at[trained]
+    names = [p.name for p in _adapters(adapters)]
     if of is None and len(names)>1: raise HydraError(f"{len(names)} experts: say in `of` which one answers each record")
-    sums = {q: record_sums(pick(x, names, [names.index(n) for n in of or names*len(x.ids)]), x.offsets) for q,x in at.items()}
+    if lost := sorted(set(of or [])-set(names)): raise HydraError(f"no expert {lost[0]!r} in {adapters}; there are {', '.join(names)}")
+    mixes = dict(mixes=dict(answers=dict(names=names, weights=[[float(n==m) for m in names] for n in of]))) if of else {}
+    def losses(quant):
+        "Of each record, by its expert, on a base of this precision"
+        return load_losses(stage(score_adapters, dict(part=part, quant=quant, **mixes, **how), dict(rows_dir=rows_dir, adapters=adapters), libs=('torch', 'transformers', 'bitsandbytes'), dtype=quant, root=root))
+    at = {q: losses(q) for q in dict.fromkeys([trained, *others])}
+    one, sums = at[trained], {q: record_sums(x.nll[0], x.offsets) for q,x in at.items()}
     def row(q, percent, lo, hi):
         "A line of the table"
         return dict(trained=trained, scored=q, ppl=perplexity(sums[q], one.tokens, one.domains)['macro'], percent=percent, lo=lo, hi=hi)
