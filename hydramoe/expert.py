@@ -8,7 +8,7 @@ __all__ = ['train_single', 'TrainSpec', 'n_steps', 'spread', 'rate', 'plan_steps
            'TrunkStates', 'cache_trunk', 'shard', 'in_processes', 'using_threads', 'open_base', 'sort_rows',
            'start_expert', 'train_experts', 'summary', 'train_seed', 'GroupSpec', 'outline', 'expert_weights',
            'group_size', 'divide', 'make_jobs', 'merge_histories', 'collect', 'slots', 'run_jobs', 'on_stack',
-           'part_examples', 'score_adapters', 'by_precision', 'fit_trl']
+           'part_examples', 'score_adapters', 'one_each', 'by_precision', 'fit_trl']
 
 # %% ../nbs/22_expert.ipynb #cell2
 import hashlib, math, os, queue, re, shutil, signal, sys, tempfile, threading, time, warnings, torch, numpy as np
@@ -831,6 +831,13 @@ def score_adapters(
     columns = {m: _placed(x, list(found)) for m,x in mixes.items()} if mixes else dict(zip(found, torch.eye(len(found)))) or dict(base=None)
     return save_losses(loss_matrix(model, rows, columns), out)
 
+def one_each(
+    of:list[str] # for each record the expert that answers it
+)->dict: # a mix for `score_adapters`
+    "The mix in which each record has one expert: one column instead of a matrix"
+    names = sorted(set(of))
+    return dict(names=names, weights=one_hot([names.index(n) for n in of], len(names)).tolist())
+
 def _placed(mix, slots):
     "Weights in the order of the slots, 0 for adapters that the mix leaves out"
     w = torch.tensor(mix['weights'], dtype=torch.float32)
@@ -854,7 +861,7 @@ def by_precision(
     names = [p.name for p in _adapters(adapters)]
     if of is None and len(names)>1: raise HydraError(f"{len(names)} experts: say in `of` which one answers each record")
     if lost := sorted(set(of or [])-set(names)): raise HydraError(f"no expert {lost[0]!r} in {adapters}; there are {', '.join(names)}")
-    mixes = dict(mixes=dict(answers=dict(names=names, weights=[[float(n==m) for m in names] for n in of]))) if of else {}
+    mixes = dict(mixes=dict(routed=one_each(of))) if of else {}
     def losses(quant):
         "Of each record, by its expert, on a base of this precision"
         return load_losses(stage(score_adapters, dict(part=part, quant=quant, **mixes, **how), dict(rows_dir=rows_dir, adapters=adapters), libs=('torch', 'transformers', 'bitsandbytes'), dtype=quant, root=root))
