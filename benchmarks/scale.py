@@ -58,7 +58,7 @@ def plot(points, path):
     for k,label in (('decode_top2', 'two experts a row'), ('decode_one', 'one expert')): a.plot([p['E'] for p in points], [p[k] for p in points], 'o-', label=label)
     a.axhline(1, color='gray', ls=':', label='bare base')
     b.plot([p['E'] for p in points], [p['stack_mib'] for p in points], 'o-')
-    a.set(xscale='log', xlabel='experts', ylabel='decode step / base', ylim=0); a.legend(frameon=False, loc='lower right')
+    a.set(xscale='log', xlabel='experts', ylabel='decode step / base', ylim=(0, 1.4)); a.legend(frameon=False, loc='lower right')
     b.set(xscale='log', yscale='log', xlabel='experts', ylabel='MiB of experts, fp32')
     fig.tight_layout(); fig.savefig(path)
 
