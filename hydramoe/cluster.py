@@ -11,7 +11,7 @@ __all__ = ['FORMAT', 'prompt_text', 'lesson_texts', 'encoder_dir', 'embed', 'emb
            'hidden_means', 'hidden_mean']
 
 # %% ../nbs/12_cluster.ipynb #cell2
-import functools, hashlib, html, logging, re, shutil, unicodedata, warnings
+import functools, hashlib, html, logging, re, shutil, threading, unicodedata, warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1002,13 +1002,30 @@ def load_tfidf(
     return arrays['idf'],arrays['components']
 
 # %% ../nbs/12_cluster.ipynb #cell132
+class _Enough(Exception): "All that was to be read has been read"
+
+def _states(inner, t, layers): # → layer → (n,T,hidden)
+    "One batch's hidden states at some depths, in a pass that ends at the deepest"
+    import torch
+    found,L,me = {},inner.config.num_hidden_layers,threading.get_ident() # the base may be at work in other threads
+    blocks = next(c for c in inner.children() if isinstance(c, torch.nn.ModuleList) and len(c)==L)
+    def look(l, args, kwargs):
+        if threading.get_ident()!=me: return
+        found[l] = args[0] if args else kwargs['hidden_states']
+        if l==max(layers): raise _Enough
+    hooks = [blocks[l].register_forward_pre_hook(lambda _, args, kwargs, l=l: look(l, args, kwargs), with_kwargs=True) for l in set(layers)-{L}]
+    try: found[L] = inner(input_ids=t['input_ids'], attention_mask=t['attention_mask'], use_cache=False).last_hidden_state
+    except _Enough: pass
+    finally: [h.remove() for h in hooks]
+    return found
+
 def _hidden(base, texts, layers, most): # → layer → (n,hidden) fp32
     "One batch's mean hidden states, scaled to unit length"
     import torch
     t = base.tokenizer([t or ' ' for t in texts], return_tensors='pt', padding=True, padding_side='right', truncation=True, max_length=most).to(base.device)
-    with torch.no_grad(): out = base.model.base_model(input_ids=t['input_ids'], attention_mask=t['attention_mask'], output_hidden_states=True, use_cache=False)
     m = t['attention_mask'][:,:,None]
-    return {l: torch.nn.functional.normalize((out.hidden_states[l].float()*m).sum(1)/m.sum(1), dim=-1).cpu().numpy() for l in layers}
+    with torch.no_grad(): found = _states(base.model.base_model, t, layers)
+    return {l: torch.nn.functional.normalize((found[l].float()*m).sum(1)/m.sum(1), dim=-1).cpu().numpy() for l in layers}
 
 def hidden_means(
     texts:Sequence[str], # N texts
@@ -1022,7 +1039,8 @@ def hidden_means(
     for l in layers:
         if not 0<=l<=last: raise HydraError(f"layer={l} of a model with {last} layers; choose 0 to {last}")
     found,order = {l: np.zeros(shape, np.float32) for l in layers},sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    for i in progress(range(0, len(order), batch_size), desc='hidden states', unit=' batches'):
+    starts = range(0, len(order), batch_size)
+    for i in progress(starts, desc='hidden states', unit=' batches') if len(starts)>1 else starts:
         rows = order[i:i+batch_size]
         for l,h in _hidden(base, [texts[j] for j in rows], layers, most).items(): found[l][rows] = h
     return found

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'EXPERT', 'PLAIN', 'USE', 'ENOUGH', 'LIMITS', 'TEMPERATURES',
-           'SAFE', 'LIBS', 'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests',
-           'seal_bundle', 'read_manifest', 'check_files', 'check_adapter', 'trunk_digests', 'check_trunk', 'check',
-           'chooser', 'base_uri', 'uri_id', 'open_uri', 'model_card', 'BuildSpec', 'choose_k', 'choose_epochs',
-           'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert', 'domain_experts',
-           'candidates', 'measure_routers', 'dealt', 'settled', 'training', 'experts_outline', 'sorted_rows',
-           'make_stages', 'grouped_experts', 'recorded', 'assembled', 'described', 'propose_domains', 'router_with',
-           'router_without', 'find_seed', 'keep_adapter', 'one_more', 'add_expert', 'remove_expert', 'explain_bundle',
-           'adapters_base', 'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
+           'EARLY', 'SAFE', 'LIBS', 'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files',
+           'tensor_digests', 'seal_bundle', 'read_manifest', 'check_files', 'check_adapter', 'trunk_digests',
+           'check_trunk', 'check', 'chooser', 'base_uri', 'uri_id', 'open_uri', 'model_card', 'BuildSpec', 'choose_k',
+           'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert',
+           'domain_experts', 'candidates', 'measure_routers', 'dealt', 'settled', 'training', 'experts_outline',
+           'sorted_rows', 'make_stages', 'grouped_experts', 'recorded', 'assembled', 'described', 'propose_domains',
+           'router_with', 'router_without', 'find_seed', 'keep_adapter', 'one_more', 'add_expert', 'remove_expert',
+           'explain_bundle', 'adapters_base', 'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
 import contextlib, hashlib, json, math, os, re, secrets, shutil, time
@@ -30,12 +30,12 @@ from .fetch import package
 from .base import PACKAGED, Base, base_dir, base_fingerprint, base_tokenizer, byte_tokenizer, compute_dtype, load_base, render, tiny_base
 from .data import encode
 from .formats import Tally, detect, read_records
-from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, load_embeddings, prompt_text, write_domains_yaml
+from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, hidden_mean, load_embeddings, prompt_text, write_domains_yaml
 from .stack import GatedCausalLM, LoraSpec, Stack, read_on, refill, with_adapters
 from .score import response_losses
 from .expert import GroupSpec, TrainSpec, collect, group_size, make_jobs, open_base
 from .expert import outline, run_jobs, sort_rows, train_experts, train_seed
-from .route import Router, explain_route, plot_route, ridge, route_text, similarity, uniform, with_domain, without_domain
+from .route import Router, explain_route, on_base, on_hidden, plot_route, reads_base, ridge, route_text, similarity, uniform, with_domain, without_domain
 from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
 
 # %% ../nbs/33_hydra.ipynb #cell8
@@ -51,7 +51,8 @@ class Hydra:
         if lost := set(router.names)-set(model.stack.names):
             raise HydraError(f"the router weighs {', '.join(sorted(lost))}, which the stack does not hold; "
                              f"it holds {', '.join(model.stack.names)}")
-        self.base, self.model, self.router, self.about = base, model.eval(), router, about or {}
+        self.base, self.model, self.about = base, model.eval(), about or {}
+        self.router = router if isinstance(router, Gate) else on_base(router, base)
         if self.gate: check_gate(self.gate, model.stack)
 
     @property
@@ -819,16 +820,25 @@ def domain_experts(
 
 # %% ../nbs/33_hydra.ipynb #cell85
 TEMPERATURES = dict(similarity=(.02, .05, .1, .2), ridge=(.05, .1, .2)) # of the softmax; in squared distance of unit vectors, and in scores that lie near 0 and 1
+EARLY = 1/8 # how deep into the base a router looks that reads its hidden state
 SAFE = 'similarity router, temperature 0.05' # where too few rows could tell a better one
 
 def candidates(
     found:Domains, # one expert a domain
     x:np.ndarray, # (N,d) embeddings of the training prompts
-    labels:list[str] # (N,) their domains
+    labels:list[str], # (N,) their domains
+    states:np.ndarray, # (N,hidden) what the base makes of them
+    layer:int # after which
 )->dict[str,Router]: # name → router
     "The routers that a build tries, the simplest first"
-    make = dict(similarity=lambda T: similarity(found, T), ridge=lambda T: ridge(found, x, labels, temperature=T))
-    return {f'{kind} router, temperature {T}': make[kind](T) for kind,Ts in TEMPERATURES.items() for T in Ts} | {'uniform mix': uniform(found.names)}
+    out = {f'similarity router, temperature {T}': similarity(found, T) for T in TEMPERATURES['similarity']}
+    out |= {f'ridge router, temperature {T}': ridge(found, x, labels, temperature=T) for T in TEMPERATURES['ridge']}
+    out |= {f'ridge router on layer {layer}, temperature {T}': on_hidden(ridge, found.names, states, labels, layer, temperature=T) for T in TEMPERATURES['ridge']}
+    return out | {'uniform mix': uniform(found.names)}
+
+def _read_early(base, rows): # → layer, part → (N,hidden)
+    layer = max(1, round(EARLY*base.model.config.get_text_config().num_hidden_layers))
+    return layer, {p: hidden_mean([prompt_text(r) for r in read_jsonl(rows/f'{p}.jsonl')], base, layer) for p in ('train', 'dev')}
 
 def _ppl(model, examples, gates):
     "Perplexity of the answers, every token counting the same"
@@ -846,10 +856,10 @@ def measure_routers(
 )->None: # router/ and scores.json
     "A stage: measure systems on the development rows, keep the best router"
     found, at, b = Domains.load(rows/'domains'), load_embeddings(x), open_base(base, quant)
-    examples = [encode(r, b.tokenizer, max_length, max_length) for r in read_jsonl(rows/'dev.jsonl')]
+    examples, (layer, states) = [encode(r, b.tokenizer, max_length, max_length) for r in read_jsonl(rows/'dev.jsonl')], _read_early(b, rows)
     model = with_adapters(b, {n: experts/n for n in found.names})
-    routers = candidates(found, at['train'], [r['domain'] for r in read_jsonl(rows/'train.jsonl')])
-    ppl = {n: _ppl(model, examples, torch.as_tensor(r(x=at['dev']))) for n,r in routers.items()} if examples else {}
+    routers = candidates(found, at['train'], [r['domain'] for r in read_jsonl(rows/'train.jsonl')], states['train'], layer)
+    ppl = {n: _ppl(model, examples, torch.as_tensor(r(x=(states if reads_base(r) else at)['dev']))) for n,r in routers.items()} if examples else {}
     routers[min(ppl, key=ppl.get) if len(examples)>=ENOUGH else SAFE].save(out/'router')
     base_ppl = {'base': _ppl(model, examples, None)} if examples else {}
     write_json(out/'scores.json', [dict(system=n, ppl=p) for n,p in (base_ppl | ppl).items()])
@@ -1100,14 +1110,14 @@ def one_more(
     spec:BuildSpec, # of the bundle
     start:Path|None, # the adapter that it branches from; None: fresh
     root:Path|None=None # where stages go; in the cache if None
-)->tuple: # sealed directory with NAME/, embeddings of its prompts
+)->tuple: # sealed directory with NAME/, its prompts
     "Train one expert as the others of a bundle were trained"
     place, counts = dealt(rows, replace(spec, dev=0.), root)
     spec = settled(replace(spec, k=1, epochs=None), counts['train'])
-    x = stage(embed_stage, dict(parts='train', encoder=spec.encoder), dict(rows=place), libs=LIBS, root=root)
-    params = dict(training(spec)[1], fingerprint=base_of(spec.base)[1], groups={name: [r['id'] for r in read_jsonl(place/'train.jsonl')]})
+    rows = read_jsonl(place/'train.jsonl')
+    params = dict(training(spec)[1], fingerprint=base_of(spec.base)[1], groups={name: [r['id'] for r in rows]})
     made = stage(domain_experts, params, dict(rows=place, **({'start': start} if start else {})), **_with_base(spec, root))
-    return made, load_embeddings(x)['train']
+    return made, [prompt_text(r) for r in rows]
 
 def _changed(base, router, folders, built, notes, out, fork):
     "A bundle of other experts, saved"
@@ -1136,8 +1146,9 @@ def add_expert(
     check_names([*(e['name'] for e in man['experts']), name], 'expert')
     seed = None if start=='fresh' else keep_adapter(start, root) if start else find_seed(built, root)
     _same_trunk(bundle, man, seed and (start or seed))
-    made, x = one_more(gather(records)[0], name, BuildSpec(**built['spec']), seed, root)
+    made, prompts = one_more(gather(records)[0], name, BuildSpec(**built['spec']), seed, root)
     on, router, folders, notes = _parts(bundle, man, base)
+    x = router.vectors(prompts) if router.params.get('encoder') else None # a gate and the uniform mix read none
     new = read_json(made/'history.json')['experts'][name]
     change = dict(added=name, seal=seal_id(made))
     return _changed(on, router_with(router, name, x), {**folders, name: made/name}, dict(built, changes=[*built.get('changes', []), change]),
@@ -1179,10 +1190,12 @@ def explain_bundle(
     path:str|Path, # a bundle
     prompt:str|list # one prompt or conversation
 )->tuple: # as `Hydra.explain` and `Hydra.plot` give them
-    "Explain the route of a prompt without loading the base; a gate needs it"
+    "Explain the route of a prompt without loading the base; a gate needs it, and a router that reads it"
     man = check(path)
     if man['router'] in GATES: return (e := Hydra.load(path).explain(prompt)), plot_gate(e)
-    e = explain_route(Router.load(Path(path)/'router'), prompt_text(dict(prompt=as_messages(prompt))))
+    router = Router.load(Path(path)/'router')
+    if reads_base(router): return (e := Hydra.load(path).explain(prompt)), plot_route(e)
+    e = explain_route(router, prompt_text(dict(prompt=as_messages(prompt))))
     return dict(e, text=route_text(e), base=man['base']['id']), plot_route(e)
 
 # %% ../nbs/33_hydra.ipynb #adopt-c1

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['softmax', 'top_k', 'Router', 'similarity', 'heard', 'classifier', 'reliability', 'calibration_error', 'calibrated',
            'ridge', 'knn', 'with_domain', 'without_domain', 'with_prompts', 'distilled', 'uniform', 'fixed', 'oracle',
-           'permuted', 'in_hindsight', 'static_vectors', 'distil_tokens', 'on_static', 'on_hidden', 'choose_threshold',
-           'abstaining', 'lead', 'choose_margin', 'cascade', 'explain_route', 'route_text', 'plot_route']
+           'permuted', 'in_hindsight', 'static_vectors', 'distil_tokens', 'on_static', 'on_hidden', 'reads_base',
+           'on_base', 'choose_threshold', 'abstaining', 'lead', 'choose_margin', 'cascade', 'explain_route',
+           'route_text', 'plot_route']
 
 # %% ../nbs/30_route.ipynb #cell2
 import functools
@@ -24,7 +25,7 @@ from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer
 from .core import HydraError, one_of, rng
-from .cluster import Domains, check_names, embed, encoder_dir, load_arrays, save_arrays
+from .cluster import Domains, check_names, embed, encoder_dir, hidden_mean, load_arrays, save_arrays
 
 # %% ../nbs/30_route.ipynb #cell7
 def softmax(
@@ -62,6 +63,7 @@ class Router:
     names:list[str] # E experts, in the order of the columns
     arrays:dict[str,np.ndarray] # the numbers of the kind
     params:dict # temperature, top_k, encoder, farthest, …, as far as the kind has them
+    base:object=None # a `hydramoe.base.Base`, for a router that reads hidden states: see `on_base`; not saved
 
     def __post_init__(self):
         one_of(self.kind, _ARRAYS, 'router kind')
@@ -95,8 +97,9 @@ class Router:
 
     def vectors(self, texts): # N prompts → (N,d)
         "The vectors that this router reads"
-        how = self.params['encoder']
-        if how=='hidden': raise HydraError(f"this router reads the base's hidden state after layer {self.params['layer']}: give it as x, from hidden_mean(texts, base, {self.params['layer']})")
+        how,layer = self.params['encoder'],self.params.get('layer')
+        if how=='hidden' and self.base is None: raise HydraError(f"this router reads the base's hidden state after layer {layer}: give it as x, from hidden_mean(texts, base, {layer}), or give the base, on_base(router, base)")
+        if how=='hidden': return hidden_mean(texts, self.base, layer)
         return static_vectors(texts, self.arrays) if how=='static' else embed(texts, how)
 
     def _inputs(self, texts, x):
@@ -138,6 +141,7 @@ def _check(r):
     if not (isinstance(T, (int,float)) and 0<T<float('inf')):
         raise HydraError(f"temperature={T}; give a positive number: near 0 chooses the best expert, large mixes all alike")
     if not (k is None or (isinstance(k, int) and 1<=k<=len(r))): raise HydraError(f"top_k={k} of {len(r)} experts; give 1 to {len(r)}, or None for all")
+    if r.params.get('encoder')=='hidden' and not isinstance(r.params.get('layer'), int): raise HydraError(f"layer={r.params.get('layer')}; a router that reads hidden states names the layer, a whole number")
 
 def _needed(r):
     "The arrays of a kind, of what makes its vectors, and of its abstention"
@@ -355,7 +359,7 @@ def with_domain(
     x = _standard(x, router.arrays) if router.params.get('encoder')=='hidden' else x
     arrays = dict(router.arrays, **_GROWS[router.kind](router, x))
     if 'centroids' in arrays: arrays |= dict(centroids=_means_of(arrays['gram'])) if router.kind=='ridge' else _of_similarity(router, x)
-    return Router(router.kind, [*router.names, name], arrays, dict(router.params))
+    return replace(router, names=[*router.names, name], arrays=arrays)
 
 def without_domain(
     router:Router, # as for `with_domain`
@@ -367,7 +371,7 @@ def without_domain(
     _may_change(router)
     arrays,k = _select(router, keep),router.params.get('top_k')
     if router.kind=='ridge': arrays |= _solved(arrays['gram'], router.params['lam'])
-    return Router(router.kind, [router.names[i] for i in keep], arrays, dict(router.params, **(dict(top_k=min(k, len(keep))) if k else {})))
+    return replace(router, names=[router.names[i] for i in keep], arrays=arrays, params=dict(router.params, **(dict(top_k=min(k, len(keep))) if k else {})))
 
 def _select(r, index):
     "The arrays of the experts at `index`, in that order; neighbours of the others go"
@@ -545,12 +549,28 @@ def on_hidden(
     labels:Sequence, # (N,) their experts, by name or number
     layer:int, # after which they were read; for whoever makes x
     **kwargs # passed to `make`
-)->Router: # reads hidden states, which are given as x
+)->Router: # reads hidden states, which are given as x, or made by the base that it is given
     "A router on the mean hidden state of a layer of the base"
     x = np.asarray(x, np.float64)
     rule = dict(center=x.mean(0), spread=x.std(0)+1e-6*x.std()+1e-12)
     r = make(domains, _standard(x, rule), labels, encoder='words', **kwargs)
     return replace(r, arrays=dict(r.arrays, **rule), params=dict(r.params, encoder='hidden', layer=int(layer)))
+
+def reads_base(
+    router:Router # any
+)->bool: # for a cascade: does one of its two?
+    "Does a router need the base to read a prompt?"
+    return any(p.get('encoder')=='hidden' for p in [router.params, *(r.params for r in (_parts(router) if router.kind=='cascade' else []))])
+
+def on_base(
+    router:Router, # any
+    base # the `hydramoe.base.Base` whose states it was fitted on
+)->Router: # that can be asked texts
+    "Give a router the base that it reads; others stay as they are"
+    if not reads_base(router): return router
+    width,at = base.model.config.get_text_config().hidden_size,next(len(a) for n,a in router.arrays.items() if n.endswith('center'))
+    if at!=width: raise HydraError(f"this router reads hidden states of {at} numbers, {base.id} has {width}: it was fitted on another base")
+    return replace(router, base=base)
 
 # %% ../nbs/30_route.ipynb #cell85
 def _far(r, x): # → (N,)
@@ -617,7 +637,7 @@ def _parts(r):
     "The two routers of a cascade"
     if lost := {'first','second','margin'}-set(r.params): raise HydraError(f"a cascade router needs the parameter {min(lost)!r}")
     if strange := [n for n in r.arrays if n.partition('.')[0] not in ('first','second')]: raise HydraError(f"a cascade router holds an array {strange[0]!r} that belongs to neither of its routers")
-    parts = [Router(**r.params[p], arrays={n.partition('.')[2]: a for n,a in r.arrays.items() if n.startswith(p+'.')}) for p in ('first','second')]
+    parts = [Router(**r.params[p], base=r.base, arrays={n.partition('.')[2]: a for n,a in r.arrays.items() if n.startswith(p+'.')}) for p in ('first','second')]
     if parts[0].names!=r.names or parts[1].names!=r.names: raise HydraError(f"a cascade of {parts[0].names} and {parts[1].names}: both must weigh the same experts in the same order")
     return parts
 
