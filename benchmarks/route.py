@@ -41,12 +41,7 @@ def views(parts, base, depths):
     seen = {'minilm': {p: embed(t, keep=cache_dir()/'embedded') for p,(t,_) in parts.items()}}
     tokens = distil_tokens(parts['train'][0], seen['minilm']['train'])
     seen['static'] = {p: static_vectors(t, tokens) for p,(t,_) in parts.items()}
-    inner = base.model.base_model
-    whole = inner.layers
-    for d in sorted(depths, reverse=True): # the deepest first: transformers hooks those layers that its first call sees
-        inner.layers = whole[:d+1]
-        seen[f'layer {d}'] = {p: hidden_mean(t, base, d, most=128) for p,(t,_) in parts.items()}
-    inner.layers = whole
+    for d in depths: seen[f'layer {d}'] = {p: hidden_mean(t, base, d, most=128) for p,(t,_) in parts.items()}
     return seen, tokens
 
 def fitted(parts, seen, tokens, depths):
