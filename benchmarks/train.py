@@ -153,13 +153,13 @@ def trl_memory(a):
 def score(a):
     "Held-out loss of each side's experts, each on its own domain"
     import torch
-    from hydramoe.expert import on_stack
+    from hydramoe.stack import with_adapters
     from hydramoe.score import response_losses
     base, _, rows, held, _ = prepared(a)
     out = {}
     for side in ('start', 'ours', 'trl'):
         folder = Path(a.work)/(side if side=='start' else f'{a.quant}/{side}')
-        model = on_stack({n: folder/n for n in rows}, base)
+        model = with_adapters(base, {n: folder/n for n in rows})
         gates = torch.eye(len(rows))
         loss = [float(sum(map(sum, response_losses(model, held[n], gates[e])))/sum(len(x.ids)-x.n_prompt for x in held[n])) for e,n in enumerate(rows)]
         out[side] = statistics.mean(loss)

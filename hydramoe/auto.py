@@ -17,7 +17,7 @@ from .core import HydraError, cache_dir
 from .fetch import hub
 from .base import base_tokenizer, byte_tokenizer, render
 from .stack import GatedCausalLM
-from .hydra import BundleError, Hydra, _hydra_config, read_manifest, uri_id
+from .hydra import BundleError, Hydra, _hydra_config, read_manifest, uri_id, wants_base
 
 # %% ../nbs/35_auto.ipynb #cell10
 def _no_code(x, at='config'):
@@ -125,7 +125,7 @@ class HydraForCausalLM(GatedCausalLM):
         if input_ids is None: raise HydraError("there are no token ids to route by: give input_ids, or say yourself which experts, gates=")
         prompts = prompts_of(self.hydra.base.tokenizer, input_ids, attention_mask) if expert is None else ['-']*len(input_ids)
         gates = self.hydra.gates(prompts, expert)
-        if self.stack.fork and isinstance(gates, Tensor) and not gates.any(1).all(): raise HydraError("this Hydra forks, and gates of nothing but 0 are its trunk, not the base: ask the base itself, or hydra.ask(prompt, expert='base')")
+        if wants_base(self.stack, gates): raise HydraError("this Hydra forks, and gates of nothing but 0 are its trunk, not the base: ask the base itself, or hydra.ask(prompt, expert='base')")
         return gates.to(self.device) if isinstance(gates, Tensor) else gates
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, gates=None, logits_to_keep=None, **kwargs):

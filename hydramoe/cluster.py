@@ -1009,11 +1009,11 @@ def _states(inner, t, layers): # → layer → (n,T,hidden)
     import torch
     found,L,me = {},inner.config.num_hidden_layers,threading.get_ident() # the base may be at work in other threads
     blocks = next(c for c in inner.children() if isinstance(c, torch.nn.ModuleList) and len(c)==L)
-    def look(l, args, kwargs):
+    def _look(l, args, kwargs):
         if threading.get_ident()!=me: return
         found[l] = args[0] if args else kwargs['hidden_states']
         if l==max(layers): raise _Enough
-    hooks = [blocks[l].register_forward_pre_hook(lambda _, args, kwargs, l=l: look(l, args, kwargs), with_kwargs=True) for l in set(layers)-{L}]
+    hooks = [blocks[l].register_forward_pre_hook(lambda _, args, kwargs, l=l: _look(l, args, kwargs), with_kwargs=True) for l in set(layers)-{L}]
     try: found[L] = inner(input_ids=t['input_ids'], attention_mask=t['attention_mask'], use_cache=False).last_hidden_state
     except _Enough: pass
     finally: [h.remove() for h in hooks]

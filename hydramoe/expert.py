@@ -6,9 +6,9 @@
 __all__ = ['train_single', 'TrainSpec', 'n_steps', 'spread', 'rate', 'plan_steps', 'gradients', 'share', 'Optimizers', 'StopSpec',
            'Watch', 'save_checkpoint', 'load_checkpoint', 'job_id', 'fit', 'fit_step', 'training', 'plot_history',
            'TrunkStates', 'cache_trunk', 'shard', 'in_processes', 'using_threads', 'open_base', 'sort_rows',
-           'start_expert', 'train_experts', 'summary', 'train_seed', 'GroupSpec', 'outline', 'expert_weights',
-           'group_size', 'divide', 'make_jobs', 'merge_histories', 'collect', 'slots', 'run_jobs', 'on_stack',
-           'part_examples', 'score_adapters', 'one_each', 'by_precision', 'fit_trl']
+           'start_expert', 'train_experts', 'summary', 'train_seed', 'GroupSpec', 'outline', 'group_size', 'divide',
+           'make_jobs', 'merge_histories', 'collect', 'slots', 'run_jobs', 'part_examples', 'score_adapters',
+           'one_each', 'by_precision', 'fit_trl']
 
 # %% ../nbs/22_expert.ipynb #cell2
 import hashlib, math, os, queue, re, shutil, signal, sys, tempfile, threading, time, warnings, torch, numpy as np
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
-from .base import base_dir, load_base, target_layers, tiny_base
+from .base import base_dir, load_base, tiny_base
 from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, versions, write_json
 from .data import encode
 from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, record_sums, response_losses, save_losses, token_losses
@@ -643,13 +643,6 @@ def outline(
     cfg = tiny_base().model.config if base=='tiny' else AutoConfig.from_pretrained(base_dir(base), trust_remote_code=False)
     with torch.device('meta'): return AutoModelForCausalLM.from_config(cfg)
 
-def expert_weights(
-    base:nn.Module, # a model, from `outline` or real
-    lora:LoraSpec # rank and targets
-)->int: # numbers in the factors of one expert
-    "The size of an expert"
-    return sum(lora.rank*(l.in_features+l.out_features) for l in target_layers(base, lora.targets).values())
-
 def group_size(
     weights:int, # of one expert
     group:GroupSpec # `size`, or `memory` to find it from
@@ -791,13 +784,6 @@ def run_jobs(
 _EXECUTORS = dict(here=_here, local=_local, ray=_ray)
 
 # %% ../nbs/22_expert.ipynb #cell88
-def on_stack(
-    adapters:dict[str,Path], # name → folder with a PEFT adapter
-    base # `hydramoe.base.Base` they were trained on
-): # `hydramoe.stack.GatedCausalLM` with the adapters in its slots, in order
-    "Put plain PEFT adapters onto a base: the largest rank, every layer that any of them adapts"
-    return with_adapters(base, adapters)
-
 def part_examples(
     rows_dir:Path, # a data stage
     part:str, # which of its files: PART.jsonl
@@ -827,7 +813,7 @@ def score_adapters(
     b = open_base(base, quant)
     rows = part_examples(rows_dir, part, b.tokenizer, max_prompt, max_response)
     found = {p.name: p for p in _adapters(adapters)} if adapters else {}
-    model = on_stack(found, b) if found else gated(b, 1, LoraSpec(1))
+    model = with_adapters(b, found) if found else gated(b, 1, LoraSpec(1))
     columns = {m: _placed(x, list(found)) for m,x in mixes.items()} if mixes else dict(zip(found, torch.eye(len(found)))) or dict(base=None)
     return save_losses(loss_matrix(model, rows, columns), out)
 

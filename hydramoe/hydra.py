@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'EXPERT', 'PLAIN', 'USE', 'ENOUGH', 'LIMITS', 'TEMPERATURES',
-           'EARLY', 'SAFE', 'LIBS', 'SHARE', 'Hydra', 'as_messages', 'Chat', 'BundleError', 'bundle_files',
-           'tensor_digests', 'seal_bundle', 'read_manifest', 'check_files', 'check_adapter', 'trunk_digests',
-           'check_trunk', 'check', 'chooser', 'base_uri', 'uri_id', 'open_uri', 'model_card', 'BuildSpec', 'choose_k',
-           'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert',
-           'domain_experts', 'candidates', 'measure_routers', 'dealt', 'settled', 'training', 'experts_outline',
-           'sorted_rows', 'make_stages', 'grouped_experts', 'recorded', 'assembled', 'described', 'propose_domains',
-           'router_with', 'router_without', 'find_seed', 'keep_adapter', 'one_more', 'add_expert', 'remove_expert',
-           'explain_bundle', 'adapters_base', 'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
+           'EARLY', 'SAFE', 'LIBS', 'SHARE', 'Hydra', 'as_messages', 'wants_base', 'Chat', 'BundleError',
+           'bundle_files', 'tensor_digests', 'seal_bundle', 'read_manifest', 'check_files', 'check_adapter',
+           'trunk_digests', 'check_trunk', 'check', 'chooser', 'base_uri', 'uri_id', 'open_uri', 'model_card',
+           'BuildSpec', 'choose_k', 'choose_epochs', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains',
+           'seed_expert', 'domain_experts', 'candidates', 'measure_routers', 'dealt', 'settled', 'training',
+           'experts_outline', 'sorted_rows', 'make_stages', 'grouped_experts', 'recorded', 'assembled', 'described',
+           'propose_domains', 'router_with', 'router_without', 'find_seed', 'keep_adapter', 'one_more', 'add_expert',
+           'remove_expert', 'explain_bundle', 'adapters_base', 'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
 import contextlib, hashlib, json, math, os, re, secrets, shutil, time
@@ -114,6 +114,13 @@ def gates(self:Hydra,
     return torch.stack([self._chosen(e) for e in each])
 
 # %% ../nbs/33_hydra.ipynb #cell20
+def wants_base(
+    stack:Stack, # that may fork
+    gates # (B,E), or a gate
+)->bool: # gates of nothing but 0 are, under a fork, the trunk
+    "Does a row ask for the base alone, and cannot say so by its gates?"
+    return stack.fork>0 and isinstance(gates, Tensor) and not gates.any(1).all().item()
+
 @contextlib.contextmanager
 def _own_randomness(seed, device):
     with torch.random.fork_rng(devices=[device] if str(device).startswith('cuda') else []):
@@ -132,7 +139,7 @@ def generate(self:Hydra,
 )->list[str]: # an answer a prompt
     "Answer each prompt with its own mixture of experts"
     tok, device, gates = self.base.tokenizer, self.base.device, self.gates(prompts, expert)
-    if self.model.stack.fork and isinstance(gates, Tensor) and not gates.any(1).all():
+    if wants_base(self.model.stack, gates):
         if gates.any(): return self._apart(prompts, gates, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, **kwargs)
         gates = None
     texts = [render(tok, as_messages(p)) for p in prompts]
@@ -819,7 +826,7 @@ def domain_experts(
     train_experts(out, rows_dir=rows, start=start, **kw)
 
 # %% ../nbs/33_hydra.ipynb #cell85
-TEMPERATURES = dict(similarity=(.02, .05, .1, .2), ridge=(.05, .1, .2)) # of the softmax; in squared distance of unit vectors, and in scores that lie near 0 and 1
+TEMPERATURES = dict(similarity=(.02, .05, .1, .2), ridge=(.05, .1, .2), early=(.05, .1, .2)) # of the softmax; in squared distance of unit vectors, and in scores that lie near 0 and 1
 EARLY = 1/8 # how deep into the base a router looks that reads its hidden state
 SAFE = 'similarity router, temperature 0.05' # where too few rows could tell a better one
 
@@ -833,7 +840,7 @@ def candidates(
     "The routers that a build tries, the simplest first"
     out = {f'similarity router, temperature {T}': similarity(found, T) for T in TEMPERATURES['similarity']}
     out |= {f'ridge router, temperature {T}': ridge(found, x, labels, temperature=T) for T in TEMPERATURES['ridge']}
-    out |= {f'ridge router on layer {layer}, temperature {T}': on_hidden(ridge, found.names, states, labels, layer, temperature=T) for T in TEMPERATURES['ridge']}
+    out |= {f'ridge router on layer {layer}, temperature {T}': on_hidden(ridge, found.names, states, labels, layer, temperature=T) for T in TEMPERATURES['early']}
     return out | {'uniform mix': uniform(found.names)}
 
 def _read_early(base, rows): # → layer, part → (N,hidden)
@@ -980,6 +987,10 @@ def assembled(
     adapters, router = {n: made['experts']/n for n in names}, Router.load(made['router']/'router')
     return Hydra.from_adapters(adapters, open_base(spec.base, spec.quant), router, about, spec.fork)
 
+def _fork_of(spec): # the block at which experts part, of how many
+    base = outline(spec.base)
+    return Stack(base, 1, _lora(spec)).fork, base.config.get_text_config().num_hidden_layers
+
 def described(
     counts:dict, # from `dealt`
     spec:BuildSpec # settled
@@ -990,7 +1001,7 @@ def described(
     into = f"{c['rows']} rows: {c['train']} to train on ({c['tokens']:,} tokens), {c['dev']} for development"
     made = (f"{spec.k} expert{'s'*(spec.k>1)} of rank {spec.rank}, {spec.epochs} pass{'es'*(spec.epochs>1)} over their rows "
             f"after one of the seed expert")
-    if spec.fork: made += f", which they share below block {experts_outline(spec).fork} of {outline(spec.base).config.get_text_config().num_hidden_layers}"
+    if spec.fork: made += ", which they share below block {} of {}".format(*_fork_of(spec))
     return f"{', '.join([into, *lost])}\n{made}"
 
 def _free(out, rows, spec, edits=''):

@@ -408,6 +408,7 @@ def test_part_of_an_epoch_is_the_beginning_of_a_whole_one(epochs):
 def test_precision_of_the_base_is_part_of_what_an_adapter_is_worth(tmp_path):
     "Each line equals scoring by hand on that base; the difference is theirs"
     from hydramoe.score import response_losses
+    from hydramoe.stack import with_adapters
     rows = seal_rows(write_rows(tmp_path/'rows'), tmp_path)
     made = stage(train_experts, dict(JOB, quant='nf4'), dict(rows_dir=rows), root=tmp_path)
     of = ['abc'[i%3] for i in range(40)]
@@ -415,7 +416,7 @@ def test_precision_of_the_base_is_part_of_what_an_adapter_is_worth(tmp_path):
     assert [t['scored'] for t in table]==['nf4', 'fp32', 'bf16'] and {t['trained'] for t in table}=={'nf4'} and table[0]['percent']==0
     for t in table:
         b = tiny_base(quant=t['scored'])
-        model = expert.on_stack({n: made/n for n in 'abc'}, b)
+        model = with_adapters(b, {n: made/n for n in 'abc'})
         xs = [expert.encode(r, b.tokenizer, 300, 300) for r in expert.read_jsonl(rows/'train.jsonl')]
         nll = response_losses(model, xs, one_hot(torch.tensor(['abc'.index(n) for n in of]), 3))
         macro = np.mean([np.concatenate([l for l,x in zip(nll, xs) if x.domain==d]).mean() for d in 'abc'])
