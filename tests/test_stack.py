@@ -46,6 +46,25 @@ def cohere():
     return CohereForCausalLM(CohereConfig(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, logit_scale=.3, eos_token_id=2, bos_token_id=1))
 
 @pytest.mark.parametrize('make', [neox, qwen2, gemma2, granite, cohere])
+def test_a_look_at_early_layers_is_what_the_whole_pass_says(make):
+    "With experts on the base or not, it is the base that is read, and no deeper than asked"
+    from hydramoe.cluster import hidden_means
+    with torch.random.fork_rng(): torch.manual_seed(0); model = make().eval().requires_grad_(False)
+    base, texts = Base(model, byte_tokenizer(), make.__name__, 'fp32', 'cpu', ''), ['a long text about nothing', 'short', 'tea']
+    t = base.tokenizer(texts, return_tensors='pt', padding=True, padding_side='right')
+    whole, m = model.base_model(**t, output_hidden_states=True).hidden_states, t['attention_mask'][:,:,None]
+    for looks in ([0], [1], [0, 1, 2]):
+        for l,x in hidden_means(texts, base, looks).items():
+            torch.testing.assert_close(torch.from_numpy(x), torch.nn.functional.normalize((whole[l]*m).sum(1)/m.sum(1), dim=-1), atol=1e-5, rtol=1e-4)
+    early = hidden_means(texts, base, [1])[1]
+    fill(gated(base, 3, LoraSpec(4, 8)).stack)
+    assert (hidden_means(texts, base, [1])[1]==early).all()
+    deep = []
+    last = model.base_model.get_submodule('layers')[1].register_forward_hook(lambda *_: deep.append(1))
+    hidden_means(texts, base, [1]); assert not deep
+    hidden_means(texts, base, [2]); assert deep
+
+@pytest.mark.parametrize('make', [neox, qwen2, gemma2, granite, cohere])
 def test_other_architectures(make, tmp_path):
     with torch.random.fork_rng(): torch.manual_seed(0); model = make().eval().requires_grad_(False)
     twin = type(model)(model.config).eval(); twin.load_state_dict(model.state_dict())
