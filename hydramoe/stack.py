@@ -580,11 +580,18 @@ def bind(self:Stack,
     try: yield
     finally: self.bound = None
 
+@patch
+def lane(self:Stack)->Stack: # to make plans for, that `using` puts to work
+    "The same experts with gradients of their own, for a thread that trains beside another"
+    other = copy(self)
+    other._lay(True)
+    return other
+
 @patch(as_prop=True)
 def plan(self:Stack):
     "What the layers compute now, or None for the base alone"
     p = Plan.current.get()
-    if p is None or p.stack is not self: p = self.bound
+    if p is None or p.stack.theta is not self.theta: p = self.bound
     return None if p is None or (p.kind=='none' and not self.below) else p
 
 class GatedLinear(nn.Module):

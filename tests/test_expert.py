@@ -69,6 +69,30 @@ def test_micro_batches_do_not_matter():
     many, _ = trained(replace(SPEC, micro_tokens=10**6))
     assert far(one.stack.theta, many.stack.theta, fresh().stack.theta) < 1e-3
 
+@pytest.mark.parametrize('how', ['plain', 'checkpointing', 'fork', 'nf4'])
+def test_lanes_differ_by_rounding_and_never_from_themselves(how, tmp_path, monkeypatch):
+    "Passes side by side, each thread with gradients of its own: what one thread makes of them, and the same bits every time"
+    lora, spec, used = LoraSpec(rank=4, fork=.5) if how=='fork' else LORA, replace(SPEC, epochs=1, micro_tokens=120), []
+    deal = expert.in_lanes
+    monkeypatch.setattr(expert, 'LANE', 40)
+    monkeypatch.setattr(expert, 'in_lanes', lambda *a: used.append(deal(*a)) or used[-1])
+    def run(threads):
+        model = fresh(lora=lora, quant='nf4' if how=='nf4' else 'fp32')
+        states = cached(model, tmp_path) if how=='fork' else None
+        with expert.using_threads(threads): history = fit(model, ROWS, spec, names=NAMES, checkpointing=how=='checkpointing', cached=states)
+        return model.stack.theta.clone(), history, max(map(len, used[-len(history):]))
+    (one, h1, n1), (two, h2, n2), (again, h3, _), (three, _, n3) = [run(n) for n in (1, 2, 2, 3)]
+    assert (n1, n2, n3)==(1, 2, 3) and torch.equal(two, again) and h2==h3
+    for x in (two, three): assert far(x, one, fresh(lora=lora).stack.theta) < (5e-2 if how=='nf4' else 1e-3)
+    np.testing.assert_allclose([h['loss']['large'] for h in h1], [h['loss']['large'] for h in h2], rtol=2e-2 if how=='nf4' else 2e-4)
+
+def test_a_lane_that_fails_is_heard(monkeypatch):
+    def broken(*a, **kw): raise HydraError('out of order')
+    monkeypatch.setattr(expert, 'token_losses', broken)
+    with expert.using_threads(2):
+        with pytest.raises(HydraError, match='out of order'): fit(fresh(), ROWS, SPEC, names=NAMES)
+        assert torch.get_num_threads()==2
+
 def test_twice_the_same_bits():
     (a, ha), (b, hb) = trained(), trained()
     assert torch.equal(a.stack.theta, b.stack.theta) and ha==hb
