@@ -7,7 +7,7 @@ __all__ = ['TYPES', 'SCALES', 'TABLE', 'SPEEDS', 'Parameter', 'read_parameters',
            'Result', 'load_result', 'runs_dir', 'save_result', 'RunFailed', 'run_notebook', 'code_digests', 'Graph',
            'params_at', 'members', 'depends_on', 'current', 'run_scale', 'upstream', 'results_dir', 'publish',
            'published', 'numbers', 'e3_table', 'paper_files', 'write_paper', 'rooms_table', 'results_table',
-           'render_readme', 'write_readme', 'speed_table', 'figures', 'report_page', 'demo']
+           'render_readme', 'write_readme', 'speed_table', 'routers_table', 'figures', 'report_page', 'demo']
 
 # %% ../nbs/52_reproduce.ipynb #cell3
 import ast, contextlib, graphlib, io, json, math, os, re, shutil, sys, tempfile, time, tokenize
@@ -514,6 +514,24 @@ def speed_table(
     rows = [{'what, in what unit': what, 'hydramoe': _times(_at(found[f], key)), 'beside it': f'{_times(_at(found[f], other))} {name}' if other else ''}
             for f,key,what,other,name in SPEEDS if _at(found.get(f), key) is not None]
     return markdown_table(rows) if rows else '*Nothing is measured yet.*'
+
+# %% ../nbs/52_reproduce.ipynb #routers-1
+def _shown(x): return '' if x is None else f'{100*x:.0f} %'
+
+def routers_table(
+    folder:str|Path|None=None # of results; `results_dir()` if None
+)->str: # Markdown
+    "What the routers of `e7_routers` win and take, at the most telling published scale"
+    files = [f for s in SCALES if (f := Path(folder or results_dir())/f'e7_routers-{s}.json').exists()]
+    if not files: return '*No routers are published yet.*'
+    r = load_result(files[0])
+    tables = {k: {t['router']: t for t in x['table']} for k,x in r.extra.items()}
+    def won(k, n): return _shown(tables[k].get(n, {}).get('share')) + (' (default)' if n==r.extra[k]['best'] else '')
+    names = dict.fromkeys(n for t in tables.values() for n in t)
+    rows = [{'router': n, **{k: won(k, n) for k in tables}, 'of the base': next(f"{100*t[n]['work']:.1f} %" for t in tables.values() if n in t)} for n in names]
+    bounds = ', '.join(f"{_shown(x['controls']['permuted'])} on {k}" for k,x in r.extra.items())
+    return f"{markdown_table(rows)}\n\nScale `{r.scale}`. Experts exchanged by lot: {bounds}. *Default*: least loss on the development prompts, by which alone it was chosen."
+
 
 # %% ../nbs/52_reproduce.ipynb #cell76
 def figures(
