@@ -9,7 +9,7 @@
 Both sides get the same base in the same precision (bf16: weights and products in bf16, adapters, their gradients and AdamW in
 fp32, on TRL's side through autocast), the same fresh adapters, the same rows in the same order with the same batches for each expert, the same activation
 checkpointing. Tokens are counted without padding. The first steps of every trainer are left out, and so is all preparation.
-For memory, TRL gets batches of exactly the rows that ours puts through one forward, as if they were of one expert.
+For memory, TRL gets batches of as many tokens as ours has under way at once, as if they were of one expert.
 Every measurement has a process of its own, since memory is its peak.
 """
 import argparse, json, os, resource, statistics, subprocess, sys, tempfile, time, warnings
@@ -25,7 +25,7 @@ def options():
     p.add_argument('--warm', type=int, default=1, help='first steps of each trainer that are left out')
     p.add_argument('--held', type=int, default=6, help='held-out rows of each domain')
     p.add_argument('--length', type=int, default=300, help='tokens of the longest prompt, and of the longest answer')
-    p.add_argument('--micro', type=int, default=1400, help='tokens that ours puts through one forward, with padding')
+    p.add_argument('--micro', type=int, default=1400, help='tokens that ours has under way at once, with padding: in one forward, or in lanes of one thread each')
     p.add_argument('--rank', type=int, default=8)
     p.add_argument('--lr', type=float, default=5e-4)
     p.add_argument('--checkpointing', action='store_true', help='recompute activations, on both sides')
