@@ -78,7 +78,7 @@ def main():
         ids = torch.randint(3, base.model.config.vocab_size, (args.rows, args.context), device=base.device)
         bare = decode(base.model, base.model.config, ids)
         points = [point(args, E, bare, ids) for E in Es]
-        out = dict(points=points, shelf=shelf(args, Es[-1], tmp), conditions=dict(vars(args), torch=torch.__version__))
+        out = dict(points=points, shelf=shelf(args, Es[-1], tmp), conditions=dict({k: v for k,v in vars(args).items() if k!='plot'}, torch=torch.__version__))
     if args.plot: plot(points, args.plot)
     if args.json: print(json.dumps(out, indent=1)); return
     for q in points: print(*(f'{k} {v}' for k,v in q.items()), sep='  ')
