@@ -526,9 +526,9 @@ def routers_table(
     if not files: return '*No routers are published yet.*'
     r = load_result(files[0])
     tables = {k: {t['router']: t for t in x['table']} for k,x in r.extra.items()}
-    def won(k, n): return _shown(tables[k].get(n, {}).get('share')) + (' (default)' if n==r.extra[k]['best'] else '')
+    def _won(k, n): return _shown(tables[k].get(n, {}).get('share')) + (' (default)' if n==r.extra[k]['best'] else '')
     names = dict.fromkeys(n for t in tables.values() for n in t)
-    rows = [{'router': n, **{k: won(k, n) for k in tables}, 'of the base': next(f"{100*t[n]['work']:.2g} %" for t in tables.values() if n in t)} for n in names]
+    rows = [{'router': n, **{k: _won(k, n) for k in tables}, 'of the base': next(f"{100*t[n]['work']:.2g} %" for t in tables.values() if n in t)} for n in names]
     bounds = ', '.join(f"{_shown(x['controls']['permuted'])} on {k}" for k,x in r.extra.items())
     return f"{markdown_table(rows)}\n\nScale `{r.scale}`. Experts exchanged by lot: {bounds}. *Default*: least loss on the development prompts, by which alone it was chosen."
 

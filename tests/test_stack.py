@@ -60,7 +60,7 @@ def test_a_look_at_early_layers_is_what_the_whole_pass_says(make):
     fill(gated(base, 3, LoraSpec(4, 8)).stack)
     assert (hidden_means(texts, base, [1])[1]==early).all()
     deep = []
-    last = model.base_model.get_submodule('layers')[1].register_forward_hook(lambda *_: deep.append(1))
+    model.base_model.get_submodule('layers')[1].register_forward_hook(lambda *_: deep.append(1))
     hidden_means(texts, base, [1]); assert not deep
     hidden_means(texts, base, [2]); assert deep
 
