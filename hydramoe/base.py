@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['chatml', 'PACKAGED', 'gemma_chat', 'byte_tokenizer', 'Base', 'fingerprint', 'checkpoint_fingerprint', 'has_fast_bf16',
-           'compute_dtype', 'differentiable_nf4', 'tiny_base', 'target_layers', 'render', 'smollm2_dir', 'gemma3_dir',
-           'base_dir', 'base_tokenizer', 'load_base', 'base_fingerprint']
+           'compute_dtype', 'differentiable_nf4', 'tiny_base', 'target_layers', 'blocks', 'render', 'smollm2_dir',
+           'gemma3_dir', 'base_dir', 'base_tokenizer', 'load_base', 'base_fingerprint']
 
 # %% ../nbs/10_base.ipynb #cell3
 import hashlib, json, logging, tempfile
@@ -194,6 +194,14 @@ def target_layers(
         raise HydraError(f"no linear layer is called {lost[0]!r}; this model has {', '.join(sorted({n.split('.')[-1] for n in layers}))}, "
                          "or take 'all-linear'")
     return {n:m for n,m in layers.items() if any(n in h for h in hits.values())}
+
+# %% ../nbs/10_base.ipynb #blocks-2
+def blocks(
+    model:nn.Module # a transformers model without its head
+)->nn.ModuleList: # from the embeddings up
+    "The blocks of a model, whatever its architecture calls them"
+    n = model.config.get_text_config().num_hidden_layers
+    return next(c for c in model.children() if isinstance(c, nn.ModuleList) and len(c)==n)
 
 # %% ../nbs/10_base.ipynb #cell41
 def _with_tools(tokenizer, msgs, tools):

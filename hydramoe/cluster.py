@@ -1006,15 +1006,14 @@ class _Enough(Exception): "All that was to be read has been read"
 
 def _states(inner, t, layers): # → layer → (n,T,hidden)
     "One batch's hidden states at some depths, in a pass that ends at the deepest"
-    import torch
-    found,L,me = {},inner.config.num_hidden_layers,threading.get_ident() # the base may be at work in other threads
-    blocks = next(c for c in inner.children() if isinstance(c, torch.nn.ModuleList) and len(c)==L)
+    from hydramoe.base import blocks # here, since it brings torch
+    found,at,me = {},blocks(inner),threading.get_ident() # the base may be at work in other threads
     def _look(l, args, kwargs):
         if threading.get_ident()!=me: return
         found[l] = args[0] if args else kwargs['hidden_states']
         if l==max(layers): raise _Enough
-    hooks = [blocks[l].register_forward_pre_hook(lambda _, args, kwargs, l=l: _look(l, args, kwargs), with_kwargs=True) for l in set(layers)-{L}]
-    try: found[L] = inner(input_ids=t['input_ids'], attention_mask=t['attention_mask'], use_cache=False).last_hidden_state
+    hooks = [at[l].register_forward_pre_hook(lambda _, args, kwargs, l=l: _look(l, args, kwargs), with_kwargs=True) for l in set(layers)-{len(at)}]
+    try: found[len(at)] = inner(input_ids=t['input_ids'], attention_mask=t['attention_mask'], use_cache=False).last_hidden_state
     except _Enough: pass
     finally: [h.remove() for h in hooks]
     return found

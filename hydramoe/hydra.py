@@ -220,8 +220,8 @@ def _on_trunk(g): return not isinstance(g, Tensor) or bool(g.any()) # all zero: 
 @patch
 def _blocks(self:Chat):
     "The block at which the experts part, and how many blocks there are"
-    model = self.hydra.model
-    return model.stack.fork, model.config.get_text_config().num_hidden_layers
+    stack = self.hydra.model.stack
+    return stack.fork, stack.depth
 
 @patch
 def _keeps(self:Chat, gates):
@@ -987,10 +987,6 @@ def assembled(
     adapters, router = {n: made['experts']/n for n in names}, Router.load(made['router']/'router')
     return Hydra.from_adapters(adapters, open_base(spec.base, spec.quant), router, about, spec.fork)
 
-def _fork_of(spec): # the block at which experts part, of how many
-    base = outline(spec.base)
-    return Stack(base, 1, _lora(spec)).fork, base.config.get_text_config().num_hidden_layers
-
 def described(
     counts:dict, # from `dealt`
     spec:BuildSpec # settled
@@ -1001,7 +997,7 @@ def described(
     into = f"{c['rows']} rows: {c['train']} to train on ({c['tokens']:,} tokens), {c['dev']} for development"
     made = (f"{spec.k} expert{'s'*(spec.k>1)} of rank {spec.rank}, {spec.epochs} pass{'es'*(spec.epochs>1)} over their rows "
             f"after one of the seed expert")
-    if spec.fork: made += ", which they share below block {} of {}".format(*_fork_of(spec))
+    if spec.fork: made += ", which they share below block {0.fork} of {0.depth}".format(experts_outline(spec))
     return f"{', '.join([into, *lost])}\n{made}"
 
 def _free(out, rows, spec, edits=''):
@@ -1280,8 +1276,8 @@ def forecast(
     "Predict the time and memory of a build, and say from what"
     device = _device()
     n, vocab, m = shapes(spec.base)
-    stack, blocks = Stack(m, 1, _lora(spec)), m.config.get_text_config().num_hidden_layers
-    per, below = stack.theta.shape[1], stack.fork/blocks
+    stack = Stack(m, 1, _lora(spec))
+    per, below = stack.theta.shape[1], stack.fork/stack.depth
     rate = matrix_rate(spec.quant, device)
     speed, train = SHARE[spec.quant]*rate/(4*n), counts['tokens']*(1+spec.epochs)
     work = train - counts['tokens']*below*(spec.epochs-.5) # a trunk is read once, and never learns

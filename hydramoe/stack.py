@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from .core import HydraError, derive_seed, read_json, write_json
 from .store import open_sealed
-from .base import Base, target_layers, differentiable_nf4
+from .base import Base, blocks, target_layers, differentiable_nf4
 
 warnings.filterwarnings('ignore', message='grad and param do not obey the gradient layout') # rows of one buffer: meant so
 
@@ -90,7 +90,8 @@ class Stack(nn.Module):
         if slots<1: raise HydraError(f"slots={slots}: a stack holds at least one expert")
         self.spec,self.slots,self.bound,self.grad = spec or LoraSpec(),slots,None,None
         layers,device = target_layers(base_model, self.spec.targets),next(base_model.parameters()).device
-        self.fork,(below,above) = _parted(layers, self.spec.fork, base_model.config.get_text_config().num_hidden_layers)
+        self.depth = base_model.config.get_text_config().num_hidden_layers
+        self.fork,(below,above) = _parted(layers, self.spec.fork, self.depth)
         trunk,own = _layout(below, self.spec.rank),_layout(above, self.spec.rank)
         self.below,self.spots,self.groups = len(below),*_joined(trunk, own)
         self.theta,self.trunk,self.has_trunk = torch.zeros(slots, own[2], device=device),torch.zeros(1, trunk[2], device=device),False
@@ -754,9 +755,7 @@ def _with_blocks(model, blocks):
     m._modules = {**m._modules, name: nn.ModuleList(blocks)}
     return m
 
-def _blocks(model):
-    n = model.config.get_text_config().num_hidden_layers
-    return next(list(c) for _,c in model.base.base_model.named_children() if isinstance(c, nn.ModuleList) and len(c)==n)
+def _blocks(model): return list(blocks(model.base.base_model))
 
 # %% ../nbs/20_stack.ipynb #cell80
 def at_fork(
