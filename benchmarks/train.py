@@ -25,7 +25,7 @@ def options():
     p.add_argument('--warm', type=int, default=1, help='first steps of each trainer that are left out')
     p.add_argument('--held', type=int, default=6, help='held-out rows of each domain')
     p.add_argument('--length', type=int, default=300, help='tokens of the longest prompt, and of the longest answer')
-    p.add_argument('--micro', type=int, default=1400, help='tokens that ours has under way at once, with padding: in one forward, or in lanes of one thread each')
+    p.add_argument('--micro', type=int, default=1400, help='tokens that ours has under way at once: in one forward, or in lanes of one thread each')
     p.add_argument('--rank', type=int, default=8)
     p.add_argument('--lr', type=float, default=5e-4)
     p.add_argument('--checkpointing', action='store_true', help='recompute activations, on both sides')
@@ -104,18 +104,24 @@ def ours(a):
     return dict(tokens=sum(tokens([x for _,x in s]) for s in steps[a.warm:]), seconds=sum(seconds[a.warm:]), memory=peak())
 
 def bare(a):
-    "The base alone on the steps of the fused run: forward, loss and the way back to its embeddings, which no training of adapters in all layers can do without"
-    import torch
-    from hydramoe.score import collate, micro_batches
+    "The base alone on the passes of the fused run: forward, loss and the way back to its embeddings, which no training of adapters in all layers can do without"
+    from concurrent.futures import ThreadPoolExecutor
+    from hydramoe.expert import in_lanes, lanes, pack, share, using_threads
+    from hydramoe.score import token_losses
+    from hydramoe.stack import Plan, gated, in_line, using
     base, spec, _, _, steps = prepared(a)
-    m, seconds = base.model, []
-    for step in steps:
-        t = clock(a)
-        for b in micro_batches([len(x.ids) for _,x in step], spec.micro_tokens):
-            ids, at, labels = collate([step[i][1] for i in b], base.device)
-            h = m.base_model(inputs_embeds=m.get_input_embeddings()(ids).requires_grad_(), use_cache=False).last_hidden_state.flatten(0, 1)[at]
-            sum(torch.nn.functional.cross_entropy(m.lm_head(x).float(), y, reduction='sum') for x,y in zip(h.split(256), labels.split(256))).backward()
-        seconds.append(clock(a)-t)
+    base.model.enable_input_require_grads()
+    model, seconds = gated(base, 1, lora(a)), []
+    n = lanes(model, spec)
+    def lane(step, passes):
+        for b,_ in passes:
+            with using(Plan('none', model.stack)): token_losses(model, [step[i][1] for i in b], line=True).sum().backward()
+    with in_line(model), ThreadPoolExecutor(n) as pool:
+        for step in steps:
+            t, lengths = clock(a), [len(x.ids) for _,x in step]
+            dealt = in_lanes(share(pack([e for e,_ in step], lengths, spec.micro_tokens//n, n)), lengths, n)
+            with using_threads(max(1, (a.threads or os.cpu_count())//n)): list(pool.map(lambda passes: lane(step, passes), dealt))
+            seconds.append(clock(a)-t)
     return dict(tokens=sum(tokens([x for _,x in s]) for s in steps[a.warm:]), seconds=sum(seconds[a.warm:]), memory=peak())
 
 def timer(a):

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Spot', 'Group', 'LoraSpec', 'Stack', 'Plan', 'make_plan', 'one_hot', 'by_expert', 'using', 'GatedLinear',
-           'GatedCausalLM', 'gated', 'hidden', 'logits', 'at_fork', 'from_fork', 'refill', 'read_on', 'factors_of',
-           'with_adapters', 'Shelf', 'slots_within']
+           'GatedCausalLM', 'gated', 'hidden', 'logits', 'in_line', 'line_plan', 'at_fork', 'from_fork', 'refill',
+           'read_on', 'factors_of', 'with_adapters', 'Shelf', 'slots_within']
 
 # %% ../nbs/20_stack.ipynb #cell3
-import inspect, re, threading, warnings
+import inspect, re, sys, threading, warnings
 from copy import copy
 from collections import Counter, OrderedDict, namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from fastcore.basics import patch
 import torch
@@ -22,8 +23,10 @@ from torch import nn, Tensor
 import safetensors.torch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, GenerationMixin
+from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .core import HydraError, derive_seed, read_json, write_json
 from .store import open_sealed
 from .base import Base, blocks, target_layers, differentiable_nf4
@@ -237,13 +240,15 @@ class Plan:
     index:Tensor|None = None # experts in use: (1,) for one, (S,k) for rows in S runs, (U,) for dense
     weight:Tensor|float|None = None # gate times scale: a number for one, (S,1,k) for rows, (B or 1,T or 1,U) for dense
     rows:int|None = None # B, rows of the input; None: any number
-    ends:Tensor|None = None # (S,) the row at which each run ends; None: all runs are equally long
+    ends:Tensor|None = None # (S,) the row at which each run ends, in a line the token; None: all runs are equally long
     kept:dict|None = None # group -> its gathered factors, kept for a whole generation; None keeps nothing
     shared:tuple|None = None # the input that a group read last, the group, its product with A
     slot:int|None = None # for one: which expert
     trunk:'Plan|None' = None # below the fork of a stack: one expert, whatever the gates
     ready:list|None = None # while a generation keeps its factors: what each layer needs, looked up once
     gate:Callable|None = None # for gate: x (…,in) and the layer's name -> slots (…,k), weights (…,k)
+    line:bool = False # do all rows lie in one, see `line_plan`?
+    cuts:list|None = None # of a line that is computed run by run: the tokens at which a run begins, but for the first
 
     @property
     def trains(self):
@@ -292,8 +297,9 @@ def _wide(self:Plan, n, dtype):
 
 @patch
 def _each_row(self:Plan, t):
-    "One entry for each row, from one for each run"
-    return t.repeat_interleave(self.rows//len(t) if self.ends is None else self.ends.diff(prepend=self.ends.new_zeros(1)), 0)
+    "One entry for each row, in a line for each token, from one for each run"
+    t = t.repeat_interleave(self.rows//len(t) if self.ends is None else self.ends.diff(prepend=self.ends.new_zeros(1)), 0)
+    return t.transpose(0, 1) if self.line else t
 
 @patch
 def _gathered(self:Plan, g, dtype):
@@ -402,8 +408,14 @@ def per_run(self:Plan,
     M:Tensor # (S,in,out) a matrix for each run of rows
 )->Tensor: # (B,T,out)
     "Each run's rows times its matrix"
-    if self.ends is None: return x.reshape(len(M), -1, x.shape[-1]).bmm(M).view(*x.shape[:-1], -1)
-    return nn.functional.grouped_mm(x.reshape(-1, x.shape[-1]), M, offs=self.ends*x.shape[1]).view(*x.shape[:-1], -1)
+    flat = x.reshape(-1, x.shape[-1])
+    if self.ends is None: y = flat.view(len(M), -1, x.shape[-1]).bmm(M)
+    elif self.cuts: y = torch.cat([a@m for a,m in zip(flat.tensor_split(self.cuts), M)])
+    else: y = nn.functional.grouped_mm(flat, M, offs=self._ends(x))
+    return y.view(*x.shape[:-1], -1)
+
+@patch
+def _ends(self:Plan, x): return self.ends if self.line else self.ends*x.shape[1]
 
 @patch
 def across_run(self:Plan,
@@ -411,9 +423,10 @@ def across_run(self:Plan,
     v:Tensor # (B,T,b)
 )->Tensor: # (S,a,b)
     "Sum over each run's tokens of u vᵀ"
-    S = len(self.index)
-    if self.ends is None: return u.reshape(S, -1, u.shape[-1]).mT.bmm(v.reshape(S, -1, v.shape[-1]))
-    return nn.functional.grouped_mm(u.reshape(-1, u.shape[-1]).t(), v.reshape(-1, v.shape[-1]), offs=self.ends*u.shape[1])
+    S,a,b = len(self.index),u.reshape(-1, u.shape[-1]),v.reshape(-1, v.shape[-1])
+    if self.ends is None: return a.view(S, -1, a.shape[-1]).mT.bmm(b.view(S, -1, b.shape[-1]))
+    if self.cuts: return torch.stack([p.mT@q for p,q in zip(a.tensor_split(self.cuts), b.tensor_split(self.cuts))])
+    return nn.functional.grouped_mm(a.t(), b, offs=self._ends(u))
 
 @patch(as_prop=True)
 def runs(self:Plan):
@@ -456,8 +469,11 @@ class _TrainedOuter(torch.autograd.Function):
         ctx.save_for_backward(z, B)
         ctx.plan,ctx.i = plan,i
         ctx.mark_dirty(y)
-        if plan.ends is None: y.view(len(B), -1, y.shape[-1]).baddbmm_(z.reshape(len(B), -1, z.shape[-1]), B)
-        else: y.add_(plan.per_run(z, B))
+        flat,z = y.view(-1, y.shape[-1]),z.reshape(-1, z.shape[-1])
+        if plan.ends is None: flat.view(len(B), -1, y.shape[-1]).baddbmm_(z.view(len(B), -1, z.shape[-1]), B)
+        elif plan.cuts:
+            for part,a,b in zip(flat.tensor_split(plan.cuts), z.tensor_split(plan.cuts), B): part.addmm_(a, b)
+        else: y.add_(plan.per_run(z.view(*y.shape[:-1], -1), B))
         return y
 
     @staticmethod
@@ -632,7 +648,7 @@ class GatedCausalLM(PreTrainedModel, GenerationMixin):
         stack:Stack # made for this base
     ):
         super().__init__(base.config)
-        self.base,self.stack,self.generation_config = base,stack,base.generation_config
+        self.base,self.stack,self.generation_config,self.lines = base,stack,base.generation_config,False # lines: see `in_line`
         for i,s in enumerate(stack.spots): _replace(base, s.name, GatedLinear(base.get_submodule(s.name), stack, i))
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, gates=None, logits_to_keep=None, **kwargs):
@@ -714,11 +730,17 @@ def hidden(
     model:GatedCausalLM, # base and experts
     input_ids:Tensor, # (B,T)
     attention_mask:Tensor|None=None, # (B,T), 1 where a token is
-    gates:Tensor|None=None # as `forward` takes them
+    gates:Tensor|None=None, # as `forward` takes them
+    line:list[int]|None=None # tokens of each row, if all rows lie in one, see `in_line`
 )->Tensor: # (B,T,d) the last hidden state, after the final norm
     "Everything but the logits"
     with using(model.plan_for(gates, 0, input_ids.shape[1])):
-        return model.base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return model.base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **_laid(line, input_ids.device)).last_hidden_state
+
+def _laid(line, device):
+    "What else the base is told of a line: where each row begins"
+    if line is None or len(line)==1: return {}
+    return dict(position_ids=torch.cat([torch.arange(n, device=device) for n in line])[None], line=line)
 
 def logits(
     model:GatedCausalLM, # base and experts
@@ -729,6 +751,61 @@ def logits(
     y = y*getattr(c, 'logit_scale', None) if getattr(c, 'logit_scale', None) else y/(getattr(c, 'logits_scaling', None) or 1)
     cap = getattr(c, 'final_logit_softcapping', None)
     return torch.tanh(y/cap)*cap if cap else y
+
+# %% ../nbs/20_stack.ipynb #line-c1
+def _row_by_row(attend):
+    "An attention function that keeps the rows of a line apart"
+    def attention(module, query, key, value, attention_mask=None, line=None, **kw):
+        "As transformers calls it; `line`: the tokens of each row"
+        f = attend(module)
+        if line is None: return f(module, query, key, value, attention_mask, **kw)
+        masks = [None if attention_mask is None else attention_mask[:,:,e-n:e,e-n:e] for n,e in zip(line, accumulate(line))]
+        return torch.cat([f(module, *row, **kw)[0] for row in zip(*(t.split(line, 2) for t in (query, key, value)), masks)], 1),None
+    return attention
+
+_ATTEND = dict(eager=lambda module: sys.modules[type(module).__module__].eager_attention_forward, sdpa=lambda module: ALL_ATTENTION_FUNCTIONS['sdpa'])
+for _n,_f in _ATTEND.items():
+    AttentionInterface.register(f'{_n}_line', _row_by_row(_f))
+    AttentionMaskInterface.register(f'{_n}_line', ALL_MASK_ATTENTION_FUNCTIONS[_n])
+
+# %% ../nbs/20_stack.ipynb #line-c2
+@torch.no_grad()
+def _apart(model):
+    "Does a row of a line come out as it does alone?"
+    ids = torch.arange(2, 10, device=model.device)[None]
+    with using(Plan('none', model.stack)):
+        try: second = hidden(model, ids, line=[5,3])[:,5:]
+        except (TypeError, AttributeError): return False # not told of `line`, or without a function of that name
+        alone = hidden(model, ids[:,5:])
+    return bool((second-alone).norm()<.05*alone.norm())
+
+@contextmanager
+def in_line(
+    model:GatedCausalLM # base and experts
+): # sets `model.lines`: may rows of several experts lie in one line?
+    "Inside the block attention keeps the rows of a line apart, if this base can"
+    was = model.base.config._attn_implementation
+    if was in _ATTEND: model.base.set_attn_implementation(f'{was}_line')
+    try:
+        model.lines = _apart(model)
+        yield
+    finally:
+        model.lines = False
+        if was in _ATTEND: model.base.set_attn_implementation(was)
+
+# %% ../nbs/20_stack.ipynb #line-c3
+def line_plan(
+    who:list[int], # slot of each row
+    lengths:list[int], # its tokens
+    stack:Stack # E slots
+)->Plan: # to be used for one input (1,T), T the sum of the lengths
+    "How a line of rows is computed, each by its one expert"
+    runs = [(e, sum(n for _,n in rows)) for e,rows in groupby(zip(who, lengths), key=lambda x: x[0])]
+    index = torch.tensor([e for e,_ in runs], device=stack.theta.device)
+    if len(runs)==1: return make_plan(one_hot(index, stack.slots), stack)
+    ends = list(accumulate(n for _,n in runs))
+    cuts = None if stack.theta.is_cuda and _grouped_pays(stack) else ends[:-1]
+    return Plan('rows', stack, index[:,None], stack.scale[index][:,None,None], 1, torch.tensor(ends, dtype=torch.int32, device=stack.theta.device), line=True, cuts=cuts)
 
 # %% ../nbs/20_stack.ipynb #cell79
 class _Skip(nn.Module):
@@ -777,13 +854,14 @@ def from_fork(
     h:Tensor, # (B,T,d) of `at_fork`
     attention_mask:Tensor|None=None, # (B,T)
     gates:Tensor|None=None, # as `forward` takes them; None: the bound plan
-    past_key_values=None # a cache that is empty above the fork: filled there
+    past_key_values=None, # a cache that is empty above the fork: filled there
+    line:list[int]|None=None # as `hidden` takes it
 )->Tensor: # (B,T,d) the last hidden state, as `hidden` returns it
     "Go on from the trunk's hidden state"
     blocks,f = _blocks(model),model.stack.fork
     m = _with_blocks(model, [_Skip()]*(f-1)+[_Tap(h)]+blocks[f:])
     with using(model.plan_for(gates, 0, h.shape[1])):
-        return m(inputs_embeds=h, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=past_key_values is not None).last_hidden_state
+        return m(inputs_embeds=h, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=past_key_values is not None, **_laid(line, h.device)).last_hidden_state
 
 # %% ../nbs/20_stack.ipynb #cell82
 def refill(

@@ -11,7 +11,7 @@ from hydramoe.cluster import Domains, embed
 from hydramoe.core import HydraError, derive_seed, read_json, rng, write_json
 from hydramoe.hydra import BundleError, Hydra
 from hydramoe.route import similarity
-from hydramoe.stack import LoraSpec, gated, one_hot
+from hydramoe.stack import LoraSpec, gated, hidden, in_line, line_plan, one_hot, using
 
 NAMES = ['law', 'sea', 'sum']
 TEXTS = ['the court and the law', 'a ship at sea', 'add the numbers to a sum']
@@ -256,6 +256,21 @@ def test_architecture(kind, tmp_path):
     out = m.generate(**x, **kw)
     assert said(h, out, x)==h.generate(ASKS, max_new_tokens=6)
     for how in (dict(cache_implementation='static'), dict(use_cache=False)): assert torch.equal(m.generate(**x, **kw, **how), out)
+
+@pytest.mark.parametrize('quant', ['fp32', 'bf16'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_rows_in_a_line_are_what_they_are_alone(kind, quant, tmp_path):
+    "Longer than a sliding window, behind rows of other experts"
+    m = gated(load_base(checkpoint(kind, tmp_path/'base'), quant, 'cpu'), 3, LoraSpec(4, 8))
+    g, lengths, who = torch.Generator().manual_seed(0), [40, 25, 3, 60], [2, 2, 0, 1]
+    m.stack.theta.normal_(0, .05, generator=g)
+    ids = torch.randint(3, 259, (1, sum(lengths)), generator=g)
+    with torch.no_grad(), in_line(m), using(line_plan(who, lengths, m.stack)):
+        assert m.lines
+        laid = hidden(m, ids, line=lengths)[0].split(lengths)
+    for row,e,h in zip(ids[0].split(lengths), who, laid):
+        alone, other = (hidden(m, row[None], None, one_hot([f], 3))[0] for f in (e, (e+1)%3))
+        assert (h-alone).norm() < (1e-4 if quant=='fp32' else .02)*alone.norm() < (other-alone).norm()
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['smollm2', 'gemma3'])

@@ -69,6 +69,31 @@ def test_micro_batches_do_not_matter():
     many, _ = trained(replace(SPEC, micro_tokens=10**6))
     assert far(one.stack.theta, many.stack.theta, fresh().stack.theta) < 1e-3
 
+@pytest.mark.parametrize('seed', range(20))
+def test_passes_hold_every_row_once_and_no_more_than_they_may(seed):
+    g = rng(seed, 'pack')
+    who, n = g.integers(0, 5, int(g.integers(1, 30))).tolist(), int(g.integers(1, 4))
+    lengths, most = g.integers(2, 300, len(who)).tolist(), int(g.integers(50, 900))
+    passes = expert.pack(who, lengths, most, n)
+    tokens = [sum(lengths[i] for i in b) for b in passes]
+    assert sorted(sum(passes, []))==list(range(len(who))) and all(t<=most or len(b)==1 for t,b in zip(tokens, passes))
+    assert all([who[i] for i in b]==sorted(who[i] for i in b) for b in passes)
+    assert expert.pack(who, lengths, most, n)==passes
+
+def test_an_expert_stays_in_one_pass_where_it_fits():
+    passes = expert.pack([0,0,1,1,2,2,3,3], [50,50,60,40,30,70,20,80], 200, 2)
+    assert [len(b) for b in passes]==[4,4]
+    assert all(i^1 in b for b in passes for i in b)
+
+def test_a_base_that_mixes_rows_trains_them_one_by_one(monkeypatch):
+    import hydramoe.stack as hs
+    whole, _ = trained()
+    seen, losses = [], expert.token_losses
+    monkeypatch.setattr(hs, '_apart', lambda model: False)
+    monkeypatch.setattr(expert, 'token_losses', lambda model, xs, **kw: seen.append(len(xs)) or losses(model, xs, **kw))
+    alone, _ = trained()
+    assert set(seen)=={1} and far(alone.stack.theta, whole.stack.theta, fresh().stack.theta) < 1e-3
+
 @pytest.mark.parametrize('how', ['plain', 'checkpointing', 'fork', 'nf4'])
 def test_lanes_differ_by_rounding_and_never_from_themselves(how, tmp_path, monkeypatch):
     "Passes side by side, each thread with gradients of its own: what one thread makes of them, and the same bits every time"

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from hydramoe.base import Base, byte_tokenizer, tiny_base
 from hydramoe.core import HydraError
-from hydramoe.stack import GatedLinear, LoraSpec, Stack, gated, hidden, logits, make_plan, one_hot, using, with_adapters
+from hydramoe.stack import GatedLinear, LoraSpec, Stack, gated, hidden, in_line, line_plan, logits, make_plan, one_hot, using, with_adapters
 from hydramoe.store import sealing
 
 def fill(stack, seed=0):
@@ -572,6 +572,35 @@ def test_a_damaged_expert_leaves_the_shelf_usable(library, tmp_path):
     with pytest.raises(HydraError, match='not a PEFT adapter'):
         with shelf.gates([{'bad': 1.}]): pass
     with shelf.gates([{'expert0': 1.}]): assert shelf.stack.names==['expert0']
+
+@pytest.mark.parametrize('how, rank', [('plain', 8), ('plain', 3), ('checkpointing', 3), ('grouped', 8)])
+def test_a_line_trains_as_its_rows_do(how, rank):
+    "Run by run as on a CPU, or in one grouped product as on a GPU"
+    m,lengths,who = gated(tiny_base(), 4, LoraSpec(rank)),[5,12,3,9,7],[3,3,0,1,1]
+    fill(m.stack).trainable()
+    m.checkpointing(how=='checkpointing')
+    ids = torch.randint(3, 250, (1,sum(lengths)), generator=torch.Generator().manual_seed(0))
+    def gradient(ids, plan, line=None):
+        m.stack.zero_grad()
+        with m.stack.bind(plan): hidden(m, ids, line=line).pow(3).sum().backward()
+        return m.stack.grad.clone()
+    with in_line(m):
+        plan = line_plan(who, lengths, m.stack)
+        assert m.lines and plan.trains and plan.cuts==[17,20]
+        if how=='grouped': plan.cuts = None
+        laid = gradient(ids, plan, lengths)
+    apart = sum(gradient(row[None], make_plan(one_hot([e], 4), m.stack)) for row,e in zip(ids[0].split(lengths), who))
+    torch.testing.assert_close(laid, apart, atol=1e-4*apart.abs().max().item(), rtol=1e-3)
+    assert not laid[2].any() and laid[0].any()
+
+def test_a_base_that_mixes_rows_is_found_out():
+    "A block that looks at its neighbour, outside of attention"
+    m = gated(tiny_base(), 2, LoraSpec(4))
+    with in_line(m): assert m.lines
+    was = m.base.config._attn_implementation
+    m.base.model.layers[0].register_forward_hook(lambda block, args, out: out+out.roll(1, 1))
+    with in_line(m): assert not m.lines
+    assert m.base.config._attn_implementation==was
 
 def test_a_grouped_product_serves_inference_as_well(monkeypatch):
     "The path of a GPU, on the CPU: uneven runs, kept and not"
