@@ -41,7 +41,7 @@ class TrainSpec:
     lr:float=5e-4 # peak learning rate
     rows:float=2. # rows an expert sees in a step, averaged over the experts
     steps:int|None=None # at least as many steps; None: as many as `rows` asks for
-    epochs:float=1 # times each row is seen; 1.5: all once, and half of them again
+    epochs:float=1. # times each row is seen; 1.5: all once, and half of them again
     warmup:int=10 # steps in which the rate rises; at most a quarter of an expert's steps
     schedule:str='linear' # after warm-up: linear (to nothing) or constant
     clip:float=1. # longest gradient of an expert, a longer one is scaled down

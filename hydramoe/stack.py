@@ -40,7 +40,7 @@ class LoraSpec:
     rank:int=8 # r, the inner size; an expert of smaller rank is padded with zeros
     alpha:float=16 # an expert's scale s is alpha/rank
     targets:str='all-linear' # which layers are adapted, see `target_layers`
-    fork:float=0 # the block at which experts part, or below 1 a share of the depth; the blocks before it have the seed expert's factors only
+    fork:float=0. # the block at which experts part, or below 1 a share of the depth; the blocks before it have the seed expert's factors only
     def __post_init__(self):
         if self.fork<0 or self.fork>=1 and self.fork!=int(self.fork):
             raise HydraError(f"fork={self.fork}: give a block's number (12), or a share of the depth (0.5); 0 gives experts all blocks")
