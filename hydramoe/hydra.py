@@ -35,7 +35,7 @@ from .stack import GatedCausalLM, LoraSpec, Stack, read_on, refill, with_adapter
 from .score import response_losses
 from .expert import GroupSpec, TrainSpec, collect, group_size, make_jobs, open_base
 from .expert import outline, run_jobs, sort_rows, train_experts, train_seed
-from .route import Router, explain_route, on_base, on_hidden, plot_route, reads_base, ridge, route_text, similarity, uniform, with_domain, without_domain
+from .route import Router, explain_route, may_change, on_base, on_hidden, plot_route, reads_base, ridge, route_text, similarity, uniform, with_domain, without_domain
 from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
 
 # %% ../nbs/33_hydra.ipynb #cell8
@@ -1153,6 +1153,7 @@ def add_expert(
     check_names([*(e['name'] for e in man['experts']), name], 'expert')
     seed = None if start=='fresh' else keep_adapter(start, root) if start else find_seed(built, root)
     _same_trunk(bundle, man, seed and (start or seed))
+    if man['router'] not in GATES: may_change(Router.load(Path(bundle)/'router')) # seen before an expert is trained
     made, prompts = one_more(gather(records)[0], name, BuildSpec(**built['spec']), seed, root)
     on, router, folders, notes = _parts(bundle, man, base)
     x = router.vectors(prompts) if router.params.get('encoder') else None # a gate and the uniform mix read none

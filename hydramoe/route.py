@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['softmax', 'top_k', 'Router', 'similarity', 'heard', 'classifier', 'reliability', 'calibration_error', 'calibrated',
-           'ridge', 'knn', 'with_domain', 'without_domain', 'with_prompts', 'distilled', 'uniform', 'fixed', 'oracle',
-           'permuted', 'in_hindsight', 'static_vectors', 'distil_tokens', 'on_static', 'on_hidden', 'reads_base',
-           'on_base', 'choose_threshold', 'abstaining', 'lead', 'choose_margin', 'cascade', 'explain_route',
-           'route_text', 'plot_route']
+           'ridge', 'knn', 'may_change', 'with_domain', 'without_domain', 'with_prompts', 'distilled', 'uniform',
+           'fixed', 'oracle', 'permuted', 'in_hindsight', 'static_vectors', 'distil_tokens', 'on_static', 'on_hidden',
+           'reads_base', 'on_base', 'choose_threshold', 'abstaining', 'lead', 'choose_margin', 'cascade',
+           'explain_route', 'route_text', 'plot_route']
 
 # %% ../nbs/30_route.ipynb #cell2
 import functools
@@ -345,17 +345,20 @@ def _of_knn(r, x):
 
 _GROWS = dict(similarity=_of_similarity, ridge=_of_ridge, knn=_of_knn, uniform=lambda r, x: {})
 
-def _may_change(r):
-    if r.kind not in _GROWS: raise HydraError(f"a {r.kind} router is fitted on all prompts at once and cannot be refitted from what it keeps; build it again, or use {', '.join(_GROWS)}")
+def may_change(
+    router:Router # to gain or lose a domain
+):
+    "Refuse a router that cannot be refitted from what it keeps"
+    if router.kind=='cascade': raise HydraError("a cascade reads two kinds of vectors; change its two routers, then join them again")
+    if router.kind not in _GROWS: raise HydraError(f"a {router.kind} router is fitted on all prompts at once and cannot be refitted from what it keeps; build it again, or use {', '.join(_GROWS)}")
 
 def with_domain(
-    router:Router, # of kind similarity, ridge, knn or uniform; or a cascade of such
+    router:Router, # of kind similarity, ridge, knn or uniform
     name:str, # of the new expert
     x:np.ndarray # (N,d) vectors of its training prompts
 )->Router: # as if fitted with that domain from the start
     "A router that knows one more expert"
-    if router.kind=='cascade': raise HydraError("a cascade reads two kinds of vectors; change its two routers, then join them again")
-    _may_change(router)
+    may_change(router)
     x = _standard(x, router.arrays) if router.params.get('encoder')=='hidden' else x
     arrays = dict(router.arrays, **_GROWS[router.kind](router, x))
     if 'centroids' in arrays: arrays |= dict(centroids=_means_of(arrays['gram'])) if router.kind=='ridge' else _of_similarity(router, x)
@@ -368,7 +371,7 @@ def without_domain(
     "A router that knows one expert less"
     keep = [i for i,n in enumerate(router.names) if n!=one_of(name, router.names, 'expert')]
     if not keep: raise HydraError(f"{name!r} is the only expert: a router needs one")
-    _may_change(router)
+    may_change(router)
     arrays,k = _select(router, keep),router.params.get('top_k')
     if router.kind=='ridge': arrays |= _solved(arrays['gram'], router.params['lam'])
     return replace(router, names=[router.names[i] for i in keep], arrays=arrays, params=dict(router.params, **(dict(top_k=min(k, len(keep))) if k else {})))

@@ -540,6 +540,20 @@ def test_one_more_and_one_less(tmp_path, monkeypatch):
     fresh = add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'fresh', start='fresh', root=tmp_path/'elsewhere')
     assert not torch.equal(fresh.model.stack.theta[-1], again.model.stack.theta[-1])
 
+def test_a_router_that_cannot_grow_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    from hydramoe.cluster import embed, prompt_text
+    from hydramoe.hydra import add_expert, remove_expert
+    from hydramoe.route import classifier
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    h = build(tmp_path/'h', epochs=1)
+    x = embed([prompt_text(r) for r in rows()], 'words')
+    h.router = classifier(h.names, x, [h.names[i%3] for i in range(len(x))], encoder='words')
+    h.save(tmp_path/'odd')
+    made = set((tmp_path/'cache'/'stages').iterdir())
+    for change in (lambda: add_expert(tmp_path/'odd', BIRDS, 'birds', tmp_path/'x'), lambda: remove_expert(tmp_path/'odd', h.names[0], tmp_path/'x')):
+        with pytest.raises(HydraError, match='a classifier router is fitted on all prompts'): change()
+    assert set((tmp_path/'cache'/'stages').iterdir())==made and not (tmp_path/'x').exists()
+
 def test_a_forked_build(tmp_path, monkeypatch):
     "The trunk is the seed expert below the fork, computed once for the experts; whoever joins later stands on it too"
     import hydramoe.expert
