@@ -85,6 +85,12 @@ def test_every_parameter_is_used(nb, name, toy_runs, tmp_path, monkeypatch):
     assert found(changed)!=found(toy), f'{name}={OTHER[name]!r} makes no difference'
 
 
+@pytest.mark.parametrize('nb', nbs, ids=rel)
+def test_prose_has_no_stray_control_characters(nb):
+    "A formula's \\top, written by a program that took it for a tab, is no formula any more"
+    cells = json.loads(nb.read_text(encoding='utf-8'))['cells']
+    assert not [c['id'] for c in cells if c['cell_type']=='markdown' and any(ord(x)<32 and x!='\n' for x in ''.join(c['source']))]
+
 @pytest.mark.parametrize('nb', experiments, ids=rel)
 def test_one_parameters_cell(nb):
     # `nbdev_clean` drops the tag unless settings.ini keeps it, and then papermill silently runs the defaults
