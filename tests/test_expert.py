@@ -393,9 +393,11 @@ def test_with_the_same_batches_the_cached_trunk_gives_the_same_bits(tmp_path):
     assert torch.equal(whole.stack.theta, part.stack.theta)
 
 def test_the_trunk_is_not_computed_again(tmp_path, monkeypatch):
-    "Once for all epochs and experts: then the blocks below the fork are never run"
+    "Once for all epochs and experts: then the blocks below the fork are never run, but to ask whether rows keep apart"
+    import hydramoe.stack as hs
     model = forked()
     states = cached(model, tmp_path)
+    monkeypatch.setattr(hs, '_apart', lambda model: True)
     for block in model.base.model.layers[:model.stack.fork]: monkeypatch.setattr(block, 'forward', None)
     monkeypatch.setattr(model.base.model.embed_tokens, 'forward', None)
     assert len(fit(model, ROWS, SPEC, cached=states))==len(fit(forked(), ROWS, SPEC))
