@@ -106,6 +106,7 @@ def ours(a):
 def bare(a):
     "The base alone on the passes of the fused run: forward, loss and the way back to its embeddings, which no training of adapters in all layers can do without"
     from concurrent.futures import ThreadPoolExecutor
+    import torch
     from hydramoe.expert import in_lanes, lanes, pack, share, using_threads
     from hydramoe.score import token_losses
     from hydramoe.stack import Plan, gated, in_line, using
@@ -120,7 +121,7 @@ def bare(a):
         for step in steps:
             t, lengths = clock(a), [len(x.ids) for _,x in step]
             dealt = in_lanes(share(pack([e for e,_ in step], lengths, spec.micro_tokens//n, n)), lengths, n)
-            with using_threads(max(1, (a.threads or os.cpu_count())//n)): list(pool.map(lambda passes: lane(step, passes), dealt))
+            with using_threads(max(1, torch.get_num_threads()//n)): list(pool.map(lambda passes: lane(step, passes), dealt))
             seconds.append(clock(a)-t)
     return dict(tokens=sum(tokens([x for _,x in s]) for s in steps[a.warm:]), seconds=sum(seconds[a.warm:]), memory=peak())
 

@@ -777,7 +777,7 @@ def _apart(model):
         alone = hidden(model, ids[:,5:])
         try: one,other = (hidden(model, x, line=[5,3])[:,5:] for x in (ids, torch.cat([ids[:,:5]+8, ids[:,5:]], 1)))
         except (TypeError, AttributeError): return False # not told of `line`, or without a function of that name
-    return bool(far(one, other)<1e-3 and far(one, alone)<.2) # in bf16 other shapes alone make a difference of some per cent
+    return bool(far(one, other)<1e-3 and far(one, alone)<.2) # in bf16 another shape alone makes a difference
 
 @contextmanager
 def in_line(
@@ -976,7 +976,9 @@ def _config(dir):
 
 def _of_layer(c, name):
     "An adapter's rank and scale in one layer: its own by a pattern, or the adapter's"
-    def own(pattern, k): return next((v for p,v in (c.get(pattern) or {}).items() if re.match(rf'(.*\.)?({p})$', name)), c[k])
+    def own(pattern, k):
+        "What a pattern gives this layer, or what the adapter gives all"
+        return next((v for p,v in (c.get(pattern) or {}).items() if re.match(rf'(.*\.)?({p})$', name)), c[k])
     r,alpha = own('rank_pattern', 'r'),own('alpha_pattern', 'lora_alpha')
     return int(r), alpha/(r**.5 if c.get('use_rslora') else r)
 
