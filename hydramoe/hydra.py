@@ -35,7 +35,7 @@ from .stack import GatedCausalLM, LoraSpec, Stack, read_on, refill, with_adapter
 from .score import response_losses
 from .expert import GroupSpec, TrainSpec, collect, group_size, make_jobs, open_base
 from .expert import outline, run_jobs, sort_rows, train_experts, train_seed
-from .route import Router, explain_route, may_change, on_base, on_hidden, plot_route, reads_base, ridge, route_text, similarity, uniform, with_domain, without_domain
+from .route import Router, explain_route, may_change, on_base, on_hidden, on_whole, plot_route, reads_base, ridge, route_text, similarity, uniform, with_domain, without_domain
 from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
 
 # %% ../nbs/33_hydra.ipynb #cell8
@@ -840,7 +840,7 @@ def candidates(
     "The routers that a build tries, the simplest first"
     out = {f'similarity router, temperature {T}': similarity(found, T) for T in TEMPERATURES['similarity']}
     out |= {f'ridge router, temperature {T}': ridge(found, x, labels, temperature=T) for T in TEMPERATURES['ridge']}
-    out |= {f'ridge router on layer {layer}, temperature {T}': on_hidden(ridge, found.names, states, labels, layer, whole=True, temperature=T) for T in TEMPERATURES['early']}
+    out |= {f'ridge router on layer {layer}, temperature {T}': on_whole(on_hidden(ridge, found.names, states, labels, layer, temperature=T)) for T in TEMPERATURES['early']}
     return out | {'uniform mix': uniform(found.names)}
 
 def _read_early(base, rows): # → layer, part → (N,hidden)
