@@ -416,3 +416,22 @@ def test_a_cascade_with_an_array_of_nobody_is_refused(tmp_path):
     cascade(routers['similarity'], ridge(NAMES, x, y), .4).save(tmp_path)
     forge(tmp_path, lambda a,m: a.update(third=a['first.centroids']))
     with pytest.raises(HydraError, match="'third'"): Router.load(tmp_path)
+
+# --- what of a prompt is read
+
+def test_whole_prompts_are_read_whole_saved_or_in_a_cascade(tmp_path):
+    "Asked conversations, a router on whole prompts gives what their vectors give; any other hears the user's words alone"
+    from hydramoe.base import tiny_base
+    from hydramoe.cluster import embed, hidden_mean, whole_text
+    from hydramoe.route import on_base, on_whole
+    tiny, kinds = tiny_base(), [0]*3+[1]*3
+    talks = [[dict(role='system', content=s), dict(role='user', content=t)] for s in ('You are a pirate.', 'You may call get_time().') for t in ('Hello', 'What now?', 'Who?')]
+    z, words = hidden_mean([dict(prompt=t) for t in talks], tiny, 1), embed([whole_text(dict(prompt=t)) for t in talks], 'words')
+    good, cheap = on_whole(on_hidden(ridge, ['a','b'], z, kinds, 1)), on_whole(ridge(['a','b'], words, kinds, encoder='words'))
+    for margin, one in ((2., good), (-1., cheap)):
+        both = Router.load(cascade(cheap, good, margin).save(tmp_path/str(margin)))
+        want = one(x=z if one is good else words)
+        assert np.array_equal(on_base(both, tiny)(talks), want) and np.array_equal(both(x=(words, z)), want)
+        assert (want.argmax(1)==kinds).all()
+    deaf = on_base(replace(good, params=dict(good.params, whole=False)), tiny)
+    assert np.array_equal(deaf(talks)[:3], deaf(talks)[3:]) and np.array_equal(deaf(talks)[:3], deaf([t[1]['content'] for t in talks[:3]]))
