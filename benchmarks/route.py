@@ -78,18 +78,13 @@ def took(f, clock):
 def costs(routers, base, texts, depths, rounds, clock):
     "Seconds of the steps that routes are made of, in turn, medians"
     ids = base.tokenizer(' '.join(texts), return_tensors='pt')['input_ids'][:,:128]
-    prompt, inner, sample = base.tokenizer.decode(ids[0]), base.model.base_model, {}
-    whole = inner.layers
-    def blocks(n):
-        inner.layers = whole[:n]
-        try: return inner(input_ids=ids, use_cache=True).last_hidden_state.mean(1)
-        finally: inner.layers = whole
+    prompt = base.tokenizer.decode(ids[0])
     def arithmetic(n):
         r, v = routers[n]
         at = np.ones((1, r.arrays['center' if v.startswith('layer') else 'centroids' if r.kind=='similarity' else 'prompts' if r.kind=='knn' else 'weight'].shape[-1]))
         return lambda: r(x=at)
     steps = {'prefill': lambda: base.model(input_ids=ids, use_cache=True, logits_to_keep=1), 'minilm': lambda: embed([prompt]), 'static': lambda: static_vectors([prompt], routers['static, similarity'][0].arrays)}
-    steps |= {f'layer {d}': (lambda d=d: blocks(d)) for d in depths} | {n: arithmetic(n) for n,(r,v) in routers.items() if r.kind!='cascade'}
+    steps |= {f'layer {d}': (lambda d=d: hidden_mean([prompt], base, d, most=128)) for d in depths} | {n: arithmetic(n) for n,(r,v) in routers.items() if r.kind!='cascade'}
     for f in steps.values(): f()
     seconds = {k: [] for k in steps}
     for _ in range(rounds):

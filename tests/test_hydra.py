@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from hydramoe.base import load_base, tiny_base
-from hydramoe.cluster import lesson_texts
+from hydramoe.cluster import lesson_texts, prompt_text
 from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra import BundleError, Chat, Hydra, check, seal_bundle
 from hydramoe.route import uniform
@@ -80,9 +80,9 @@ def test_beams_and_several_answers_keep_the_gate(bundle):
 # --- conversations ---------------------------------------------------------------------------------------------------
 
 class Fickle:
-    "A router by the first word of a prompt"
+    "A router by the first word of the user"
     kind, names = 'fickle', NAMES
-    def __call__(self, texts): return np.array([[float(t.startswith(n)) for n in NAMES] for t in texts])
+    def __call__(self, prompts): return np.array([[float(prompt_text(dict(prompt=p)).startswith(n)) for n in NAMES] for p in prompts])
 
 def fickle(base=None):
     h = by_hand() if base is None else Hydra(base, by_hand_on(base), uniform(NAMES))
