@@ -271,6 +271,42 @@ def test_the_base_alone_has_no_trunk():
         x = ids(h, 'ahoy')
         assert (h.model(x, gates=torch.zeros(1, 3)).logits-h.model(x).logits).abs().max() > .1
 
+def seer(h, layer, farthest=None):
+    "The same Hydra with a router on what passes a layer; it sends what is far away to the base"
+    from hydramoe.cluster import hidden_mean
+    from hydramoe.hydra import as_messages, reading
+    from hydramoe.route import abstaining, on_hidden, on_whole, ridge
+    with reading(h.model): x = hidden_mean([dict(prompt=as_messages(t)) for t in NAMES], h.base, layer)
+    return Hydra(h.base, h.model, abstaining(on_whole(on_hidden(ridge, NAMES, x, NAMES, layer, temperature=.3)), farthest))
+
+@pytest.mark.parametrize('kind', ['llama', 'window'])
+def test_routed_on_the_way_is_routed_first(kind, tmp_path, monkeypatch):
+    "The same gates to the bit and the same answers, sampled or not, turn by turn too, when the router looks while the trunk reads; and the trunk reads once"
+    plain = forked(windowed(tmp_path, 4) if kind=='window' else None)
+    for layer in (1, 2):
+        h, looked = seer(plain, layer), []
+        monkeypatch.setattr(Hydra, '_read_and_route', lambda self, x, f=Hydra._read_and_route: looked.append(f(self, x)) or looked[-1])
+        for t in ('law', 'sea'*9, 'who?'):
+            by = {n: w for n, w in zip(NAMES, h.gates([t])[0].tolist()) if w}
+            for how in (dict(), dict(temperature=1., seed=3)):
+                with counted(h) as ran: one = h.ask(t, max_new_tokens=9, **how)
+                with counted(h) as twice: assert h.ask(t, expert=by, max_new_tokens=9, **how) == one
+                assert ran[0] == twice[0]+1 and torch.equal(looked[-1][0], h.gates([t]))
+        assert len(looked) == 6
+        assert h.generate(['law', 'sea'], max_new_tokens=9) == [h.ask(t, max_new_tokens=9) for t in ('law', 'sea')] and len(looked) == 9
+        assert h.ask('law', max_new_tokens=5, num_beams=2) == h.ask('law', expert={n: w for n, w in zip(NAMES, h.gates(['law'])[0].tolist())}, max_new_tokens=5, num_beams=2)
+        h.generate(['law', 'law of the sea'], max_new_tokens=3)
+        chat = Chat(h, 'Be brief.')
+        for t in ('law', 'sea'): assert chat(t, max_new_tokens=5) == h.ask(chat.messages[:-1], expert=chat.turns[-1]['experts'], max_new_tokens=5)
+        assert len(looked) == 9
+        monkeypatch.undo()
+
+def test_a_router_that_abstains_on_the_way_asks_the_bare_base():
+    h = forked()
+    bare, shy = h.ask('who?', expert='base', max_new_tokens=9), seer(h, 1, farthest=1e-9)
+    assert not shy.gates(['who?']).any() and shy.ask('who?', max_new_tokens=9) == bare
+    assert shy.generate(['who?', 'what?'], max_new_tokens=9)[0] == bare
+
 def test_eight_threads_with_eight_gates_answer_as_one_does():
     h = by_hand()
     mixes = ['law', 'sea', 'sum', 'base', {'law': .5, 'sea': .5}, {'sum': 2.}, {'law': .2, 'sea': .3, 'sum': .5}, {'sea': -1.}]
