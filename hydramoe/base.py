@@ -307,3 +307,10 @@ def base_fingerprint(
     memo = cache_dir()/'fingerprints'/f"{digest([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])[:32]}.json"
     if not memo.is_file(): write_json(memo, checkpoint_fingerprint(path))
     return read_json(memo)
+def blocks(
+    model:nn.Module # a transformers model without its head
+)->nn.ModuleList: # from the embeddings up
+    "The blocks of a model, whatever its architecture calls them"
+    n = model.config.get_text_config().num_hidden_layers
+    return next(c for c in model.children() if isinstance(c, nn.ModuleList) and len(c)==n)
+
