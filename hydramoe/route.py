@@ -6,7 +6,7 @@
 __all__ = ['softmax', 'top_k', 'Router', 'similarity', 'heard', 'classifier', 'reliability', 'calibration_error', 'calibrated',
            'ridge', 'knn', 'may_change', 'with_domain', 'without_domain', 'with_prompts', 'distilled', 'uniform',
            'fixed', 'oracle', 'permuted', 'in_hindsight', 'static_vectors', 'distil_tokens', 'on_static', 'on_hidden',
-           'reads_base', 'on_base', 'choose_threshold', 'abstaining', 'lead', 'choose_margin', 'cascade',
+           'on_whole', 'reads_base', 'on_base', 'choose_threshold', 'abstaining', 'lead', 'choose_margin', 'cascade',
            'explain_route', 'route_text', 'plot_route']
 
 # %% ../nbs/30_route.ipynb #cell2
@@ -25,7 +25,7 @@ from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer
 from .core import HydraError, one_of, rng
-from .cluster import Domains, check_names, embed, encoder_dir, hidden_mean, load_arrays, prompt_text, save_arrays
+from .cluster import Domains, check_names, embed, encoder_dir, hidden_mean, load_arrays, prompt_text, save_arrays, whole_text
 
 # %% ../nbs/30_route.ipynb #cell7
 def softmax(
@@ -101,8 +101,9 @@ class Router:
         "The vectors that this router reads"
         how,layer = self.params['encoder'],self.params.get('layer')
         if how=='hidden' and self.base is None: raise HydraError(f"this router reads the base's hidden state after layer {layer}: give it as x, from hidden_mean(texts, base, {layer}), or give the base, on_base(router, base)")
-        if how=='hidden' and self.params.get('whole'): return hidden_mean([_asked(p) for p in prompts], self.base, layer)
-        texts = [prompt_text(_asked(p)) for p in prompts]
+        records,whole = [_asked(p) for p in prompts],self.params.get('whole')
+        if how=='hidden' and whole: return hidden_mean(records, self.base, layer)
+        texts = [(whole_text if whole else prompt_text)(r) for r in records]
         if how=='hidden': return hidden_mean(texts, self.base, layer)
         return static_vectors(texts, self.arrays) if how=='static' else embed(texts, how)
 
@@ -556,14 +557,20 @@ def on_hidden(
     x:np.ndarray, # (N,d) hidden states of training prompts, from `hidden_mean`
     labels:Sequence, # (N,) their experts, by name or number
     layer:int, # after which they were read; for whoever makes x
-    whole:bool=False, # x was read from whole prompts, as the base is given them; False: from the user's words
     **kwargs # passed to `make`
 )->Router: # reads hidden states, which are given as x, or made by the base that it is given
     "A router on the mean hidden state of a layer of the base"
     x = np.asarray(x, np.float64)
     rule = dict(center=x.mean(0), spread=x.std(0)+1e-6*x.std()+1e-12)
     r = make(domains, _standard(x, rule), labels, encoder='words', **kwargs)
-    return replace(r, arrays=dict(r.arrays, **rule), params=dict(r.params, encoder='hidden', layer=int(layer), **(dict(whole=True) if whole else {})))
+    return replace(r, arrays=dict(r.arrays, **rule), params=dict(r.params, encoder='hidden', layer=int(layer)))
+
+def on_whole(
+    router:Router # of a kind that reads vectors, which were made from whole prompts
+)->Router: # that is to be asked conversations
+    "A router that reads system prompt and earlier turns too, not the user's words alone"
+    if router.kind not in _READS: raise HydraError(f"a {router.kind} router reads no vectors, neither of whole prompts nor of the user's words")
+    return replace(router, params=dict(router.params, whole=True))
 
 def reads_base(
     router:Router # any
