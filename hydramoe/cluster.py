@@ -1018,37 +1018,44 @@ def _states(inner, t, layers): # → layer → (n,T,hidden)
     finally: [h.remove() for h in hooks]
     return found
 
-def _hidden(base, texts, layers, most): # → layer → (n,hidden) fp32
+def _read(base, prompt, most): # → token ids
+    "A text as it stands, or a record's prompt as the base is given it"
+    from hydramoe.base import render
+    if isinstance(prompt, str): return base.tokenizer(prompt or ' ', truncation=True, max_length=most)['input_ids']
+    return base.tokenizer(render(base.tokenizer, prompt['prompt'], tools=prompt.get('tools')), add_special_tokens=False)['input_ids']
+
+def _hidden(base, rows, layers): # token ids of each → layer → (n,hidden) fp32
     "One batch's mean hidden states, scaled to unit length"
     import torch
-    t = base.tokenizer([t or ' ' for t in texts], return_tensors='pt', padding=True, padding_side='right', truncation=True, max_length=most).to(base.device)
+    t = base.tokenizer.pad(dict(input_ids=rows), padding_side='right', return_tensors='pt').to(base.device)
     m = t['attention_mask'][:,:,None]
     with torch.no_grad(): found = _states(base.model.base_model, t, layers)
     return {l: torch.nn.functional.normalize((found[l].float()*m).sum(1)/m.sum(1), dim=-1).cpu().numpy() for l in layers}
 
 def hidden_means(
-    texts:Sequence[str], # N texts
+    prompts:Sequence[str|dict], # N texts, read as they stand; or records, read as the base is given them
     base, # a `hydramoe.base.Base`
     layers:Sequence[int], # depths: 0 the token embeddings, L after the last of L layers
-    batch_size:int=16, # texts a forward pass
+    batch_size:int=16, # prompts a forward pass
     most:int=256 # tokens of a text that are read
 )->dict[int,np.ndarray]: # layer → (N,hidden) fp32, rows of unit length
-    "The base model's mean hidden state over each text's tokens, at several depths in one pass"
-    last,shape = base.model.config.num_hidden_layers,(len(texts), base.model.config.hidden_size)
+    "The base model's mean hidden state over each prompt's tokens, at several depths in one pass"
+    last,shape = base.model.config.num_hidden_layers,(len(prompts), base.model.config.hidden_size)
     for l in layers:
         if not 0<=l<=last: raise HydraError(f"layer={l} of a model with {last} layers; choose 0 to {last}")
-    found,order = {l: np.zeros(shape, np.float32) for l in layers},sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    ids = [_read(base, p, most) for p in prompts]
+    found,order = {l: np.zeros(shape, np.float32) for l in layers},sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     starts = range(0, len(order), batch_size)
     for i in progress(starts, desc='hidden states', unit=' batches') if len(starts)>1 else starts:
         rows = order[i:i+batch_size]
-        for l,h in _hidden(base, [texts[j] for j in rows], layers, most).items(): found[l][rows] = h
+        for l,h in _hidden(base, [ids[j] for j in rows], layers).items(): found[l][rows] = h
     return found
 
 def hidden_mean(
-    texts:Sequence[str], # N texts
+    prompts:Sequence[str|dict], # N texts or records, as for `hidden_means`
     base, # a `hydramoe.base.Base`
     layer:int, # depth, as for `hidden_means`
     **how # batch_size, most
 )->np.ndarray: # (N,hidden) fp32, rows of unit length
     "The base model's mean hidden state at one depth"
-    return hidden_means(texts, base, [layer], **how)[layer]
+    return hidden_means(prompts, base, [layer], **how)[layer]

@@ -88,7 +88,7 @@ def route(self:Hydra,
 )->Tensor: # (B,E) gate weights, in the order of the router's names
     "What the router makes of each prompt"
     if self.gate: raise HydraError(f"this Hydra has no router but a gate ({self.gate.kind}), which chooses anew for each token in each layer: see `explain`")
-    return torch.as_tensor(self.router([prompt_text(dict(prompt=as_messages(p))) for p in prompts])).float()
+    return torch.as_tensor(self.router([as_messages(p) for p in prompts])).float()
 
 @patch
 def _chosen(self:Hydra, expert):
@@ -185,7 +185,7 @@ class Chat:
         text:str # what the user says
     )->Tensor|Gate: # (1,E) gate weights; or the Hydra's gate, which chooses token by token anyway
         "Who answers next: the mixture that is there, unless another expert leads by the margin"
-        new = self.hydra.gates([text])
+        new = self.hydra.gates([[*(m for m in self.messages if m['role']=='system'), *as_messages(text)]])
         if not isinstance(self.gates, Tensor) or not isinstance(new, Tensor): return new
         w, now = _and_base(new)[0], _and_base(self.gates)[0].argmax()
         return new if w.max()-w[now]>self.margin else self.gates
@@ -834,18 +834,18 @@ def candidates(
     found:Domains, # one expert a domain
     x:np.ndarray, # (N,d) embeddings of the training prompts
     labels:list[str], # (N,) their domains
-    states:np.ndarray, # (N,hidden) what the base makes of them
+    states:np.ndarray, # (N,hidden) what the base makes of the whole prompts
     layer:int # after which
 )->dict[str,Router]: # name → router
     "The routers that a build tries, the simplest first"
     out = {f'similarity router, temperature {T}': similarity(found, T) for T in TEMPERATURES['similarity']}
     out |= {f'ridge router, temperature {T}': ridge(found, x, labels, temperature=T) for T in TEMPERATURES['ridge']}
-    out |= {f'ridge router on layer {layer}, temperature {T}': on_hidden(ridge, found.names, states, labels, layer, temperature=T) for T in TEMPERATURES['early']}
+    out |= {f'ridge router on layer {layer}, temperature {T}': on_hidden(ridge, found.names, states, labels, layer, whole=True, temperature=T) for T in TEMPERATURES['early']}
     return out | {'uniform mix': uniform(found.names)}
 
 def _read_early(base, rows): # → layer, part → (N,hidden)
     layer = max(1, round(EARLY*base.model.config.get_text_config().num_hidden_layers))
-    return layer, {p: hidden_mean([prompt_text(r) for r in read_jsonl(rows/f'{p}.jsonl')], base, layer) for p in ('train', 'dev')}
+    return layer, {p: hidden_mean(read_jsonl(rows/f'{p}.jsonl'), base, layer) for p in ('train', 'dev')}
 
 def _ppl(model, examples, gates):
     "Perplexity of the answers, every token counting the same"
@@ -1124,7 +1124,7 @@ def one_more(
     rows = read_jsonl(place/'train.jsonl')
     params = dict(training(spec)[1], fingerprint=base_of(spec.base)[1], groups={name: [r['id'] for r in rows]})
     made = stage(domain_experts, params, dict(rows=place, **({'start': start} if start else {})), **_with_base(spec, root))
-    return made, [prompt_text(r) for r in rows]
+    return made, [r['prompt'] for r in rows]
 
 def _changed(base, router, folders, built, notes, out, fork):
     "A bundle of other experts, saved"
@@ -1183,7 +1183,7 @@ def explain(self:Hydra,
     if self.gate:
         x = self.base.tokenizer(render(self.base.tokenizer, as_messages(prompt)), return_tensors='pt', add_special_tokens=False).to(self.base.device)
         return dict(explain_gate(self.model, self.gate, prompt_text(dict(prompt=as_messages(prompt))), x['input_ids']), base=base_uri(self.base))
-    e = explain_route(self.router, prompt_text(dict(prompt=as_messages(prompt))))
+    e = explain_route(self.router, as_messages(prompt))
     return dict(e, text=route_text(e), base=base_uri(self.base))
 
 @patch
@@ -1202,7 +1202,7 @@ def explain_bundle(
     if man['router'] in GATES: return (e := Hydra.load(path).explain(prompt)), plot_gate(e)
     router = Router.load(Path(path)/'router')
     if reads_base(router): return (e := Hydra.load(path).explain(prompt)), plot_route(e)
-    e = explain_route(router, prompt_text(dict(prompt=as_messages(prompt))))
+    e = explain_route(router, as_messages(prompt))
     return dict(e, text=route_text(e), base=man['base']['id']), plot_route(e)
 
 # %% ../nbs/33_hydra.ipynb #adopt-c1

@@ -25,7 +25,7 @@ from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer
 from .core import HydraError, one_of, rng
-from .cluster import Domains, check_names, embed, encoder_dir, hidden_mean, load_arrays, save_arrays
+from .cluster import Domains, check_names, embed, encoder_dir, hidden_mean, load_arrays, prompt_text, save_arrays
 
 # %% ../nbs/30_route.ipynb #cell7
 def softmax(
@@ -56,6 +56,8 @@ _ARRAYS = dict(similarity=('centroids',), classifier=('bias', 'weight'), ridge=(
 _VECTORS = dict(static=('middle', 'seen', 'vectors'), hidden=('center', 'spread')) # what makes x, where it is kept in the router
 _READS = dict(similarity='squared distance', classifier='log-odds', ridge='score', distilled='log-odds', knn='squared distance')
 
+def _asked(prompt): return dict(prompt=[dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt) # as a record
+
 @dataclass(eq=False)
 class Router:
     "Prompt → weights of the experts; made by the functions that bear the names of the kinds"
@@ -77,7 +79,7 @@ class Router:
         return f"Router({self.kind}, {len(self)} experts: {', '.join(self.names)}; {', '.join(params) or 'no parameters'})"
 
     def __call__(self,
-        texts:str|Sequence[str]|None=None, # N prompts
+        texts:str|Sequence[str|list]|None=None, # N prompts: texts, or conversations [{role, content}, …]
         x:np.ndarray|None=None # (N,d) their vectors, if they are at hand
     )->np.ndarray: # (N,E) fp32, rows sum to 1, or are 0: the base
         "The weights of the experts for each prompt"
@@ -95,10 +97,12 @@ class Router:
         "How far each prompt is from all that the router has seen"
         return _far(self, self._inputs(texts, x)[1])
 
-    def vectors(self, texts): # N prompts → (N,d)
+    def vectors(self, prompts): # N prompts → (N,d)
         "The vectors that this router reads"
         how,layer = self.params['encoder'],self.params.get('layer')
         if how=='hidden' and self.base is None: raise HydraError(f"this router reads the base's hidden state after layer {layer}: give it as x, from hidden_mean(texts, base, {layer}), or give the base, on_base(router, base)")
+        if how=='hidden' and self.params.get('whole'): return hidden_mean([_asked(p) for p in prompts], self.base, layer)
+        texts = [prompt_text(_asked(p)) for p in prompts]
         if how=='hidden': return hidden_mean(texts, self.base, layer)
         return static_vectors(texts, self.arrays) if how=='static' else embed(texts, how)
 
@@ -142,6 +146,7 @@ def _check(r):
         raise HydraError(f"temperature={T}; give a positive number: near 0 chooses the best expert, large mixes all alike")
     if not (k is None or (isinstance(k, int) and 1<=k<=len(r))): raise HydraError(f"top_k={k} of {len(r)} experts; give 1 to {len(r)}, or None for all")
     if r.params.get('encoder')=='hidden' and not isinstance(r.params.get('layer'), int): raise HydraError(f"layer={r.params.get('layer')}; a router that reads hidden states names the layer, a whole number")
+    if not isinstance(r.params.get('whole', False), bool): raise HydraError(f"whole={r.params['whole']!r}; give true where whole prompts are read, false where the user's words are")
 
 def _needed(r):
     "The arrays of a kind, of what makes its vectors, and of its abstention"
@@ -548,13 +553,14 @@ def on_hidden(
     x:np.ndarray, # (N,d) hidden states of training prompts, from `hidden_mean`
     labels:Sequence, # (N,) their experts, by name or number
     layer:int, # after which they were read; for whoever makes x
+    whole:bool=False, # x was read from whole prompts, as the base is given them; False: from the user's words
     **kwargs # passed to `make`
 )->Router: # reads hidden states, which are given as x, or made by the base that it is given
     "A router on the mean hidden state of a layer of the base"
     x = np.asarray(x, np.float64)
     rule = dict(center=x.mean(0), spread=x.std(0)+1e-6*x.std()+1e-12)
     r = make(domains, _standard(x, rule), labels, encoder='words', **kwargs)
-    return replace(r, arrays=dict(r.arrays, **rule), params=dict(r.params, encoder='hidden', layer=int(layer)))
+    return replace(r, arrays=dict(r.arrays, **rule), params=dict(r.params, encoder='hidden', layer=int(layer), **(dict(whole=True) if whole else {})))
 
 def reads_base(
     router:Router # any
@@ -653,15 +659,15 @@ _WEIGHTS['cascade'] = _cascaded
 # %% ../nbs/30_route.ipynb #cell95
 def explain_route(
     router:Router, # any kind that can be asked one prompt
-    text:str, # the prompt
+    prompt:str|list, # a text, or a conversation
     x:np.ndarray|None=None # (1,d) its embedding, if it is at hand
 )->dict: # prompt, kind, params, heard, and `experts`: name, weight, score, from the heaviest
     "Why a prompt goes where it goes, as plain data"
-    if x is None and router.kind in _READS: x = router.vectors([text])
-    w,s = router([text], x)[0], router.scores([text], x)
+    if x is None and router.kind in _READS: x = router.vectors([prompt])
+    w,s = router([prompt], x)[0], router.scores([prompt], x)
     worse = np.zeros(len(w)) if s is None else s[0] if _READS[router.kind]=='squared distance' else -s[0]
     experts = [dict(name=router.names[i], weight=float(w[i]), score=None if s is None else float(s[0,i])) for i in np.lexsort((worse, -w))]
-    return dict(prompt=text, kind=router.kind, params=dict(router.params), reads=_READS.get(router.kind),
+    return dict(prompt=prompt_text(_asked(prompt)), kind=router.kind, params=dict(router.params), reads=_READS.get(router.kind),
                 heard=float(heard(w[None])[0]), experts=experts)
 
 def _heading(e):

@@ -123,7 +123,7 @@ def test_a_stale_cache_would_be_seen():
 def test_hysteresis(weights, margin):
     "Who leads changes exactly when another leads by more than the margin, and without a change no weight moves"
     class Told:
-        def gates(self, prompts): return torch.tensor([weights[int(prompts[0])]]).float()
+        def gates(self, prompts): return torch.tensor([weights[int(prompts[0][-1]["content"])]]).float()
     chat, full = Chat(Told(), margin=margin), lambda g: [*g, 1-sum(g)]
     chat.gates = held = chat.route('0')
     for i in range(1, len(weights)):
