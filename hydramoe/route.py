@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['softmax', 'top_k', 'Router', 'similarity', 'heard', 'classifier', 'reliability', 'calibration_error', 'calibrated',
-           'ridge', 'knn', 'with_domain', 'without_domain', 'with_prompts', 'distilled', 'uniform', 'fixed', 'oracle',
-           'permuted', 'in_hindsight', 'static_vectors', 'distil_tokens', 'on_static', 'on_hidden', 'reads_base',
-           'on_base', 'choose_threshold', 'abstaining', 'lead', 'choose_margin', 'cascade', 'explain_route',
-           'route_text', 'plot_route']
+           'ridge', 'knn', 'may_change', 'with_domain', 'without_domain', 'with_prompts', 'distilled', 'uniform',
+           'fixed', 'oracle', 'permuted', 'in_hindsight', 'static_vectors', 'distil_tokens', 'on_static', 'on_hidden',
+           'on_whole', 'reads_base', 'on_base', 'choose_threshold', 'abstaining', 'lead', 'choose_margin', 'cascade',
+           'explain_route', 'route_text', 'plot_route']
 
 # %% ../nbs/30_route.ipynb #cell2
 import functools
@@ -25,7 +25,7 @@ from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer
 from .core import HydraError, one_of, rng
-from .cluster import Domains, check_names, embed, encoder_dir, hidden_mean, load_arrays, prompt_text, save_arrays
+from .cluster import Domains, check_names, embed, encoder_dir, hidden_mean, load_arrays, prompt_text, save_arrays, whole_text
 
 # %% ../nbs/30_route.ipynb #cell7
 def softmax(
@@ -101,8 +101,9 @@ class Router:
         "The vectors that this router reads"
         how,layer = self.params['encoder'],self.params.get('layer')
         if how=='hidden' and self.base is None: raise HydraError(f"this router reads the base's hidden state after layer {layer}: give it as x, from hidden_mean(texts, base, {layer}), or give the base, on_base(router, base)")
-        if how=='hidden' and self.params.get('whole'): return hidden_mean([_asked(p) for p in prompts], self.base, layer)
-        texts = [prompt_text(_asked(p)) for p in prompts]
+        records,whole = [_asked(p) for p in prompts],self.params.get('whole')
+        if how=='hidden' and whole: return hidden_mean(records, self.base, layer)
+        texts = [(whole_text if whole else prompt_text)(r) for r in records]
         if how=='hidden': return hidden_mean(texts, self.base, layer)
         return static_vectors(texts, self.arrays) if how=='static' else embed(texts, how)
 
@@ -350,17 +351,20 @@ def _of_knn(r, x):
 
 _GROWS = dict(similarity=_of_similarity, ridge=_of_ridge, knn=_of_knn, uniform=lambda r, x: {})
 
-def _may_change(r):
-    if r.kind not in _GROWS: raise HydraError(f"a {r.kind} router is fitted on all prompts at once and cannot be refitted from what it keeps; build it again, or use {', '.join(_GROWS)}")
+def may_change(
+    router:Router # to gain or lose a domain
+):
+    "Refuse a router that cannot be refitted from what it keeps"
+    if router.kind=='cascade': raise HydraError("a cascade reads two kinds of vectors; change its two routers, then join them again")
+    if router.kind not in _GROWS: raise HydraError(f"a {router.kind} router is fitted on all prompts at once and cannot be refitted from what it keeps; build it again, or use {', '.join(_GROWS)}")
 
 def with_domain(
-    router:Router, # of kind similarity, ridge, knn or uniform; or a cascade of such
+    router:Router, # of kind similarity, ridge, knn or uniform
     name:str, # of the new expert
     x:np.ndarray # (N,d) vectors of its training prompts
 )->Router: # as if fitted with that domain from the start
     "A router that knows one more expert"
-    if router.kind=='cascade': raise HydraError("a cascade reads two kinds of vectors; change its two routers, then join them again")
-    _may_change(router)
+    may_change(router)
     x = _standard(x, router.arrays) if router.params.get('encoder')=='hidden' else x
     arrays = dict(router.arrays, **_GROWS[router.kind](router, x))
     if 'centroids' in arrays: arrays |= dict(centroids=_means_of(arrays['gram'])) if router.kind=='ridge' else _of_similarity(router, x)
@@ -373,7 +377,7 @@ def without_domain(
     "A router that knows one expert less"
     keep = [i for i,n in enumerate(router.names) if n!=one_of(name, router.names, 'expert')]
     if not keep: raise HydraError(f"{name!r} is the only expert: a router needs one")
-    _may_change(router)
+    may_change(router)
     arrays,k = _select(router, keep),router.params.get('top_k')
     if router.kind=='ridge': arrays |= _solved(arrays['gram'], router.params['lam'])
     return replace(router, names=[router.names[i] for i in keep], arrays=arrays, params=dict(router.params, **(dict(top_k=min(k, len(keep))) if k else {})))
@@ -553,14 +557,20 @@ def on_hidden(
     x:np.ndarray, # (N,d) hidden states of training prompts, from `hidden_mean`
     labels:Sequence, # (N,) their experts, by name or number
     layer:int, # after which they were read; for whoever makes x
-    whole:bool=False, # x was read from whole prompts, as the base is given them; False: from the user's words
     **kwargs # passed to `make`
 )->Router: # reads hidden states, which are given as x, or made by the base that it is given
     "A router on the mean hidden state of a layer of the base"
     x = np.asarray(x, np.float64)
     rule = dict(center=x.mean(0), spread=x.std(0)+1e-6*x.std()+1e-12)
     r = make(domains, _standard(x, rule), labels, encoder='words', **kwargs)
-    return replace(r, arrays=dict(r.arrays, **rule), params=dict(r.params, encoder='hidden', layer=int(layer), **(dict(whole=True) if whole else {})))
+    return replace(r, arrays=dict(r.arrays, **rule), params=dict(r.params, encoder='hidden', layer=int(layer)))
+
+def on_whole(
+    router:Router # of a kind that reads vectors, which were made from whole prompts
+)->Router: # that is to be asked conversations
+    "A router that reads system prompt and earlier turns too, not the user's words alone"
+    if router.kind not in _READS: raise HydraError(f"a {router.kind} router reads no vectors, neither of whole prompts nor of the user's words")
+    return replace(router, params=dict(router.params, whole=True))
 
 def reads_base(
     router:Router # any
