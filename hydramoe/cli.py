@@ -147,7 +147,7 @@ _ROWS = (
 @command('build', 'Make a Hydra from your own examples', _BUILD, *_FILES, *_ROWS,
          arg('--rank', type=int, default=8, metavar='N', help='of each expert (default %(default)s)'),
          arg('--targets', default='all-linear', help='layers to adapt, such as q_proj,v_proj (default %(default)s)'),
-         arg('--fork', type=float, default=0, metavar='N', help='experts part at this block, or share of the depth, and are one below it: at 0.5 they are half as large, train some 1.9 times as fast, and in a chat a change of expert costs half; '
+         arg('--fork', type=float, default=0, metavar='N', help='experts part at this block, or share of the depth, and are one below it: at 0.5 they are half as large, train twice as fast, and in a chat a change of expert costs half; '
              'the price is quality, as they can learn less (default: 0, experts adapt all blocks)'),
          arg('--lr', type=float, default=5e-4, metavar='X', help='peak learning rate (default %(default)s)'),
          arg('--epochs', type=int, metavar='N', help='passes of the experts over their rows (default: one to three, more for less data)'),

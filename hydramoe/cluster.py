@@ -8,10 +8,11 @@ __all__ = ['FORMAT', 'prompt_text', 'whole_text', 'lesson_texts', 'encoder_dir',
            'distinctive', 'name_domains', 'discover', 'cluster_texts', 'membership', 'agreement', 'random_domains',
            'stability', 'choose_k', 'plot_k', 'layout', 'plot_map', 'map_html', 'save_arrays', 'load_arrays',
            'nearest_texts', 'speaker', 'describe', 'write_domains_yaml', 'read_domains_yaml', 'edit_domains',
-           'fit_tfidf', 'load_tfidf', 'hidden_means', 'hidden_mean']
+           'fit_tfidf', 'load_tfidf', 'given_to', 'mean_state', 'hidden_means', 'hidden_mean']
 
 # %% ../nbs/12_cluster.ipynb #cell2
 import functools, hashlib, html, logging, re, shutil, threading, unicodedata, warnings
+from contextlib import contextmanager
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1010,19 +1011,39 @@ def load_tfidf(
 # %% ../nbs/12_cluster.ipynb #cell132
 class _Enough(Exception): "All that was to be read has been read"
 
-def _states(inner, t, layers): # → layer → (n,T,hidden)
-    "One batch's hidden states at some depths, in a pass that ends at the deepest"
-    from hydramoe.base import blocks # here, since it brings torch
-    found,at,me = {},blocks(inner),threading.get_ident() # the base may be at work in other threads
+@contextmanager
+def given_to(
+    blocks, # of a model, from the embeddings up
+    layers, # numbers of those to watch
+    last:int|None=None # the one after which all has been read; None: the pass goes on
+): # a context; dict of layer → (n,T,hidden), filled by the passes of this thread
+    "What blocks are given"
+    found,me = {},threading.get_ident() # the base may be at work in other threads
     def _look(l, args, kwargs):
         if threading.get_ident()!=me: return
         found[l] = args[0] if args else kwargs['hidden_states']
-        if l==max(layers): raise _Enough
-    hooks = [at[l].register_forward_pre_hook(lambda _, args, kwargs, l=l: _look(l, args, kwargs), with_kwargs=True) for l in set(layers)-{len(at)}]
-    try: found[len(at)] = inner(input_ids=t['input_ids'], attention_mask=t['attention_mask'], use_cache=False).last_hidden_state
-    except _Enough: pass
+        if l==last: raise _Enough
+    hooks = [blocks[l].register_forward_pre_hook(lambda _, args, kwargs, l=l: _look(l, args, kwargs), with_kwargs=True) for l in layers]
+    try: yield found
     finally: [h.remove() for h in hooks]
+
+def _states(inner, t, layers): # → layer → (n,T,hidden)
+    "One batch's hidden states at some depths, in a pass that ends at the deepest"
+    from hydramoe.base import blocks # here, since it brings torch
+    at = blocks(inner)
+    with given_to(at, set(layers)-{len(at)}, max(layers)) as found:
+        try: found[len(at)] = inner(input_ids=t['input_ids'], attention_mask=t['attention_mask'], use_cache=False).last_hidden_state
+        except _Enough: pass
     return found
+
+def mean_state(
+    h, # (n,T,hidden) tensor
+    mask # (n,T), 1 where a token is
+)->np.ndarray: # (n,hidden) fp32, rows of unit length
+    "The mean over the tokens of each row, in the form that routers read"
+    from torch.nn.functional import normalize as unit
+    m = mask[:,:,None]
+    return unit((h.float()*m).sum(1)/m.sum(1), dim=-1).cpu().numpy()
 
 def _read(base, prompt, most): # → token ids
     "A text as it stands, or a record's prompt as the base is given it"
@@ -1034,9 +1055,8 @@ def _hidden(base, rows, layers): # token ids of each → layer → (n,hidden) fp
     "One batch's mean hidden states, scaled to unit length"
     import torch
     t = base.tokenizer.pad(dict(input_ids=rows), padding_side='right', return_tensors='pt').to(base.device)
-    m = t['attention_mask'][:,:,None]
     with torch.no_grad(): found = _states(base.model.base_model, t, layers)
-    return {l: torch.nn.functional.normalize((found[l].float()*m).sum(1)/m.sum(1), dim=-1).cpu().numpy() for l in layers}
+    return {l: mean_state(found[l], t['attention_mask']) for l in layers}
 
 def hidden_means(
     prompts:Sequence[str|dict], # N texts, read as they stand; or records, read as the base is given them

@@ -15,7 +15,7 @@ __all__ = ['OWN_CACHE', 'FORMAT', 'UNSEALED', 'SUFFIXES', 'MANIFEST', 'BASE', 'E
            'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
-import contextlib, hashlib, json, math, os, re, secrets, shutil, threading, time
+import contextlib, hashlib, json, math, os, re, secrets, shutil, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 import numpy as np
@@ -31,7 +31,7 @@ from .fetch import package
 from .base import PACKAGED, Base, base_dir, base_fingerprint, base_tokenizer, blocks, byte_tokenizer, compute_dtype, load_base, render, tiny_base
 from .data import encode
 from .formats import Tally, detect, read_records
-from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, hidden_mean, load_embeddings, prompt_text, write_domains_yaml
+from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, given_to, hidden_mean, load_embeddings, mean_state, prompt_text, write_domains_yaml
 from .stack import GatedCausalLM, LoraSpec, Plan, Stack, at_fork, read_on, refill, using, with_adapters
 from .score import response_losses
 from .expert import GroupSpec, TrainSpec, collect, group_size, make_jobs, open_base
@@ -127,32 +127,21 @@ def gates(self:Hydra,
 # %% ../nbs/33_hydra.ipynb #passes02
 OWN_CACHE = {'num_beams', 'num_return_sequences', 'use_cache', 'cache_implementation', 'past_key_values'} # who asks for these keeps the cache
 
-@contextlib.contextmanager
-def _given_to(block):
-    "What a block is given, in this thread"
-    seen, me = [], threading.get_ident()
-    def look(_, args, kwargs):
-        if threading.get_ident()==me: seen.append(args[0] if args else kwargs['hidden_states'])
-    hook = block.register_forward_pre_hook(look, with_kwargs=True)
-    try: yield seen
-    finally: hook.remove()
-
 @patch
 def _passes(self:Hydra, expert, x, kwargs):
     "Does the trunk, on its way to the answer, pass what the router is to see?"
-    p = {} if self.gate else getattr(self.router, 'params', {})
+    p = {} if self.gate else self.router.params
     looks = p.get('encoder')=='hidden' and p.get('whole', False) and p['layer']<=self.model.stack.fork
     return expert is None and looks and bool(x['attention_mask'].all()) and not kwargs.keys() & OWN_CACHE
 
 @patch
-def _read_and_route(self:Hydra, ids):
+def _read_and_route(self:Hydra, input_ids, attention_mask):
     "Gates of prompts that are equally long, and a cache of all but their last token"
     cache, layer = DynamicCache(), self.router.params['layer']
-    with _given_to(blocks(self.model.base.base_model)[layer]) as seen: h = at_fork(self.model, ids, past_key_values=cache)
-    at = (seen or [h])[0].float() # at the fork itself: what came out
-    gates = self._in_slots(self.router(x=torch.nn.functional.normalize(at.sum(1)/at.shape[1], dim=-1).cpu().numpy()))
-    _cut(cache, ids.shape[1]-1)
-    if gates.any(1).all(): refill(self.model, h[:, :-1], cache, gates.to(ids.device))
+    with given_to(blocks(self.model.base.base_model), [layer]) as seen: h = at_fork(self.model, input_ids, past_key_values=cache)
+    gates = self._in_slots(self.router(x=mean_state(seen.get(layer, h), attention_mask))) # at the fork itself: what came out
+    _cut(cache, input_ids.shape[1]-1)
+    if gates.any(1).all(): refill(self.model, h[:, :-1], cache, gates.to(h.device))
     return gates, dict(past_key_values=cache)
 
 # %% ../nbs/33_hydra.ipynb #cell20
@@ -183,7 +172,7 @@ def generate(self:Hydra,
     tok, device = self.base.tokenizer, self.base.device
     texts = [render(tok, as_messages(p)) for p in prompts]
     x = tok(texts, return_tensors='pt', padding=True, padding_side='left', add_special_tokens=False).to(device)
-    gates, read = self._read_and_route(x['input_ids']) if self._passes(expert, x, kwargs) else (self.gates(prompts, expert), {})
+    gates, read = self._read_and_route(x['input_ids'], x['attention_mask']) if self._passes(expert, x, kwargs) else (self.gates(prompts, expert), {})
     if wants_base(self.model.stack, gates):
         if gates.any(): return self._apart(prompts, gates, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, **kwargs)
         gates, read = None, {}

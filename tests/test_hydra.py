@@ -81,7 +81,7 @@ def test_beams_and_several_answers_keep_the_gate(bundle):
 
 class Fickle:
     "A router by the first word of the user"
-    kind, names = 'fickle', NAMES
+    kind, names, params = 'fickle', NAMES, {}
     def __call__(self, prompts): return np.array([[float(prompt_text(dict(prompt=p)).startswith(n)) for n in NAMES] for p in prompts])
 
 def fickle(base=None):
@@ -285,7 +285,7 @@ def test_routed_on_the_way_is_routed_first(kind, tmp_path, monkeypatch):
     plain = forked(windowed(tmp_path, 4) if kind=='window' else None)
     for layer in (1, 2):
         h, looked = seer(plain, layer), []
-        monkeypatch.setattr(Hydra, '_read_and_route', lambda self, x, f=Hydra._read_and_route: looked.append(f(self, x)) or looked[-1])
+        monkeypatch.setattr(Hydra, '_read_and_route', lambda *x, f=Hydra._read_and_route: looked.append(f(*x)) or looked[-1])
         for t in ('law', 'sea'*9, 'who?'):
             by = {n: w for n, w in zip(NAMES, h.gates([t])[0].tolist()) if w}
             for how in (dict(), dict(temperature=1., seed=3)):
