@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HydraError', 'one_of', 'cache_dir', 'repo_root', 'canonical', 'digest', 'derive_seed', 'rng', 'write_bytes',
-           'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'file_sha256', 'versions', 'default_threads',
-           'machine', 'commit', 'run_record', 'quiet', 'say', 'progress']
+           'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'file_sha256', 'stamp', 'versions',
+           'default_threads', 'machine', 'commit', 'run_record', 'quiet', 'say', 'progress']
 
 # %% ../nbs/00_core.ipynb #cell3
 import dataclasses, difflib, hashlib, importlib.metadata, json, math, os, platform, secrets, subprocess, sys
@@ -166,6 +166,13 @@ def file_sha256(
 )->str: # 64 hex digits
     "SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../nbs/00_core.ipynb #stamp-2
+def stamp(
+    *paths:str|Path # existing files
+)->tuple: # for each its place, device, inode, size, time of modification and time of change
+    "What differs whenever a file was written to or replaced, though size and modification time are as before"
+    return tuple((str(p), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in paths for s in [os.stat(p)])
 
 # %% ../nbs/00_core.ipynb #cell49
 _USUAL = ('hydramoe', 'torch', 'transformers', 'peft', 'bitsandbytes', 'scikit-learn', 'sentence-transformers', 'numpy')

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'Package', 'package', 'pip_command', 'download', 'archive', 'members', 'member', 'unpack', 'fetch_all',
-           'hub']
+           'hub_commit', 'hub']
 
 # %% ../nbs/02_fetch.ipynb #cell3
 import functools, importlib.metadata, re, shutil, subprocess, sys, tarfile, tempfile, zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from .core import HydraError, cache_dir, digest, file_sha256, progress
+from .core import HydraError, cache_dir, digest, file_sha256, progress, read_json, say, stamp, write_json
 from .store import SealError, is_sealed, open_sealed, sealing
 
 # %% ../nbs/02_fetch.ipynb #cell6
@@ -109,11 +109,11 @@ def archive(
     pin = package(name)
     target = cache_dir()/'assets'/f'{name}-{pin.version}'
     if not is_sealed(target): _archive.cache_clear()
-    return _archive(name, pin, target)
+    return _archive(name, pin, target, stamp(*sorted(target.iterdir())) if target.is_dir() else ())
 
 @functools.lru_cache(maxsize=None)
-def _archive(name, pin, target):
-    "As `archive`; a process hashes each file once"
+def _archive(name, pin, target, stamped):
+    "As `archive`; a process hashes each file once, for as long as it is untouched"
     if target.exists() and not _whole(target, pin): shutil.rmtree(target)
     if not target.exists():
         with sealing(target, dict(package=name, version=pin.version, sha256=pin.sha256)) as tmp: download(name, tmp)
@@ -132,20 +132,22 @@ def _whole(target, pin):
 
 # %% ../nbs/02_fetch.ipynb #cell30
 @functools.lru_cache(maxsize=4)
-def _opened(path):
-    "An archive's index, kept open"
+def _opened(path, stamped):
+    "An archive's index, kept open for as long as the file is untouched"
     if path.suffix=='.gz':
         t = tarfile.open(path)
         return t, {m.name:m for m in t.getmembers() if m.isfile()}
     z = zipfile.ZipFile(path)
     return z, {i.filename:i for i in z.infolist() if not i.is_dir()}
 
+def _index(path): return _opened(path, stamp(path))
+
 def members(
     name:str, # key of `PACKAGES`
     prefix:str='' # start of the paths wanted
 )->list[str]: # paths inside the archive, sorted
     "The files of an archive"
-    return sorted(p for p in _opened(archive(name))[1] if p.startswith(prefix))
+    return sorted(p for p in _index(archive(name))[1] if p.startswith(prefix))
 
 # %% ../nbs/02_fetch.ipynb #cell31
 def member(
@@ -153,7 +155,7 @@ def member(
     path:str # inside the archive
 )->bytes: # its content
     "One file of an archive"
-    opened,index = _opened(archive(name))
+    opened,index = _index(archive(name))
     if path not in index:
         near = [p for p in index if PurePosixPath(p).name==PurePosixPath(path).name]
         raise HydraError(f"{name}=={package(name).version} holds no {path!r}; {'did you mean '+near[0]+'?' if near else 'list it with members()'}")
@@ -190,12 +192,45 @@ def fetch_all(
     return {n:archive(n) for n in ([n for n,p in PACKAGES.items() if not p.extra] if names is None else names)}
 
 # %% ../nbs/02_fetch.ipynb #cell42
+_COMMIT = re.compile('[0-9a-f]{40}')
+
+def _said(e): return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+
+def hub_commit(
+    id:str, # owner/name on the Hub
+    revision:str|None=None, # a commit (40 hex digits), a branch or a tag; None: the branch `main`
+    api=None # a client like `huggingface_hub.HfApi`; None: one with the user's own token
+)->str: # the commit, 40 hex digits
+    "The commit that a branch or tag points to now; one that is given stands as it is"
+    if _COMMIT.fullmatch(revision or ''): return revision
+    import huggingface_hub
+    branch = revision or 'main'
+    try: sha = (api or huggingface_hub.HfApi()).model_info(id, revision=branch).sha
+    except Exception as e: # whatever a network and its libraries raise
+        raise HydraError(f"the Hub did not say which commit {branch!r} of {id} is ({_said(e)}): check the name and the network; "
+                         f"or give a commit, {id}@COMMIT (40 hex digits{_here(id)}), or a folder") from None
+    if not (isinstance(sha, str) and _COMMIT.fullmatch(sha)): raise HydraError(f"the Hub says that {branch!r} of {id} is {sha!r}, which is no commit: give one, {id}@COMMIT (40 hex digits), or a folder")
+    say(f"{id}: {branch} is commit {sha}")
+    return sha
+
+def _marker(id, commit): return cache_dir()/'hub'/'whole'/f"{id.replace('/', '--')}@{commit}.json"
+
+def _here(id):
+    "The commits of a repository that were fetched before, in words"
+    found = sorted(p.stem.partition('@')[2] for p in _marker(id, '').parent.glob(f"{id.replace('/', '--')}@*.json"))
+    return f"; fetched before: {', '.join(found)}" if found else ''
+
 def hub(
     id:str, # owner/name on the Hub
-    revision:str # commit, 40 hex digits
+    revision:str|None=None, # as for `hub_commit`
+    api=None # as for `hub_commit`
 )->Path: # local snapshot
-    "A snapshot of a Hub repository at one commit, without pickles"
-    if not re.fullmatch('[0-9a-f]{40}', revision or ''):
-        raise HydraError(f"revision {revision!r} of {id} is not a commit; a branch or tag may move. Give the 40 hex digits of a commit")
-    from huggingface_hub import snapshot_download
-    return Path(snapshot_download(id, revision=revision, cache_dir=cache_dir()/'hub', allow_patterns=['*.safetensors','*.json','*.jsonl','*.txt','*.model','*.jinja','*.parquet','*.md']))
+    "A snapshot of a Hub repository at one commit, without pickles; what is here is not asked for again"
+    commit = hub_commit(id, revision, api)
+    if (marker := _marker(id, commit)).is_file() and (at := Path(read_json(marker))).is_dir(): return at
+    import huggingface_hub
+    try: at = huggingface_hub.snapshot_download(id, revision=commit, cache_dir=cache_dir()/'hub', allow_patterns=['*.safetensors','*.json','*.jsonl','*.txt','*.model','*.jinja','*.parquet','*.md'])
+    except Exception as e: # as above
+        raise HydraError(f"{id}@{commit} could not be fetched from the Hub ({_said(e)}): check the name and the network, or give a folder") from None
+    write_json(marker, str(at))
+    return Path(at)
