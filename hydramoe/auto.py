@@ -14,10 +14,10 @@ from torch import Tensor
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from .core import HydraError, cache_dir
-from .fetch import hub
-from .base import base_tokenizer, byte_tokenizer, render
+from .fetch import hub, hub_commit
+from .base import render
 from .stack import GatedCausalLM
-from .hydra import BundleError, Hydra, _hydra_config, read_manifest, uri_id, wants_base
+from .hydra import BundleError, Hydra, _hydra_config, bundle_tokenizer, wants_base
 
 # %% ../nbs/35_auto.ipynb #cell10
 def _no_code(x, at='config'):
@@ -157,27 +157,29 @@ def _how(dtype=None, torch_dtype=None, quant=None, device_map=None, **rest):
 # %% ../nbs/35_auto.ipynb #cell33
 def bundle_dir(
     path:str|Path, # a bundle, or its id on the Hub
-    revision:str|None=None # a commit of the Hub, 40 hex digits
+    revision:str|None=None # a commit, branch or tag of the Hub; None: what its branch `main` is now
 )->Path: # a directory
-    "Where the files of a bundle are; from the Hub they are fetched once"
+    "Where the files of a bundle are; from the Hub each commit is fetched once"
     if Path(path).is_dir(): return Path(path)
     if str(path).count('/')!=1 or str(path)[0] in './~': raise BundleError(f"{path} is no bundle: give the folder that `hydramoe build` wrote, or a Hub id 'owner/name'")
-    target = cache_dir()/'bundles'/f"{str(path).replace('/', '--')}-{revision}"
+    commit = hub_commit(str(path), revision)
+    target = cache_dir()/'bundles'/f"{str(path).replace('/', '--')}-{commit}"
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as tmp: shutil.copytree(hub(str(path), revision), Path(tmp)/'b').rename(target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as tmp: shutil.copytree(hub(str(path), commit), Path(tmp)/'b').rename(target)
     return target
 
 def from_pretrained(cls,
     path:str|Path, # a bundle, or its id on the Hub
     *args, # none
     base=None, # a `Base`, or where it is; None: what the bundle names
-    revision:str|None=None, # a commit of the Hub
+    revision:str|None=None, # as for `bundle_dir`
+    encoder:str|Path|None=None, # where the router's encoder is, if that is a folder
     **kwargs # dtype, quant, device_map
 )->HydraForCausalLM:
     "Open a bundle strictly, on the base it was made for; raises BundleError if it is not what it says"
     quant,device = _how(**kwargs)
-    return cls(Hydra.load(bundle_dir(path, revision), base, quant, device))
+    return cls(Hydra.load(bundle_dir(path, revision), base, quant, device, encoder))
 
 HydraForCausalLM.from_pretrained = classmethod(from_pretrained)
 
@@ -217,12 +219,11 @@ class HydraTokenizer(PreTrainedTokenizerFast):
         path:str|Path, # a bundle, or its id on the Hub
         *args, # none
         base:str|None=None, # where the base is; None: what the bundle names
-        revision:str|None=None, # a commit of the Hub
+        revision:str|None=None, # as for `bundle_dir`
         **kwargs # transformers' other options have nothing to decide here
     )->PreTrainedTokenizerFast: # not a HydraTokenizer
         "The tokenizer of a bundle's base"
-        uri = read_manifest(bundle_dir(path, revision))['base']['id']
-        return byte_tokenizer() if uri.startswith('tiny:') else base_tokenizer(base or uri_id(uri))
+        return bundle_tokenizer(bundle_dir(path, revision), base)
 
 AutoConfig.register('hydra_moe', HydraConfig, exist_ok=True)
 AutoModelForCausalLM.register(HydraConfig, HydraForCausalLM, exist_ok=True)

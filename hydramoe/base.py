@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['chatml', 'IDLE', 'PACKAGED', 'gemma_chat', 'HUB_ID', 'byte_tokenizer', 'Base', 'fingerprint',
-           'checkpoint_fingerprint', 'has_fast_bf16', 'compute_dtype', 'differentiable_nf4', 'tiny_base', 'identity',
-           'differences', 'target_layers', 'blocks', 'render', 'smollm2_dir', 'gemma3_dir', 'base_id', 'base_dir',
-           'base_tokenizer', 'load_base', 'base_fingerprint', 'base_identity', 'base_key', 'keep_place', 'is_known']
+           'checkpoint_fingerprint', 'has_fast_bf16', 'compute_dtype', 'differentiable_nf4', 'tiny_base',
+           'tokenizer_identity', 'identity', 'differences', 'target_layers', 'blocks', 'render', 'smollm2_dir',
+           'gemma3_dir', 'base_id', 'base_dir', 'base_tokenizer', 'load_base', 'base_fingerprint', 'base_identity',
+           'base_key', 'keep_place', 'is_known']
 
 # %% ../nbs/10_base.ipynb #cell3
 import hashlib, json, logging, re, tempfile
@@ -208,6 +209,12 @@ def _ends(generation):
     eos = getattr(generation, 'eos_token_id', None)
     return sorted({eos} if isinstance(eos, int) else set(eos or []))
 
+def tokenizer_identity(
+    tokenizer # of a base
+)->dict: # tokenizer, template
+    "What a base reads and writes with"
+    return dict(tokenizer=_pieces(tokenizer), template=_short(tokenizer.chat_template))
+
 def identity(
     config, # of a transformers model
     tokenizer, # that comes with it
@@ -215,7 +222,7 @@ def identity(
 )->dict: # config, tokenizer, template, ends
     "What a base is besides its weights"
     cfg = json.loads(config.get_text_config().to_json_string(use_diff=False))
-    return dict(config=_decides(cfg), tokenizer=_pieces(tokenizer), template=_short(tokenizer.chat_template), ends=_ends(generation))
+    return dict(config=_decides(cfg), **tokenizer_identity(tokenizer), ends=_ends(generation))
 
 # %% ../nbs/10_base.ipynb #ident-4
 def _odds(then, now, at=''):

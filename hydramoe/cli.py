@@ -103,6 +103,7 @@ def main(
 # %% ../nbs/53_cli.ipynb #cell22
 _BUNDLE = arg('bundle', help='folder that `hydramoe build` wrote')
 _BASE = arg('--base', help='where the base is, if not where the bundle says')
+_ENCODER = arg('--encoder', metavar='DIR', help="where the router's encoder is, if the bundle was built with a folder as --encoder")
 _TOKENS = arg('--max-new-tokens', type=int, default=128, metavar='N', help='longest answer, in tokens (default %(default)s)')
 _EXPERT = arg('--expert', metavar='NAME', help="this expert alone, or 'base' for none (default: the router's or gate's choice)")
 _WARM = arg('--temperature', type=float, default=0., metavar='T', help='0 takes the likeliest word, 1 samples (default 0)')
@@ -137,12 +138,12 @@ _FILES = (
     arg('--encoding', help='of text files, such as cp1252 (default: by their first bytes, else utf-8)'),
 )
 _ROWS = (
-    arg('--base', help="the base: 'smollm2', 'gemma3', a path, or a Hub id, ORG/NAME@REVISION (default: smollm2; with a bundle or adapters what they name)"),
+    arg('--base', help="the base: 'smollm2', 'gemma3', a path, or a Hub id, ORG/NAME or ORG/NAME@REVISION, whose commit is recorded (default: smollm2; with a bundle or adapters what they name)"),
     arg('--k', type=int, metavar='N', help='experts (default: one for each 20 rows, nine at most)'),
     arg('--tokens', type=int, default=50_000, metavar='N', help='training tokens of one pass; rows beyond are left out (default %(default)s)'),
     arg('--max-length', type=int, default=300, metavar='N', help='tokens of a prompt, and of an answer; longer rows are left out (default %(default)s)'),
     _SEED,
-    arg('--encoder', default='minilm', help="what embeds prompts: 'minilm', 'words', or a sentence-transformers folder (default %(default)s)"))
+    arg('--encoder', help="what embeds prompts: 'minilm', 'words', or a sentence-transformers folder (default: minilm); with a bundle the folder that it was built with"))
 
 @command('build', 'Make a Hydra from your own examples', _BUILD, *_FILES, *_ROWS,
          arg('--rank', type=int, default=8, metavar='N', help='of each expert (default %(default)s)'),
@@ -205,7 +206,7 @@ def changed(
     else:
         records, rejects = gather([a.add], **_reading(a))
         refused = _rejected(rejects, out)
-        hydra = add_expert(bundle, records, name, out, a.start, base=a.base)
+        hydra = add_expert(bundle, records, name, out, a.start, base=a.base, encoder=a.encoder)
     return f"{out}: {hydra}", dict(bundle=str(out), experts=hydra.names, changes=hydra.about['built']['changes'], rejects=refused)
 
 def _spec(a):
@@ -250,7 +251,8 @@ def dry_run(
     refused:str|None=None # the rejects file
 )->tuple[str,dict]: # text, plain data
     "What `build` would make, and what it would cost"
-    from hydramoe.hydra import dealt, described, forecast, settled
+    from hydramoe.hydra import dealt, described, forecast, pinned, settled
+    spec = pinned(spec)
     counts = dealt(records, spec)[1]
     spec = settled(spec, counts['train'])
     f = forecast(counts, spec)
@@ -264,7 +266,7 @@ def dry_run(
 # %% ../nbs/53_cli.ipynb #cell31
 def _load(a):
     from hydramoe.hydra import Hydra
-    return Hydra.load(a.bundle, base=a.base)
+    return Hydra.load(a.bundle, base=a.base, encoder=a.encoder)
 
 def _answer(a, route, hydra):
     "How to answer, with the experts that were asked for or that the router chose; a gate chooses as it goes"
@@ -276,7 +278,7 @@ def _route(hydra, prompt):
 
 @command('ask', 'Answer one prompt', ['hydramoe ask my-hydra "Who wrote Faust?"', 'hydramoe ask my-hydra - < question.txt',
                                       'hydramoe ask my-hydra "Who wrote Faust?" --expert base', 'hydramoe ask my-hydra "Who wrote Faust?" --json'],
-         _BUNDLE, arg('prompt', help="what to ask; '-' reads standard input"), _TOKENS, _EXPERT, _WARM, _SEED, _BASE)
+         _BUNDLE, arg('prompt', help="what to ask; '-' reads standard input"), _TOKENS, _EXPERT, _WARM, _SEED, _BASE, _ENCODER)
 def ask(a):
     "Prompt in, answer out"
     prompt = sys.stdin.read() if a.prompt=='-' else a.prompt
@@ -287,12 +289,12 @@ def ask(a):
 
 @command('explain', 'Say which experts a prompt gets, and why',
          ['hydramoe explain my-hydra "Who wrote Faust?"', 'hydramoe explain my-hydra "Who wrote Faust?" --png route.png'],
-         _BUNDLE, arg('prompt', help='any prompt'), arg('--png', metavar='FILE', help='draw it as well'))
+         _BUNDLE, arg('prompt', help='any prompt'), arg('--png', metavar='FILE', help='draw it as well'), _BASE, _ENCODER)
 def explain(a):
     "The route of a prompt"
     from hydramoe.hydra import explain_bundle
     os.environ['HYDRAMOE_QUIET'] = '1'
-    e, figure = explain_bundle(a.bundle, a.prompt)
+    e, figure = explain_bundle(a.bundle, a.prompt, a.base, a.encoder)
     if a.png: figure.savefig(a.png, dpi=150, bbox_inches='tight')
     return e.pop('text'), e
 
@@ -322,7 +324,7 @@ def _turn(chat, text, a):
     return chat.explain()
 
 @command('chat', 'Talk to a Hydra', ['hydramoe chat my-hydra', 'hydramoe chat my-hydra --system "Answer in one sentence."'],
-         _BUNDLE, arg('--system', help='an instruction that stands before all turns'), _TOKENS, _EXPERT, _WARM, _SEED, _BASE)
+         _BUNDLE, arg('--system', help='an instruction that stands before all turns'), _TOKENS, _EXPERT, _WARM, _SEED, _BASE, _ENCODER)
 def chat(a):
     "Turn by turn, each routed"
     from hydramoe.hydra import Chat

@@ -265,7 +265,7 @@ class Domains:
 
     def save(self, path): # a directory, made if missing
         "Write `domains.safetensors` and `domains.json`"
-        meta = dict(names=self.names, encoder=self.encoder) | {k: v for k,v in dict(lines=self.lines, edits=self.edits).items() if v is not None}
+        meta = dict(names=self.names, encoder=encoder_id(self.encoder)) | {k: v for k,v in dict(lines=self.lines, edits=self.edits).items() if v is not None}
         return save_arrays(path, 'domains', dict(centroids=self.centroids), meta)
 
     @classmethod
@@ -848,6 +848,8 @@ def _body(file):
         raise HydraError(f"{file} was altered: its digest does not fit its content; restore it or build it again")
     if body.get('format')!=FORMAT:
         raise HydraError(f"{file} has format {body.get('format')!r}; this version reads format {FORMAT}")
+    if not (isinstance(body.get('sha256'), str) and isinstance(body.get('shapes'), dict) and isinstance(body.get('meta'), dict)):
+        raise HydraError(f"{file} lacks sha256, shapes or meta: it was not written by save_arrays")
     return body
 
 def load_arrays(
@@ -863,7 +865,7 @@ def load_arrays(
     if hashlib.sha256(data).hexdigest()!=body['sha256']:
         raise HydraError(f"{file} was altered: its sha256 is not the one in {stem}.json; restore it or build it again")
     try: arrays = load_tensors(data)
-    except SafetensorError as e: raise HydraError(f"{file} is not a safetensors file: {e}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError) as e: raise HydraError(f"{file} is not a safetensors file of numbers that numpy knows: {e}") from None
     if want is not None and set(arrays)!=set(want):
         raise HydraError(f"{file} holds arrays {sorted(arrays)}; need {sorted(want)}")
     shapes = {n: list(a.shape) for n,a in arrays.items()}

@@ -291,7 +291,11 @@ def load_gate(
 )->Gate: # on the CPU
     "Open a saved gate, strictly"
     arrays,meta = load_arrays(path, 'gate')
-    if set(meta)!={'kind', 'names', 'params'}: raise HydraError(f"{Path(path)/'gate.json'} tells of {', '.join(sorted(meta))}; need kind, names, params")
+    if not isinstance(meta, dict) or set(meta)!={'kind', 'names', 'params'}: raise HydraError(f"{Path(path)/'gate.json'} tells of {', '.join(sorted(map(str, meta))) if isinstance(meta, dict) else meta}; need kind, names, params")
+    names, params = meta['names'], meta['params']
+    if not (isinstance(names, list) and all(isinstance(n, str) for n in names) and isinstance(params, dict)): raise HydraError(f"{Path(path)/'gate.json'}: names must be a list of names, and params an object")
+    if type(T := params.get('temperature')) not in (int, float) or not 1e-9<=T<=1e9: raise HydraError(f"{Path(path)/'gate.json'}: temperature={str(T)[:40]}; need a number from 1e-9 to 1e9")
+    if odd := [n for n,a in arrays.items() if a.dtype!='float32']: raise HydraError(f"{Path(path)/'gate.safetensors'}: {odd[0]} is of type {arrays[odd[0]].dtype}; a gate's tensors are float32")
     return Gate(meta['kind'], meta['names'], {n: torch.from_numpy(a) for n,a in arrays.items()}, meta['params'])
 
 # %% ../nbs/31_gate.ipynb #cell70

@@ -222,11 +222,10 @@ def _saved(meta, encoder=None, deep=0):
 def _encoder(params, given):
     "Parameters whose encoder is on the list"
     said = params.get('encoder')
-    if isinstance(said, str) and ('/' in said or '\\' in said): # written before folders were named by what is in them
-        if given is None: raise HydraError(f"it names a folder as its encoder, {said[:200]!r}, and a file opens no place on this machine: give its place yourself, encoder= (--encoder)")
-        return dict(params, encoder=encoder_id(given))
-    if 'encoder' in params and not _MAY['encoder'][1](said): raise HydraError(f"encoder={str(said)[:60]!r} of a saved router; need {_MAY['encoder'][0]}")
-    return params
+    if 'encoder' not in params or _MAY['encoder'][1](said): return params
+    if not isinstance(said, str): raise HydraError(f"encoder={str(said)[:60]} of a saved router; need {_MAY['encoder'][0]}")
+    if given is None: raise HydraError(f"it names a folder as its encoder, {said[:200]!r}, and a file opens no place on this machine: it may name {', '.join(ENCODERS)}; give the place yourself, encoder= (--encoder)")
+    return dict(params, encoder=encoder_id(given)) # written before folders were named by what is in them
 
 def _may(kind, params):
     "Refuse what a saved router of a kind does not say, or does not say so"
