@@ -236,11 +236,11 @@ def differences(
     now:dict # another
 )->list[str]: # in words; empty if it is the same base
     "In what a base differs from the one that experts were trained on"
-    a, b = then.get('tokenizer', {}), now.get('tokenizer', {})
-    out = list(_odds(_decides(then.get('config', {})), _decides(now.get('config', {}))))
-    out += [f"tokenizer: its {k.replace('_', ' ')} differs from what the experts were trained with" for k in sorted(a.keys()&b.keys()) if a[k]!=b[k]]
-    if then.get('template', now.get('template'))!=now.get('template'): out.append("chat template: it is another than the experts were trained with")
-    if then.get('ends', now.get('ends'))!=now.get('ends'): out.append(f"generation_config.json: an answer ends at token {now['ends']}, the experts were trained with {then['ends']}")
+    out, both = [], then.keys()&now.keys()
+    if 'config' in both: out += _odds(_decides(then['config']), _decides(now['config']))
+    if 'tokenizer' in both: out += [f"tokenizer: its {k.replace('_', ' ')} differs from what the experts were trained with" for k,v in sorted(then['tokenizer'].items()) if now['tokenizer'].get(k, v)!=v]
+    if 'template' in both and then['template']!=now['template']: out.append("chat template: it is another than the experts were trained with")
+    if 'ends' in both and then['ends']!=now['ends']: out.append(f"generation_config.json: an answer ends at token {now['ends']}, the experts were trained with {then['ends']}")
     return out
 
 # %% ../nbs/10_base.ipynb #cell37

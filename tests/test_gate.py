@@ -470,7 +470,10 @@ def test_from_adapters_to_an_answer_on_a_base_in_a_folder(theirs, tmp_path, monk
     tiny_base().model.save_pretrained(tmp_path/'base'); byte_tokenizer().save_pretrained(tmp_path/'base')
     for f in theirs.values(): write_json(f/'adapter_config.json', dict(read_json(f/'adapter_config.json'), base_model_name_or_path=str(tmp_path/'base')))
     try:
-        code,out,err = shell('build', '--from', theirs['plain'], theirs['regex'], f"odd={theirs['patterned']}", '--out', tmp_path/'b', '--quant', 'fp32', '--gate', 'spectr', '--top-k', 2)
+        how = ('build', '--from', theirs['plain'], theirs['regex'], f"odd={theirs['patterned']}", '--out', tmp_path/'b', '--quant', 'fp32', '--gate', 'spectr', '--top-k', 2)
+        code,out,err = shell(*how)
+        assert code==2 and 'opens no folder here: say where the base is, base= (--base)' in err
+        code,out,err = shell(*how, '--base', tmp_path/'base')
         assert code==0, err
         assert 'plain  rank 4, scale 2, 4 layers' in out and 'odd    rank 5' in out and 'spectr gate (top-k 2' in out
         code,out,err = shell('ask', tmp_path/'b', 'Who was that?', '--max-new-tokens', 6, '--json')
