@@ -356,3 +356,68 @@ def test_the_benchmark_tells_what_it_should():
     out = json.loads(r.stdout)
     assert {'balanced_vs_plain', 'inertia_vs_plain', 'inertia_vs_optimal', 'speed_vs_auction', 'max_over_mean', 'peak_gib', 'seconds_per_million'} <= set(out)
     assert 1-1e-6<=out['mixture_small']['optimum_over_bound']<1.0001 and out['inertia_vs_optimal']<=1.02 and out['max_over_mean']<=1.1
+
+# --- encoders in folders
+
+@pytest.fixture
+def encoder(tmp_path):
+    "A random sentence encoder of 32 dimensions in a folder"
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules as models
+    from transformers import BertConfig, BertModel
+    from hydramoe.base import byte_tokenizer
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        bert = BertModel(BertConfig(vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    bert.save_pretrained(tmp_path/'bert'); byte_tokenizer().save_pretrained(tmp_path/'bert')
+    whole = models.Transformer(str(tmp_path/'bert'))
+    SentenceTransformer(modules=[whole, models.Pooling(32)]).save(str(tmp_path/'enc'))
+    return tmp_path/'enc'
+
+def flipped(file):
+    "Other bytes in place, of equal size and date"
+    s, b = file.stat(), bytearray(file.read_bytes())
+    n = len(b)//4
+    b[n:-n] = bytes(len(b)-2*n)
+    with open(file, 'r+b') as f: f.write(b)
+    os.utime(file, ns=(s.st_atime_ns, s.st_mtime_ns))
+
+def other_weights(file):
+    "Weights of an encoder in reverse: finite, and another space"
+    t = load_file(file)
+    save_file({n: np.ascontiguousarray(a[::-1]) for n,a in t.items()}, file, metadata={'format': 'pt'})
+
+def test_an_encoder_is_what_is_in_its_folder(encoder, tmp_path):
+    from hydramoe.store import sealing, stage
+    with sealing(tmp_path/'rows', {}) as d: (d/'train.jsonl').write_text(json.dumps(dict(prompt=[dict(role='user', content='Where?')])))
+    def made(): return stage(cluster.embed_stage, dict(parts='train', encoder=str(encoder)), dict(rows=tmp_path/'rows'), root=tmp_path/'stages')
+    first, x, name = made(), embed(texts[:3], str(encoder)), cluster.encoder_id(encoder)
+    assert made()==first and x.shape==(3, 32)
+    (encoder/'README.md').write_text('other words')
+    assert made()==first and cluster.encoder_id(encoder)==name
+    flipped(encoder/'model.safetensors')
+    assert cluster.encoder_id(encoder)!=name and made()!=first
+    assert not np.allclose(embed(texts[:3], str(encoder)), x) # nor is the old model at work in this process
+    names = {cluster.encoder_id(encoder)}
+    for f in sorted(p for p in encoder.rglob('*.json')):
+        f.write_bytes(f.read_bytes()+b' ')
+        names.add(cluster.encoder_id(encoder))
+    assert len(names)==1+len(list(encoder.rglob('*.json')))
+
+def test_a_build_with_an_encoder_in_a_folder(encoder, tmp_path):
+    from hydramoe.hydra import BundleError, Hydra
+    rows = [dict(id=str(i), prompt=[dict(role='user', content=f'{w} {i}?')], completion=[dict(role='assistant', content=w)], domain='d', source='s', license='l') for i in range(6) for w in ('law', 'sea')]
+    how = dict(base='tiny', quant='fp32', k=2, epochs=1, tokens=2000, dev=0, rank=1, root=tmp_path/'stages')
+    h = Hydra.build(rows, tmp_path/'b', encoder=str(encoder), **how)
+    assert h.router.params['encoder'].startswith('sha256:') and h.router.places and h.ask('law?', max_new_tokens=1) is not None
+    assert str(encoder) not in ''.join(f.read_text() for f in (tmp_path/'b').rglob('*.json'))
+    with pytest.raises(BundleError, match='give its place, encoder= .--encoder'): Hydra.load(tmp_path/'b')
+    opened = Hydra.load(tmp_path/'b', encoder=encoder)
+    assert np.allclose(opened.gates(['law?']), h.gates(['law?']))
+    other_weights(encoder/'model.safetensors')
+    with pytest.raises(HydraError, match='exchanged'): Hydra.load(tmp_path/'b', encoder=encoder)
+    with pytest.raises(HydraError, match='exchanged'): opened.gates(['law?'])
+    before = {p.name for p in (tmp_path/'stages').iterdir()}
+    again = Hydra.build(rows, encoder=str(encoder), **how)
+    assert again.router.params['encoder']!=h.router.params['encoder'] and any(p.name.startswith('embed_stage') and p.name not in before for p in (tmp_path/'stages').iterdir())
