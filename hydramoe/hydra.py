@@ -207,6 +207,8 @@ def generate(self:Hydra,
     if wants_base(self.model.stack, gates):
         if gates.any(): return self._apart(prompts, gates, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, **kwargs)
         gates, read = None, {}
+    many = kwargs.pop('num_return_sequences', None) or 1 if temperature>0 else 1 # to transformers this is no sampling, which alone may give several
+    if many>1: x, gates = {k: v.repeat_interleave(many, 0) for k,v in x.items()}, gates.repeat_interleave(many, 0) if isinstance(gates, Tensor) else gates
     how = drawing(temperature, seed, device, self.model.generation_config, kwargs) if temperature>0 else {}
     ends = self.base.ends
     stop = dict(eos_token_id=ends or None, pad_token_id=tok.pad_token_id)

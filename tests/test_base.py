@@ -128,26 +128,27 @@ def test_gemma_is_put_together_in_order_with_its_terms(tmp_path, monkeypatch, wh
 
 # --- where an answer ends -------------------------------------------------------------------------------------------
 
-def turns(before, after): return "{% for m in messages %}{{ '"+before+"' + m['content'] + '"+after+"' }}{% endfor %}"
 HEADED = "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content']|trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 BARRED = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 INST = "{{ bos_token }}{% for m in messages %}{% if m['role']=='user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 ROLES = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}" # nothing behind an answer
 SHARPS = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n### end\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 L3, CHAT, GEMMA, PHI = ['<|begin_of_text|>', '<|end_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eom_id|>', '<|eot_id|>'], ['<|endoftext|>', '<|im_start|>', '<|im_end|>'], ['<pad>', '<eos>', '<bos>', '<start_of_turn>', '<end_of_turn>'], ['<|endoftext|>', '<|assistant|>', '<|user|>', '<|end|>']
-LAYOUTS = { # name: marks, template, eos, what generation_config lists; bos if texts begin with it; marks that are not special
-    'llama3': (L3, '{{ bos_token }}'+HEADED, L3[1], [L3[1], L3[4], L3[5]], L3[0]), 'llama3-base': (L3, None, L3[1], [L3[1]], L3[0]), 'llama3-lists-none': (L3, HEADED, L3[1], [], L3[0]),
-    'llama2': (['<unk>', '<s>', '</s>'], INST, '</s>', ['</s>'], '<s>'), 'llama2-base': (['<unk>', '<s>', '</s>'], None, '</s>', ['</s>'], '<s>'),
-    'qwen': (CHAT, hb.chatml, CHAT[2], [CHAT[2], CHAT[0]]), 'qwen-base': (CHAT, hb.chatml, CHAT[0], [CHAT[0]]), 'smollm2-base': (CHAT, None, CHAT[0], [CHAT[0]]), 'smollm2-edited': (CHAT, hb.chatml, CHAT[0], [CHAT[0], CHAT[2]]),
-    'gemma-it': (GEMMA, hb.gemma_chat, '<eos>', ['<eos>', '<end_of_turn>'], '<bos>'), 'gemma-base': (GEMMA, None, '<eos>', ['<eos>'], '<bos>'),
-    'phi3': (PHI, BARRED, PHI[0], [PHI[0], PHI[1], PHI[3]]), 'plain-marks': (PHI, BARRED, PHI[0], [PHI[0]], None, PHI[1:]),
-    'pythia': (['<|endoftext|>', '<|padding|>'], None, '<|endoftext|>', ['<|endoftext|>'], None, ['  ', '    ']), 'pythia-chatml': (['<|endoftext|>'], hb.chatml, '<|endoftext|>', ['<|endoftext|>']),
-    'nothing-behind': (PHI, ROLES, PHI[0], [PHI[0], PHI[2]]), 'text-behind': (['<eos>'], SHARPS, '<eos>', []), 'spaces-behind': (['<eos>'], SHARPS.replace('### end\\n', '  '), '<eos>', [], None, ['\n', '  ']),
-    'no-eos': (CHAT[:1], None, None, CHAT[:1]), 'no-eos-but-chatml': (CHAT, hb.chatml, None, [])}
+def layout(marks, template, eos, listed, bos=None, plain=()): return marks, template, eos, listed, bos, plain
+LAYOUTS = { # its marks, template, eos, what generation_config lists; bos if every text begins with it; marks that are not special
+    'llama3': layout(L3, '{{ bos_token }}'+HEADED, L3[1], [L3[1], L3[4], L3[5]], L3[0]), 'llama3-lists-none': layout(L3, HEADED, L3[1], [], L3[0]), 'llama3-base': layout(L3, None, L3[1], [L3[1]], L3[0]),
+    'llama2': layout(['<unk>', '<s>', '</s>'], INST, '</s>', ['</s>'], '<s>'), 'llama2-base': layout(['<unk>', '<s>', '</s>'], None, '</s>', ['</s>'], '<s>'),
+    'qwen': layout(CHAT, hb.chatml, CHAT[2], [CHAT[2], CHAT[0]]), 'qwen-base': layout(CHAT, hb.chatml, CHAT[0], [CHAT[0]]),
+    'smollm2-base': layout(CHAT, None, CHAT[0], [CHAT[0]]), 'smollm2-edited': layout(CHAT, hb.chatml, CHAT[0], [CHAT[0], CHAT[2]]),
+    'gemma-it': layout(GEMMA, hb.gemma_chat, '<eos>', ['<eos>', '<end_of_turn>'], '<bos>'), 'gemma-base': layout(GEMMA, None, '<eos>', ['<eos>'], '<bos>'),
+    'phi3': layout(PHI, BARRED, PHI[0], [PHI[0], PHI[1], PHI[3]]), 'not-special': layout(PHI, BARRED, PHI[0], [PHI[0]], plain=PHI[1:]),
+    'pythia': layout(['<|endoftext|>', '<|padding|>'], None, '<|endoftext|>', ['<|endoftext|>'], plain=['  ', '    ']), 'pythia-chatml': layout(['<|endoftext|>'], hb.chatml, '<|endoftext|>', ['<|endoftext|>']),
+    'nothing-behind': layout(PHI, ROLES, PHI[0], [PHI[0], PHI[2]]), 'text-behind': layout(['<eos>'], SHARPS, '<eos>', []), 'spaces-behind': layout(['<eos>'], SHARPS.replace('### end\\n', '  '), '<eos>', [], plain=['\n', '  ']),
+    'no-eos': layout(CHAT[:1], None, None, CHAT[:1]), 'no-eos-but-chatml': layout(CHAT, hb.chatml, None, [])}
 
 def laid_out(name, to):
     "A random Llama in a folder, with a tokenizer of bytes and the marks, template and lists of a layout"
-    marks, template, eos, listed, bos, plain = (*LAYOUTS[name], None, [])[:4] + (*LAYOUTS[name][4:], *[None, []][len(LAYOUTS[name])-4:])
+    marks, template, eos, listed, bos, plain = LAYOUTS[name]
     b = hb.byte_tokenizer().backend_tokenizer
     raw = json.loads(b.to_str())
     letters = [c for c in raw['model']['vocab'] if len(c)==1]
