@@ -410,7 +410,7 @@ def test_marks_written_as_text_are_no_part_of_the_answer(tmp_path):
 def test_smollm2_with_another_end_of_text_stops_after_its_answer():
     "Laid out as Gemma-it and Phi-3 are: the tokenizer ends texts, generation_config lists both ends"
     b = load_base('smollm2', 'fp32', 'cpu')
-    ask, tok = 'The capital of France?', b.tokenizer
+    ask, tok = 'What is the capital of France?', b.tokenizer
     h = Hydra(b, by_hand_on(b), uniform(NAMES))
     want = h.ask(ask, expert='base', max_new_tokens=40)
     tok.eos_token, b.model.generation_config.eos_token_id = '<|endoftext|>', [0, 2]
