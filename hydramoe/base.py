@@ -9,7 +9,7 @@ __all__ = ['chatml', 'PACKAGED', 'gemma_chat', 'byte_tokenizer', 'Base', 'finger
            'base_fingerprint']
 
 # %% ../nbs/10_base.ipynb #cell3
-import functools, hashlib, json, logging, tempfile
+import functools, hashlib, json, logging, re, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,6 +223,7 @@ def _look_behind(tokenizer):
     try: text = tokenizer.apply_chat_template(talk, tokenize=False).partition(answer)[2].rstrip()
     except Exception: text = '' # a template that refuses even this
     ids = tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
+    if tokenizer.unk_token_id!=tokenizer.eos_token_id: marks.pop(tokenizer.unk_token_id, None) # of plain text, a letter that it does not know
     at = next((k for k,i in enumerate(ids) if i in marks), len(ids))
     ends = {*ids[at:at+1], *_listed(tokenizer.eos_token_id)}
     return tokenizer.decode(ids[:at]).strip(), ends, bool(ids) and ids[-1] in ends
@@ -365,7 +366,8 @@ def _fallback(tokenizer):
 def _says_its_end(tokenizer, path):
     "A tokenizer without an end of text takes the first that the model's files name; a mark that ends an answer is left out of text"
     said = [i for f in ('generation_config.json', 'config.json') if (path/f).is_file() for i in _listed(read_json(path/f).get('eos_token_id'))]
-    if tokenizer.eos_token is None and said and said[0]<len(tokenizer): tokenizer.eos_token = tokenizer.convert_ids_to_tokens(said[0])
+    named = [t for t in tokenizer.convert_ids_to_tokens([i for i in said if i<len(tokenizer)]) if t and re.fullmatch(r'\W.+\W', t)] # <eos>, [SEP], …: no piece of a text
+    if tokenizer.eos_token is None and named: tokenizer.eos_token = named[0]
     if tokenizer.chat_template is None: tokenizer.chat_template = _fallback(tokenizer)
     known = tokenizer.added_tokens_decoder
     for a in (known[i] for i in {*end_ids(tokenizer), *said} if i in known and not known[i].special):

@@ -189,6 +189,17 @@ def test_chatml_for_a_base_without_a_template(name, tmp_path):
     assert t(prompt, add_special_tokens=False).input_ids[:1]==t('x').input_ids[:1] if t.bos_token else prompt.startswith('<|im_start|>user')
     assert 'weather' in hb.render(t, ask, tools=[dict(name='weather')])
 
+def test_a_letter_is_never_made_an_end(tmp_path):
+    "No eos anywhere but what the configuration class has by itself, which is a letter here; and plain text that the vocabulary does not know is no mark"
+    laid_out('no-eos', tmp_path)
+    for f in ('config.json', 'generation_config.json'): (tmp_path/f).write_text(json.dumps((json.loads((tmp_path/f).read_text()) if (tmp_path/f).is_file() else {}) | dict(eos_token_id=2)))
+    b = load_base(tmp_path, device='cpu')
+    assert b.tokenizer.eos_token is None and b.ends==[] and b.tokenizer.convert_ids_to_tokens(2) not in b.tokenizer.all_special_tokens
+    t = hb.byte_tokenizer()
+    t.chat_template, t.unk_token, t.eos_token = SHARPS, '<|im_start|>', '<|endoftext|>'
+    t.chat_template = SHARPS.replace('### end', '<|im_start|>')
+    assert hb.end_ids(t)==[0] and hb.closing(t)=='<|endoftext|>'
+
 def test_packaged_bases_end_as_they_did():
     "Neither their labels nor what is written change; gemma's only where it is there already"
     tokenizers = {'tiny': hb.byte_tokenizer(), 'smollm2': hb.base_tokenizer('smollm2')}
