@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['chatml', 'PACKAGED', 'gemma_chat', 'byte_tokenizer', 'Base', 'fingerprint', 'checkpoint_fingerprint', 'has_fast_bf16',
-           'compute_dtype', 'differentiable_nf4', 'tiny_base', 'target_layers', 'blocks', 'render', 'smollm2_dir',
-           'gemma3_dir', 'base_dir', 'base_tokenizer', 'load_base', 'base_fingerprint']
+           'compute_dtype', 'differentiable_nf4', 'tiny_base', 'target_layers', 'blocks', 'end_ids', 'closing',
+           'answer_text', 'render', 'smollm2_dir', 'gemma3_dir', 'base_dir', 'base_tokenizer', 'load_base',
+           'base_fingerprint']
 
 # %% ../nbs/10_base.ipynb #cell3
-import hashlib, json, logging, tempfile
+import functools, hashlib, json, logging, re, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 import torch
+from fastcore.basics import patch
 from torch import nn
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from .core import HydraError, one_of, cache_dir, derive_seed, digest, read_json, write_json
 from .store import sealing, is_sealed, open_sealed
 from .fetch import package, member, members, unpack, hub
@@ -203,6 +206,70 @@ def blocks(
     n = model.config.get_text_config().num_hidden_layers
     return next(c for c in model.children() if isinstance(c, nn.ModuleList) and len(c)==n)
 
+# %% ../nbs/10_base.ipynb #ends-2
+_BEHIND = WeakKeyDictionary() # tokenizer → (what decides, what `_look_behind` found)
+
+def _listed(ids): return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+def _marks(tokenizer):
+    "Tokens that are no piece of a text: id → as it is written"
+    marks = {i: t.content for i,t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
+    return marks | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+
+def _look_behind(tokenizer):
+    "What the template writes behind an answer: plain text before a mark; the ids that end it; does one of these stand last?"
+    answer, marks = '⟪answer⟫', _marks(tokenizer)
+    talk = [dict(role='user', content='?'), dict(role='assistant', content=answer)]
+    try: text = tokenizer.apply_chat_template(talk, tokenize=False).partition(answer)[2].rstrip()
+    except Exception: text = '' # a template that refuses even this
+    ids = tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
+    if tokenizer.unk_token_id!=tokenizer.eos_token_id: marks.pop(tokenizer.unk_token_id, None) # of plain text, a letter that it does not know
+    at = next((k for k,i in enumerate(ids) if i in marks), len(ids))
+    ends = {*ids[at:at+1], *_listed(tokenizer.eos_token_id)}
+    return tokenizer.decode(ids[:at]).strip(), ends, bool(ids) and ids[-1] in ends
+
+def _behind(tokenizer):
+    now = str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer)
+    if _BEHIND.get(tokenizer, [None])[0]!=now: _BEHIND[tokenizer] = now, _look_behind(tokenizer)
+    return _BEHIND[tokenizer][1]
+
+@functools.cache
+def _unsaid(kind):
+    "The end that a kind of configuration has when nobody said any: for Llama's it is 2, whatever the tokenizer has there"
+    try: return {*_listed(kind().eos_token_id)}
+    except Exception: return set()
+
+def end_ids(
+    tokenizer, # with a chat template
+    model=None # whose generation_config and config are asked too
+)->list[int]: # sorted; empty if nobody says any
+    "Where an answer ends: at the mark that the template writes, the tokenizer's end of text, and what the model's configuration lists"
+    if model is None: return sorted(_behind(tokenizer)[1])
+    cfg = model.config.get_text_config()
+    listed, said, unsaid = set(_listed(model.generation_config.eos_token_id)), set(_listed(cfg.eos_token_id)), _unsaid(type(cfg))
+    return sorted(_behind(tokenizer)[1] | (listed-(unsaid-set(_marks(tokenizer)))) | (said-unsaid))
+
+@patch(as_prop=True)
+def ends(self:Base)->list:
+    "The ids at which an answer ends"
+    return end_ids(self.tokenizer, self.model)
+
+def closing(
+    tokenizer # with a chat template
+)->str: # '' if the template ends an answer in such an id, as most do
+    "What `render` must write behind an answer so that training teaches where it ends"
+    return '' if _behind(tokenizer)[2] else tokenizer.eos_token or ''
+
+def answer_text(
+    tokenizer, # of the base
+    ids, # (T,) what was generated
+    ends:list[int] # from `end_ids`
+)->str: # stripped
+    "What was said up to the end, without any mark"
+    ids = [int(i) for i in ids]
+    at = next((k for k,i in enumerate(ids) if i in ends), len(ids))
+    return tokenizer.decode(ids[:at], skip_special_tokens=True).strip().removesuffix(_behind(tokenizer)[0]).strip()
+
 # %% ../nbs/10_base.ipynb #cell41
 def _with_tools(tokenizer, msgs, tools):
     "Messages and tools as this tokenizer's template can show them"
@@ -219,7 +286,8 @@ def render(
 )->str: # without the answer, a prefix of the text with it
     "Write a conversation as the base was taught to read it"
     msgs, tools = _with_tools(tokenizer, [*prompt_msgs, *(completion_msgs or [])], tools)
-    return tokenizer.apply_chat_template(msgs, tools=tools, tokenize=False, add_generation_prompt=not completion_msgs)
+    text = tokenizer.apply_chat_template(msgs, tools=tools, tokenize=False, add_generation_prompt=not completion_msgs)
+    return text + closing(tokenizer)*bool(completion_msgs)
 
 # %% ../nbs/10_base.ipynb #cell47
 def _from_gguf(folder, file):
@@ -287,12 +355,31 @@ def base_dir(
     name,_,revision = str(id).partition('@')
     return hub(name, revision or 'main')
 
+def _fallback(tokenizer):
+    "ChatML, ended and begun as this tokenizer can"
+    t, eos = chatml, tokenizer.eos_token
+    if eos and '<|im_end|>' not in tokenizer.get_added_vocab():
+        t = t.replace("m['content'] + '<|im_end|>\n'", "m['content'] + (eos_token if m['role']=='assistant' else '<|im_end|>') + '\n'")
+    begins = tokenizer.bos_token and tokenizer('a')['input_ids'][:1]==[tokenizer.bos_token_id]
+    return '{{ bos_token }}'*bool(begins) + t
+
+def _says_its_end(tokenizer, path):
+    "A tokenizer without an end of text takes the first that the model's files name; a mark that ends an answer is left out of text"
+    said = [i for f in ('generation_config.json', 'config.json') if (path/f).is_file() for i in _listed(read_json(path/f).get('eos_token_id'))]
+    named = [t for t in tokenizer.convert_ids_to_tokens([i for i in said if i<len(tokenizer)]) if t and re.fullmatch(r'\W.+\W', t)] # <eos>, [SEP], …: no piece of a text
+    if tokenizer.eos_token is None and named: tokenizer.eos_token = named[0]
+    if tokenizer.chat_template is None: tokenizer.chat_template = _fallback(tokenizer)
+    known = tokenizer.added_tokens_decoder
+    for a in (known[i] for i in {*end_ids(tokenizer), *said} if i in known and not known[i].special):
+        tokenizer.add_tokens([AddedToken(a.content, single_word=a.single_word, lstrip=a.lstrip, rstrip=a.rstrip, normalized=a.normalized, special=True)], special_tokens=True)
+
 def base_tokenizer(
     id:str # as for `base_dir`
 ): # a transformers tokenizer with a chat template
     "The tokenizer of a base, without its weights"
-    t = AutoTokenizer.from_pretrained(base_dir(id), trust_remote_code=False)
-    if t.chat_template is None: t.chat_template = chatml
+    path = base_dir(id)
+    t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    _says_its_end(t, path)
     if t.pad_token is None: t.pad_token = t.eos_token
     return t
 
@@ -304,7 +391,9 @@ def load_base(
     "Load a base in the precision asked for"
     path,device = base_dir(id),_device(device)
     model = _open(path, quant, device)
-    return Base(model, base_tokenizer(path), str(id), quant, device, base_fingerprint(path), path)
+    base = Base(model, base_tokenizer(path), str(id), quant, device, base_fingerprint(path), path)
+    model.generation_config.eos_token_id = base.ends or None # whoever generates with the bare base stops there too
+    return base
 
 def base_fingerprint(
     id:str # as for `base_dir`

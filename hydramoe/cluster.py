@@ -867,10 +867,11 @@ def speaker(
     "The base model's greedy answer to a prompt"
     def say(prompt):
         "Answer one prompt"
-        from hydramoe.base import render
+        from hydramoe.base import answer_text, end_ids, render
+        ends = end_ids(base.tokenizer, base.model)
         t = base.tokenizer(render(base.tokenizer, [dict(role='user', content=prompt)]), return_tensors='pt', add_special_tokens=False).to(base.device)
-        out = base.model.generate(**t, max_new_tokens=tokens, do_sample=False, pad_token_id=base.tokenizer.pad_token_id)
-        return base.tokenizer.decode(out[0, t['input_ids'].shape[1]:], skip_special_tokens=True)
+        out = base.model.generate(**t, max_new_tokens=tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=base.tokenizer.pad_token_id)
+        return answer_text(base.tokenizer, out[0, t['input_ids'].shape[1]:], ends)
     return say
 
 def _sentence(say, texts): # → one line, '' if nothing was said

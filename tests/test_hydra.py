@@ -5,12 +5,12 @@ import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
+from transformers import DynamicCache, TextStreamer
 
 from hydramoe.base import load_base, tiny_base
 from hydramoe.cluster import lesson_texts, prompt_text
 from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra import BundleError, Chat, Hydra, check, seal_bundle
+from hydramoe.hydra import BundleError, Chat, Draw, Hydra, check, drawing, seal_bundle
 from hydramoe.route import uniform
 from hydramoe.stack import LoraSpec, gated, one_hot
 
@@ -361,6 +361,101 @@ def test_the_base_is_bit_equal_before_with_and_after(quant):
         free = model.detach()
         assert torch.equal(say(free), before)
         assert all(torch.equal(p, weights[n]) for n, p in free.named_parameters())
+
+# --- where an answer ends -------------------------------------------------------------------------------------------
+
+from test_base import LAYOUTS, TALKS, laid_out, last_label
+
+@contextlib.contextmanager
+def scripted(model, says):
+    "The model says these ids, one a forward, whatever it is asked; gives how many it has said"
+    said = [0]
+    def told(module, args, out):
+        out.logits[:, -1] = -1e4
+        out.logits[:, -1, says[said[0]%len(says)]] = 1e4
+        said[0] += 1
+    hook = model.register_forward_hook(told)
+    try: yield said
+    finally: hook.remove()
+
+def rambling(tokenizer, end):
+    "An answer, its end, and the next user whom a model invents"
+    return tokenizer('Hm.', add_special_tokens=False).input_ids + [end] + tokenizer('and then user?', add_special_tokens=False).input_ids
+
+@pytest.mark.parametrize('name', ['llama3', 'qwen-base', 'gemma-it', 'phi3', 'not-special', 'pythia', 'smollm2-base', 'no-eos'])
+def test_an_answer_ends_where_training_ends_it(name, tmp_path):
+    "Asked alone, in a batch, sampled, with beams, in a conversation, by the base: it stops, and no mark is in the answer or in the stream"
+    b = laid_out(name, tmp_path)
+    h, t = Hydra(b, by_hand_on(b), uniform(NAMES)), b.tokenizer
+    for end in {last_label(t, TALKS[0]), *b.ends}:
+        says = [i for i in rambling(t, end) if b.tokenizer.bos_token is None or i != b.tokenizer.bos_token_id]
+        for ask in (lambda **kw: h.ask('?', **kw), lambda **kw: h.ask('?', expert='base', **kw), lambda **kw: h.ask('?', temperature=1., **kw), lambda **kw: h.generate(['?', 'What is the law?'], **kw)[1], lambda **kw: Chat(h)('?', **kw)):
+            with scripted(b.model, says) as said: assert ask(max_new_tokens=12) == 'Hm.'
+            assert said[0] == 4
+        with scripted(b.model, says): assert h.ask('?', max_new_tokens=12, num_beams=2) == 'Hm.'
+        seen = []
+        class Stream(TextStreamer):
+            def on_finalized_text(self, text, stream_end=False): seen.append(text)
+        with scripted(b.model, says): h.ask('?', max_new_tokens=12, streamer=Stream(t, skip_prompt=True, skip_special_tokens=True))
+        assert ''.join(seen).strip() == 'Hm.'
+
+def test_marks_written_as_text_are_no_part_of_the_answer(tmp_path):
+    "ChatML on a vocabulary that has its marks as letters: they are said, then the end of text; the answer has neither"
+    b = laid_out('pythia-chatml', tmp_path)
+    h, t = Hydra(b, by_hand_on(b), uniform(NAMES)), b.tokenizer
+    says = t('Hm.<|im_end|>\n').input_ids + [last_label(t, TALKS[0])] + t('more').input_ids
+    with scripted(b.model, says): assert h.ask('?', max_new_tokens=40) == 'Hm.'
+    assert h.base.ends == [t.eos_token_id]
+
+def test_smollm2_with_another_end_of_text_stops_after_its_answer():
+    "Laid out as Gemma-it and Phi-3 are: the tokenizer ends texts, generation_config lists both ends"
+    b = load_base('smollm2', 'fp32', 'cpu')
+    ask, tok = 'What is the capital of France?', b.tokenizer
+    h = Hydra(b, by_hand_on(b), uniform(NAMES))
+    want = h.ask(ask, expert='base', max_new_tokens=40)
+    tok.eos_token, b.model.generation_config.eos_token_id = '<|endoftext|>', [0, 2]
+    assert tok.eos_token_id == 0 and h.base.ends == [0, 2]
+    assert h.ask(ask, expert='base', max_new_tokens=40) == want and len(tok(want).input_ids) < 38
+
+# --- a seed for each call ---------------------------------------------------------------------------------------------
+
+def test_eight_threads_draw_what_each_draws_alone():
+    "And torch's own generator is as it was, also for whoever draws from it meanwhile"
+    h = by_hand()
+    jobs = [dict(prompts=['ahoy', 'what is the law of the sea?'][:1+i%2], seed=i, temperature=(.7, 1., 2.)[i%3], max_new_tokens=12, **[{}, dict(top_p=.9), dict(num_return_sequences=2)][i%3]) for i in range(8)]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    want = [h.generate(**j) for j in jobs]
+    assert len({str(w) for w in want}) == 8
+    got, gate, foreign = [[] for _ in jobs], threading.Barrier(9), []
+    def work(i):
+        gate.wait()
+        for _ in range(3): got[i].append(h.generate(**jobs[i]))
+    ts = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in ts: t.start()
+    gate.wait()
+    while any(t.is_alive() for t in ts): foreign.append(torch.rand(1).item()); time.sleep(.002)
+    for t in ts: t.join()
+    assert got == [[w]*3 for w in want]
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert foreign == [torch.rand(1).item() for _ in foreign] and torch.equal(torch.get_rng_state(), after)
+
+@pytest.mark.parametrize('how', [dict(top_k=0), dict(top_k=3), dict(top_k=0, top_p=.7), dict(min_p=.3), dict(top_k=0, temperature=2.), dict(top_k=2, temperature=.5)], ids=str)
+def test_draws_have_the_distribution_of_the_scores(how):
+    "Chi-square of 20,000 rows, after what shapes the distribution; what is ruled out is never drawn"
+    from scipy.stats import chisquare
+    from transformers import GenerationConfig
+    asked = {**how}
+    p = drawing(asked.pop('temperature', 1.), 5, 'cpu', GenerationConfig(), asked)['logits_processor']
+    assert asked == {} and type(p[-1]) is Draw
+    scores = torch.tensor([[1., 0., -1., .5, -3., 2.]]).repeat(20_000, 1)
+    want = type(p)(p[:-1])(None, scores[:1].clone())[0].softmax(-1)
+    seen = torch.bincount(p(None, scores).argmax(1), minlength=6)
+    assert not seen[want == 0].any() and chisquare(seen[want > 0], want[want > 0].double()/want.double().sum()*20_000).pvalue > .001
+
+def test_beams_that_are_drawn_are_refused():
+    with pytest.raises(HydraError, match='num_beams=2 with temperature=0.5.*temperature=0'): by_hand().ask('ahoy', temperature=.5, num_beams=2)
 
 # --- refused ---------------------------------------------------------------------------------------------------------
 
