@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'MAX_CHARS', 'FORMATS', 'EXTRAS', 'READ', 'TURN', 'FOREIGN', 'JOINED', 'OPENING', 'HALF', 'PARTS', 'CALLS',
-           'OURS', 'WEIGHTS', 'THOUGHT', 'BESIDE', 'GUESS', 'WORDS', 'MAX_KEYS', 'MORE', 'encoding_of', 'Row',
+           'OURS', 'WEIGHTS', 'LEFT', 'THOUGHT', 'BESIDE', 'GUESS', 'WORDS', 'MAX_KEYS', 'MORE', 'encoding_of', 'Row',
            'delimiter_of', 'Form', 'rows_in', 'form_of', 'ordered', 'plain_turn', 'parse_columns', 'BadRows', 'detect',
            'Tally', 'rejects_file', 'write_rejects', 'stream_records', 'read_records']
 
@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from .core import HydraError, one_of, _fsync_dir
-from .data import FORM_COLUMNS, ROLES, THOUGHTS, WISHES, detected, plain_message, row_records, row_wishes, weight_of, _fields
+from .data import FORM_COLUMNS, ROLES, THOUGHTS, WISHES, detected, plain_message, row_records, row_wishes, weight_of, _fields, _filled
 
 # %% ../nbs/14_formats.ipynb #cell9
 MARKS = {b'\xef\xbb\xbf':'utf-8-sig', b'\xff\xfe\0\0':'utf-32', b'\0\0\xfe\xff':'utf-32', b'\xff\xfe':'utf-16', b'\xfe\xff':'utf-16'} # byte-order marks
@@ -400,6 +400,7 @@ def _columns(given, names, table):
 
 # %% ../nbs/14_formats.ipynb #cell55
 WEIGHTS = 'weights other than 0 and 1, taken as 1'
+LEFT = 'answers that ask not to be learned, left in the prompts of the turns after them'
 THOUGHT = 'thoughts, which a base reads if its chat template takes them'
 
 def _weighed(ns, mended):
@@ -412,13 +413,30 @@ def _plain(talk, mended, role='role', text='content'):
     known = lambda m: isinstance(m, dict) and own(m)[0] in m
     talk = [plain_turn(m, own(m)[1], mended) if known(m) else m for m in talk]
     _weighed([weight_of(m) for m in talk if known(m)], mended)
-    return [plain_message(m, *own(m)) if known(m) else m for m in talk]
+    talk = [plain_message(m, *own(m)) if known(m) else m for m in talk]
+    if any(isinstance(m, dict) and m.get('weight')==0 for m in talk): mended.add(LEFT)
+    return talk
+
+def _renamed(row, columns):
+    "A row with our names for its columns; of a row of preferences whose question stands elsewhere, the question as its prompt"
+    moved = {o:t for o,t in columns.items() if o not in TURN and t in row}
+    row = {k:v for k,v in row.items() if k not in moved.values()} | {o:row[t] for o,t in moved.items()}
+    if not all(row.get(c) for c in FORM_COLUMNS['preference']) or row.get('prompt') not in (None, ''): return row
+    for c in ('messages','conversations'):
+        if isinstance(talk := row.get(c), list) and not _answered(talk): return {k:v for k,v in row.items() if k!=c} | dict(prompt=talk)
+    if _filled(row.get('instruction')) and not row.get('output'):
+        asked = [row['instruction'], *([row['input']] if _filled(row.get('input')) else [])]
+        return {k:v for k,v in row.items() if k not in ('instruction','input','output')} | dict(prompt='\n\n'.join(asked))
+    return row
+
+def _answered(talk):
+    last = talk[-1] if talk and isinstance(talk[-1], dict) else {}
+    return ROLES.get(str(last.get('role', last.get('from'))).strip().casefold())=='assistant'
 
 def _ours(row, columns, form, mended):
     "A row's form, and what is read of it under our names"
     if not isinstance(row, dict): raise ValueError(f'is a {type(row).__name__}; need an object in braces')
-    moved = {o:t for o,t in columns.items() if o not in TURN and t in row}
-    row = {k:v for k,v in row.items() if k not in moved.values()} | {o:row[t] for o,t in moved.items()}
+    row = _renamed(row, columns)
     name = form_of(row, form)
     wishes = row_wishes(row, name, READ[name]); _weighed(wishes.values(), mended)
     row = {k:v for k,v in row.items() if k in READ[name] or k in wishes or k in EXTRAS and v not in (None, '')}
@@ -501,15 +519,13 @@ def _unread_turn(m, turn):
 def _unread(row, form, name):
     "Every key of a row that holds something and is not read, in words"
     if template := _template(form.columns): return list(dict.fromkeys(_of('', row, {*_fields(template), 'domain', 'license', *row_wishes(row)})))
-    ours, turn = {t:o for o,t in form.columns.items() if o not in TURN}, (*TURN, *(t for o,t in form.columns.items() if o in TURN))
-    row = {ours.get(k, k):v for k,v in row.items() if k in ours or k not in form.columns}
+    row, turn = _renamed(row, form.columns), (*TURN, *(t for o,t in form.columns.items() if o in TURN))
     out = _of('', row, {*READ[name], *EXTRAS[1:], *row_wishes(row, name, READ[name])})
     for k in READ[name]:
         talk = row.get(k)
         if name in ('messages','sharegpt') and isinstance(talk, str): talk = _cell(k, talk)
         for m in _dicts(talk): out += _unread_turn(m, turn)
-    theirs = {o:t for t,o in ours.items()}
-    return list(dict.fromkeys(theirs.get(k, k) for k in out))
+    return list(dict.fromkeys(form.columns.get(k, k) for k in out))
 
 
 # %% ../nbs/14_formats.ipynb #cell61
@@ -622,7 +638,7 @@ class Tally:
 
     def note(self, keys):
         "Count keys that are not read, as many as have a place"
-        self.unread.update({k if k in self.unread or len(self.unread)<MAX_KEYS else MORE for k in keys})
+        self.unread.update(dict.fromkeys((k if k in self.unread or len(self.unread)<MAX_KEYS else MORE for k in keys), 1))
 
     def __str__(self):
         out = [f"{self.rows:,} rows: {self.used:,} used ({_forms(self.forms)}), {self.records:,} records", *(f'{n:,} {w}' for n,w in ((self.rejected, 'refused'), (self.repeated, 'repeated')) if n)]
