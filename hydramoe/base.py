@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['chatml', 'PACKAGED', 'gemma_chat', 'byte_tokenizer', 'Base', 'fingerprint', 'checkpoint_fingerprint', 'has_fast_bf16',
-           'compute_dtype', 'differentiable_nf4', 'tiny_base', 'target_layers', 'blocks', 'render', 'smollm2_dir',
-           'gemma3_dir', 'base_dir', 'base_tokenizer', 'load_base', 'base_fingerprint']
+           'compute_dtype', 'differentiable_nf4', 'tiny_base', 'target_layers', 'blocks', 'Refused', 'heard', 'render',
+           'divided', 'smollm2_dir', 'gemma3_dir', 'base_dir', 'embedding_rows', 'check_base', 'base_tokenizer',
+           'load_base', 'base_fingerprint']
 
 # %% ../nbs/10_base.ipynb #cell3
-import hashlib, json, logging, tempfile
+import hashlib, json, logging, math, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from .core import HydraError, one_of, cache_dir, derive_seed, digest, read_json, write_json
@@ -204,22 +205,85 @@ def blocks(
     return next(c for c in model.children() if isinstance(c, nn.ModuleList) and len(c)==n)
 
 # %% ../nbs/10_base.ipynb #cell41
+class Refused(HydraError):
+    "A conversation that a base's chat template will not write"
+
 def _with_tools(tokenizer, msgs, tools):
     "Messages and tools as this tokenizer's template can show them"
-    if not tools or 'tools' in (tokenizer.chat_template or ''): return msgs, tools
+    if not tools or 'tools' in str(tokenizer.chat_template or ''): return msgs, tools
     text = '# Tools\n'+'\n'.join(json.dumps(t, ensure_ascii=False) for t in tools)
     if msgs and msgs[0]['role']=='system': return [{**msgs[0], 'content': msgs[0]['content']+'\n\n'+text}, *msgs[1:]], None
     return [{'role': 'system', 'content': text}, *msgs], None
+
+def _written(tokenizer, msgs, tools, begin):
+    "What the template writes; whatever it raises is a refusal"
+    try: return tokenizer.apply_chat_template(msgs, tools=tools, tokenize=False, add_generation_prompt=begin)
+    except Exception as e: # a template is a program, and can raise anything
+        said, roles = f"{type(e).__name__}: {' '.join(str(e).split())}", ', '.join(m['role'] for m in msgs)
+        raise Refused(f"the base's chat template refuses a conversation of {roles} ({said}): give turns that it takes, or a base whose template takes them") from None
+
+def _folded(msgs):
+    "Each system turn at the head of the user turn that follows it"
+    out, said = [], []
+    for m in msgs:
+        if m['role']=='system': said.append(m['content'])
+        elif said and m['role']=='user': out, said = [*out, {**m, 'content': '\n\n'.join([s for s in said if s.strip()] + [m['content']])}], []
+        else: out.append(m)
+    return out + [dict(role='system', content=s) for s in said]
+
+def heard(
+    tokenizer, # with a chat template
+    msgs:list[dict], # [{role, content}, …], ends before the answer
+    tools:list[dict]|None=None # as the template is given them
+)->list[dict]: # the same, or with what the system said in the user's words
+    "A conversation as the base can hear it: system turns that its template refuses, or leaves out, are folded into the next user turn"
+    said = [m['content'].strip() for m in msgs if m['role']=='system']
+    if not said: return msgs
+    try:
+        text, why = _written(tokenizer, msgs, tools, True), None
+        if all(s in text for s in said): return msgs
+    except Refused as e: why = e
+    try: _written(tokenizer, _folded(msgs), tools, True)
+    except Refused: # it is not the system turn that is refused
+        if why: raise why from None
+        return msgs
+    return _folded(msgs)
 
 def render(
     tokenizer, # with a chat template
     prompt_msgs:list[dict], # [{role, content}, …], ends before the answer
     completion_msgs:list[dict]|None=None, # the answer; None: stop where the model is to begin
     tools:list[dict]|None=None # JSON schemas of functions the model may call
-)->str: # without the answer, a prefix of the text with it
+)->str: # raises `Refused` if the template does
     "Write a conversation as the base was taught to read it"
-    msgs, tools = _with_tools(tokenizer, [*prompt_msgs, *(completion_msgs or [])], tools)
-    return tokenizer.apply_chat_template(msgs, tools=tools, tokenize=False, add_generation_prompt=not completion_msgs)
+    msgs, tools = _with_tools(tokenizer, prompt_msgs, tools)
+    msgs = [*heard(tokenizer, msgs, tools), *(completion_msgs or [])]
+    return _written(tokenizer, msgs, tools, not completion_msgs)
+
+
+# %% ../nbs/10_base.ipynb #rowsb4
+_MARK = '⟪answer⟫' # no answer is this
+
+def _around_answer(tokenizer, prompt_msgs, completion_msgs, tools):
+    "What the template writes before and after an answer"
+    marked = render(tokenizer, prompt_msgs, [{**completion_msgs[0], 'content': _MARK}, *completion_msgs[1:]], tools)
+    before, found, after = marked.rpartition(_MARK)
+    if not found: raise Refused("the base's chat template does not write the answer as it is, so nothing can be learned from it: use a template that does")
+    return before, after
+
+def divided(
+    tokenizer, # with a chat template
+    prompt_msgs:list[dict], # [{role, content}, …], ends before the answer
+    completion_msgs:list[dict], # the answer
+    tools:list[dict]|None=None # as for `render`
+)->tuple[str,str]: # the prompt, to the letter what generation sees; the answer, and what closes it
+    "A conversation in two: what is given, and what is to be learned"
+    prompt, whole = render(tokenizer, prompt_msgs, tools=tools), render(tokenizer, prompt_msgs, completion_msgs, tools)
+    if whole.startswith(prompt): return prompt, whole[len(prompt):]
+    before, after = _around_answer(tokenizer, prompt_msgs, completion_msgs, tools)
+    answer = completion_msgs[0]['content'].strip()
+    if (before+answer).startswith(prompt): return prompt, (before+answer)[len(prompt):] + after # the answer says itself what the prompt began
+    return prompt, answer + after
 
 # %% ../nbs/10_base.ipynb #cell47
 def _from_gguf(folder, file):
@@ -287,14 +351,48 @@ def base_dir(
     name,_,revision = str(id).partition('@')
     return hub(name, revision or 'main')
 
+def embedding_rows(
+    id:str # 'tiny', or as for `base_dir`
+)->int|None: # tokens; None if its configuration does not say
+    "How many tokens a base has an embedding for"
+    if str(id)=='tiny': return len(byte_tokenizer())
+    try: return AutoConfig.from_pretrained(base_dir(id), trust_remote_code=False).get_text_config().vocab_size
+    except (OSError, ValueError, AttributeError): return None
+
+def _named(tokenizer, i): return f"{tokenizer.convert_ids_to_tokens(i)!r} (token {i})"
+
+def _pad(tokenizer, rows, closing):
+    "A token to pad with: the tokenizer's own, else any that the embedding has and no text is made of"
+    fits = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *closing, *sorted(tokenizer.all_special_ids), *sorted(tokenizer.added_tokens_decoder)) if i is not None and i<rows]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id>=rows: tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fits[0] if fits else 0)
+
+def check_base(
+    tokenizer, # with a chat template; a padding token that is missing or has no embedding is replaced
+    rows:int|None=None, # of the embedding; None: not known
+    id:str='this base' # for messages
+): # `tokenizer`
+    "Refuse a base that cannot serve, by name and with the way out, before anything is trained"
+    rows = rows or math.inf
+    try: prompt, rest = divided(tokenizer, [dict(role='user', content='Hi')], [dict(role='assistant', content='Ho')])
+    except Refused as e: raise HydraError(f"base {id}: it cannot write even one question and its answer: {e}") from None
+    given, learned = (tokenizer(t, add_special_tokens=False)['input_ids'] for t in (prompt, rest))
+    if bad := [i for i in [*given, *learned] if i>=rows]:
+        raise HydraError(f"base {id}: its chat template writes {_named(tokenizer, bad[0])}, and the embedding has {rows} rows: enlarge it with "
+                         "model.resize_token_embeddings(len(tokenizer)) and save both again, or use a template without that token")
+    closing = [i for i in learned if i in tokenizer.added_tokens_decoder or i in tokenizer.all_special_ids]
+    if tokenizer.eos_token_id is None and not closing:
+        raise HydraError(f"base {id}: nothing says where an answer ends: its tokenizer has no eos_token, and its chat template closes an answer with {rest.partition('Ho')[2]!r}, "
+                         "which is no special token; set tokenizer.eos_token, let the template write it after an answer, and save the tokenizer again")
+    _pad(tokenizer, rows, closing)
+    return tokenizer
+
 def base_tokenizer(
     id:str # as for `base_dir`
 ): # a transformers tokenizer with a chat template
     "The tokenizer of a base, without its weights"
     t = AutoTokenizer.from_pretrained(base_dir(id), trust_remote_code=False)
     if t.chat_template is None: t.chat_template = chatml
-    if t.pad_token is None: t.pad_token = t.eos_token
-    return t
+    return check_base(t, embedding_rows(id), id)
 
 def load_base(
     id:str='smollm2', # 'smollm2', 'gemma3', the path of a transformers checkpoint, or a Hub id with optional '@revision'
