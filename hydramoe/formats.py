@@ -546,6 +546,7 @@ class Tally:
     repeated:int=0 # whose records all came before
     forms:Counter=field(default_factory=Counter) # of the used rows
     repairs:Counter=field(default_factory=Counter) # what was mended → in how many rows
+    line:int=field(default=0, repr=False, compare=False) # where the row begins that was read last
 
     def __str__(self):
         out = [f"{self.rows:,} rows: {self.used:,} used ({_forms(self.forms)}), {self.records:,} records", *(f'{n:,} {w}' for n,w in ((self.rejected, 'refused'), (self.repeated, 'repeated')) if n)]
@@ -597,7 +598,7 @@ def write_rejects(
 # %% ../nbs/14_formats.ipynb #cell74
 def _settle(form, row, domain, tally, first):
     "The new records of a row, or the reason why there are none"
-    tally.rows += 1
+    tally.rows, tally.line = tally.rows+1, row.line
     mended, why = set(), row.why
     try: name,found = _mapped(row.value, form, domain, mended) if why is None else (None, [])
     except RecursionError: why = 'is nested too deep'
