@@ -307,13 +307,12 @@ def heard(
     "A conversation as the base can hear it: system turns that its template refuses, or leaves out, are folded into the next user turn"
     said = [m['content'].strip() for m in msgs if m['role']=='system']
     if not said: return msgs
-    try:
-        text, why = _written(tokenizer, msgs, tools, True), None
-        if all(s in text for s in said): return msgs
-    except Refused as e: why = e
+    try: shown = all(s in _written(tokenizer, msgs, tools, True) for s in said)
+    except Refused: shown = None
+    if shown: return msgs
     try: _written(tokenizer, _folded(msgs), tools, True)
-    except Refused: # it is not the system turn that is refused
-        if why: raise why from None
+    except Refused:
+        if shown is None: raise # and it is more than the system turn that is refused
         return msgs
     return _folded(msgs)
 
@@ -507,7 +506,7 @@ def base_tokenizer(
     path = base_dir(id)
     t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     _says_its_end(t, path)
-    return check_base(t, embedding_rows(path), id)
+    return check_base(t, None if str(id) in PACKAGED else embedding_rows(path), id)
 
 def load_base(
     id:str='smollm2', # 'smollm2', 'gemma3', the path of a transformers checkpoint, or a Hub id with optional '@revision'

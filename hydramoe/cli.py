@@ -120,7 +120,7 @@ def _rejected(rejects, out):
     from hydramoe.formats import write_rejects
     file, r = write_rejects(out.with_name(out.name+'.rejects.jsonl'), rejects), rejects[0]
     rows = 'a row was' if len(rejects)==1 else f'{len(rejects)} rows were'
-    print(f"hydramoe: {rows} refused, the first in line {r['line']} of {r['file']}: {r['reason']}; all are in {file}", file=sys.stderr)
+    print(f"hydramoe: {rows} refused or left out, the first in line {r['line']} of {r['file']}: {r['reason']}; all are in {file}", file=sys.stderr)
     return str(file)
 
 # %% ../nbs/53_cli.ipynb #cell24
@@ -171,11 +171,12 @@ def build(a):
     if a.adapters: return from_adapters(a)
     if a.gate or a.top_k: raise HydraError("--gate and --top-k go with --from ADAPTER …: a Hydra that is trained from examples has a router")
     if a.add or a.remove: return changed(_given(a))
-    from hydramoe.hydra import BuildSpec, Hydra, check, gather
+    from hydramoe.hydra import BuildSpec, Hydra, check, gather, left_out
     _given(a)
     spec = BuildSpec(**_spec(a))
     (records, rejects), out = gather(a.files, **_reading(a)), _out(a)
-    refused = _rejected(rejects, out)
+    try: rejects += left_out(records, spec)
+    finally: refused = _rejected(rejects, out)
     if a.dry_run: return dry_run(records, spec, refused)
     if os.path.lexists(out): check(out)
     run = dict(executor=a.executor or ('local' if a.workers else 'here'), **({'workers': a.workers} if a.workers else {}))
@@ -204,8 +205,8 @@ def changed(
     if a.remove: hydra, refused = remove_expert(bundle, name, out, base=a.base), None
     else:
         records, rejects = gather([a.add], **_reading(a))
-        refused = _rejected(rejects, out)
-        hydra = add_expert(bundle, records, name, out, a.start, base=a.base)
+        try: hydra = add_expert(bundle, records, name, out, a.start, base=a.base, left=rejects)
+        finally: refused = _rejected(rejects, out)
     return f"{out}: {hydra}", dict(bundle=str(out), experts=hydra.names, changes=hydra.about['built']['changes'], rejects=refused)
 
 def _spec(a):
@@ -252,7 +253,7 @@ def dry_run(
     "What `build` would make, and what it would cost"
     from hydramoe.hydra import dealt, described, forecast, settled
     counts = dealt(records, spec)[1]
-    spec = settled(spec, counts['train'])
+    spec = settled(spec, counts['train'], counts['prompts'])
     f = forecast(counts, spec)
     text = [described(counts, spec), f"{f['weights_of_an_expert']/1e6:.1f}M weights an expert, on the {f['weights']/1e6:.0f}M of {spec.base} in {spec.quant}",
             f"about {_clock(f['seconds'])} and {f['memory_gb']} GB",

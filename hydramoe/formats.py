@@ -634,6 +634,7 @@ class Tally:
     repeated:int=0 # whose records all came before
     forms:Counter=field(default_factory=Counter) # of the used rows
     repairs:Counter=field(default_factory=Counter) # what was mended → in how many rows
+    line:int=field(default=0, repr=False, compare=False) # where the row begins that was read last
     unread:Counter=field(default_factory=Counter) # keys that are not read → in how many rows
 
     def note(self, keys):
@@ -692,7 +693,7 @@ def write_rejects(
 # %% ../nbs/14_formats.ipynb #cell74
 def _settle(form, row, domain, tally, first):
     "The new records of a row, or the reason why there are none"
-    tally.rows += 1
+    tally.rows, tally.line = tally.rows+1, row.line
     mended, why = set(), row.why
     try: name,found = _mapped(row.value, form, domain, mended) if why is None else (None, [])
     except RecursionError: why = 'is nested too deep'

@@ -7,15 +7,16 @@ __all__ = ['OWN_CACHE', 'WARPERS', 'WHOLE', 'FORMAT', 'UNSEALED', 'SUFFIXES', 'M
            'ENOUGH', 'LIMITS', 'TEMPERATURES', 'EARLY', 'SAFE', 'LIBS', 'SHARE', 'Hydra', 'as_messages', 'reading',
            'Draw', 'drawing', 'wants_base', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests', 'seal_bundle',
            'read_manifest', 'check_files', 'check_adapter', 'trunk_digests', 'check_trunk', 'check', 'chooser',
-           'base_uri', 'uri_id', 'open_uri', 'model_card', 'BuildSpec', 'choose_k', 'choose_epochs', 'gather',
+           'base_uri', 'uri_id', 'open_uri', 'model_card', 'BuildSpec', 'choose_k', 'choose_epochs', 'Placed', 'gather',
            'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert', 'domain_experts', 'candidates',
-           'measure_routers', 'dealt', 'settled', 'training', 'experts_outline', 'sorted_rows', 'make_stages',
-           'grouped_experts', 'recorded', 'assembled', 'described', 'propose_domains', 'router_with', 'router_without',
-           'find_seed', 'keep_adapter', 'one_more', 'add_expert', 'remove_expert', 'explain_bundle', 'adapters_base',
-           'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
+           'measure_routers', 'dealt', 'left_out', 'settled', 'training', 'experts_outline', 'sorted_rows',
+           'make_stages', 'grouped_experts', 'recorded', 'assembled', 'described', 'propose_domains', 'router_with',
+           'router_without', 'find_seed', 'keep_adapter', 'one_more', 'add_expert', 'remove_expert', 'explain_bundle',
+           'adapters_base', 'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
 import contextlib, hashlib, json, math, os, re, secrets, shutil, time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 import numpy as np
@@ -29,9 +30,10 @@ from .core import HydraError, cache_dir, default_threads, derive_seed, digest, f
 from .core import read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from .store import is_sealed, seal_id, sealing, stage
 from .fetch import package
-from .base import PACKAGED, Base, answer_text, base_dir, base_fingerprint, base_tokenizer, blocks, byte_tokenizer, compute_dtype, load_base, render, tiny_base
-from .data import encode
-from .formats import Tally, detect, read_records
+from .base import PACKAGED, Base, Refused, answer_text, base_dir, base_fingerprint, base_tokenizer, blocks, byte_tokenizer
+from .base import compute_dtype, embedding_rows, heard, load_base, render, tiny_base
+from .data import encode, sides
+from .formats import Tally, detect, stream_records
 from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, given_to, hidden_mean, load_embeddings, mean_state, prompt_text, write_domains_yaml
 from .stack import GatedCausalLM, LoraSpec, Plan, Stack, at_fork, read_on, refill, using, with_adapters
 from .score import response_losses
@@ -91,12 +93,21 @@ def reading(
     return using(Plan('none', model.stack)) if model.stack.fork else contextlib.nullcontext()
 
 @patch
+def _heard(self:Hydra, prompt):
+    "A prompt as messages that the base's template takes, of tokens that its embedding has"
+    tok, rows = self.base.tokenizer, self.base.model.get_input_embeddings().num_embeddings
+    msgs = heard(tok, as_messages(prompt))
+    if len(tok)>rows and (bad := [i for i in tok(render(tok, msgs), add_special_tokens=False)['input_ids'] if i>=rows]):
+        raise HydraError(f"the prompt holds {tok.convert_ids_to_tokens(bad[0])!r} (token {bad[0]}), and the embedding of {self.base.id} has {rows} rows: say it in other words")
+    return msgs
+
+@patch
 def route(self:Hydra,
     prompts:list # strings or conversations
 )->Tensor: # (B,E) gate weights, in the order of the router's names
     "What the router makes of each prompt"
     if self.gate: raise HydraError(f"this Hydra has no router but a gate ({self.gate.kind}), which chooses anew for each token in each layer: see `explain`")
-    with reading(self.model): return torch.as_tensor(self.router([as_messages(p) for p in prompts])).float()
+    with reading(self.model): return torch.as_tensor(self.router([self._heard(p) for p in prompts])).float()
 
 @patch
 def _in_slots(self:Hydra, w):
@@ -201,7 +212,7 @@ def generate(self:Hydra,
 )->list[str]: # an answer a prompt
     "Answer each prompt with its own mixture of experts"
     tok, device = self.base.tokenizer, self.base.device
-    texts = [render(tok, as_messages(p)) for p in prompts]
+    texts = [render(tok, self._heard(p)) for p in prompts]
     x = tok(texts, return_tensors='pt', padding=True, padding_side='left', add_special_tokens=False).to(device)
     gates, read = self._read_and_route(x['input_ids'], x['attention_mask']) if self._passes(expert, x, kwargs) else (self.gates(prompts, expert), {})
     if wants_base(self.model.stack, gates):
@@ -315,7 +326,7 @@ def _read(self:Chat, ids, known, again, cache, gates):
 def _cached(self:Chat, turns, gates, kwargs):
     "The cache of what was read already, cut to what is still true; kept afterwards for the next turn"
     tok = self.hydra.base.tokenizer
-    ids = tok(render(tok, turns), add_special_tokens=False)['input_ids']
+    ids = tok(render(tok, self.hydra._heard(turns)), add_special_tokens=False)['input_ids']
     own = not kwargs.keys() & OWN_CACHE
     before = min(_shared(ids, self.ids), len(ids)-1) if self.cache else 0
     true, depth = self._true(gates) if own and before else 0, self._blocks()[1]
@@ -698,8 +709,10 @@ def _measured(man):
     if not (built := man['built']).get('scores'): return []
     best = min((s for s in built['scores'] if s['system'].startswith(man['router'])), key=lambda s: s['ppl'], default=None)
     chosen = f". The {best['system']} was chosen by them, and its own figure flatters it a little" if best and built['dev_rows']>=ENOUGH else ''
+    c = built.get('counts', {})
+    halves = f"\n\nThe development rows were dealt by conversation, whole, and rows with one prompt count as one: {c['dev']} rows of {c['dev_groups']} conversations, none of them in training." if 'dev_groups' in c else ''
     about = f"Perplexity of the answers of {built['dev_rows']} development prompts, which no expert was trained on{chosen}:"
-    return ['## Measured', about, _table(['system', 'perplexity'], [[s['system'], f"{s['ppl']:.2f}"] for s in built['scores']])]
+    return ['## Measured', about, _table(['system', 'perplexity'], [[s['system'], f"{s['ppl']:.2f}"] for s in built['scores']]) + halves]
 
 def model_card(
     man:dict, # the manifest
@@ -781,6 +794,15 @@ def choose_epochs(
     return max(1, min(3, math.ceil(40*k/max(1, n))))
 
 # %% ../nbs/33_hydra.ipynb #cell75
+class Placed(dict):
+    "A record that knows where it came from"
+    at = None # dict(file, line, row)
+
+def _placed(r, **at):
+    r = Placed(r)
+    r.at = at
+    return r
+
 def gather(
     source:list|str|Path, # records, a file of rows, or a list of files
     **how # what to override in reading files: as for `formats.detect`
@@ -790,11 +812,11 @@ def gather(
     if all(isinstance(s, dict) for s in source): return list(source), []
     records, rejects = [], []
     for f in source:
-        seen, tally = detect(f, **how), Tally()
+        seen, tally, bad = detect(f, **how), Tally(), []
         say(seen)
-        good, bad = read_records(seen, tally=tally)
+        records += [_placed(r, file=str(f), line=tally.line, row=tally.rows) for r in stream_records(seen, bad, tally=tally, distinct=True)]
         say(tally)
-        records += good; rejects += [dict(file=str(f), **b) for b in bad]
+        rejects += [dict(file=str(f), **b) for b in bad]
     return records, rejects
 
 def keep_records(
@@ -803,7 +825,7 @@ def keep_records(
 )->Path: # sealed directory with records.jsonl, named by what is in it
     "Put the records where stages can find them"
     if not records: raise HydraError("there are no records to build from: give at least a dozen rows of prompt and completion")
-    name = digest([{k: r.get(k) for k in ('prompt', 'completion', 'tools', 'license', 'source')} for r in records])
+    name = digest([{k: r.get(k) for k in ('prompt', 'completion', 'tools', 'license', 'source', 'group')} for r in records])
     place = Path(root or cache_dir()/'stages')/f'records-{name[:16]}'
     if not is_sealed(place):
         with sealing(place, dict(records=name)) as out: write_jsonl(out/'records.jsonl', records)
@@ -820,6 +842,30 @@ def base_of(
 
 def _identity(r): return digest([r['prompt'], r['completion'], r.get('tools')])
 
+def _judged(r, tok, rows, limit):
+    "A row as the base hears it, its tokens, and why it cannot be used: of which kind, and in words"
+    letters = sum(len(m['content']) for m in r['prompt'])
+    if letters>40*limit: return r, 0, 'too_long', f"longer than max_length={limit}: prompt has {letters} characters"
+    try:
+        r = dict(r, prompt=heard(tok, r['prompt']))
+        x = encode(r, tok, 10**9, 10**9)
+    except Refused as e: return r, 0, 'refused', str(e).removeprefix(f"record {r['id']}: ")
+    for part,n in dict(prompt=x.n_prompt, answer=len(x.ids)-x.n_prompt).items():
+        if n>limit: return r, 0, 'too_long', f"longer than max_length={limit}: {part} has {n} tokens"
+    if rows and (top := max(x.ids))>=rows: return r, 0, 'refused', f"holds {tok.convert_ids_to_tokens(top)!r} (token {top}), and the embedding of the base has {rows} rows"
+    return r, len(x.ids), None, None
+
+def _for_dev(side, share, seed):
+    "The ids of whole groups for development: about a share of all rows, at most 200, never all; and how many groups there are, and are taken"
+    groups, held, taken = defaultdict(list), [], 0
+    for i,s in side.items(): groups[s].append(i)
+    want = min(200, int(share*len(side)))
+    for g in sorted(groups.values(), key=lambda g: digest([seed, min(g)])):
+        if len(g)<2*(want-len(held)) and len(held)+len(g)<min(201, len(side)): held, taken = held+g, taken+1 # nearer to what is wanted with it than without
+    return set(held), len(groups), taken
+
+def _differ(rows): return len({' '.join(prompt_text(r).lower().split()) for r in rows}) # as an encoder sees prompts
+
 def deal(
     out:Path, # the directory to fill
     records:Path, # sealed, with records.jsonl
@@ -827,29 +873,30 @@ def deal(
     tokens:int, # most training tokens
     max_length:int, # tokens of a prompt, and of an answer
     dev:float, # share of rows for development
-    seed:int # of the split
-)->None: # train.jsonl, dev.jsonl, counts.json
-    "A stage: clean, split and cut records to the budget"
-    tok, rows = base_of(base)[0], read_jsonl(records/'records.jsonl')
-    unique = {_identity(r): r for r in rows}
-    size = {i: _size(r, tok, max_length) for i,r in unique.items()}
-    fit = [dict(r, id=i) for i,r in unique.items() if size[i]]
-    n_dev = min(200, int(dev*len(fit)))
-    order = sorted(fit, key=lambda r: digest([seed, r['id']]))
-    cut = np.cumsum([size[r['id']] for r in order[n_dev:]]) <= tokens
-    parts = dict(dev=order[:n_dev], train=[r for r,c in zip(order[n_dev:], cut) if c])
-    long, beyond = len(unique)-len(fit), len(order)-n_dev-len(parts['train'])
-    if not parts['train']:
-        raise HydraError(f"of {len(rows)} rows none is left to train on: {long} are longer than max_length={max_length} tokens, "
-                         f"and tokens={tokens} must hold at least one; raise them")
-    for p,rs in parts.items(): write_jsonl(out/f'{p}.jsonl', rs)
-    tokens, dev_tokens = (sum(size[r['id']] for r in parts[p]) for p in ('train', 'dev'))
-    write_json(out/'counts.json', dict(rows=len(rows), twice=len(rows)-len(unique), too_long=long, beyond_tokens=beyond,
-                                       train=len(parts['train']), dev=n_dev, tokens=tokens, dev_tokens=dev_tokens))
-
-def _size(r, tok, max_length):
-    x = encode(r, tok, max_length, max_length)
-    return len(x.ids) if x else 0
+    seed:int, # of the split
+    reads:str='' # digest of the base's tokenizer and template, for the key only
+)->None: # train.jsonl, dev.jsonl, rejects.jsonl (row, kind, reason), counts.json
+    "A stage: judge, clean, split and cut records to the budget"
+    tok, top, rows = base_of(base)[0], embedding_rows(base), read_jsonl(records/'records.jsonl')
+    seen, fit, size, side, lost, folded = set(), {}, {}, {}, {}, 0
+    for i,(r,s) in enumerate(zip(rows, sides(rows))):
+        own = _identity(r)
+        if own in seen: lost[i] = ('twice', 'is there twice'); continue
+        seen.add(own)
+        row, n, kind, why = _judged(dict(r, id=own), tok, top, max_length)
+        if kind: lost[i] = (kind, why)
+        else: fit[own], size[own], side[own], folded = (i, row), n, s, folded + (row['prompt']!=r['prompt'])
+    held, groups, dev_groups = _for_dev(side, dev, seed)
+    order = sorted(fit, key=lambda i: digest([seed, i]))
+    train = [i for i in order if i not in held]
+    cut = np.cumsum([size[i] for i in train]) <= tokens
+    lost |= {fit[i][0]: ('beyond_tokens', f'beyond tokens={tokens}') for i,c in zip(train, cut) if not c}
+    parts = dict(dev=[i for i in order if i in held], train=[i for i,c in zip(train, cut) if c])
+    for p,ids in parts.items(): write_jsonl(out/f'{p}.jsonl', [fit[i][1] for i in ids])
+    write_jsonl(out/'rejects.jsonl', [dict(row=i, kind=k, reason=why) for i,(k,why) in sorted(lost.items())])
+    kinds = {k: sum(kind==k for kind,_ in lost.values()) for k in ('twice', 'refused', 'too_long', 'beyond_tokens')}
+    write_json(out/'counts.json', dict(rows=len(rows), **kinds, folded=folded, train=len(parts['train']), dev=len(parts['dev']), groups=groups, dev_groups=dev_groups,
+                                       prompts=_differ(fit[i][1] for i in parts['train']), **{k: sum(size[i] for i in parts[p]) for k,p in dict(tokens='train', dev_tokens='dev').items()}))
 
 # %% ../nbs/33_hydra.ipynb #cell82
 def sort_into_domains(
@@ -942,25 +989,49 @@ def measure_routers(
 # %% ../nbs/33_hydra.ipynb #cell88
 LIBS = ('torch', 'transformers', 'peft', 'bitsandbytes', 'scikit-learn', 'sentence-transformers') # whose versions a build depends on
 
+def _deal(records, spec, root):
+    tok = byte_tokenizer() if spec.base=='tiny' else base_tokenizer(spec.base)
+    params = {k: getattr(spec, k) for k in ('base', 'tokens', 'max_length', 'dev', 'seed')}
+    reads = digest([tok.backend_tokenizer.to_str(), str(tok.chat_template), {k: str(v) for k,v in tok.special_tokens_map.items()}, embedding_rows(spec.base)])
+    return stage(deal, dict(params, reads=reads), dict(records=keep_records(records, root)), libs=('transformers',), root=root)
+
+def _left(d, records):
+    at = lambda i: getattr(records[i], 'at', None) or dict(file='the records', line=i+1, row=i+1)
+    return [dict(at(l['row']), reason=l['reason'], raw=json.dumps(records[l['row']], ensure_ascii=False, default=str)) for l in read_jsonl(d/'rejects.jsonl')]
+
 def dealt(
     records:list[dict], # in the design's schema
     spec:BuildSpec, # gives base, tokens, max_length, dev, seed
     root:Path|None=None # where stages go; in the cache if None
 )->tuple: # sealed directory, its counts
-    "The first stage"
-    params = {k: getattr(spec, k) for k in ('base', 'tokens', 'max_length', 'dev', 'seed')}
-    d = stage(deal, params, dict(records=keep_records(records, root)), libs=('transformers',), root=root)
-    return d, read_json(d/'counts.json')
+    "The first stage; refused if it leaves nothing to train on"
+    d = _deal(records, spec, root)
+    counts = read_json(d/'counts.json')
+    if not counts['train']:
+        lost = [f"{r['file']} line {r['line']}: {r['reason']}" for r in _left(d, records)]
+        raise HydraError(f"of {counts['rows']} rows none is left to train on: {counts['refused']} are refused by the base's chat template, {counts['too_long']} are longer than max_length={spec.max_length} tokens, "
+                         f"and tokens={spec.tokens} must hold at least one; {'; '.join(lost[:3])}{'; …' if len(lost)>3 else ''}")
+    return d, counts
+
+def left_out(
+    records:list[dict], # as for `dealt`
+    spec:BuildSpec, # as for `dealt`
+    root:Path|None=None # as for `dealt`
+)->list[dict]: # rejects {file, line, row, reason, raw}, as `gather` returns them; of records that came from no file the line is their place in the list
+    "The records that a build leaves out, and why: refused by the base, too long, beyond its tokens, there twice"
+    return _left(_deal(records, spec, root), records)
 
 def settled(
     spec:BuildSpec, # k, epochs or threads may be None
-    rows:int # training rows
+    rows:int, # training rows
+    prompts:int|None=None # how many of their prompts differ, for no more domains can be told apart; None: all
 )->BuildSpec: # with all decided
     "Decide what the number of rows decides, and the machine"
-    k = choose_k(rows) if spec.k is None else spec.k
-    if not 1<=k<=rows:
-        raise HydraError(f"k={k} experts cannot be made from {rows} training rows: give k from 1 to {rows}, "
-                         f"or leave it out for {choose_k(rows)}")
+    most = min(rows, prompts or rows)
+    k = min(choose_k(rows), most) if spec.k is None else spec.k
+    if not 1<=k<=most:
+        raise HydraError(f"k={k} experts cannot be made from {rows} training rows{'' if most==rows else f', of whose prompts {most} differ'}: give k from 1 to {most}, "
+                         f"or leave it out for {min(choose_k(rows), most)}")
     epochs = choose_epochs(rows, k) if spec.epochs is None else spec.epochs
     return replace(spec, k=k, epochs=epochs, threads=spec.threads or default_threads())
 
@@ -1060,11 +1131,12 @@ def described(
     spec:BuildSpec # settled
 )->str: # two lines
     "What goes in and what is made of it, in words"
-    c, lost = counts, [f"{counts[k]} {words}" for k,words in (('twice', 'twice'), ('too_long', f'longer than {spec.max_length} tokens'),
-                                                              ('beyond_tokens', f'beyond {spec.tokens:,} tokens')) if counts[k]]
+    c, lost = counts, [f"{counts[k]} {words}" for k,words in (('twice', 'twice'), ('refused', "refused by the base's template"), ('too_long', f'longer than {spec.max_length} tokens'),
+                                                              ('beyond_tokens', f'beyond {spec.tokens:,} tokens')) if counts.get(k)]
     into = f"{c['rows']} rows: {c['train']} to train on ({c['tokens']:,} tokens), {c['dev']} for development"
     made = (f"{spec.k} expert{'s'*(spec.k>1)} of rank {spec.rank}, {spec.epochs} pass{'es'*(spec.epochs>1)} over their rows "
             f"after one of the seed expert")
+    if c.get('folded'): lost.append(f"of {c['folded']} the system turn is said by the user, for the base's template has none")
     if spec.fork: made += ", which they share below block {0.fork} of {0.depth}".format(experts_outline(spec))
     return f"{', '.join([into, *lost])}\n{made}"
 
@@ -1094,7 +1166,8 @@ def build(cls:Hydra,
     spec, (rows, rejects) = BuildSpec(**kw), gather(records, **(reading or {}))
     if rejects: say(f"{len(rejects)} rows were refused, the first in line {rejects[0]['line']}: {rejects[0]['reason']}")
     place, counts = dealt(rows, spec, root)
-    spec, edits = settled(spec, counts['train']), _text(domains)
+    if counts['refused']: say("refused by the base, the first in line {line} of {file}: {reason}".format(**next(r for r,l in zip(_left(place, rows), read_jsonl(place/'rejects.jsonl')) if l['kind']=='refused')))
+    spec, edits = settled(spec, counts['train'], counts['prompts']), _text(domains)
     _free(out, place, spec, edits)
     say(described(counts, spec))
     hydra = assembled(make_stages(place, counts, spec, root, edits, **(run or {})), counts, spec)
@@ -1115,7 +1188,7 @@ def propose_domains(
     if os.path.lexists(path): raise HydraError(f"{path} exists: choose another place, or delete it first")
     spec, (rows, _) = BuildSpec(**kw), gather(records, **(reading or {}))
     place, counts = dealt(rows, spec, root)
-    x, made = sorted_rows(place, counts, settled(spec, counts['train']), root)
+    x, made = sorted_rows(place, counts, settled(spec, counts['train'], counts['prompts']), root)
     found, train, at = Domains.load(made/'domains'), read_jsonl(made/'train.jsonl'), load_embeddings(x)['train']
     labels, texts, near = np.array([found.names.index(r['domain']) for r in train]), [prompt_text(r) for r in train], found.distances(at)
     if say: found.lines = describe(texts, labels, near, open_base(spec.base, spec.quant))
@@ -1184,9 +1257,11 @@ def one_more(
     name:str, # of the expert
     spec:BuildSpec, # of the bundle
     start:Path|None, # the adapter that it branches from; None: fresh
-    root:Path|None=None # where stages go; in the cache if None
+    root:Path|None=None, # where stages go; in the cache if None
+    left:list|None=None # takes the rows that are left out, as `left_out` gives them, before anything is trained
 )->tuple: # sealed directory with NAME/, its prompts
     "Train one expert as the others of a bundle were trained"
+    if left is not None: left += left_out(rows, replace(spec, dev=0.), root)
     place, counts = dealt(rows, replace(spec, dev=0.), root)
     spec = settled(replace(spec, k=1, epochs=None), counts['train'])
     rows = read_jsonl(place/'train.jsonl')
@@ -1214,7 +1289,8 @@ def add_expert(
     out:str|Path, # the new bundle
     start:str|Path|None=None, # an adapter to branch from, or 'fresh'; None: the bundle's seed expert, found by its seal
     root:str|Path|None=None, # where stages go, and the seed expert is looked for; in the cache if None
-    base:str|None=None # where the base is, if not where the bundle says
+    base:str|None=None, # where the base is, if not where the bundle says
+    left:list|None=None # as for `one_more`
 )->Hydra: # the same experts, and one more
     "Train one more expert beside the sealed ones of a bundle"
     man = check(bundle)
@@ -1223,7 +1299,7 @@ def add_expert(
     seed = None if start=='fresh' else keep_adapter(start, root) if start else find_seed(built, root)
     _same_trunk(bundle, man, seed and (start or seed))
     if man['router'] not in GATES: may_change(Router.load(Path(bundle)/'router')) # seen before an expert is trained
-    made, prompts = one_more(gather(records)[0], name, BuildSpec(**built['spec']), seed, root)
+    made, prompts = one_more(gather(records)[0], name, BuildSpec(**built['spec']), seed, root, left)
     on, router, folders, notes, x = _parts(bundle, man, base, prompts)
     new = read_json(made/'history.json')['experts'][name]
     change = dict(added=name, seal=seal_id(made))
@@ -1249,10 +1325,11 @@ def explain(self:Hydra,
     prompt:str|list # one prompt or conversation
 )->dict: # from `explain_route`, with its `text` and the base
     "Which experts a prompt gets, and from which scores; a gate's choice is averaged layer by layer"
+    prompt = self._heard(prompt)
     if self.gate:
-        x = self.base.tokenizer(render(self.base.tokenizer, as_messages(prompt)), return_tensors='pt', add_special_tokens=False).to(self.base.device)
-        return dict(explain_gate(self.model, self.gate, prompt_text(dict(prompt=as_messages(prompt))), x['input_ids']), base=base_uri(self.base))
-    with reading(self.model): e = explain_route(self.router, as_messages(prompt))
+        x = self.base.tokenizer(render(self.base.tokenizer, prompt), return_tensors='pt', add_special_tokens=False).to(self.base.device)
+        return dict(explain_gate(self.model, self.gate, prompt_text(dict(prompt=prompt)), x['input_ids']), base=base_uri(self.base))
+    with reading(self.model): e = explain_route(self.router, prompt)
     return dict(e, text=route_text(e), base=base_uri(self.base))
 
 @patch
@@ -1271,7 +1348,10 @@ def explain_bundle(
     if man['router'] in GATES: return (e := Hydra.load(path).explain(prompt)), plot_gate(e)
     router = Router.load(Path(path)/'router')
     if reads_base(router): return (e := Hydra.load(path).explain(prompt)), plot_route(e)
-    e = explain_route(router, as_messages(prompt))
+    prompt, uri = as_messages(prompt), man['base']['id']
+    if any(m['role']=='system' for m in prompt): # only the base's template knows who hears it
+        prompt = heard(byte_tokenizer() if uri.startswith('tiny:') else base_tokenizer(uri_id(uri)), prompt)
+    e = explain_route(router, prompt)
     return dict(e, text=route_text(e), base=man['base']['id']), plot_route(e)
 
 # %% ../nbs/33_hydra.ipynb #adopt-c1

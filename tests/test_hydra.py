@@ -778,3 +778,166 @@ def test_groups_and_workers(tmp_path, monkeypatch):
     b = build(tmp_path/'b', epochs=1, memory=memory, root=tmp_path/'two', run=dict(executor='local', workers=2))
     assert len(list((tmp_path/'two').glob('domain_experts-*/seal.json')))==2 and len(list((tmp_path/'two').glob('collect-*/seal.json')))==1
     assert files(tmp_path/'a')==files(tmp_path/'b') and a.names==b.names
+
+# --- rows in the light of the base, and on which side of the split -------------------------------------------------------
+
+REFUSES = "{% if messages[0]['role']=='system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}{% if (m['role']=='user')!=(loop.index0%2==0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}"
+
+def strict_base(to, change=lambda t: t, refuses=REFUSES):
+    "The tiny base in a folder, with a template that refuses system turns and roles that do not alternate"
+    b = tiny_base()
+    b.model.save_pretrained(to)
+    b.tokenizer.chat_template = refuses + b.tokenizer.chat_template
+    change(b.tokenizer)
+    b.tokenizer.save_pretrained(to)
+    return str(to)
+
+def lines(file, rows):
+    file.write_text('\n'.join(map(json.dumps, rows))+'\n')
+    return file
+
+GOOD = [dict(prompt=f'What is {i} plus {i}?', completion=str(2*i)) for i in range(40)]
+TOOL = dict(prompt=[dict(role='user', content='2+2?'), dict(role='assistant', content='add(2, 2)'), dict(role='tool', content='4')], completion='It is 4.')
+QUICK = dict(quant='fp32', encoder='words', k=2, epochs=1, rank=2)
+
+def test_rows_that_a_template_refuses_are_folded_or_named_and_the_rest_is_trained_on(tmp_path):
+    "Case 3: one row with a system turn is repaired and counted, one with a tool's answer is a reject with file, line and the template's words, a long one and those beyond the budget are named"
+    from hydramoe.hydra import BuildSpec, gather, left_out
+    base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [*GOOD, dict(system='Be brief.', prompt='Who wrote Faust?', completion='Goethe.'), TOOL, dict(prompt='long', completion='x'*400)])
+    h = Hydra.build(f, tmp_path/'h', tmp_path/'stages', base=base, tokens=900, **QUICK)
+    assert 'dealt by conversation, whole, and rows with one prompt count as one: 4 rows of 4 conversations' in (tmp_path/'h'/'README.md').read_text()
+    c = h.about['built']['counts']
+    assert (c['rows'], c['refused'], c['folded'], c['too_long']) == (43, 1, 1, 1) and c['beyond_tokens'] > 0
+    assert c['rows'] == c['train']+c['dev']+c['refused']+c['too_long']+c['beyond_tokens']+c['twice']
+    lost = {r['line']: r for r in left_out(gather(f)[0], BuildSpec(base=base, tokens=900, **QUICK), tmp_path/'stages')}
+    assert len(lost) == c['rows']-c['train']-c['dev'] and all(r['file'] == str(f) and json.loads(r['raw'])['prompt'] for r in lost.values())
+    assert 'Conversation roles must alternate' in lost[42]['reason'] and lost[43]['reason'] == 'longer than max_length=300: answer has 402 tokens'
+    assert {r['reason'] for n, r in lost.items() if n < 42} == {'beyond tokens=900'}
+
+def test_a_system_turn_is_heard_alike_by_everyone(tmp_path):
+    "ask, chat, explain, the router and the model of transformers see the folded turn; what the template refuses is one HydraError in its words"
+    from hydramoe.auto import HydraForCausalLM
+    base = load_base(strict_base(tmp_path/'base'), 'fp32', 'cpu')
+    h, seen = fickle(base), []
+    class Told(Fickle):
+        def __call__(self, prompts): seen.extend(prompts); return super().__call__(prompts)
+    h.router = Told()
+    asked, folded = [dict(role='system', content='law'), dict(role='user', content='sea?')], [dict(role='user', content='law\n\nsea?')]
+    answer = h.ask(asked, max_new_tokens=6)
+    assert answer == h.ask(folded, max_new_tokens=6) == h.ask(folded, expert='law', max_new_tokens=6)
+    chat = Chat(h, 'law')
+    assert chat('sea?', max_new_tokens=6) == answer and chat('more?', max_new_tokens=6) == h.ask(chat.messages[:-1], expert=chat.turns[-1]['experts'], max_new_tokens=6)
+    x = base.tokenizer.apply_chat_template(folded, add_generation_prompt=True, return_tensors='pt', return_dict=True)
+    assert torch.equal(HydraForCausalLM(h).gates_for(x['input_ids']), h.gates([asked]))
+    assert seen and all(p[0]['role'] == 'user' and p[0]['content'].startswith('law\n\n') for p in seen)
+    for bad in ([*asked, dict(role='user', content='x')], TOOL['prompt']):
+        for f in (h.ask, lambda p: h.generate([p, 'hi'])):
+            with pytest.raises(HydraError, match="chat template refuses .*Conversation roles must alternate.*give turns"): f(bad)
+
+def test_if_the_base_refuses_every_row_the_first_are_named_by_line(tmp_path):
+    from hydramoe.hydra import BuildSpec, dealt, gather
+    base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [TOOL | dict(completion=str(i)) for i in range(5)])
+    with pytest.raises(HydraError, match=r'of 5 rows none is left to train on: 5 are refused.*mine.jsonl line 1: .*must alternate.*mine.jsonl line 2'): Hydra.build(f, root=tmp_path/'stages', base=base, **QUICK)
+    strict_base(tmp_path/'base', refuses='') # the way out: another template, and no stale stage in the way
+    assert dealt(gather(f)[0], BuildSpec(base=base), tmp_path/'stages')[1]['train'] == 5
+
+@pytest.mark.parametrize('change,works', [(lambda t: [setattr(t, k, None) for k in ('eos_token', 'pad_token')], True), (lambda t: t.add_special_tokens(dict(pad_token='[PAD]')), True),
+                                          (lambda t: [setattr(t, 'eos_token', None), setattr(t, 'chat_template', t.chat_template.replace('<|im_end|>', ''))], 'nothing says where an answer ends'),
+                                          (lambda t: [t.add_tokens('<|end|>', special_tokens=True), setattr(t, 'chat_template', t.chat_template.replace('im_end', 'end'))], r"writes '<\|end\|>' \(token 259\), and the embedding has 259 rows: enlarge")])
+def test_a_pad_is_found_and_a_base_that_cannot_serve_is_refused_before_training(tmp_path, change, works):
+    "Case 7"
+    from hydramoe.cluster import hidden_mean
+    base, f = strict_base(tmp_path/'base', change), lines(tmp_path/'mine.jsonl', GOOD)
+    if works is True:
+        b = load_base(base, 'fp32', 'cpu')
+        ask = [dict(prompt=[dict(role='user', content=t)]) for t in ('a', 'a longer prompt')]
+        assert b.tokenizer.pad_token_id < 259 and np.allclose(hidden_mean(ask, b, 1), np.concatenate([hidden_mean([p], b, 1) for p in ask]), atol=1e-5)
+        h = fickle(b)
+        assert h.generate([p['prompt'] for p in ask], max_new_tokens=4) == [h.ask(p['prompt'], max_new_tokens=4) for p in ask]
+        return
+    with pytest.raises(HydraError, match=works): Hydra.build(f, root=tmp_path/'stages', base=base, **QUICK)
+    with pytest.raises(HydraError, match=works): load_base(base, 'fp32', 'cpu')
+    assert not list((tmp_path/'stages').glob('*/seal.json'))
+
+def test_a_token_without_an_embedding_costs_its_row_and_not_the_build(tmp_path):
+    from hydramoe.hydra import BuildSpec, gather, left_out
+    base = strict_base(tmp_path/'base', lambda t: t.add_tokens('[NEW]', special_tokens=True))
+    f = lines(tmp_path/'mine.jsonl', [*GOOD, dict(prompt='What is [NEW]?', completion='new')])
+    lost, = left_out(gather(f)[0], BuildSpec(base=base), tmp_path/'stages')
+    h = fickle(load_base(base, 'fp32', 'cpu'))
+    assert lost['line'] == 41 and "holds '[NEW]' (token 259), and the embedding of the base has 259 rows" in lost['reason']
+    for f in (h.ask, h.explain, Chat(h)):
+        with pytest.raises(HydraError, match=r"the prompt holds '\[NEW\]'"): f('[NEW]')
+
+def talk(i, turns): return dict(messages=[dict(role=r, content=f'{r} says {i} and {t}') for t in range(turns) for r in ('user', 'assistant')])
+
+def parts(d): return {p: [json.loads(l) for l in (d/f'{p}.jsonl').read_text().splitlines()] for p in ('train', 'dev')}
+
+@pytest.mark.parametrize('grouped', [True, False])
+def test_one_conversation_one_side(tmp_path, grouped):
+    "Case 6: 25 conversations of 4 turns; no development row has its conversation in training, also where the records do not say what they share"
+    from hydramoe.hydra import BuildSpec, dealt, gather
+    rows = gather(lines(tmp_path/'talks.jsonl', [talk(i, 4) for i in range(25)]))[0]
+    if not grouped: rows = [{k: v for k, v in r.items() if k != 'group'} for r in rows]
+    for seed in range(4):
+        d, counts = dealt(rows, BuildSpec(base='tiny', seed=seed), tmp_path/'stages')
+        p, of = parts(d), lambda r: r['prompt'][0]['content']
+        assert not {of(r) for r in p['dev']} & {of(r) for r in p['train']} and 8 <= len(p['dev']) <= 12
+        said = {m['content'] for r in p['train'] for m in r['prompt']}
+        assert not [r for r in p['dev'] if r['completion'][0]['content'] in said]
+        assert (counts['groups'], counts['dev_groups']) == (25, len({of(r) for r in p['dev']}))
+
+def test_rows_without_conversations_are_dealt_as_ever(tmp_path):
+    from hydramoe.hydra import BuildSpec, _identity, dealt
+    rows = [dict(prompt=[dict(role='user', content=f'q{i}')], completion=[dict(role='assistant', content=f'a{i}')], domain='d') for i in range(90)]
+    order = sorted(map(_identity, rows), key=lambda i: digest([5, i]))
+    p = parts(dealt(rows, BuildSpec(base='tiny', dev=.2, seed=5), tmp_path)[0])
+    assert [r['id'] for r in p['dev']] == order[:18] and [r['id'] for r in p['train']] == order[18:]
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=25), st.floats(0, .5), st.integers(0, 3))
+def test_groups_are_dealt_whole_and_about_so_many_as_were_asked_for(sizes, dev, seed):
+    from hydramoe.hydra import _for_dev
+    side = {f'{i} {j}': str(i) for i, n in enumerate(sizes) for j in range(n)}
+    held, groups, taken = _for_dev(side, dev, seed)
+    assert len(held) == sum(n for i, n in enumerate(sizes) if f'{i} 0' in held) and taken == sum(f'{i} 0' in held for i in range(len(sizes))) and groups == len(sizes)
+    assert len(held) < len(side) and abs(len(held)-min(200, int(dev*len(side)))) <= max(sizes)
+
+def test_one_group_alone_is_trained_on_and_answers_to_one_prompt_stay_together(tmp_path):
+    from hydramoe.hydra import BuildSpec, dealt, keep_records
+    rows = [dict(prompt=[dict(role='user', content=f'q{i}')], completion=[dict(role='assistant', content=f'a{i}')], domain='d') for i in range(30)]
+    one = [dict(r, group='mine') for r in rows]
+    assert keep_records(one, tmp_path) != keep_records(rows, tmp_path)
+    counts = dealt(one, BuildSpec(base='tiny', dev=.4), tmp_path)[1]
+    assert (counts['train'], counts['dev'], counts['groups']) == (30, 0, 1)
+    twice = [dict(r, completion=[dict(role='assistant', content=a)]) for r in rows for a in 'xy']
+    p = parts(dealt(twice, BuildSpec(base='tiny', dev=.3), tmp_path)[0])
+    assert len(p['dev']) == 18 and not {prompt_text(r) for r in p['dev']} & {prompt_text(r) for r in p['train']}
+
+def test_too_few_prompts_for_the_default_k(tmp_path):
+    "A hundred answers to three prompts make at most three domains; what cannot be built is refused by a dry run too"
+    from hydramoe.cli import dry_run
+    from hydramoe.hydra import BuildSpec, dealt, settled, sorted_rows
+    rows = [dict(prompt=[dict(role='user', content=['sea', 'law', ' LAW ', 'sum of it'][i%4])], completion=[dict(role='assistant', content=str(i))], domain='d') for i in range(100)]
+    how = dict(base='tiny', quant='fp32', encoder='words', rank=2, dev=0.)
+    d, c = dealt(rows, BuildSpec(**how), tmp_path)
+    spec = settled(BuildSpec(**how), c['train'], c['prompts'])
+    sorted_rows(d, c, spec, tmp_path) # the clusters of a build
+    assert spec.k == 3 and dry_run(rows, BuildSpec(**how))[1]['spec']['k'] == 3
+    with pytest.raises(HydraError, match='k=4 experts cannot be made from 100 training rows, of whose prompts 3 differ'): dry_run(rows, BuildSpec(k=4, **how))
+
+def test_the_command_names_what_the_base_refuses(tmp_path):
+    from test_cli import TINY, here
+    base = strict_base(tmp_path/'base')
+    lines(tmp_path/'mine.jsonl', [*GOOD, TOOL, dict(nothing=1)])
+    for more in (['--dry-run'], []):
+        out = here('build', 'mine.jsonl', *TINY, '--base', base, '--k', 1, '--epochs', 1, '--rank', 2, *more, cwd=tmp_path)
+        assert out.returncode == 0 and '2 rows were refused or left out' in out.stderr
+        lost = {r['line']: r for r in map(json.loads, (tmp_path/'mine-hydra.rejects.jsonl').read_text().splitlines())}
+        assert set(lost) == {41, 42} and 'must alternate' in lost[41]['reason'] and lost[41]['file'] == lost[42]['file'] == 'mine.jsonl'
+        (tmp_path/'mine-hydra.rejects.jsonl').unlink()
+    out = here('build', 'mine-hydra', '--add', 'mine.jsonl', '--name', 'more', cwd=tmp_path)
+    assert out.returncode == 0 and (tmp_path/'mine-hydra-with-more.rejects.jsonl').read_text().count('\n') == 2, out.stderr
+    lines(tmp_path/'bad.jsonl', [TOOL, dict(nothing=1)])
+    out = here('build', 'bad.jsonl', '--base', base, cwd=tmp_path)
+    assert out.returncode == 2 and 'bad.jsonl line 1' in out.stderr and (tmp_path/'bad-hydra.rejects.jsonl').read_text().count('\n') == 2
