@@ -8,7 +8,7 @@ __all__ = ['chatml', 'PACKAGED', 'gemma_chat', 'byte_tokenizer', 'Base', 'finger
            'gemma3_dir', 'base_dir', 'base_tokenizer', 'load_base', 'base_fingerprint']
 
 # %% ../nbs/10_base.ipynb #cell3
-import hashlib, json, logging, tempfile
+import hashlib, json, logging, os, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,12 +276,17 @@ def gemma3_dir(
     return _converted(cache_dir()/'models'/f'gemma3-{package(name).version}-{digest(pins)[:8]}', dict(packages=pins), joined, _gemma_tokenizer)
 
 # %% ../nbs/10_base.ipynb #cell50
+def _is_checkpoint(folder):
+    "A folder that transformers could open"
+    if not (folder/'config.json').is_file(): raise HydraError(f"{folder} holds no base: it has no config.json; give the folder of a transformers checkpoint")
+    return folder
+
 def base_dir(
     id:str # 'smollm2', 'gemma3', the path of a transformers checkpoint, or a Hub id with optional '@revision'
 )->Path: # its checkpoint
     "Where the files of a base are"
     if str(id) in PACKAGED: return dict(smollm2=smollm2_dir, gemma3=gemma3_dir)[id]()
-    if Path(id).expanduser().is_dir(): return Path(id).expanduser()
+    if os.path.isdir(place := os.path.expanduser(str(id))): return _is_checkpoint(Path(place))
     if str(id).startswith(('.','/','~')) or str(id).count('/')!=1:
         raise HydraError(f"base {id!r} is neither 'smollm2' nor 'gemma3', nor a directory that exists, nor a Hub id 'org/name' or 'org/name@revision'")
     name,_,revision = str(id).partition('@')
