@@ -39,11 +39,11 @@ def _shown(value):
     except ValueError: return f'a whole number of {value.bit_length()} bits'
 
 def _bounds(whole, least, most, above, below):
-    "What a range allows, in words"
-    kind = 'a whole number' if whole else 'a number'
-    low = f'{least} or more' if least is not None else f'above {above}' if above is not None else ''
-    high = f'{most} at most' if most is not None else f'below {below}' if below is not None else ''
-    return ', '.join([kind, ' and '.join(filter(None, (low, high))) or 'finite'])
+    "What a range allows, in words; of limits that nobody meets only if nothing else can be said"
+    kind, far = 'a whole number' if whole else 'a finite number', 2**31-1
+    low = f'{least} or more' if least is not None and least>-far else f'above {above}' if above is not None else ''
+    high = f'{most} at most' if most is not None and most<far else f'below {below}' if below is not None else ''
+    return ', '.join(filter(None, [kind, ' and '.join(filter(None, (low, high)))]))
 
 def number(
     value:Any, # what was given
