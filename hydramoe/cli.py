@@ -340,7 +340,7 @@ def _load(a):
 
 def _answer(a, route, hydra):
     "How to answer, with the experts that were asked for or that the router chose; a gate chooses as it goes"
-    return dict(max_new_tokens=a.max_new_tokens, expert=a.expert or (None if hydra.gate else route), temperature=a.temperature, seed=a.seed)
+    return dict(max_new_tokens=a.max_new_tokens, expert=a.expert if a.expert is not None else None if hydra.gate else route, temperature=a.temperature, seed=a.seed)
 
 def _checked(a, prompt):
     "Refuse what cannot be asked before a base is loaded"

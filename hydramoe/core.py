@@ -38,9 +38,10 @@ def _shown(value):
     try: return repr(value)[:60]
     except ValueError: return f'a whole number of {value.bit_length()} bits'
 
-def _bounds(whole, least, most, above, below):
-    "What a range allows, in words; of limits that nobody meets only if nothing else can be said"
+def _bounds(value, whole, least, most, above, below):
+    "What a range allows, in words; limits that hardly anybody meets are for who met them"
     kind, far = 'a whole number' if whole else 'a finite number', 2**31-1
+    if isinstance(value, int) and abs(value)>far: far = math.inf
     low = f'{least} or more' if least is not None and least>-far else f'above {above}' if above is not None else ''
     high = f'{most} at most' if most is not None and most<far else f'below {below}' if below is not None else ''
     return ', '.join(filter(None, [kind, ' and '.join(filter(None, (low, high)))]))
@@ -59,7 +60,7 @@ def number(
     try: good = good and math.isfinite(value)
     except OverflowError: good = whole
     good = good and (least is None or value>=least) and (most is None or value<=most) and (above is None or value>above) and (below is None or value<below)
-    if not good: raise HydraError(f"{what}={_shown(value)}: give {_bounds(whole, least, most, above, below)}")
+    if not good: raise HydraError(f"{what}={_shown(value)}: give {_bounds(value, whole, least, most, above, below)}")
     return value.item() if isinstance(value, np.generic) else value
 
 # %% ../nbs/00_core.ipynb #utf8-c

@@ -439,8 +439,11 @@ def _json(file):
     try: return read_json(file)
     except HydraError as e: raise BundleError(str(e)) from None
 
-def _check_uri(uri, at):
-    "A base is named by a known kind of place, in a line that a person could read"
+def _check_base(base, at):
+    "A base is named by a known kind of place, in a line that a person could read, and had in a precision that there is"
+    _shaped(base, BASE, f'{at}: base')
+    one_of(base['quant'], ('fp32', 'bf16', 'nf4'), f'{at}: quant')
+    uri = base['id']
     kind, _, rest = uri.partition(':')
     if kind not in ('hub', 'path', 'pypi', 'tiny') or not rest or len(uri)>1000 or re.search(r'[\x00-\x1f]', uri) or (kind=='tiny' and not re.fullmatch('[0-9]{1,18}', rest)):
         raise BundleError(f"{at}: base id={uri[:60]!r} names no base: hub:ORG/NAME, pypi:PACKAGE==VERSION, path:/FOLDER or tiny:SEED")
@@ -457,8 +460,7 @@ def read_manifest(
         raise BundleError(f"{at} has format {said!r}, and this hydramoe reads format {FORMAT}: "
                           f"a newer hydramoe may have written it, so upgrade; or build it again")
     _shaped(man, MANIFEST, at)
-    _shaped(man['base'], BASE, f'{at}: base')
-    _check_uri(man['base']['id'], at)
+    _check_base(man['base'], at)
     if type(fork := man.get('fork', 1)) is not int or fork<1: raise BundleError(f"{at}: fork={str(fork)[:40]!r} is not the number of a block, 1 or more; a Hydra without a fork says nothing")
     for i,e in enumerate(man['experts']): _shaped(e, EXPERT, f'{at}: expert {i}')
     if man['seal']!=digest({k:v for k,v in man.items() if k!='seal'}):
@@ -565,6 +567,7 @@ def check(
     "Open a bundle strictly, or say which file and tensor is not as it should be"
     root = Path(path)
     if not root.is_dir(): raise BundleError(f"{root} is not a directory: give the folder that `hydramoe build` wrote")
+    if not (root/'hydra.json').is_file(): return read_manifest(root) # which says so, and walks no foreign folders
     bundle_files(root)
     man = read_manifest(root)
     check_files(root, man)
