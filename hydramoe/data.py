@@ -23,9 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, yaml
 from . import fetch
-from .base import Refused, divided, smollm2_dir
-from .core import HydraError, digest, one_of, progress, repo_root, rng, versions, write_json
-from .base import THOUGHTS
+from .core import THOUGHTS, HydraError, digest, one_of, progress, repo_root, rng, versions, write_json
 
 # %% ../nbs/11_data.ipynb #cell6
 DOMAINS = ('math','science','reasoning','coding','writing','truthfulness','structured','tools','roleplay')
@@ -913,6 +911,7 @@ def inventory(
 ):
     "Stage: how much each card gives"
     from transformers import AutoTokenizer
+    from hydramoe.base import smollm2_dir
     tok,found = AutoTokenizer.from_pretrained(smollm2_dir()),{}
     for n in progress(names.split(','), desc='count cards'):
         rs = load(n)
@@ -997,6 +996,7 @@ def encode(
     max_response:int=300 # tokens of the rendered response
 )->Example|None: # None if too long
     "Token ids of prompt and response, as the base was taught to read them"
+    from hydramoe.base import Refused, divided # here, since it brings torch, and who lists cards needs none
     if sum(len(m['content']) for m in record['prompt'])>40*max_prompt: return None
     try: given, learned = divided(tokenizer, record['prompt'], record['completion'], record.get('tools'))
     except Refused as e: raise Refused(f"record {record['id']}: {e}") from None

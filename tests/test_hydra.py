@@ -77,6 +77,62 @@ def test_beams_and_several_answers_keep_the_gate(bundle):
     out = h.generate(['ahoy', 'sum up'], expert=['sea', 'sum'], max_new_tokens=6, num_beams=2)
     assert out == [h.ask('ahoy', expert='sea', max_new_tokens=6, num_beams=2), h.ask('sum up', expert='sum', max_new_tokens=6, num_beams=2)]
 
+# --- values and letters from strangers ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('wish', [dict(do_sample=True), dict(eos_token_id=2), dict(pad_token_id=0), dict(return_dict_in_generate=True), dict(output_scores=True), dict(input_ids=torch.ones(1, 2)), dict(gates=None), dict(max_length=5), dict(generation_config=3),
+    dict(never_heard_of=1), dict(temperature=float('nan')), dict(temperature=-1), dict(temperature=float('inf')), dict(temperature=1e-40), dict(temperature='1'), dict(max_new_tokens=0), dict(max_new_tokens=2.5), dict(max_new_tokens=True), dict(seed='x'),
+    dict(expert=dict(law='x')), dict(expert=dict(law=float('nan'))), dict(expert=dict(law=1e300)), dict(expert=3), dict(expert=[]), dict(expert=('law',)), dict(top_p=2.), dict(top_k=-1), dict(num_beams=0), dict(num_return_sequences=3),
+    dict(streamer=print, num_beams=2), dict(streamer=3), dict(early_stopping='x'), dict(past_key_values=3), dict(stop_strings=['x']), dict(repetition_penalty=0)], ids=str)
+def test_what_generate_cannot_do_is_refused(bundle, wish):
+    with pytest.raises(HydraError, match=next(iter(wish)) if 'expert' not in wish else None): Hydra.load(bundle).ask('ahoy', **{**dict(max_new_tokens=3), **wish})
+
+@pytest.mark.parametrize('wish', [dict(temperature=1), dict(temperature=np.float32(1), top_p=1), dict(max_new_tokens=np.int64(3)), dict(num_beams=2, num_return_sequences=2), dict(temperature=1., num_return_sequences=2), dict(repetition_penalty=2), dict(temperature=1e-3), dict(temperature=1e300), dict(top_k=None)], ids=str)
+def test_numbers_of_any_kind_are_taken(bundle, wish): Hydra.load(bundle).ask('ahoy', **{**dict(max_new_tokens=3), **wish})
+
+def test_prompts_that_are_none(bundle):
+    h = Hydra.load(bundle)
+    for bad in ([], (), 'ahoy', None, [3], [[]], ['caf\udce9'], [[dict(role='user', content='caf\udce9')]]):
+        with pytest.raises(HydraError): h.generate(bad, max_new_tokens=2)
+    with pytest.raises(HydraError): Chat(h, margin=float('nan'))
+    with pytest.raises(HydraError): Chat(h, system='caf\udce9')
+
+def resealed(bundle, tmp_path, change=lambda man: None, file=None, text=None):
+    "A copy whose manifest was changed, with every digest right"
+    d = Path(shutil.copytree(bundle, tmp_path/'copy', dirs_exist_ok=True))
+    man = read_json(bundle/'hydra.json')
+    change(man)
+    if file:
+        (d/file).write_text(text)
+        man['files'][file] = file_sha256(d/file)
+    man.pop('seal')
+    write_json(d/'hydra.json', dict(man, seal=digest(man)))
+    return d
+
+@pytest.mark.parametrize('id', ['tiny:x', 'tiny:', 'tiny:-1', 'tiny:'+'9'*40, 'tiny:١', 'hub:'+'x'*5000, 'path:/'+'x'*900, 'path:'+'x/'*300, 'path:a\0b', 'hub:a/b c', 'hub:~nobody-at-all/x', 'pypi:x', '', 'zip:x', 'hub:', 'path:a\nb'], ids=lambda i: ascii(i[:20]))
+def test_a_base_that_cannot_be_named(bundle, tmp_path, id):
+    with pytest.raises(HydraError): Hydra.load(resealed(bundle, tmp_path, lambda man: man['base'].update(id=id)))
+
+def test_a_stranger_names_an_expert_base_or_a_precision(bundle, tmp_path):
+    for change in (lambda man: man['experts'][0].update(name='base'), lambda man: man['base'].update(quant='int3')):
+        with pytest.raises(HydraError): check(resealed(bundle, tmp_path, change))
+
+@pytest.mark.parametrize('depth', [150, 500, 950, 990, 3000, 100_000])
+def test_deep_json_in_any_file(bundle, tmp_path, depth):
+    text = '{"a":'*depth + '1' + '}'*depth
+    for f in [f for f in read_json(bundle/'hydra.json')['files'] if f.endswith('.json')]:
+        with pytest.raises(BundleError): check(resealed(bundle, tmp_path, file=f, text=text))
+    d = resealed(bundle, tmp_path)
+    (d/'hydra.json').write_text(text)
+    with pytest.raises(BundleError): Hydra.load(d)
+
+def test_an_expert_cannot_be_called_base(bundle, tmp_path):
+    from hydramoe.cluster import Domains, name_domains
+    from hydramoe.hydra import adopt
+    with pytest.raises(HydraError, match="'base' is taken"): adopt(dict(base=bundle/'experts'/'sea'))
+    with pytest.raises(HydraError, match="'BASE' is taken"): Domains(np.eye(2), ['BASE', 'x'])
+    texts = ['base base', 'base', 'height height', 'height']
+    assert 'base' not in name_domains(texts, np.array([0, 0, 1, 1]))
+
 # --- conversations ---------------------------------------------------------------------------------------------------
 
 class Fickle:
