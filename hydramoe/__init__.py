@@ -1,11 +1,15 @@
 "One instruction data set and one base model become a mixture of swappable QLoRA experts"
 __version__ = "0.1.0"
 
-import importlib, sys
+import importlib, os, sys
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
 # Written by hand, the only module that no notebook exports; why it stands as it does is told in nbs/35_auto.ipynb.
+
+# torch's threads spin while they wait for each other, and take a core from whatever else is running; asleep they cost nothing
+# that we could measure (benchmarks/busy.py). torch reads this once, when it is imported; processes started from here inherit it.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 _LAZY = dict(Hydra='hydramoe.hydra', HydraConfig='hydramoe.auto', HydraForCausalLM='hydramoe.auto', HydraTokenizer='hydramoe.auto')
 _LIST = 'transformers.models.auto.configuration_auto' # where transformers keeps its list of model types

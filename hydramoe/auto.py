@@ -113,7 +113,7 @@ class HydraForCausalLM(GatedCausalLM):
         PreTrainedModel.__init__(self, HydraConfig.from_dict(_hydra_config(hydra)))
         self.hydra,self.base,self.stack = hydra,hydra.model.base,hydra.model.stack
         self.generation_config = copy.deepcopy(hydra.model.generation_config)
-        self.generation_config.update(eos_token_id=hydra.base.tokenizer.eos_token_id, pad_token_id=hydra.base.tokenizer.pad_token_id)
+        self.generation_config.update(eos_token_id=hydra.base.ends or None, pad_token_id=hydra.base.tokenizer.pad_token_id)
         self.eval()
 
     def gates_for(self,

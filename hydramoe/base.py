@@ -5,22 +5,27 @@
 # %% auto #0
 __all__ = ['chatml', 'IDLE', 'PACKAGED', 'gemma_chat', 'HUB_ID', 'byte_tokenizer', 'Base', 'fingerprint',
            'checkpoint_fingerprint', 'has_fast_bf16', 'compute_dtype', 'differentiable_nf4', 'tiny_base',
-           'tokenizer_identity', 'identity', 'differences', 'target_layers', 'blocks', 'render', 'smollm2_dir',
-           'gemma3_dir', 'base_id', 'base_dir', 'base_tokenizer', 'load_base', 'base_fingerprint', 'base_identity',
-           'base_key', 'keep_place', 'is_known']
+           'tokenizer_identity', 'identity', 'differences', 'target_layers', 'blocks', 'end_ids', 'closing',
+           'answer_text', 'Refused', 'heard', 'render', 'thought_key', 'with_thoughts', 'divided', 'smollm2_dir',
+           'gemma3_dir', 'base_id', 'base_dir', 'embedding_rows', 'check_base', 'base_tokenizer', 'load_base',
+           'base_fingerprint', 'base_identity', 'base_key', 'keep_place', 'is_known']
 
 # %% ../nbs/10_base.ipynb #cell3
-import hashlib, json, logging, re, tempfile
+import functools, hashlib, json, logging, math, os, re, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 import torch
+from fastcore.basics import patch
 from torch import nn
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from .core import HydraError, one_of, cache_dir, derive_seed, digest, read_json, stamp, write_json
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from .core import THOUGHTS, HydraError, one_of, cache_dir, derive_seed, digest, read_json, stamp, write_json
 from .store import sealing, is_sealed, open_sealed
 from .fetch import package, member, members, unpack, hub, hub_commit
 
@@ -56,7 +61,7 @@ class Base:
     @property
     def identity(self): # a dict
         "What the base is besides its weights, see `identity`"
-        return identity(self.model.config, self.tokenizer, self.model.generation_config)
+        return identity(self.model, self.tokenizer)
 
 # %% ../nbs/10_base.ipynb #cell14
 def _hash(tensors):
@@ -205,10 +210,6 @@ def _pieces(tokenizer):
     special = {k: [str(t) for t in v] if isinstance(v, list) else str(v) for k,v in tokenizer.special_tokens_map.items() if k!='pad_token' and v}
     return {k: _short(v) for k,v in dict(big, **rest, model=_full(model), special_tokens=special).items()}
 
-def _ends(generation):
-    eos = getattr(generation, 'eos_token_id', None)
-    return sorted({eos} if isinstance(eos, int) else set(eos or []))
-
 def tokenizer_identity(
     tokenizer # of a base
 )->dict: # tokenizer, template
@@ -216,13 +217,12 @@ def tokenizer_identity(
     return dict(tokenizer=_pieces(tokenizer), template=_short(tokenizer.chat_template))
 
 def identity(
-    config, # of a transformers model
-    tokenizer, # that comes with it
-    generation=None # its generation_config
+    model, # with its config and generation_config
+    tokenizer # that comes with it
 )->dict: # config, tokenizer, template, ends
     "What a base is besides its weights"
-    cfg = json.loads(config.get_text_config().to_json_string(use_diff=False))
-    return dict(config=_decides(cfg), **tokenizer_identity(tokenizer), ends=_ends(generation))
+    cfg = json.loads(model.config.get_text_config().to_json_string(use_diff=False))
+    return dict(config=_decides(cfg), **tokenizer_identity(tokenizer), ends=end_ids(tokenizer, model))
 
 # %% ../nbs/10_base.ipynb #ident-4
 def _odds(then, now, at=''):
@@ -276,23 +276,176 @@ def blocks(
     n = model.config.get_text_config().num_hidden_layers
     return next(c for c in model.children() if isinstance(c, nn.ModuleList) and len(c)==n)
 
+# %% ../nbs/10_base.ipynb #ends-2
+_BEHIND = WeakKeyDictionary() # tokenizer → (what decides, what `_look_behind` found)
+
+def _listed(ids): return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+def _marks(tokenizer):
+    "Tokens that are no piece of a text: id → as it is written"
+    marks = {i: t.content for i,t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
+    return marks | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+
+def _look_behind(tokenizer):
+    "What the template writes behind an answer: plain text before a mark; the ids that end it; does one of these stand last?"
+    answer, marks = '⟪answer⟫', _marks(tokenizer)
+    talk = [dict(role='user', content='?'), dict(role='assistant', content=answer)]
+    try: text = tokenizer.apply_chat_template(talk, tokenize=False).partition(answer)[2].rstrip()
+    except Exception: text = '' # a template that refuses even this
+    ids = tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
+    if tokenizer.unk_token_id!=tokenizer.eos_token_id: marks.pop(tokenizer.unk_token_id, None) # of plain text, a letter that it does not know
+    at = next((k for k,i in enumerate(ids) if i in marks), len(ids))
+    ends = {*ids[at:at+1], *_listed(tokenizer.eos_token_id)}
+    return tokenizer.decode(ids[:at]).strip(), ends, bool(ids) and ids[-1] in ends
+
+def _behind(tokenizer):
+    now = str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer)
+    if _BEHIND.get(tokenizer, [None])[0]!=now: _BEHIND[tokenizer] = now, _look_behind(tokenizer)
+    return _BEHIND[tokenizer][1]
+
+@functools.cache
+def _unsaid(kind):
+    "The end that a kind of configuration has when nobody said any: for Llama's it is 2, whatever the tokenizer has there"
+    try: return {*_listed(kind().eos_token_id)}
+    except Exception: return set()
+
+def end_ids(
+    tokenizer, # with a chat template
+    model=None # whose generation_config and config are asked too
+)->list[int]: # sorted; empty if nobody says any
+    "Where an answer ends: at the mark that the template writes, the tokenizer's end of text, and what the model's configuration lists"
+    if model is None: return sorted(_behind(tokenizer)[1])
+    cfg = model.config.get_text_config()
+    listed, said, unsaid = set(_listed(model.generation_config.eos_token_id)), set(_listed(cfg.eos_token_id)), _unsaid(type(cfg))
+    return sorted(_behind(tokenizer)[1] | (listed-(unsaid-set(_marks(tokenizer)))) | (said-unsaid))
+
+@patch(as_prop=True)
+def ends(self:Base)->list:
+    "The ids at which an answer ends"
+    return end_ids(self.tokenizer, self.model)
+
+def closing(
+    tokenizer # with a chat template
+)->str: # '' if the template ends an answer in such an id, as most do
+    "What `render` must write behind an answer so that training teaches where it ends"
+    return '' if _behind(tokenizer)[2] else tokenizer.eos_token or ''
+
+def answer_text(
+    tokenizer, # of the base
+    ids, # (T,) what was generated
+    ends:list[int] # from `end_ids`
+)->str: # stripped
+    "What was said up to the end, without any mark"
+    ids = [int(i) for i in ids]
+    at = next((k for k,i in enumerate(ids) if i in ends), len(ids))
+    return tokenizer.decode(ids[:at], skip_special_tokens=True).strip().removesuffix(_behind(tokenizer)[0]).strip()
+
 # %% ../nbs/10_base.ipynb #cell41
+class Refused(HydraError):
+    "A conversation that a base's chat template will not write"
+
 def _with_tools(tokenizer, msgs, tools):
     "Messages and tools as this tokenizer's template can show them"
-    if not tools or 'tools' in (tokenizer.chat_template or ''): return msgs, tools
+    if not tools or 'tools' in str(tokenizer.chat_template or ''): return msgs, tools
     text = '# Tools\n'+'\n'.join(json.dumps(t, ensure_ascii=False) for t in tools)
     if msgs and msgs[0]['role']=='system': return [{**msgs[0], 'content': msgs[0]['content']+'\n\n'+text}, *msgs[1:]], None
     return [{'role': 'system', 'content': text}, *msgs], None
+
+def _written(tokenizer, msgs, tools, begin):
+    "What the template writes; whatever it raises is a refusal"
+    try: return tokenizer.apply_chat_template(with_thoughts(tokenizer, msgs), tools=tools, tokenize=False, add_generation_prompt=begin)
+    except Exception as e: # a template is a program, and can raise anything
+        said, roles = f"{type(e).__name__}: {' '.join(str(e).split())}", ', '.join(m['role'] for m in msgs)
+        raise Refused(f"the base's chat template refuses a conversation of {roles} ({said}): give turns that it takes, or a base whose template takes them") from None
+
+def _folded(msgs):
+    "Each system turn at the head of the user turn that follows it"
+    out, said = [], []
+    for m in msgs:
+        if m['role']=='system': said.append(m['content'])
+        elif said and m['role']=='user': out, said = [*out, {**m, 'content': '\n\n'.join([s for s in said if s.strip()] + [m['content']])}], []
+        else: out.append(m)
+    return out + [dict(role='system', content=s) for s in said]
+
+def heard(
+    tokenizer, # with a chat template
+    msgs:list[dict], # [{role, content}, …], ends before the answer
+    tools:list[dict]|None=None # as the template is given them
+)->list[dict]: # the same, or with what the system said in the user's words
+    "A conversation as the base can hear it: system turns that its template refuses, or leaves out, are folded into the next user turn"
+    said = [m['content'].strip() for m in msgs if m['role']=='system']
+    if not said: return msgs
+    try: shown = all(s in _written(tokenizer, msgs, tools, True) for s in said)
+    except Refused: shown = None
+    if shown: return msgs
+    try: _written(tokenizer, _folded(msgs), tools, True)
+    except Refused:
+        if shown is None: raise # and it is more than the system turn that is refused
+        return msgs
+    return _folded(msgs)
 
 def render(
     tokenizer, # with a chat template
     prompt_msgs:list[dict], # [{role, content}, …], ends before the answer
     completion_msgs:list[dict]|None=None, # the answer; None: stop where the model is to begin
     tools:list[dict]|None=None # JSON schemas of functions the model may call
-)->str: # without the answer, a prefix of the text with it
+)->str: # raises `Refused` if the template does
     "Write a conversation as the base was taught to read it"
-    msgs, tools = _with_tools(tokenizer, [*prompt_msgs, *(completion_msgs or [])], tools)
-    return tokenizer.apply_chat_template(msgs, tools=tools, tokenize=False, add_generation_prompt=not completion_msgs)
+    msgs, tools = _with_tools(tokenizer, prompt_msgs, tools)
+    msgs = [*heard(tokenizer, msgs, tools), *(completion_msgs or [])]
+    text = _written(tokenizer, msgs, tools, not completion_msgs)
+    return text + closing(tokenizer)*bool(completion_msgs)
+
+# %% ../nbs/10_base.ipynb #thoughts-code
+_THOUGHT = 'a thought that no template holds'
+
+@lru_cache(maxsize=16)
+def _takes(tokenizer, template):
+    for key in THOUGHTS:
+        talk = [dict(role='user', content='Why?'), {'role':'assistant', 'content':'So.', key:_THOUGHT}]
+        try: said = tokenizer.apply_chat_template(talk, tokenize=False)
+        except Exception: continue # a template is a program, and can raise anything
+        if _THOUGHT in said: return key
+
+def thought_key(
+    tokenizer # with a chat template
+)->str|None: # one of `THOUGHTS`; None if the template takes no thoughts
+    "The key under which a base's chat template takes what an assistant thought"
+    return _takes(tokenizer, str(tokenizer.chat_template))
+
+def with_thoughts(
+    tokenizer, # with a chat template
+    msgs:list[dict] # perhaps with `reasoning_content`
+)->list[dict]: # thoughts stand where the template looks for them, or are left out
+    "Messages as the base's chat template takes them"
+    if not any('reasoning_content' in m for m in msgs): return msgs
+    key = thought_key(tokenizer)
+    return [{key if k=='reasoning_content' else k:v for k,v in m.items() if key or k!='reasoning_content'} for m in msgs]
+
+
+# %% ../nbs/10_base.ipynb #rowsb4
+_MARK = '⟪answer⟫' # no answer is this
+
+def _around_answer(tokenizer, prompt_msgs, completion_msgs, tools):
+    "What the template writes before and after an answer"
+    marked = render(tokenizer, prompt_msgs, [{**completion_msgs[0], 'content': _MARK}, *completion_msgs[1:]], tools)
+    before, found, after = marked.rpartition(_MARK)
+    if not found: raise Refused("the base's chat template does not write the answer as it is, so nothing can be learned from it: use a template that does")
+    return before, after
+
+def divided(
+    tokenizer, # with a chat template
+    prompt_msgs:list[dict], # [{role, content}, …], ends before the answer
+    completion_msgs:list[dict], # the answer
+    tools:list[dict]|None=None # as for `render`
+)->tuple[str,str]: # the prompt, to the letter what generation sees; the answer, and what closes it
+    "A conversation in two: what is given, and what is to be learned"
+    prompt, whole = render(tokenizer, prompt_msgs, tools=tools), render(tokenizer, prompt_msgs, completion_msgs, tools)
+    if whole.startswith(prompt): return prompt, whole[len(prompt):]
+    before, after = _around_answer(tokenizer, prompt_msgs, completion_msgs, tools)
+    answer = completion_msgs[0]['content'].strip()
+    if (before+answer).startswith(prompt): return prompt, (before+answer)[len(prompt):] + after # the answer says itself what the prompt began
+    return prompt, answer + after
 
 # %% ../nbs/10_base.ipynb #cell47
 def _from_gguf(folder, file):
@@ -361,6 +514,11 @@ def _on_hub(id):
     if m := HUB_ID.fullmatch(str(id)): return m.groups()
     raise HydraError(f"base {str(id)[:200]!r} is neither 'smollm2' nor 'gemma3', nor a directory that exists, nor a Hub id 'org/name' or 'org/name@revision'")
 
+def _is_checkpoint(folder):
+    "A folder that transformers could open"
+    if not (folder/'config.json').is_file(): raise HydraError(f"{folder} holds no base: it has no config.json; give the folder of a transformers checkpoint")
+    return folder
+
 def base_id(
     id:str # 'smollm2', 'gemma3', the path of a transformers checkpoint, or a Hub id with optional '@revision'
 )->str: # the same; of a Hub id, 'org/name@COMMIT'
@@ -374,16 +532,69 @@ def base_dir(
 )->Path: # its checkpoint
     "Where the files of a base are"
     if str(id) in PACKAGED: return dict(smollm2=smollm2_dir, gemma3=gemma3_dir)[str(id)]()
-    return _folder(id) or hub(*_on_hub(id))
+    return _is_checkpoint(at) if (at := _folder(id)) else hub(*_on_hub(id))
+
+def _fallback(tokenizer):
+    "ChatML, ended and begun as this tokenizer can"
+    t, eos = chatml, tokenizer.eos_token
+    if eos and '<|im_end|>' not in tokenizer.get_added_vocab():
+        t = t.replace("m['content'] + '<|im_end|>\n'", "m['content'] + (eos_token if m['role']=='assistant' else '<|im_end|>') + '\n'")
+    begins = tokenizer.bos_token and tokenizer('a')['input_ids'][:1]==[tokenizer.bos_token_id]
+    return '{{ bos_token }}'*bool(begins) + t
+
+def _says_its_end(tokenizer, path):
+    "A tokenizer without an end of text takes the first that the model's files name; a mark that ends an answer is left out of text"
+    said = [i for f in ('generation_config.json', 'config.json') if (path/f).is_file() for i in _listed(read_json(path/f).get('eos_token_id'))]
+    named = [t for t in tokenizer.convert_ids_to_tokens([i for i in said if i<len(tokenizer)]) if t and re.fullmatch(r'\W.+\W', t)] # <eos>, [SEP], …: no piece of a text
+    if tokenizer.eos_token is None and named: tokenizer.eos_token = named[0]
+    if tokenizer.chat_template is None: tokenizer.chat_template = _fallback(tokenizer)
+    known = tokenizer.added_tokens_decoder
+    for a in (known[i] for i in {*end_ids(tokenizer), *said} if i in known and not known[i].special):
+        tokenizer.add_tokens([AddedToken(a.content, single_word=a.single_word, lstrip=a.lstrip, rstrip=a.rstrip, normalized=a.normalized, special=True)], special_tokens=True)
+
+def embedding_rows(
+    id:str # 'tiny', or as for `base_dir`
+)->int|None: # tokens; None if its configuration does not say
+    "How many tokens a base has an embedding for"
+    if str(id)=='tiny': return len(byte_tokenizer())
+    try: return AutoConfig.from_pretrained(base_dir(id), trust_remote_code=False).get_text_config().vocab_size
+    except (OSError, ValueError, AttributeError): return None
+
+def _named(tokenizer, i): return f"{tokenizer.convert_ids_to_tokens(i)!r} (token {i})"
+
+def _pad(tokenizer, rows, closing):
+    "A token to pad with: the tokenizer's own, else any that the embedding has and no text is made of"
+    fits = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *closing, *sorted(tokenizer.all_special_ids), *sorted(tokenizer.added_tokens_decoder)) if i is not None and i<rows]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id>=rows: tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fits[0] if fits else 0)
+
+def check_base(
+    tokenizer, # with a chat template; a padding token that is missing or has no embedding is replaced
+    rows:int|None=None, # of the embedding; None: not known
+    id:str='this base' # for messages
+): # `tokenizer`
+    "Refuse a base that cannot serve, by name and with the way out, before anything is trained"
+    rows = rows or math.inf
+    try: prompt, rest = divided(tokenizer, [dict(role='user', content='Hi')], [dict(role='assistant', content='Ho')])
+    except Refused as e: raise HydraError(f"base {id}: it cannot write even one question and its answer: {e}") from None
+    given, learned = (tokenizer(t, add_special_tokens=False)['input_ids'] for t in (prompt, rest))
+    if bad := [i for i in [*given, *learned] if i>=rows]:
+        raise HydraError(f"base {id}: its chat template writes {_named(tokenizer, bad[0])}, and the embedding has {rows} rows: enlarge it with "
+                         "model.resize_token_embeddings(len(tokenizer)) and save both again, or use a template without that token")
+    closing = [i for i in learned if i in tokenizer.added_tokens_decoder or i in tokenizer.all_special_ids]
+    if tokenizer.eos_token_id is None and not closing:
+        raise HydraError(f"base {id}: nothing says where an answer ends: its tokenizer has no eos_token, and its chat template closes an answer with {rest.partition('Ho')[2]!r}, "
+                         "which is no special token; set tokenizer.eos_token, let the template write it after an answer, and save the tokenizer again")
+    _pad(tokenizer, rows, closing)
+    return tokenizer
 
 def base_tokenizer(
     id:str # as for `base_dir`
 ): # a transformers tokenizer with a chat template
     "The tokenizer of a base, without its weights"
-    t = AutoTokenizer.from_pretrained(base_dir(id), trust_remote_code=False)
-    if t.chat_template is None: t.chat_template = chatml
-    if t.pad_token is None: t.pad_token = t.eos_token
-    return t
+    path = base_dir(id)
+    t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    _says_its_end(t, path)
+    return check_base(t, None if str(id) in PACKAGED else embedding_rows(path), id)
 
 def load_base(
     id:str='smollm2', # as for `base_id`
@@ -395,7 +606,9 @@ def load_base(
     path,device = base_dir(id),_device(device)
     model = _open(path, quant, device)
     if _folder(id): keep_place(path)
-    return Base(model, base_tokenizer(path), id, quant, device, base_fingerprint(path), path)
+    base = Base(model, base_tokenizer(path), id, quant, device, base_fingerprint(path), path)
+    model.generation_config.eos_token_id = base.ends or None # whoever generates with the bare base stops there too
+    return base
 
 def base_fingerprint(
     id:str # as for `base_dir`
@@ -417,7 +630,7 @@ def base_identity(
     path = base_dir(id)
     cfg = AutoConfig.from_pretrained(path, trust_remote_code=False)
     own = GenerationConfig.from_pretrained(path) if (path/'generation_config.json').is_file() else GenerationConfig.from_model_config(cfg)
-    return identity(cfg, base_tokenizer(path), own)
+    return identity(SimpleNamespace(config=cfg, generation_config=own), base_tokenizer(path))
 
 def base_key(
     id:str # 'tiny', or as for `base_id`

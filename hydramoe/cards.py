@@ -196,7 +196,7 @@ def new_card(
     if taken := [p for p in (Path(out)/f'{name}.md', Path(out)/f'{name}.jsonl') if p.exists()]: raise HydraError(f"{taken[0]} is there already; choose another name, or move it away")
     if name in card_names(verified=None): raise HydraError(f"there is a card {name!r} already; choose another name")
     records,rejects = read_records(file, domain, **how)
-    write_jsonl(Path(out)/f'{name}.jsonl', [dict(prompt=r['prompt'], completion=r['completion'], **(dict(tools=r['tools']) if 'tools' in r else {})) for r in records])
+    write_jsonl(Path(out)/f'{name}.jsonl', [dict(prompt=r['prompt'], completion=r['completion'], **{k:r[k] for k in ('tools','group') if k in r}) for r in records])
     card = _looked_at(Path(file), name, domain, records, rejects, file_sha256(Path(out)/f'{name}.jsonl'))
     write_bytes(Path(out)/f'{name}.md', card.encode())
     return Path(out)/f'{name}.md'

@@ -8,11 +8,12 @@ __all__ = ['GROUPS', 'COMMANDS', 'Command', 'arg', 'command', 'make_parser', 'ma
            'data_prepare', 'data_check', 'data_card']
 
 # %% ../nbs/53_cli.ipynb #cell3
-import argparse, contextlib, json, os, sys
+import argparse, contextlib, json, os, secrets, shlex, sys, tempfile, time, traceback
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
-from .core import HydraError, read_json
+from .core import HydraError, cache_dir, check_writable, number, read_json, utf8, write_bytes
 
 # %% ../nbs/53_cli.ipynb #cell8
 @dataclass
@@ -84,21 +85,54 @@ def _fail(e):
     print('hydramoe:', ' '.join(str(e).split()), file=sys.stderr)
     return 2
 
+def _kept(e):
+    "Put a traceback into a file; returns its path, or None where no file can be written"
+    text = ''.join(traceback.format_exception(e)).encode('utf-8', 'backslashreplace')
+    for place in (lambda: cache_dir()/'traces', lambda: Path(tempfile.gettempdir())):
+        with contextlib.suppress(Exception): return write_bytes(place()/f"hydramoe-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}.txt", text)
+
+def _crash(e):
+    "The last net: what nobody foresaw, in one line"
+    file, said = _kept(e), ' '.join(str(e).split())[:300]
+    print(f"hydramoe: internal error: {type(e).__name__}{': '*bool(said)}{said}; the trace is {f'in {file}' if file else 'lost: neither the cache nor the temporary folder can be written'}", file=sys.stderr)
+    return 1
+
+def _survive():
+    "What a terminal cannot show is written as \\x…, and not lost with all the rest"
+    for s in (sys.stdout, sys.stderr):
+        if hasattr(s, 'reconfigure'): s.reconfigure(errors='backslashreplace')
+
+def _typed(argv):
+    "The words of a command line, whatever encoding Python took them for"
+    try: return [os.fsencode(a).decode('utf-8') for a in argv]
+    except UnicodeDecodeError: return [utf8(a, 'the argument') for a in argv]
+
+def _json(data):
+    "Data as text that standard output can take"
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    try: text.encode(getattr(sys.stdout, 'encoding', None) or 'utf-8')
+    except UnicodeEncodeError: return json.dumps(data, indent=1)
+    return text
+
 def main(
     argv:list[str]|None=None # the words after `hydramoe`; from the command line if None
-)->int: # exit code: 0 done, 2 refused, 130 interrupted
+)->int: # exit code: 0 done, 1 our mistake, 2 refused, 130 interrupted
     "Run one command"
-    args = make_parser().parse_args(argv)
-    _calm(args.quiet)
+    _survive()
     try:
+        args = make_parser().parse_args(_typed(sys.argv[1:] if argv is None else argv))
+        _calm(args.quiet)
         text, data = args.run(args)
-        print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) if args.json else text, flush=True)
+        print(_json(data) if args.json else text, flush=True)
         return 0
     except KeyboardInterrupt: print(file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
     except (HydraError, OSError) as e:
         if os.environ.get('HYDRAMOE_TRACE'): raise
         return _fail(e)
+    except Exception as e:
+        if os.environ.get('HYDRAMOE_TRACE'): raise
+        return _crash(e)
 
 # %% ../nbs/53_cli.ipynb #cell22
 _BUNDLE = arg('bundle', help='folder that `hydramoe build` wrote')
@@ -113,15 +147,27 @@ def _clock(seconds):
     h, m = divmod(round(seconds/60), 60)
     return f'{h} h {m:02} min' if h else f'{m} min' if m else f'{round(seconds)} s'
 
-def _out(a): return Path(a.out or Path(a.files[0]).stem+'-hydra')
+def _free(path):
+    "A place where nothing is, and something can be put"
+    if os.path.lexists(path): raise HydraError(f"{path} exists: choose another place with --out, or delete it first")
+    check_writable(path)
+    return Path(path)
+
+def _out(a):
+    "Where the bundle goes; what is there already may be the same one, and is looked at later"
+    out = Path(a.out or Path(a.files[0]).stem+'-hydra')
+    return out if os.path.lexists(out) else _free(out)
+
+def _line(*words): return 'hydramoe ' + shlex.join(map(str, words)) # to be copied into a shell
 
 def _rejected(rejects, out):
     "Say what was refused and write it beside the bundle; returns the file, or None"
     if not rejects: return None
     from hydramoe.formats import write_rejects
+    out = out if out.name not in ('', '..') else Path(os.path.abspath(out))
     file, r = write_rejects(out.with_name(out.name+'.rejects.jsonl'), rejects), rejects[0]
     rows = 'a row was' if len(rejects)==1 else f'{len(rejects)} rows were'
-    print(f"hydramoe: {rows} refused, the first in line {r['line']} of {r['file']}: {r['reason']}; all are in {file}", file=sys.stderr)
+    print(f"hydramoe: {rows} refused or left out, the first in line {r['line']} of {r['file']}: {r['reason']}; all are in {file}", file=sys.stderr)
     return str(file)
 
 # %% ../nbs/53_cli.ipynb #cell24
@@ -170,18 +216,18 @@ _ROWS = (
 def build(a):
     "Records in, bundle out"
     if a.adapters: return from_adapters(a)
-    if a.gate or a.top_k: raise HydraError("--gate and --top-k go with --from ADAPTER …: a Hydra that is trained from examples has a router")
+    if a.gate or a.top_k is not None: raise HydraError("--gate and --top-k go with --from ADAPTER …: a Hydra that is trained from examples has a router")
     if a.add or a.remove: return changed(_given(a))
-    from hydramoe.hydra import BuildSpec, Hydra, check, gather
-    _given(a)
-    spec = BuildSpec(**_spec(a))
-    (records, rejects), out = gather(a.files, **_reading(a)), _out(a)
-    refused = _rejected(rejects, out)
-    if a.dry_run: return dry_run(records, spec, refused)
+    out, run = _out(_given(a)), _run(a)
+    from hydramoe.hydra import BuildSpec, Hydra, check, gather, left_out
     if os.path.lexists(out): check(out)
-    run = dict(executor=a.executor or ('local' if a.workers else 'here'), **({'workers': a.workers} if a.workers else {}))
+    spec = BuildSpec(**_spec(a))
+    records, rejects = gather(a.files, **_reading(a))
+    try: rejects += left_out(records, spec)
+    finally: refused = _rejected(rejects, out)
+    if a.dry_run: return dry_run(records, spec, refused, a.domains)
     hydra = Hydra.build(records, out, run=run, domains=a.domains, **vars(spec))
-    try_it = f'hydramoe ask {out} "{_a_prompt(records)}"'
+    try_it = _line('ask', out, _a_prompt(records))
     return f"{out}: {hydra}\ntry it: {try_it}", dict(bundle=str(out), experts=hydra.names, built=hydra.about['built'], rejects=refused, next=try_it)
 
 @command('domains', 'Discover the domains of your examples, and write them to a file to edit', ['hydramoe domains mine.jsonl --k 6', 'hydramoe build mine.jsonl --k 6 --domains domains.yaml'],
@@ -189,25 +235,39 @@ def build(a):
          arg('--out', default='domains.yaml', metavar='FILE', help='the file to write (default %(default)s)'))
 def domains(a):
     "A file in which domains are renamed, merged and split by hand"
+    _given(a); _free(a.out)
     from hydramoe.hydra import propose_domains
-    found = propose_domains(_given(a).files, a.out, reading=_reading(a), say=a.describe, **_spec(a))
-    return f"{a.out}: {', '.join(found.names)}\nedit it, then: hydramoe build {a.files[0]} --domains {a.out}, with the same options", dict(file=a.out, domains=found.names)
+    found = propose_domains(a.files, a.out, reading=_reading(a), say=a.describe, **_spec(a))
+    return f"{a.out}: {', '.join(found.names)}\nedit it, then: {_line('build', *a.files, '--domains', a.out)}, with the same options", dict(file=a.out, domains=found.names)
 
 def changed(
     a # parsed: files (one bundle), add or remove, name, start, out, base
 )->tuple[str,dict]: # text, plain data
     "`build --add` and `build --remove`: the bundle stays as it is, a new one is written"
-    from hydramoe.hydra import add_expert, gather, remove_expert
     if len(a.files)!=1 or (a.add and a.remove): raise HydraError("give one bundle, and either --add FILE or --remove NAME")
-    name, bundle = a.remove or a.name or Path(a.add).stem, Path(a.files[0])
-    out = Path(a.out or f"{bundle}-{'without' if a.remove else 'with'}-{name}")
-    if os.path.lexists(out): raise HydraError(f"{out} exists: choose another place with --out, or delete it first")
+    name, bundle = a.remove or _name(a), Path(a.files[0])
+    out = _free(a.out or f"{bundle}-{'without' if a.remove else 'with'}-{name}")
+    from hydramoe.hydra import add_expert, gather, remove_expert
     if a.remove: hydra, refused = remove_expert(bundle, name, out, base=a.base), None
     else:
         records, rejects = gather([a.add], **_reading(a))
-        refused = _rejected(rejects, out)
-        hydra = add_expert(bundle, records, name, out, a.start, base=a.base, encoder=a.encoder)
+        try: hydra = add_expert(bundle, records, name, out, a.start, base=a.base, encoder=a.encoder, left=rejects)
+        finally: refused = _rejected(rejects, out)
     return f"{out}: {hydra}", dict(bundle=str(out), experts=hydra.names, changes=hydra.about['built']['changes'], rejects=refused)
+
+def _name(a):
+    "What the expert that is added is to be called"
+    from hydramoe.cluster import check_names
+    name = a.name or Path(a.add).stem
+    try: return check_names([name], 'expert')[0]
+    except HydraError as e: raise HydraError(f"{e}{'' if a.name else ' (it is the name of the file; give another with --name NAME)'}") from None
+
+def _run(a):
+    "Where groups of experts are trained"
+    if a.workers is not None: number(a.workers, 'workers', whole=True, least=1, most=1024)
+    if a.executor=='here' and (a.workers or 1)>1: raise HydraError(f"--executor here is this process alone: leave --workers {a.workers} out, or say --executor local")
+    if a.executor=='ray' and not find_spec('ray'): raise HydraError("the executor 'ray' needs Ray: pip install 'hydramoe[ray]'")
+    return dict(executor=a.executor or ('local' if a.workers else 'here'), **({'workers': a.workers} if a.workers else {}))
 
 def _spec(a):
     "What was said of a build's spec; what was not is the spec's own default"
@@ -228,12 +288,13 @@ def from_adapters(
     a # parsed: adapters, gate, top_k, base, quant, out
 )->tuple[str,dict]: # text, plain data
     "`build --from`: a bundle of adapters alone, with a gate"
-    from hydramoe.hydra import adopt, adopted
     if a.files or a.add or a.remove: raise HydraError("give either FILE or --from ADAPTER …, and no --add or --remove beside it")
     if not a.out: raise HydraError("say where the bundle goes: --out DIR")
-    if os.path.lexists(a.out): raise HydraError(f"{a.out} exists: choose another place with --out, or delete it first")
+    _free(a.out)
+    if a.top_k is not None: number(a.top_k, 'top-k', whole=True, least=1, most=1024)
+    from hydramoe.hydra import adopt, adopted
     hydra = adopt(_adapters(a.adapters), a.out, a.base, a.quant, a.gate or 'arrow', top_k=a.top_k)
-    try_it = f'hydramoe ask {a.out} "Hello, who are you?"'
+    try_it = _line('ask', a.out, 'Hello, who are you?')
     return f"{a.out}: {hydra}\n{adopted(hydra)}\ntry it: {try_it}", dict(bundle=str(a.out), experts=hydra.names, built=hydra.about['built'], next=try_it)
 
 def _reading(a):
@@ -243,18 +304,30 @@ def _reading(a):
 def _a_prompt(records):
     from hydramoe.cluster import prompt_text
     text = min((prompt_text(r) for r in records), key=lambda t: abs(len(t)-50))
-    return ' '.join(text.split()).replace('\\', '').replace('"', "'").replace('$', '').replace('`', "'")[:80]
+    return ' '.join(text.split())[:80].lstrip('- ') or 'Hello, who are you?'
+
+def _foreseen(rows, spec, domains):
+    "What a build would come upon after dealing rows: its encoder, too few prompts, an edited file that does not fit"
+    from hydramoe.cluster import encoder_dir, load_tfidf, prompt_text, read_domains_yaml
+    from hydramoe.core import read_jsonl
+    if (Path(spec.encoder)/'tfidf.json').is_file(): load_tfidf(spec.encoder)
+    elif spec.encoder not in ('minilm', 'words'): encoder_dir(spec.encoder)
+    distinct = len({prompt_text(r) for r in read_jsonl(rows/'train.jsonl')})
+    if spec.k>distinct: raise HydraError(f"k={spec.k} experts cannot be made of {distinct} prompts that differ; give --k from 1 to {distinct}")
+    if domains: read_domains_yaml(domains, spec.k)
 
 def dry_run(
     records:list[dict], # of the user
     spec, # `hydramoe.hydra.BuildSpec`
-    refused:str|None=None # the rejects file
+    refused:str|None=None, # the rejects file
+    domains:str|None=None # an edited file of domains
 )->tuple[str,dict]: # text, plain data
-    "What `build` would make, and what it would cost"
+    "What `build` would make, and what it would cost; refuses what it would refuse"
     from hydramoe.hydra import dealt, described, forecast, pinned, settled
     spec = pinned(spec)
-    counts = dealt(records, spec)[1]
-    spec = settled(spec, counts['train'])
+    place, counts = dealt(records, spec)
+    spec = settled(spec, counts['train'], counts['prompts'])
+    _foreseen(place, spec, domains)
     f = forecast(counts, spec)
     text = [described(counts, spec), f"{f['weights_of_an_expert']/1e6:.1f}M weights an expert, on the {f['weights']/1e6:.0f}M of {spec.base} in {spec.quant}",
             f"about {_clock(f['seconds'])} and {f['memory_gb']} GB",
@@ -270,7 +343,27 @@ def _load(a):
 
 def _answer(a, route, hydra):
     "How to answer, with the experts that were asked for or that the router chose; a gate chooses as it goes"
-    return dict(max_new_tokens=a.max_new_tokens, expert=a.expert or (None if hydra.gate else route), temperature=a.temperature, seed=a.seed)
+    return dict(max_new_tokens=a.max_new_tokens, expert=a.expert if a.expert is not None else None if hydra.gate else route, temperature=a.temperature, seed=a.seed)
+
+def _checked(a, prompt):
+    "Refuse what cannot be asked before a base is loaded"
+    from hydramoe.hydra import as_messages, check_generation
+    as_messages(prompt)
+    check_generation([prompt], a.max_new_tokens, a.temperature, a.seed, {})
+
+def _read(read):
+    "What comes by standard input, if it is text"
+    if sys.stdin is None: raise HydraError("there is no standard input to read from")
+    try: return read()
+    except UnicodeDecodeError as e: raise HydraError(f"standard input is not {e.encoding.upper()}: convert it, or say what it is in PYTHONIOENCODING") from None
+
+def _picture(file):
+    "A file that a picture can be written to, by the end of its name"
+    from matplotlib.backend_bases import FigureCanvasBase
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if (end := Path(file).suffix[1:].lower()) not in kinds: raise HydraError(f"--png {file}: a picture's name ends in one of .{', .'.join(kinds)}, not in {end or 'nothing'!r}")
+    if os.path.isdir(file): raise HydraError(f"--png {file} is a folder: give a file in it")
+    if not os.path.lexists(file): check_writable(file)
 
 def _route(hydra, prompt):
     os.environ['HYDRAMOE_QUIET'] = '1' # one prompt needs no progress bar
@@ -281,7 +374,8 @@ def _route(hydra, prompt):
          _BUNDLE, arg('prompt', help="what to ask; '-' reads standard input"), _TOKENS, _EXPERT, _WARM, _SEED, _BASE, _ENCODER)
 def ask(a):
     "Prompt in, answer out"
-    prompt = sys.stdin.read() if a.prompt=='-' else a.prompt
+    prompt = _read(lambda: sys.stdin.read()) if a.prompt=='-' else a.prompt
+    _checked(a, prompt)
     hydra = _load(a)
     route = _route(hydra, prompt)
     answer = hydra.ask(prompt, **_answer(a, route, hydra))
@@ -292,6 +386,7 @@ def ask(a):
          _BUNDLE, arg('prompt', help='any prompt'), arg('--png', metavar='FILE', help='draw it as well'), _BASE, _ENCODER)
 def explain(a):
     "The route of a prompt"
+    if a.png: _picture(a.png)
     from hydramoe.hydra import explain_bundle
     os.environ['HYDRAMOE_QUIET'] = '1'
     e, figure = explain_bundle(a.bundle, a.prompt, a.base, a.encoder)
@@ -311,8 +406,8 @@ def check(a):
 # %% ../nbs/53_cli.ipynb #cell38
 def _said():
     "What the user says next; nothing at the end of input"
-    if not sys.stdin.isatty(): return sys.stdin.readline()
-    with contextlib.suppress(EOFError): return input('you: ')
+    if not (sys.stdin and sys.stdin.isatty()): return _read(lambda: sys.stdin.readline())
+    with contextlib.suppress(EOFError): return _read(lambda: input('you: ')) + '\n'
     return ''
 
 def _turn(chat, text, a):
@@ -323,19 +418,28 @@ def _turn(chat, text, a):
     chat(text, **_answer(a, None, chat.hydra), **show)
     return chat.explain()
 
-@command('chat', 'Talk to a Hydra', ['hydramoe chat my-hydra', 'hydramoe chat my-hydra --system "Answer in one sentence."'],
+@command('chat', 'Talk to a Hydra; the end of input, Ctrl-D, ends the talk', ['hydramoe chat my-hydra', 'hydramoe chat my-hydra --system "Answer in one sentence."'],
          _BUNDLE, arg('--system', help='an instruction that stands before all turns'), _TOKENS, _EXPERT, _WARM, _SEED, _BASE, _ENCODER)
 def chat(a):
     "Turn by turn, each routed"
     from hydramoe.hydra import Chat
+    _checked(a, 'Hello')
     talk = Chat(_load(a), a.system)
-    while text := _said().strip():
+    while text := _said():
+        if not (text := text.strip()): continue
         try: who = _turn(talk, text, a)
         except KeyboardInterrupt: who = 'stopped'
         if not a.json: print(f'  [{who}]', flush=True)
     return f"{len(talk.messages)//2} turns", dict(messages=talk.messages, turns=talk.turns)
 
 # %% ../nbs/53_cli.ipynb #cell42
+def _notebook(file):
+    "Refuse what is no notebook"
+    nb = read_json(file)
+    cells = nb.get('cells') if isinstance(nb, dict) else None
+    if not isinstance(cells, list) or not all(isinstance(c, dict) and isinstance(c.get('metadata', {}), dict) and isinstance(c.get('source', ''), (str, list)) for c in cells):
+        raise HydraError(f"{file} is no notebook: it holds no list of cells; give one such as nbs/experiments/e1_domains.ipynb")
+
 @command('run', 'Run a notebook with other parameters', ['hydramoe run nbs/experiments/e1_domains.ipynb',
                                                          'hydramoe run nbs/experiments/e1_domains.ipynb -p k=4 -p seed=1 --out e1-k4.ipynb'],
          arg('notebook', help='a notebook with a cell tagged `parameters`'),
@@ -346,6 +450,7 @@ def run(a):
     from hydramoe.reproduce import parse_assignments, read_parameters, run_notebook
     if not Path(a.notebook).is_file():
         raise HydraError(f"{a.notebook} does not exist: give a notebook, such as nbs/experiments/e1_domains.ipynb")
+    _notebook(a.notebook)
     params = parse_assignments(read_parameters(a.notebook), a.params)
     out = run_notebook(a.notebook, a.out or Path('runs')/Path(a.notebook).name, params)
     result = out.with_suffix('.json')
@@ -413,7 +518,7 @@ def data_card(a):
     from hydramoe.cards import new_card
     path = new_card(a.file, a.name or Path(a.file).stem, a.out, a.domain)
     then = f'Write its prose and licence, then: export HYDRAMOE_CARDS={path.parent} and hydramoe data check {path.stem}'
-    return f'{path}\n\n{path.read_text()}\n{then}', dict(card=str(path))
+    return f'{path}\n\n{path.read_text(encoding="utf-8")}\n{then}', dict(card=str(path))
 
 # %% ../nbs/53_cli.ipynb #cell53
 if __name__=='__main__' and '__file__' in globals(): sys.exit(main())

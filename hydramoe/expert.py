@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from .base import base_dir, load_base, tiny_base
-from .core import HydraError, digest, one_of, progress, read_json, read_jsonl, rng, versions, write_json
+from .core import HydraError, digest, number, one_of, progress, read_json, read_jsonl, rng, versions, write_json
 from .data import encode
 from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, record_sums, response_losses, save_losses, token_losses
 from .stack import LoraSpec, at_fork, gated, in_line, line_plan, one_hot, using, with_adapters
@@ -48,7 +48,9 @@ class TrainSpec:
     seed:int=0 # of the order of rows
     micro_tokens:int=900 # most tokens of a pass; a longer row has one of its own
     def __post_init__(self):
-        if not 0<self.epochs<math.inf or not 0<self.rows<math.inf: raise HydraError(f"epochs={self.epochs}, rows={self.rows}: both must be above 0; less than one epoch leaves rows out")
+        for name in ('lr', 'rows', 'epochs', 'clip'): number(getattr(self, name), name, above=0) # less than one epoch leaves rows out
+        for name,least in dict(steps=1, warmup=0, micro_tokens=1).items():
+            if (value := getattr(self, name)) is not None: number(value, name, whole=True, least=least)
 
 # %% ../nbs/22_expert.ipynb #cell10
 def n_steps(
@@ -724,7 +726,8 @@ def group_size(
     group:GroupSpec # `size`, or `memory` to find it from
 )->int: # 1 or more
     "Experts that one job trains fused"
-    if (group.size or 1)<1 or group.memory<=0: raise HydraError(f"{group}: size must be 1 or more, memory more than 0")
+    if group.size is not None: number(group.size, 'size', whole=True, least=1)
+    number(group.memory, 'memory', above=0, most=1e6)
     return group.size or max(1, int(group.memory*1e9/(5*4*weights)))
 
 # %% ../nbs/22_expert.ipynb #cell75

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from .core import HydraError, derive_seed, read_json, write_json
+from .core import HydraError, derive_seed, number, read_json, write_json
 from .store import open_sealed
 from .base import Base, blocks, target_layers, differentiable_nf4
 
@@ -42,10 +42,9 @@ class LoraSpec:
     targets:str='all-linear' # which layers are adapted, see `target_layers`
     fork:float=0. # the block at which experts part, or below 1 a share of the depth; the blocks before it have the seed expert's factors only
     def __post_init__(self):
-        if self.fork<0 or self.fork>=1 and self.fork!=int(self.fork):
+        number(self.rank, 'rank', whole=True, least=1); number(self.alpha, 'alpha', above=0); number(self.fork, 'fork', least=0)
+        if self.fork>=1 and self.fork!=int(self.fork):
             raise HydraError(f"fork={self.fork}: give a block's number (12), or a share of the depth (0.5); 0 gives experts all blocks")
-        if self.rank<1 or self.alpha<=0:
-            raise HydraError(f"rank={self.rank}, alpha={self.alpha}: both must be positive (usual: rank 8 to 64, alpha twice the rank)")
 
 # %% ../nbs/20_stack.ipynb #cell13
 _families = 'q_proj k_proj v_proj', 'gate_proj up_proj', 'query key value', 'w1 w3', 'wi_0 wi_1' # layers that read one input, as models call them

@@ -22,7 +22,7 @@ from huggingface_hub import DatasetCardData, HfApi
 from huggingface_hub.errors import HFValidationError, HfHubHTTPError
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from .base import base_tokenizer, byte_tokenizer
+from .base import Refused, base_tokenizer, byte_tokenizer
 from .core import HydraError, canonical, digest, one_of, progress, read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from .data import card_names, draw, encode, grams, load, load_card, prompt_key, toy_records
 from .report import markdown_table
@@ -244,11 +244,13 @@ def tokenizer_of(
     "The tokenizer that counts tokens for a base"
     return byte_tokenizer() if base=='bytes' else base_tokenizer(base)
 
-def _fitting(rows, tokenizer, max_length, sizes):
-    "Rows that are not too long; their (tokens, response tokens) go to `sizes` by id"
-    longest = max_length or 10**9
+def _fitting(rows, tokenizer, max_length, sizes, refused=None):
+    "Rows that are not too long; their (tokens, response tokens) go to `sizes` by id, the ids of those that the base's template refuses to `refused`"
+    longest, refused = max_length or 10**9, set() if refused is None else refused
     for r in progress(rows, desc='count tokens'):
-        if r['id'] not in sizes and (e := encode(r, tokenizer, longest, longest)): sizes[r['id']] = (len(e.ids), len(e.ids)-e.n_prompt)
+        try:
+            if r['id'] not in sizes and (e := encode(r, tokenizer, longest, longest)): sizes[r['id']] = (len(e.ids), len(e.ids)-e.n_prompt)
+        except Refused: refused.add(r['id'])
     return [r for r in rows if r['id'] in sizes]
 
 # %% ../nbs/15_unify.ipynb #cell49
@@ -267,7 +269,7 @@ def _enough(rows, part, amount, domains, shares):
         if have[d]<need: raise HydraError(f"domain {d} has {have[d]} rows for {part}, {need} were asked for; ask for fewer, give {part if part!='experts' else 'the others'} {'a larger' if part!='experts' else 'a smaller'} share than {shares.get(part, shares)}, raise max_length, or add a source")
 
 # %% ../nbs/15_unify.ipynb #cell53
-STEPS = ('closed licence','held-out prompt','held-out answer','too long','duplicate','near duplicate','left over')
+STEPS = ('closed licence','held-out prompt','held-out answer','refused by the base','too long','duplicate','near duplicate','left over')
 
 def _note(removed, step, before, after):
     "`after`, with what a step removed entered by source"
@@ -282,7 +284,10 @@ def _clean(rows, tokenizer, held, max_length, seed, licenses, threshold, removed
     rows = _note(removed, 'closed licence', rows, _allowed(rows, licenses))
     where = dict(zip(map(id, rows), leaks(rows, held)))
     for p in ('prompt','answer'): rows = _note(removed, f'held-out {p}', rows, [r for r in rows if where[id(r)]!=p])
-    rows = _note(removed, 'too long', rows, _fitting(rows, tokenizer, max_length, sizes))
+    refused = set()
+    fits = _fitting(rows, tokenizer, max_length, sizes, refused)
+    rows = _note(removed, 'refused by the base', rows, [r for r in rows if r['id'] not in refused])
+    rows = _note(removed, 'too long', rows, fits)
     rows = _note(removed, 'duplicate', rows, distinct_prompts(rows, seed))
     return _note(removed, 'near duplicate', rows, far_apart(rows, seed, threshold))
 
@@ -338,7 +343,8 @@ def unified(
     parts = {p:_budgeted([r for r in clean if at[r['id']]==p], p, want.get(p), sizes, seed) for p in PARTS}
     for p in PARTS: _enough(parts[p], p, want.get(p), {r['domain'] for r in clean}, shares)
     _note(removed, 'left over', clean, [r for rs in parts.values() for r in rs])
-    counts = dict(steps=STEPS, parts={p:_tally(rs, sizes) for p,rs in parts.items()}, sources=_sources(given, removed, parts), held=dict(sorted(Counter(r['source'] for r in held).items())), shared=_shared(parts))
+    steps = tuple(s for s in STEPS if s!='refused by the base' or any(s in lost for lost in removed.values()))
+    counts = dict(steps=steps, parts={p:_tally(rs, sizes) for p,rs in parts.items()}, sources=_sources(given, removed, parts), held=dict(sorted(Counter(r['source'] for r in held).items())), shared=_shared(parts))
     return Unified(**{p:kind_of(p)(sorted((r | dict(part=p) for r in rs), key=lambda r: r['id'])) for p,rs in parts.items()}),counts
 
 # %% ../nbs/15_unify.ipynb #cell63
@@ -360,7 +366,7 @@ def domain_rows(
     return [dict(domain=d) | {p:total(p, d, 'rows') for p in PARTS[::-1]} | dict(tokens=total('experts', d, 'tokens'), response=total('experts', d, 'response'), sources=len(counts['parts']['experts'].get(d, {}))) for d in domains]
 
 # %% ../nbs/15_unify.ipynb #cell67
-COLORS = dict(zip(('kept', *STEPS), ('#2a6f97','#7f7f7f','#d62728','#ff9896','#9467bd','#8c564b','#e6a23c','#dfe6ec')))
+COLORS = dict(zip(('kept', *STEPS), ('#2a6f97','#7f7f7f','#d62728','#ff9896','#bcbd22','#9467bd','#8c564b','#e6a23c','#dfe6ec')))
 
 def plot_removed(
     counts:dict # from `unified`, or counts.json

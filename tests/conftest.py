@@ -1,6 +1,8 @@
 "What holds for all tests: one thread, and hypothesis draws the same examples in every run."
 import os, subprocess, sys
 
+import hydramoe # noqa: F401, sets OMP_WAIT_POLICY before torch is imported
+
 os.environ.setdefault('OMP_NUM_THREADS', '1') # what they hold is small, and a second thread that waits for its core costs more than it brings
 
 import pytest # noqa: E402

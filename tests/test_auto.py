@@ -13,6 +13,9 @@ from hydramoe.hydra import BundleError, Hydra
 from hydramoe.route import similarity
 from hydramoe.stack import LoraSpec, gated, hidden, in_line, line_plan, one_hot, using
 
+from test_base import LAYOUTS, TALKS, laid_out, last_label
+from test_hydra import scripted
+
 NAMES = ['law', 'sea', 'sum']
 TEXTS = ['the court and the law', 'a ship at sea', 'add the numbers to a sum']
 ASKS = ['which court applies this law?', 'how deep is the sea under a ship?', 'what is the sum of the numbers?']
@@ -121,14 +124,16 @@ def test_generate_equals_hydra_and_its_rows(hydra, model, how):
         assert said(hydra, model.generate(**one, max_new_tokens=7, do_sample=False, **how), one)==said(hydra, out[i:i+1], x)
     assert model.gates_for(**x).argmax(1).tolist()==[0,1,2]
 
-@settings(max_examples=8, deadline=None)
-@given(st.lists(st.text(st.characters(codec='ascii', min_codepoint=32, exclude_characters='<|'), min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=4), st.integers(0, 99), st.sampled_from([.3, 1., 2.]))
-def test_sampling_draws_what_hydra_draws(hydra, model, prompts, seed, temperature):
+SHAPED = [dict(), dict(top_k=5), dict(top_k=0), dict(top_p=.6), dict(min_p=.1), dict(typical_p=.5), dict(epsilon_cutoff=.01), dict(eta_cutoff=.01), dict(top_h=.5), dict(repetition_penalty=1.5), dict(num_return_sequences=2), dict(top_k=9, top_p=.8, renormalize_logits=True)]
+
+@settings(max_examples=16, deadline=None)
+@given(st.lists(st.text(st.characters(codec='ascii', min_codepoint=32, exclude_characters='<|'), min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=4), st.integers(0, 99), st.sampled_from([.3, 1., 2.]), st.sampled_from(SHAPED))
+def test_sampling_draws_what_hydra_draws(hydra, model, prompts, seed, temperature, how):
     x = inputs(hydra, prompts)
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, 'generate'))
-        out = model.generate(**x, max_new_tokens=5, do_sample=True, temperature=temperature)
-    assert said(hydra, out, x)==hydra.generate(prompts, max_new_tokens=5, temperature=temperature, seed=seed)
+        out = model.generate(**x, max_new_tokens=5, do_sample=True, temperature=temperature, **how)
+    assert said(hydra, out, x)==hydra.generate(prompts, max_new_tokens=5, temperature=temperature, seed=seed, **how)
 
 def test_several_answers_keep_the_gates_of_their_prompt(hydra, model):
     x = inputs(hydra, ASKS)
@@ -175,6 +180,22 @@ def test_a_forward_is_routed_and_knows_what_it_cannot_see(hydra, model):
     with pytest.raises(HydraError, match='pass gates='): model(x['input_ids'][:,-1:], past_key_values=out.past_key_values)
     loss = model(**x, labels=x['input_ids']).loss
     assert torch.isfinite(loss)
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_the_model_stops_where_hydra_does(name, tmp_path):
+    "generation_config holds all the ends, the last label among them; from a bundle too"
+    b = laid_out(name, tmp_path/'base')
+    m = HydraForCausalLM(hydra_on(b))
+    assert m.generation_config.eos_token_id==b.ends and {last_label(b.tokenizer, talk) for talk in TALKS}<=set(b.ends)
+    if name not in ('llama3', 'pythia', 'not-special'): return
+    m.save_pretrained(tmp_path/'bundle')
+    m, t = AutoModelForCausalLM.from_pretrained(tmp_path/'bundle'), AutoTokenizer.from_pretrained(tmp_path/'bundle')
+    assert m.generation_config.eos_token_id==b.ends==m.hydra.model.generation_config.eos_token_id and t.chat_template==b.tokenizer.chat_template
+    x = inputs(m.hydra, ASKS[:1])
+    for end in b.ends:
+        says = [t('H', add_special_tokens=False).input_ids[-1], end, 9, 9]
+        with scripted(m.base, says): assert m.generate(**x, max_new_tokens=4, do_sample=False)[0, x['input_ids'].shape[1]:].tolist()==says[:2]
+        with scripted(m.base, says): assert said(m.hydra, m.generate(**x, max_new_tokens=4, do_sample=False), x)==['H']
 
 # ---- in and out
 def files(d): return {p.relative_to(d).as_posix(): p.read_bytes() for p in Path(d).rglob('*') if p.is_file()}

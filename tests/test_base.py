@@ -1,11 +1,13 @@
 "Bases: what loads, what is refused, and what a fingerprint must survive"
-import shutil
+import json, shutil
 import pytest, torch
 import hydramoe.base as hb
 from hydramoe.base import checkpoint_fingerprint, differentiable_nf4, fingerprint, load_base, smollm2_dir, target_layers, tiny_base
 from hydramoe.core import HydraError, read_json
+from hydramoe.data import encode, record
 from hydramoe.store import stage
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
+from tokenizers import AddedToken, processors
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 @pytest.fixture(scope='module')
 def tiny(): return tiny_base()
@@ -180,10 +182,86 @@ def test_a_folder_that_lacks_something(tiny, tmp_path, file, words):
     (saved(tiny, tmp_path)/file).unlink()
     with pytest.raises(HydraError, match=words): hb.base_key(tmp_path)
 
-@pytest.mark.parametrize('end', [None, 2, [2], [2, 0]])
-def test_ends_are_a_set(end):
-    from types import SimpleNamespace
-    assert hb._ends(SimpleNamespace(eos_token_id=end))==sorted({end} if isinstance(end, int) else set(end or []))
+# --- where an answer ends -------------------------------------------------------------------------------------------
+
+HEADED = "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content']|trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+BARRED = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+INST = "{{ bos_token }}{% for m in messages %}{% if m['role']=='user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+ROLES = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}" # nothing behind an answer
+SHARPS = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n### end\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+L3, CHAT, GEMMA, PHI = ['<|begin_of_text|>', '<|end_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eom_id|>', '<|eot_id|>'], ['<|endoftext|>', '<|im_start|>', '<|im_end|>'], ['<pad>', '<eos>', '<bos>', '<start_of_turn>', '<end_of_turn>'], ['<|endoftext|>', '<|assistant|>', '<|user|>', '<|end|>']
+def layout(marks, template, eos, listed, bos=None, plain=()): return marks, template, eos, listed, bos, plain
+LAYOUTS = { # its marks, template, eos, what generation_config lists; bos if every text begins with it; marks that are not special
+    'llama3': layout(L3, '{{ bos_token }}'+HEADED, L3[1], [L3[1], L3[4], L3[5]], L3[0]), 'llama3-lists-none': layout(L3, HEADED, L3[1], [], L3[0]), 'llama3-base': layout(L3, None, L3[1], [L3[1]], L3[0]),
+    'llama2': layout(['<unk>', '<s>', '</s>'], INST, '</s>', ['</s>'], '<s>'), 'llama2-base': layout(['<unk>', '<s>', '</s>'], None, '</s>', ['</s>'], '<s>'),
+    'qwen': layout(CHAT, hb.chatml, CHAT[2], [CHAT[2], CHAT[0]]), 'qwen-base': layout(CHAT, hb.chatml, CHAT[0], [CHAT[0]]),
+    'smollm2-base': layout(CHAT, None, CHAT[0], [CHAT[0]]), 'smollm2-edited': layout(CHAT, hb.chatml, CHAT[0], [CHAT[0], CHAT[2]]),
+    'gemma-it': layout(GEMMA, hb.gemma_chat, '<eos>', ['<eos>', '<end_of_turn>'], '<bos>'), 'gemma-base': layout(GEMMA, None, '<eos>', ['<eos>'], '<bos>'),
+    'phi3': layout(PHI, BARRED, PHI[0], [PHI[0], PHI[1], PHI[3]]), 'not-special': layout(PHI, BARRED, PHI[0], [PHI[0]], plain=PHI[1:]),
+    'pythia': layout(['<|endoftext|>', '<|padding|>'], None, '<|endoftext|>', ['<|endoftext|>'], plain=['  ', '    ']), 'pythia-chatml': layout(['<|endoftext|>'], hb.chatml, '<|endoftext|>', ['<|endoftext|>']),
+    'nothing-behind': layout(PHI, ROLES, PHI[0], [PHI[0], PHI[2]]), 'text-behind': layout(['<eos>'], SHARPS, '<eos>', []), 'spaces-behind': layout(['<eos>'], SHARPS.replace('### end\\n', '  '), '<eos>', [], plain=['\n', '  ']),
+    'no-eos': layout(CHAT[:1], None, None, CHAT[:1]), 'no-eos-but-chatml': layout(CHAT, hb.chatml, None, [])}
+
+def laid_out(name, to):
+    "A random Llama in a folder, with a tokenizer of bytes and the marks, template and lists of a layout"
+    marks, template, eos, listed, bos, plain = LAYOUTS[name]
+    b = hb.byte_tokenizer().backend_tokenizer
+    raw = json.loads(b.to_str())
+    letters = [c for c in raw['model']['vocab'] if len(c)==1]
+    raw['model']['vocab'], raw['added_tokens'] = {c: i for i,c in enumerate([m for m in marks if m not in plain]+letters)}, []
+    t = PreTrainedTokenizerFast(tokenizer_object=type(b).from_str(json.dumps(raw)), eos_token=eos, bos_token=bos, chat_template=template)
+    t.add_special_tokens({'additional_special_tokens': [m for m in marks if m not in plain]})
+    t.add_tokens([AddedToken(m, special=False, normalized=False) for m in plain])
+    if bos: t.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, t.convert_tokens_to_ids(bos))])
+    with torch.random.fork_rng(): model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1))
+    with hb._quiet(): model.save_pretrained(to)
+    t.save_pretrained(to)
+    (to/'generation_config.json').write_text(json.dumps(dict(eos_token_id=t.convert_tokens_to_ids(listed)) if listed else {}))
+    return load_base(to, device='cpu')
+
+TALKS = [['2+2?'], ['Hi.', 'Ahoy!', 'Who are you?']]
+def last_label(tokenizer, talk, answer='It is 4.'):
+    "The last id of an encoded record that is not white space"
+    asked = [dict(role=('user', 'assistant')[i%2], content=c) for i,c in enumerate(talk)]
+    e = encode(record(asked, answer, source='x', domain='x', license='x'), tokenizer)
+    return [i for i in e.ids[e.n_prompt:] if tokenizer.decode([i]).strip()][-1]
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_the_last_label_is_an_end(name, tmp_path):
+    "Template, tokenizer and generation_config agree, whatever each says; letters are no ends"
+    b = laid_out(name, tmp_path)
+    assert {last_label(b.tokenizer, talk) for talk in TALKS} <= set(b.ends)
+    assert set(b.tokenizer.convert_tokens_to_ids(LAYOUTS[name][3])) <= set(b.ends) and set(b.ends) <= set(hb._marks(b.tokenizer))
+    assert b.ends==sorted(b.ends)==b.model.generation_config.eos_token_id and not ({'<|user|>', '<|im_start|>'}-set(LAYOUTS[name][3])) & set(b.tokenizer.convert_ids_to_tokens(b.ends))
+    assert b.tokenizer.decode(b.ends, skip_special_tokens=True)==''
+
+@pytest.mark.parametrize('name', [n for n in LAYOUTS if LAYOUTS[n][1] is None])
+def test_chatml_for_a_base_without_a_template(name, tmp_path):
+    "One id ends an answer; a text begins as the tokenizer begins it; with an answer it only appends"
+    t = laid_out(name, tmp_path).tokenizer
+    ask, answer = [dict(role='user', content='Hi.'), dict(role='assistant', content='Ahoy!'), dict(role='user', content='2+2?')], [dict(role='assistant', content='4')]
+    prompt, whole = hb.render(t, ask), hb.render(t, ask, answer)
+    assert whole.startswith(prompt+'4') and len(t(whole[len(prompt)+1:].strip(), add_special_tokens=False).input_ids)==1
+    assert t(prompt, add_special_tokens=False).input_ids[:1]==t('x').input_ids[:1] if t.bos_token else prompt.startswith('<|im_start|>user')
+    assert 'weather' in hb.render(t, ask, tools=[dict(name='weather')])
+
+def test_a_letter_is_never_made_an_end(tmp_path):
+    "No eos anywhere but what the configuration class has by itself, which is a letter here; and plain text that the vocabulary does not know is no mark"
+    laid_out('no-eos', tmp_path)
+    for f in ('config.json', 'generation_config.json'): (tmp_path/f).write_text(json.dumps((json.loads((tmp_path/f).read_text()) if (tmp_path/f).is_file() else {}) | dict(eos_token_id=2)))
+    b = load_base(tmp_path, device='cpu')
+    assert b.tokenizer.eos_token is None and b.ends==[] and b.tokenizer.convert_ids_to_tokens(2) not in b.tokenizer.all_special_tokens
+    t = hb.byte_tokenizer()
+    t.chat_template, t.unk_token, t.eos_token = SHARPS, '<|im_start|>', '<|endoftext|>'
+    t.chat_template = SHARPS.replace('### end', '<|im_start|>')
+    assert hb.end_ids(t)==[0] and hb.closing(t)=='<|endoftext|>'
+
+def test_packaged_bases_end_as_they_did():
+    "Neither their labels nor what is written change; gemma's only where it is there already"
+    tokenizers = {'tiny': hb.byte_tokenizer(), 'smollm2': hb.base_tokenizer('smollm2')}
+    if list((hb.cache_dir()/'models').glob('gemma3-*')): tokenizers['gemma3'] = hb.base_tokenizer('gemma3')
+    for t in tokenizers.values():
+        assert hb.closing(t)=='' and {last_label(t, talk) for talk in TALKS}=={t.eos_token_id}==set(hb.end_ids(t))
 
 @pytest.mark.slow
 def test_gemma3_is_a_base():

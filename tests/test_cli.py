@@ -50,9 +50,15 @@ def test_help_has_examples(command):
     out = here(*command.split(), '--help', cwd='.')
     assert out.returncode == 0 and f'hydramoe {command}' in out.stdout and '--json' in out.stdout
 
-def test_help_imports_no_torch():
-    code = "import sys, hydramoe.cli\ntry: hydramoe.cli.main(['build', '--help'])\nexcept SystemExit: pass\nprint(sorted({'torch', 'transformers', 'sklearn', 'sentence_transformers', 'papermill'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.splitlines()[-1] == '[]'
+def test_help_and_the_list_of_cards_bring_no_torch():
+    lines = [[], *([c, '--help'] for c in COMMANDS), ['data list'], ['data list', '--verified', 'all', '--json']]
+    code = f"""import contextlib, io, sys, hydramoe.cli
+for line in {lines!r}:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out), contextlib.suppress(SystemExit): hydramoe.cli.main([*line[0].split(), *line[1:]] if line else ['--help'])
+    assert out.getvalue()
+    print(line, sorted({{'torch', 'transformers', 'sklearn', 'sentence_transformers', 'matplotlib', 'papermill'}} & set(sys.modules)))"""
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(out)==len(lines) and all(l.endswith(' []') for l in out), out
 
 @pytest.mark.parametrize('argv', [[], ['fly'], ['ask'], ['build'], ['build', 'x.jsonl', '--quant', 'int3'], ['data']])
 def test_bad_usage_is_exit_2(argv): assert here(*argv, cwd='.').returncode == 2
@@ -105,6 +111,141 @@ def test_json_is_all_that_is_on_stdout(made):
         assert out.returncode == 0, out.stderr
         json.loads(out.stdout)
 
+@contextlib.contextmanager
+def terminal(encoding):
+    "Standard output of some terminal; what it was shown"
+    old, sys.stdout = sys.stdout, io.TextIOWrapper(io.BytesIO(), encoding)
+    try: yield (shown := [])
+    finally:
+        sys.stdout.flush()
+        shown.append(sys.stdout.buffer.getvalue().decode(encoding))
+        sys.stdout = old
+
+@pytest.mark.parametrize('encoding', ['latin-1', 'ascii', 'cp437'])
+def test_output_survives_any_terminal(made, encoding, monkeypatch):
+    d, _ = made
+    monkeypatch.chdir(d)
+    monkeypatch.setenv('HYDRAMOE_QUIET', '1')
+    for c in COMMANDS:
+        with terminal(encoding) as shown, contextlib.suppress(SystemExit): main([*c.split(), '--help'])
+        assert f'hydramoe {c}' in shown[0]
+    with terminal(encoding) as shown: assert main(['explain', 'mine-hydra', '你好 grüß']) == 0
+    assert '\\u4f60' in shown[0]
+    with terminal(encoding) as shown: assert main(['ask', 'mine-hydra', '你好 grüß', '--max-new-tokens', '6', '--json']) == 0
+    assert json.loads(shown[0])['prompt']=='你好 grüß'
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('你好\n'))
+    with terminal(encoding) as shown: assert main(['chat', 'mine-hydra', '--max-new-tokens', '6']) == 0
+    assert '1 turns' in shown[0]
+
+def test_a_shell_of_another_encoding():
+    out = subprocess.run([sys.executable, '-m', 'hydramoe.cli', 'build', '--help'], capture_output=True, env=os.environ | dict(PYTHONIOENCODING='latin-1'))
+    assert out.returncode==0 and b'examples:' in out.stdout and not out.stderr
+    for argv in (['ask', 'x', b'caf\xe9'], [b'caf\xe9']):
+        out = subprocess.run([sys.executable, '-m', 'hydramoe.cli', *argv], capture_output=True)
+        assert out.returncode==2 and b'Traceback' not in out.stderr and b'UTF-8' in out.stderr, out.stderr
+
+@pytest.mark.parametrize('how', [('utf-8', 'strict'), ('utf-8', 'surrogateescape'), ('ascii', 'strict')])
+def test_input_that_is_no_text(made, how, monkeypatch):
+    d, _ = made
+    monkeypatch.chdir(d)
+    monkeypatch.setenv('HYDRAMOE_QUIET', '1')
+    for argv in (['ask', 'mine-hydra', '-'], ['chat', 'mine-hydra']):
+        monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'caf\xe9\n'), *how))
+        assert main(argv)==2
+
+@pytest.mark.parametrize('error', [ZeroDivisionError(), RuntimeError('boom\nand more'), RecursionError(), MemoryError(), TypeError('x\udcff'), AssertionError('ä'*5000)], ids=lambda e: type(e).__name__)
+def test_the_last_net(error, monkeypatch, tmp_path):
+    from hydramoe import cli
+    def bug(a): raise error
+    monkeypatch.setitem(cli.COMMANDS, 'bug', cli.Command(bug, 'x', (), ()))
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    out = here('bug', cwd=tmp_path)
+    assert (out.returncode, out.stdout) == (1, '')
+    assert out.stderr.startswith(f'hydramoe: internal error: {type(error).__name__}') and out.stderr.count('\n')==1 and len(out.stderr)<600
+    trace = Path(out.stderr.split('the trace is in ')[1].strip())
+    assert trace.is_relative_to(tmp_path) and 'in bug' in trace.read_text()
+    monkeypatch.setenv('HYDRAMOE_CACHE', '/proc/nowhere')
+    monkeypatch.setattr('tempfile.gettempdir', lambda: '/proc/nowhere')
+    assert here('bug', cwd=tmp_path).returncode==1
+    monkeypatch.setenv('HYDRAMOE_TRACE', '1')
+    with pytest.raises(type(error)): here('bug', cwd=tmp_path)
+
+NUMBERS = [(f'--{n}', v) for n,vs in dict(lr=('-1', '0', 'nan', 'inf'), fork=('nan', 'inf', '-1', '1.5', '7'), memory=('nan', '0', 'inf', '1e300'), rank=('0', '65', '-3', '9'*30), k=('0', '-1', '40'), epochs=('0', '-2'), tokens=('0',),
+           threads=('0', '9999999'), workers=('0', '-1'), seed=('9'*30,), encoder=('nowhere', '/etc', ''), targets=('', 'nope', ','), base=('/etc', '', 'x'*5000, '~nobody-at-all/x'), domains=('nowhere.yaml',)).items() for v in vs] + [('--max-length', '0'), ('--top-k', '0')]
+
+@pytest.mark.parametrize('flag, value', NUMBERS, ids=lambda x: x[:12])
+def test_a_dry_run_refuses_what_a_build_refuses(made, flag, value):
+    d, _ = made
+    tiny = TINY[:4] if flag=='--encoder' else TINY[2:] if flag=='--base' else TINY
+    for dry in ([], ['--dry-run']):
+        out = here('build', 'mine.jsonl', *tiny, f'{flag}={value}', '--out', 'not', '--quiet', *dry, cwd=d)
+        assert out.returncode==2 and 'Traceback' not in out.stderr and not (d/'not').exists(), out.stderr
+        assert flag[2:].replace('-', '_') in out.stderr.replace('-', '_') or value in out.stderr
+
+def test_here_is_one_process(made):
+    d, _ = made
+    for dry in ([], ['--dry-run']): assert here('build', 'mine.jsonl', *TINY, '--executor', 'here', '--workers', 2, '--out', 'not', *dry, cwd=d).returncode==2
+
+@pytest.mark.parametrize('argv', [['build', 'mine.jsonl', *TINY], ['build', 'mine.jsonl', *TINY, '--dry-run'], ['build', 'mine-hydra', '--add', 'mine.jsonl', '--name', 'x'], ['build', 'mine-hydra', '--remove', 'x'], ['build', '--from', 'x'],
+                                  ['domains', 'mine.jsonl', *TINY[:2]], ['explain', 'mine-hydra', 'hi', '--png']], ids=lambda a: ' '.join(a[:3]))
+def test_a_place_that_cannot_be_written_is_refused_first(made, argv, monkeypatch):
+    d, _ = made
+    from hydramoe import hydra
+    def late(*a, **kw): raise AssertionError('too late')
+    for name in ('gather', 'add_expert', 'remove_expert', 'adopt', 'propose_domains', 'explain_bundle'): monkeypatch.setattr(hydra, name, late)
+    (d/'a-file').write_text('')
+    before = sorted(d.rglob('*'))
+    for place in ('/', '.', 'a-file/x', '/proc/x/y', 'a-file', 'n'*250, 'a\0b'):
+        out = here(*argv, *([] if argv[-1]=='--png' else ['--out']), place + ('.png' if argv[-1]=='--png' and place[-1] in 'xybn' else ''), cwd=d)
+        assert out.returncode==2 and out.stderr.count('\n')==1, out.stderr
+    assert sorted(d.rglob('*'))==before
+
+def test_suggestions_can_be_typed(made):
+    d, _ = made
+    (d/'my rows.jsonl').write_text((d/'mine.jsonl').read_text())
+    out = here('build', 'my rows.jsonl', *TINY, '--k', 2, '--out', "Anna's $HOME", '--quiet', cwd=d)
+    assert out.returncode==0, out.stderr
+    words = shlex.split(out.stdout.rsplit('try it: ', 1)[1])
+    assert words[:3]==['hydramoe', 'ask', "Anna's $HOME"] and len(words)==4
+    assert here(*words[1:], '--max-new-tokens', 2, cwd=d).returncode==0
+    out = here('domains', 'my rows.jsonl', *TINY[:2], *TINY[4:], '--k', 2, '--out', 'my domains.yaml', '--quiet', cwd=d)
+    assert shlex.split(out.stdout.split('then: ')[1].split(', with')[0])==['hydramoe', 'build', 'my rows.jsonl', '--domains', 'my domains.yaml']
+
+def test_names_that_no_expert_can_have(made):
+    d, _ = made
+    for file in ('my new.data.jsonl', 'base.jsonl', 'Base.jsonl'):
+        (d/file).write_text((d/'mine.jsonl').read_text())
+        out = here('build', 'mine-hydra', '--add', file, cwd=d)
+        assert out.returncode==2 and '--name' in out.stderr and out.stderr.count('\n')==1
+    one = next((d/'mine-hydra'/'experts').iterdir())
+    for argv in (['mine-hydra', '--add', 'mine.jsonl', '--name', 'base'], ['--from', f'base={one}', '--out', 'x']): assert "'base' is taken" in here('build', *argv, cwd=d).stderr
+
+@pytest.mark.parametrize('flags', [['--temperature', 'nan'], ['--temperature=-1'], ['--temperature', 'inf'], ['--temperature', '1e-40'], ['--max-new-tokens', '0'], ['--max-new-tokens=-7'], ['--seed', '9'*30], ['--expert', ''], ['--expert', 'poet'], ['--base', '/etc']], ids=' '.join)
+def test_what_cannot_be_asked(made, flags):
+    d, _ = made
+    for c in (['ask', 'mine-hydra', 'hi'], ['chat', 'mine-hydra']):
+        out = here(*c, *flags, cwd=d, input='hi\n')
+        assert (out.returncode, out.stdout, out.stderr.count('\n'))==(2, '', 1)
+
+def test_pictures_and_notebooks_that_are_none(made):
+    d, _ = made
+    for png in ('x.xyz', 'x', '.', '/', '..', 'mine-hydra'):
+        out = here('explain', 'mine-hydra', 'hi', '--png', png, cwd=d)
+        assert (out.returncode, out.stdout, out.stderr.count('\n'))==(2, '', 1)
+    for text in ('[1, 2]', '3', '{}', '{"cells": 3}', '{"cells": [3]}', '{"cells": [{"metadata": []}]}', '['*900+']'*900, ''):
+        (d/'x.json').write_text(text)
+        out = here('run', 'x.json', cwd=d)
+        assert (out.returncode, out.stderr.count('\n'))==(2, 1), out.stderr
+
+def test_words_of_a_script_without_spaces(made):
+    d, _ = made
+    asked = [f'{where}{when}的天气怎么样？' for where in '北京 上海 广州 成都'.split() for when in '今天 明天 后天'.split()], [f'请{how}计算{what}的导数。' for how in '简单 仔细 一步一步'.split() for what in '正弦 余弦 对数 指数'.split()]
+    (d/'zh.jsonl').write_text('\n'.join(json.dumps(dict(prompt=p, completion='好')) for ps in asked for p in ps))
+    out = here('domains', 'zh.jsonl', *TINY[:2], *TINY[4:], '--k', 2, '--out', 'zh.yaml', cwd=d)
+    assert out.returncode==0 and 'without spaces' in out.stderr and 'sentence-transformers' in out.stderr
+    import yaml
+    for e in yaml.safe_load((d/'zh.yaml').read_text())['domains']: assert len({'天气' in x for x in e['examples']})==1
+
 def test_a_prompt_from_standard_input(made):
     d, _ = made
     a = here('ask', 'mine-hydra', '-', '--max-new-tokens', 4, cwd=d, input='What is 2+2?')
@@ -114,8 +255,9 @@ def test_a_prompt_from_standard_input(made):
 
 def test_chat_ends_with_its_input(made):
     d, _ = made
-    out = here('chat', 'mine-hydra', '--max-new-tokens', 4, cwd=d, input='hi\nand you?\n')
-    assert out.returncode == 0 and out.stdout.strip().endswith('2 turns')
+    for said in ('hi\nand you?\n', '\n\nhi\n \t\n\nand you?', 'hi\r\n\r\nand you?\r\n\n'):
+        out = here('chat', 'mine-hydra', '--max-new-tokens', 4, cwd=d, input=said)
+        assert out.returncode == 0 and out.stdout.strip().endswith('2 turns')
 
 def test_ctrl_c_is_130(made):
     d, _ = made

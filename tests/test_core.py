@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from hydramoe import core
-from hydramoe.core import HydraError, canonical, derive_seed, digest, one_of, progress, read_json, read_jsonl, repo_root, rng, write_bytes, write_json, write_jsonl
+from hydramoe.core import HydraError, canonical, check_writable, derive_seed, digest, number, one_of, progress, read_json, read_jsonl, repo_root, rng, write_bytes, write_json, write_jsonl
 
 scalars = st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=['Cs']))
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), max_size=5), v, max_size=4), max_leaves=12)
@@ -108,3 +108,35 @@ def test_core_is_light():
 def test_choices():
     assert one_of(2, (1, 2), 'k')==2
     with pytest.raises(HydraError, match=r"k='rnak' is not known; choose one of rank, alpha; did you mean 'rank'\?"): one_of('rnak', ['rank', 'alpha'], 'k')
+
+@given(st.integers(-10, 10) | st.floats(-10, 10) | st.floats() | st.booleans() | st.none() | st.text(max_size=3) | st.integers(10**300, 10**400), st.booleans(), st.integers(-3, 3), st.integers(4, 8))
+def test_a_number_is_of_its_kind_finite_and_in_its_range_or_refused_by_its_word(x, whole, low, high):
+    good = type(x) in ((int,) if whole else (int, float)) and low<=x<=high
+    if good: assert number(x, 'k', whole=whole, least=low, most=high) is x
+    else:
+        with pytest.raises(HydraError, match='^k='): number(x, 'k', whole=whole, least=low, most=high)
+    for kind in (np.int64, np.float32):
+        if good and type(x) is int: assert type(number(kind(x), 'k', least=low)) in (int, float)
+
+@given(st.integers(1, 100_000), st.sampled_from(['[]', '{}', 'both']))
+@settings(max_examples=20, deadline=None)
+def test_json_of_any_depth_is_read_or_refused(depth, kind):
+    import tempfile
+    a, b = {'[]': ('[', ']'), '{}': ('{"a":', '}'), 'both': ('[{"a":', '}]')}[kind]
+    with tempfile.TemporaryDirectory() as d:
+        for f,read in ((Path(d)/'x.json', read_json), (Path(d)/'x.jsonl', read_jsonl)):
+            f.write_text(a*depth + '1' + b*depth)
+            if depth*(1+(kind=='both'))<=100: canonical(read(f)); continue
+            with pytest.raises(HydraError, match='nested more than'): read(f)
+
+def test_a_place_is_tried_and_left_as_it_was(tmp_path):
+    (tmp_path/'file').write_text('x')
+    (tmp_path/'folder').mkdir()
+    (tmp_path/'dangling').symlink_to(tmp_path/'gone')
+    before = sorted(p.name for p in tmp_path.rglob('*'))
+    for good in ('new', 'a/b/c', 'folder/x', 'file'): check_writable(tmp_path/good)
+    for bad in ('folder', 'file/x', 'file/x/y', 'dangling/x', 'n'*250, 'a/'+'n'*300+'/b', '\udcff', 'a\0b'):
+        with pytest.raises(HydraError): check_writable(tmp_path/bad)
+    for bad in ('/', '/proc/x/y', ''):
+        with pytest.raises(HydraError): check_writable(bad)
+    assert sorted(p.name for p in tmp_path.rglob('*'))==before

@@ -1,9 +1,10 @@
 "Data: what does not fit a lesson (TRL's own rendering, hash seeds, damaged files)"
-import json, random, re
+import copy, json, random, re
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from hydramoe import data
-from hydramoe.base import byte_tokenizer, smollm2_dir
+from hydramoe.base import Refused, byte_tokenizer, chatml, check_base, divided, gemma_chat, heard, render, smollm2_dir
+from hydramoe.core import HydraError
 
 
 @pytest.fixture(scope='module')
@@ -113,3 +114,111 @@ def test_a_template_puts_each_value_where_its_column_is_named(row, draw):
     keys = draw.draw(st.lists(st.sampled_from(sorted(row)), max_size=4))
     assert data.fill('|'.join(['', *(f'{{{k}}}' for k in keys), '']), row) == '|'.join(['', *(str(row[k]) for k in keys), ''])
     assert data.fill('|'.join(['', *(f'{{{k}?}}' for k in keys), '{nothing_here?}|']), row) == '|'.join(['', *(str(row[k]) for k in keys), '|'])
+
+
+# --- a row in the light of its base ----------------------------------------------------------------------------------
+
+TURNS = "{% for m in messages %}{{ '<|im_start|>'+m['role']+'\\n'+m['content']+'<|im_end|>\\n' }}{% endfor %}"
+SPACE = "{% for m in messages %}{{ m['role'].capitalize()+': '+m['content']+'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+THINKS = TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+SILENT = TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+STRIPS = THINKS.replace("m['content']", "m['content'].split('</think>')[-1].lstrip()") # the past has no thoughts
+SAYS_SO = THINKS.replace("+m['content']", "+('<think>\\n' if m['role']=='assistant' else '')+m['content']") # the past has them too
+NO_SYSTEM = "{% if messages[0]['role']=='system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+IN_TURN = "{% for m in messages %}{% if (m['role']=='user')!=(loop.index0%2==0) %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+
+def with_template(tok, template):
+    tok = copy.deepcopy(tok)
+    tok.chat_template = template
+    return tok
+
+def ids_of(tok, text): return tok(text, add_special_tokens=False)['input_ids']
+
+@pytest.mark.parametrize('which', ['byte', 'smol'])
+@pytest.mark.parametrize('template', [SPACE, THINKS, SILENT, STRIPS, SAYS_SO, NO_SYSTEM+THINKS, NO_SYSTEM+IN_TURN+SPACE])
+def test_the_boundary_is_made_where_generation_begins(which, template, request):
+    "Case 5: whatever a template writes where the answer begins, the prompt's ids are those that generation is given, and the answer is learned to its end"
+    tok = with_template(byte_tokenizer() if which == 'byte' else request.getfixturevalue('smol'), template)
+    for r in ROWS[:3] + [data.record('q', a, 'x') for a in ('e', '<|im_end|>', 'Goethe. Goethe.', '12')]:
+        e, said = data.encode(r, tok, 1000, 1000), r['completion'][0]['content']
+        assert e.ids[:e.n_prompt] == ids_of(tok, render(tok, r['prompt']))
+        assert tok.decode(e.ids[e.n_prompt:]) == said+'<|im_end|>\n'
+
+@pytest.mark.parametrize('template', [THINKS, SILENT, STRIPS, SAYS_SO])
+def test_thoughts_in_an_answer_are_learned_once(template):
+    tok = with_template(byte_tokenizer(), template)
+    e = data.encode(data.record('Who?', '<think>\nHm.\n</think>\n\nGoethe.' if template!=SAYS_SO else 'Hm.\n</think>\n\nGoethe.', 'x'), tok)
+    text = tok.decode(e.ids)
+    assert text.count('Hm.') == 1 and text.endswith('Goethe.<|im_end|>\n') and (template == SILENT or text.count('<think>') == 1)
+
+words = st.text(st.characters(codec='utf-8', exclude_categories=['Cs']), min_size=1, max_size=30).filter(str.strip)
+
+@pytest.fixture(scope='module')
+def packaged(smol): return [smol, byte_tokenizer(), with_template(byte_tokenizer(), gemma_chat), with_template(smol, chatml)]
+
+@settings(max_examples=40, deadline=None)
+@given(words, words, st.booleans())
+def test_the_packaged_bases_are_read_as_ever(packaged, q, a, system):
+    "For their templates the ids are those of the whole text at once, so nothing that was published changes"
+    prompt = [*([dict(role='system', content='Be brief.')] if system else []), dict(role='user', content=q)]
+    r = data.record(prompt, a, 'x')
+    for tok in packaged:
+        e = data.encode(r, tok, 10**6, 10**6)
+        whole = tok.apply_chat_template([*r['prompt'], *r['completion']], tokenize=False)
+        assert e.ids == ids_of(tok, whole) and render(tok, r['prompt']) == tok.apply_chat_template(r['prompt'], tokenize=False, add_generation_prompt=True)
+
+FAUST = [dict(role='system', content='Be brief.'), dict(role='user', content='Who wrote Faust?')]
+DROPS = TURNS.replace("{% for m in messages %}", "{% for m in messages if m['role']!='system' %}")
+ODD = ["{{ 1/0 if messages[0]['role']=='system' else '' }}", "{{ messages[0]['nothing']['x'] if messages[0]['role']=='system' else '' }}", "{% if messages[0]['role']=='system' %}{{ 1 + 'a' }}{% endif %}"]
+
+@pytest.mark.parametrize('template', [NO_SYSTEM+SPACE, DROPS, *(o+SPACE for o in ODD)])
+def test_a_system_turn_that_is_not_taken_is_said_by_the_user(template):
+    "Case 3, in training and in answering alike, whether the template raises an error of any kind or drops it in silence"
+    tok = with_template(byte_tokenizer(), template)
+    folded = [dict(role='user', content='Be brief.\n\nWho wrote Faust?')]
+    assert heard(tok, FAUST) == folded and render(tok, FAUST) == render(tok, folded)
+    assert data.encode(data.record(FAUST, 'Goethe.', 'x'), tok).ids == data.encode(data.record(folded, 'Goethe.', 'x'), tok).ids
+    assert heard(byte_tokenizer(), FAUST) == FAUST
+
+def test_tools_of_a_template_without_system_turns_reach_the_user():
+    tok = with_template(byte_tokenizer(), NO_SYSTEM+SPACE)
+    text = render(tok, FAUST, tools=[dict(name='library')])
+    assert text.startswith('User: Be brief.') and 'library' in text and text.endswith('Who wrote Faust?<|im_end|>\nAssistant: ')
+
+@pytest.mark.parametrize('msgs', [[dict(role='user', content='a'), dict(role='user', content='b')], [*FAUST[1:], dict(role='assistant', content='call'), dict(role='tool', content='4')],
+                                  [*FAUST, dict(role='user', content='b')], [dict(role='user', content='a'), dict(role='assistant', content='x'), dict(role='system', content='z')]])
+def test_what_a_template_refuses_is_a_refusal_in_its_own_words(msgs):
+    tok = with_template(byte_tokenizer(), NO_SYSTEM+IN_TURN+SPACE)
+    with pytest.raises(Refused, match='must alternate|not supported'): render(tok, msgs)
+    with pytest.raises(HydraError, match='record x/.*(must alternate|not supported)'): data.encode(data.record(msgs, 'y', 'x'), tok)
+
+def test_a_template_without_an_answer_is_refused_with_the_true_reason():
+    for template in (SPACE.replace("m['content']", "m['content']|length|string"), "{% if add_generation_prompt %}Go: {% endif %}"):
+        if 'length' in template: template = template.replace("'Assistant: '", "'Bot: '")
+        with pytest.raises(Refused, match='does not write the answer'): divided(with_template(byte_tokenizer(), template), FAUST[1:], [dict(role='assistant', content='Goethe.')])
+
+def test_pads_are_masked_so_any_id_will_do(smol):
+    "Case 7: neither eos nor pad; a pad that the embedding has no row for"
+    bare = copy.deepcopy(smol); bare.eos_token = bare.pad_token = None
+    added = copy.deepcopy(smol); added.add_special_tokens(dict(pad_token='[PAD]'))
+    assert added.pad_token_id == 49152
+    for tok in (bare, added):
+        before = data.encode(ROWS[1], tok).ids
+        assert check_base(tok, 49152).pad_token_id < 49152
+        assert tok(['a', 'a b c'], padding=True)['input_ids'] and data.encode(ROWS[1], tok).ids == before
+        assert tok.decode(ids_of(tok, 'Ahoy! #0'), skip_special_tokens=True) == 'Ahoy! #0'
+    mute = with_template(bare, chatml.replace('<|im_end|>', ''))
+    with pytest.raises(HydraError, match='base here: nothing says where an answer ends'): check_base(mute, 49152, 'here')
+    with pytest.raises(HydraError, match='base here: it cannot write even one question'): check_base(with_template(bare, "{{ raise_exception('no') }}"), 49152, 'here')
+
+def test_records_of_one_conversation_stay_on_one_side_whether_they_say_so_or_not():
+    u, b = (lambda t, role=role: dict(role=role, content=t) for role in ('user', 'assistant'))
+    for i in range(2):
+        rows = [data.record([u('q')], 'a', 'x'), data.record([u('q'), b('a'), u('r')], 'c', 'x'), data.record([u('q'), b('a'), u('r'), b('c'), u('s')], 'd', 'x')][i:]
+        assert len(set(data.sides(rows))) == 1
+    shots = [u('1+1'), b('2')] # the same examples before every question make no conversation of them
+    rows = [data.record([*shots, u(f'{i}+{i}')], str(2*i), 'x') for i in range(9)]
+    assert len(set(data.sides(rows))) == 9
+    assert len(set(data.sides([r | dict(group=i//3) for i, r in enumerate(rows)]))) == 3
+    parts = data.split([r | dict(group=f'g{i%4}') for i, r in enumerate(rows)], dict(a=.5, b=.5))
+    assert not {r['group'] for r in parts['a']} & {r['group'] for r in parts['b']}

@@ -5,12 +5,12 @@ import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
+from transformers import DynamicCache, TextStreamer
 
 from hydramoe.base import load_base, tiny_base
 from hydramoe.cluster import lesson_texts, prompt_text
 from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra import BundleError, Chat, Hydra, check, seal_bundle
+from hydramoe.hydra import BundleError, Chat, Draw, Hydra, check, drawing, seal_bundle
 from hydramoe.route import uniform
 from hydramoe.stack import LoraSpec, gated, one_hot
 
@@ -76,6 +76,62 @@ def test_beams_and_several_answers_keep_the_gate(bundle):
     h = Hydra.load(bundle)
     out = h.generate(['ahoy', 'sum up'], expert=['sea', 'sum'], max_new_tokens=6, num_beams=2)
     assert out == [h.ask('ahoy', expert='sea', max_new_tokens=6, num_beams=2), h.ask('sum up', expert='sum', max_new_tokens=6, num_beams=2)]
+
+# --- values and letters from strangers ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('wish', [dict(do_sample=True), dict(eos_token_id=2), dict(pad_token_id=0), dict(return_dict_in_generate=True), dict(output_scores=True), dict(input_ids=torch.ones(1, 2)), dict(gates=None), dict(max_length=5), dict(generation_config=3),
+    dict(never_heard_of=1), dict(temperature=float('nan')), dict(temperature=-1), dict(temperature=float('inf')), dict(temperature=1e-40), dict(temperature='1'), dict(max_new_tokens=0), dict(max_new_tokens=2.5), dict(max_new_tokens=True), dict(seed='x'),
+    dict(expert=dict(law='x')), dict(expert=dict(law=float('nan'))), dict(expert=dict(law=1e300)), dict(expert=3), dict(expert=[]), dict(expert=('law',)), dict(top_p=2.), dict(top_k=-1), dict(num_beams=0), dict(num_return_sequences=3),
+    dict(streamer=print, num_beams=2), dict(streamer=3), dict(early_stopping='x'), dict(past_key_values=3), dict(stop_strings=['x']), dict(repetition_penalty=0)], ids=str)
+def test_what_generate_cannot_do_is_refused(bundle, wish):
+    with pytest.raises(HydraError, match=next(iter(wish)) if 'expert' not in wish else None): Hydra.load(bundle).ask('ahoy', **{**dict(max_new_tokens=3), **wish})
+
+@pytest.mark.parametrize('wish', [dict(temperature=1), dict(temperature=np.float32(1), top_p=1), dict(max_new_tokens=np.int64(3)), dict(num_beams=2, num_return_sequences=2), dict(temperature=1., num_return_sequences=2), dict(repetition_penalty=2), dict(temperature=1e-3), dict(temperature=1e300), dict(top_k=None)], ids=str)
+def test_numbers_of_any_kind_are_taken(bundle, wish): Hydra.load(bundle).ask('ahoy', **{**dict(max_new_tokens=3), **wish})
+
+def test_prompts_that_are_none(bundle):
+    h = Hydra.load(bundle)
+    for bad in ([], (), 'ahoy', None, [3], [[]], ['caf\udce9'], [[dict(role='user', content='caf\udce9')]]):
+        with pytest.raises(HydraError): h.generate(bad, max_new_tokens=2)
+    with pytest.raises(HydraError): Chat(h, margin=float('nan'))
+    with pytest.raises(HydraError): Chat(h, system='caf\udce9')
+
+def resealed(bundle, tmp_path, change=lambda man: None, file=None, text=None):
+    "A copy whose manifest was changed, with every digest right"
+    d = Path(shutil.copytree(bundle, tmp_path/'copy', dirs_exist_ok=True))
+    man = read_json(bundle/'hydra.json')
+    change(man)
+    if file:
+        (d/file).write_text(text)
+        man['files'][file] = file_sha256(d/file)
+    man.pop('seal')
+    write_json(d/'hydra.json', dict(man, seal=digest(man)))
+    return d
+
+@pytest.mark.parametrize('id', ['tiny:x', 'tiny:', 'tiny:-1', 'tiny:'+'9'*40, 'tiny:١', 'hub:'+'x'*5000, 'path:/'+'x'*900, 'path:'+'x/'*300, 'path:a\0b', 'hub:a/b c', 'hub:~nobody-at-all/x', 'pypi:x', '', 'zip:x', 'hub:', 'path:a\nb'], ids=lambda i: ascii(i[:20]))
+def test_a_base_that_cannot_be_named(bundle, tmp_path, id):
+    with pytest.raises(HydraError): Hydra.load(resealed(bundle, tmp_path, lambda man: man['base'].update(id=id)))
+
+def test_a_stranger_names_an_expert_base_or_a_precision(bundle, tmp_path):
+    for change in (lambda man: man['experts'][0].update(name='base'), lambda man: man['base'].update(quant='int3')):
+        with pytest.raises(HydraError): check(resealed(bundle, tmp_path, change))
+
+@pytest.mark.parametrize('depth', [150, 500, 950, 990, 3000, 100_000])
+def test_deep_json_in_any_file(bundle, tmp_path, depth):
+    text = '{"a":'*depth + '1' + '}'*depth
+    for f in [f for f in read_json(bundle/'hydra.json')['files'] if f.endswith('.json')]:
+        with pytest.raises(BundleError): check(resealed(bundle, tmp_path, file=f, text=text))
+    d = resealed(bundle, tmp_path)
+    (d/'hydra.json').write_text(text)
+    with pytest.raises(BundleError): Hydra.load(d)
+
+def test_an_expert_cannot_be_called_base(bundle, tmp_path):
+    from hydramoe.cluster import Domains, name_domains
+    from hydramoe.hydra import adopt
+    with pytest.raises(HydraError, match="'base' is taken"): adopt(dict(base=bundle/'experts'/'sea'))
+    with pytest.raises(HydraError, match="'BASE' is taken"): Domains(np.eye(2), ['BASE', 'x'])
+    texts = ['base base', 'base', 'height height', 'height']
+    assert 'base' not in name_domains(texts, np.array([0, 0, 1, 1]))
 
 # --- conversations ---------------------------------------------------------------------------------------------------
 
@@ -361,6 +417,101 @@ def test_the_base_is_bit_equal_before_with_and_after(quant):
         free = model.detach()
         assert torch.equal(say(free), before)
         assert all(torch.equal(p, weights[n]) for n, p in free.named_parameters())
+
+# --- where an answer ends -------------------------------------------------------------------------------------------
+
+from test_base import LAYOUTS, TALKS, laid_out, last_label
+
+@contextlib.contextmanager
+def scripted(model, says):
+    "The model says these ids, one a forward, whatever it is asked; gives how many it has said"
+    said = [0]
+    def told(module, args, out):
+        out.logits[:, -1] = -1e4
+        out.logits[:, -1, says[said[0]%len(says)]] = 1e4
+        said[0] += 1
+    hook = model.register_forward_hook(told)
+    try: yield said
+    finally: hook.remove()
+
+def rambling(tokenizer, end):
+    "An answer, its end, and the next user whom a model invents"
+    return tokenizer('Hm.', add_special_tokens=False).input_ids + [end] + tokenizer('and then user?', add_special_tokens=False).input_ids
+
+@pytest.mark.parametrize('name', ['llama3', 'qwen-base', 'gemma-it', 'phi3', 'not-special', 'pythia', 'smollm2-base', 'no-eos'])
+def test_an_answer_ends_where_training_ends_it(name, tmp_path):
+    "Asked alone, in a batch, sampled, with beams, in a conversation, by the base: it stops, and no mark is in the answer or in the stream"
+    b = laid_out(name, tmp_path)
+    h, t = Hydra(b, by_hand_on(b), uniform(NAMES)), b.tokenizer
+    for end in {last_label(t, TALKS[0]), *b.ends}:
+        says = [i for i in rambling(t, end) if b.tokenizer.bos_token is None or i != b.tokenizer.bos_token_id]
+        for ask in (lambda **kw: h.ask('?', **kw), lambda **kw: h.ask('?', expert='base', **kw), lambda **kw: h.ask('?', temperature=1., **kw), lambda **kw: h.generate(['?', 'What is the law?'], **kw)[1], lambda **kw: Chat(h)('?', **kw)):
+            with scripted(b.model, says) as said: assert ask(max_new_tokens=12) == 'Hm.'
+            assert said[0] == 4
+        with scripted(b.model, says): assert h.ask('?', max_new_tokens=12, num_beams=2) == 'Hm.'
+        seen = []
+        class Stream(TextStreamer):
+            def on_finalized_text(self, text, stream_end=False): seen.append(text)
+        with scripted(b.model, says): h.ask('?', max_new_tokens=12, streamer=Stream(t, skip_prompt=True, skip_special_tokens=True))
+        assert ''.join(seen).strip() == 'Hm.'
+
+def test_marks_written_as_text_are_no_part_of_the_answer(tmp_path):
+    "ChatML on a vocabulary that has its marks as letters: they are said, then the end of text; the answer has neither"
+    b = laid_out('pythia-chatml', tmp_path)
+    h, t = Hydra(b, by_hand_on(b), uniform(NAMES)), b.tokenizer
+    says = t('Hm.<|im_end|>\n').input_ids + [last_label(t, TALKS[0])] + t('more').input_ids
+    with scripted(b.model, says): assert h.ask('?', max_new_tokens=40) == 'Hm.'
+    assert h.base.ends == [t.eos_token_id]
+
+def test_smollm2_with_another_end_of_text_stops_after_its_answer():
+    "Laid out as Gemma-it and Phi-3 are: the tokenizer ends texts, generation_config lists both ends"
+    b = load_base('smollm2', 'fp32', 'cpu')
+    ask, tok = 'What is the capital of France?', b.tokenizer
+    h = Hydra(b, by_hand_on(b), uniform(NAMES))
+    want = h.ask(ask, expert='base', max_new_tokens=40)
+    tok.eos_token, b.model.generation_config.eos_token_id = '<|endoftext|>', [0, 2]
+    assert tok.eos_token_id == 0 and h.base.ends == [0, 2]
+    assert h.ask(ask, expert='base', max_new_tokens=40) == want and len(tok(want).input_ids) < 38
+
+# --- a seed for each call ---------------------------------------------------------------------------------------------
+
+def test_eight_threads_draw_what_each_draws_alone():
+    "And torch's own generator is as it was, also for whoever draws from it meanwhile"
+    h = by_hand()
+    jobs = [dict(prompts=['ahoy', 'what is the law of the sea?'][:1+i%2], seed=i, temperature=(.7, 1., 2.)[i%3], max_new_tokens=12, **[{}, dict(top_p=.9), dict(num_return_sequences=2)][i%3]) for i in range(8)]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    want = [h.generate(**j) for j in jobs]
+    assert len({str(w) for w in want}) == 8
+    got, gate, foreign = [[] for _ in jobs], threading.Barrier(9), []
+    def work(i):
+        gate.wait()
+        for _ in range(3): got[i].append(h.generate(**jobs[i]))
+    ts = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in ts: t.start()
+    gate.wait()
+    while any(t.is_alive() for t in ts): foreign.append(torch.rand(1).item()); time.sleep(.002)
+    for t in ts: t.join()
+    assert got == [[w]*3 for w in want]
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert foreign == [torch.rand(1).item() for _ in foreign] and torch.equal(torch.get_rng_state(), after)
+
+@pytest.mark.parametrize('how', [dict(top_k=0), dict(top_k=3), dict(top_k=0, top_p=.7), dict(min_p=.3), dict(top_k=0, temperature=2.), dict(top_k=2, temperature=.5)], ids=str)
+def test_draws_have_the_distribution_of_the_scores(how):
+    "Chi-square of 20,000 rows, after what shapes the distribution; what is ruled out is never drawn"
+    from scipy.stats import chisquare
+    from transformers import GenerationConfig
+    asked = {**how}
+    p = drawing(asked.pop('temperature', 1.), 5, 'cpu', GenerationConfig(), asked)['logits_processor']
+    assert asked == {} and type(p[-1]) is Draw
+    scores = torch.tensor([[1., 0., -1., .5, -3., 2.]]).repeat(20_000, 1)
+    want = type(p)(p[:-1])(None, scores[:1].clone())[0].softmax(-1)
+    seen = torch.bincount(p(None, scores).argmax(1), minlength=6)
+    assert not seen[want == 0].any() and chisquare(seen[want > 0], want[want > 0].double()/want.double().sum()*20_000).pvalue > .001
+
+def test_beams_that_are_drawn_are_refused():
+    with pytest.raises(HydraError, match='num_beams=2 with temperature=0.5.*temperature=0'): by_hand().ask('ahoy', temperature=.5, num_beams=2)
 
 # --- refused ---------------------------------------------------------------------------------------------------------
 
@@ -683,3 +834,166 @@ def test_groups_and_workers(tmp_path, monkeypatch):
     b = build(tmp_path/'b', epochs=1, memory=memory, root=tmp_path/'two', run=dict(executor='local', workers=2))
     assert len(list((tmp_path/'two').glob('domain_experts-*/seal.json')))==2 and len(list((tmp_path/'two').glob('collect-*/seal.json')))==1
     assert files(tmp_path/'a')==files(tmp_path/'b') and a.names==b.names
+
+# --- rows in the light of the base, and on which side of the split -------------------------------------------------------
+
+REFUSES = "{% if messages[0]['role']=='system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}{% if (m['role']=='user')!=(loop.index0%2==0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}"
+
+def strict_base(to, change=lambda t: t, refuses=REFUSES):
+    "The tiny base in a folder, with a template that refuses system turns and roles that do not alternate"
+    b = tiny_base()
+    b.model.save_pretrained(to)
+    b.tokenizer.chat_template = refuses + b.tokenizer.chat_template
+    change(b.tokenizer)
+    b.tokenizer.save_pretrained(to)
+    return str(to)
+
+def lines(file, rows):
+    file.write_text('\n'.join(map(json.dumps, rows))+'\n')
+    return file
+
+GOOD = [dict(prompt=f'What is {i} plus {i}?', completion=str(2*i)) for i in range(40)]
+TOOL = dict(prompt=[dict(role='user', content='2+2?'), dict(role='assistant', content='add(2, 2)'), dict(role='tool', content='4')], completion='It is 4.')
+QUICK = dict(quant='fp32', encoder='words', k=2, epochs=1, rank=2)
+
+def test_rows_that_a_template_refuses_are_folded_or_named_and_the_rest_is_trained_on(tmp_path):
+    "Case 3: one row with a system turn is repaired and counted, one with a tool's answer is a reject with file, line and the template's words, a long one and those beyond the budget are named"
+    from hydramoe.hydra import BuildSpec, gather, left_out
+    base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [*GOOD, dict(system='Be brief.', prompt='Who wrote Faust?', completion='Goethe.'), TOOL, dict(prompt='long', completion='x'*400)])
+    h = Hydra.build(f, tmp_path/'h', tmp_path/'stages', base=base, tokens=900, **QUICK)
+    assert 'dealt by conversation, whole, and rows with one prompt count as one: 4 rows of 4 conversations' in (tmp_path/'h'/'README.md').read_text()
+    c = h.about['built']['counts']
+    assert (c['rows'], c['refused'], c['folded'], c['too_long']) == (43, 1, 1, 1) and c['beyond_tokens'] > 0
+    assert c['rows'] == c['train']+c['dev']+c['refused']+c['too_long']+c['beyond_tokens']+c['twice']
+    lost = {r['line']: r for r in left_out(gather(f)[0], BuildSpec(base=base, tokens=900, **QUICK), tmp_path/'stages')}
+    assert len(lost) == c['rows']-c['train']-c['dev'] and all(r['file'] == str(f) and json.loads(r['raw'])['prompt'] for r in lost.values())
+    assert 'Conversation roles must alternate' in lost[42]['reason'] and lost[43]['reason'] == 'longer than max_length=300: answer has 402 tokens'
+    assert {r['reason'] for n, r in lost.items() if n < 42} == {'beyond tokens=900'}
+
+def test_a_system_turn_is_heard_alike_by_everyone(tmp_path):
+    "ask, chat, explain, the router and the model of transformers see the folded turn; what the template refuses is one HydraError in its words"
+    from hydramoe.auto import HydraForCausalLM
+    base = load_base(strict_base(tmp_path/'base'), 'fp32', 'cpu')
+    h, seen = fickle(base), []
+    class Told(Fickle):
+        def __call__(self, prompts): seen.extend(prompts); return super().__call__(prompts)
+    h.router = Told()
+    asked, folded = [dict(role='system', content='law'), dict(role='user', content='sea?')], [dict(role='user', content='law\n\nsea?')]
+    answer = h.ask(asked, max_new_tokens=6)
+    assert answer == h.ask(folded, max_new_tokens=6) == h.ask(folded, expert='law', max_new_tokens=6)
+    chat = Chat(h, 'law')
+    assert chat('sea?', max_new_tokens=6) == answer and chat('more?', max_new_tokens=6) == h.ask(chat.messages[:-1], expert=chat.turns[-1]['experts'], max_new_tokens=6)
+    x = base.tokenizer.apply_chat_template(folded, add_generation_prompt=True, return_tensors='pt', return_dict=True)
+    assert torch.equal(HydraForCausalLM(h).gates_for(x['input_ids']), h.gates([asked]))
+    assert seen and all(p[0]['role'] == 'user' and p[0]['content'].startswith('law\n\n') for p in seen)
+    for bad in ([*asked, dict(role='user', content='x')], TOOL['prompt']):
+        for f in (h.ask, lambda p: h.generate([p, 'hi'])):
+            with pytest.raises(HydraError, match="chat template refuses .*Conversation roles must alternate.*give turns"): f(bad)
+
+def test_if_the_base_refuses_every_row_the_first_are_named_by_line(tmp_path):
+    from hydramoe.hydra import BuildSpec, dealt, gather
+    base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [TOOL | dict(completion=str(i)) for i in range(5)])
+    with pytest.raises(HydraError, match=r'of 5 rows none is left to train on: 5 are refused.*mine.jsonl line 1: .*must alternate.*mine.jsonl line 2'): Hydra.build(f, root=tmp_path/'stages', base=base, **QUICK)
+    strict_base(tmp_path/'base', refuses='') # the way out: another template, and no stale stage in the way
+    assert dealt(gather(f)[0], BuildSpec(base=base), tmp_path/'stages')[1]['train'] == 5
+
+@pytest.mark.parametrize('change,works', [(lambda t: [setattr(t, k, None) for k in ('eos_token', 'pad_token')], True), (lambda t: t.add_special_tokens(dict(pad_token='[PAD]')), True),
+                                          (lambda t: [setattr(t, 'eos_token', None), setattr(t, 'chat_template', t.chat_template.replace('<|im_end|>', ''))], 'nothing says where an answer ends'),
+                                          (lambda t: [t.add_tokens('<|end|>', special_tokens=True), setattr(t, 'chat_template', t.chat_template.replace('im_end', 'end'))], r"writes '<\|end\|>' \(token 259\), and the embedding has 259 rows: enlarge")])
+def test_a_pad_is_found_and_a_base_that_cannot_serve_is_refused_before_training(tmp_path, change, works):
+    "Case 7"
+    from hydramoe.cluster import hidden_mean
+    base, f = strict_base(tmp_path/'base', change), lines(tmp_path/'mine.jsonl', GOOD)
+    if works is True:
+        b = load_base(base, 'fp32', 'cpu')
+        ask = [dict(prompt=[dict(role='user', content=t)]) for t in ('a', 'a longer prompt')]
+        assert b.tokenizer.pad_token_id < 259 and np.allclose(hidden_mean(ask, b, 1), np.concatenate([hidden_mean([p], b, 1) for p in ask]), atol=1e-5)
+        h = fickle(b)
+        assert h.generate([p['prompt'] for p in ask], max_new_tokens=4) == [h.ask(p['prompt'], max_new_tokens=4) for p in ask]
+        return
+    with pytest.raises(HydraError, match=works): Hydra.build(f, root=tmp_path/'stages', base=base, **QUICK)
+    with pytest.raises(HydraError, match=works): load_base(base, 'fp32', 'cpu')
+    assert not list((tmp_path/'stages').glob('*/seal.json'))
+
+def test_a_token_without_an_embedding_costs_its_row_and_not_the_build(tmp_path):
+    from hydramoe.hydra import BuildSpec, gather, left_out
+    base = strict_base(tmp_path/'base', lambda t: t.add_tokens('[NEW]', special_tokens=True))
+    f = lines(tmp_path/'mine.jsonl', [*GOOD, dict(prompt='What is [NEW]?', completion='new')])
+    lost, = left_out(gather(f)[0], BuildSpec(base=base), tmp_path/'stages')
+    h = fickle(load_base(base, 'fp32', 'cpu'))
+    assert lost['line'] == 41 and "holds '[NEW]' (token 259), and the embedding of the base has 259 rows" in lost['reason']
+    for f in (h.ask, h.explain, Chat(h)):
+        with pytest.raises(HydraError, match=r"the prompt holds '\[NEW\]'"): f('[NEW]')
+
+def talk(i, turns): return dict(messages=[dict(role=r, content=f'{r} says {i} and {t}') for t in range(turns) for r in ('user', 'assistant')])
+
+def parts(d): return {p: [json.loads(l) for l in (d/f'{p}.jsonl').read_text().splitlines()] for p in ('train', 'dev')}
+
+@pytest.mark.parametrize('grouped', [True, False])
+def test_one_conversation_one_side(tmp_path, grouped):
+    "Case 6: 25 conversations of 4 turns; no development row has its conversation in training, also where the records do not say what they share"
+    from hydramoe.hydra import BuildSpec, dealt, gather
+    rows = gather(lines(tmp_path/'talks.jsonl', [talk(i, 4) for i in range(25)]))[0]
+    if not grouped: rows = [{k: v for k, v in r.items() if k != 'group'} for r in rows]
+    for seed in range(4):
+        d, counts = dealt(rows, BuildSpec(base='tiny', seed=seed), tmp_path/'stages')
+        p, of = parts(d), lambda r: r['prompt'][0]['content']
+        assert not {of(r) for r in p['dev']} & {of(r) for r in p['train']} and 8 <= len(p['dev']) <= 12
+        said = {m['content'] for r in p['train'] for m in r['prompt']}
+        assert not [r for r in p['dev'] if r['completion'][0]['content'] in said]
+        assert (counts['groups'], counts['dev_groups']) == (25, len({of(r) for r in p['dev']}))
+
+def test_rows_without_conversations_are_dealt_as_ever(tmp_path):
+    from hydramoe.hydra import BuildSpec, _identity, dealt
+    rows = [dict(prompt=[dict(role='user', content=f'q{i}')], completion=[dict(role='assistant', content=f'a{i}')], domain='d') for i in range(90)]
+    order = sorted(map(_identity, rows), key=lambda i: digest([5, i]))
+    p = parts(dealt(rows, BuildSpec(base='tiny', dev=.2, seed=5), tmp_path)[0])
+    assert [r['id'] for r in p['dev']] == order[:18] and [r['id'] for r in p['train']] == order[18:]
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=25), st.floats(0, .5), st.integers(0, 3))
+def test_groups_are_dealt_whole_and_about_so_many_as_were_asked_for(sizes, dev, seed):
+    from hydramoe.hydra import _for_dev
+    side = {f'{i} {j}': str(i) for i, n in enumerate(sizes) for j in range(n)}
+    held, groups, taken = _for_dev(side, dev, seed)
+    assert len(held) == sum(n for i, n in enumerate(sizes) if f'{i} 0' in held) and taken == sum(f'{i} 0' in held for i in range(len(sizes))) and groups == len(sizes)
+    assert len(held) < len(side) and abs(len(held)-min(200, int(dev*len(side)))) <= max(sizes)
+
+def test_one_group_alone_is_trained_on_and_answers_to_one_prompt_stay_together(tmp_path):
+    from hydramoe.hydra import BuildSpec, dealt, keep_records
+    rows = [dict(prompt=[dict(role='user', content=f'q{i}')], completion=[dict(role='assistant', content=f'a{i}')], domain='d') for i in range(30)]
+    one = [dict(r, group='mine') for r in rows]
+    assert keep_records(one, tmp_path) != keep_records(rows, tmp_path)
+    counts = dealt(one, BuildSpec(base='tiny', dev=.4), tmp_path)[1]
+    assert (counts['train'], counts['dev'], counts['groups']) == (30, 0, 1)
+    twice = [dict(r, completion=[dict(role='assistant', content=a)]) for r in rows for a in 'xy']
+    p = parts(dealt(twice, BuildSpec(base='tiny', dev=.3), tmp_path)[0])
+    assert len(p['dev']) == 18 and not {prompt_text(r) for r in p['dev']} & {prompt_text(r) for r in p['train']}
+
+def test_too_few_prompts_for_the_default_k(tmp_path):
+    "A hundred answers to three prompts make at most three domains; what cannot be built is refused by a dry run too"
+    from hydramoe.cli import dry_run
+    from hydramoe.hydra import BuildSpec, dealt, settled, sorted_rows
+    rows = [dict(prompt=[dict(role='user', content=['sea', 'law', ' LAW ', 'sum of it'][i%4])], completion=[dict(role='assistant', content=str(i))], domain='d') for i in range(100)]
+    how = dict(base='tiny', quant='fp32', encoder='words', rank=2, dev=0.)
+    d, c = dealt(rows, BuildSpec(**how), tmp_path)
+    spec = settled(BuildSpec(**how), c['train'], c['prompts'])
+    sorted_rows(d, c, spec, tmp_path) # the clusters of a build
+    assert spec.k == 3 and dry_run(rows, BuildSpec(**how))[1]['spec']['k'] == 3
+    with pytest.raises(HydraError, match='k=4 experts cannot be made from 100 training rows, of whose prompts 3 differ'): dry_run(rows, BuildSpec(k=4, **how))
+
+def test_the_command_names_what_the_base_refuses(tmp_path):
+    from test_cli import TINY, here
+    base = strict_base(tmp_path/'base')
+    lines(tmp_path/'mine.jsonl', [*GOOD, TOOL, dict(nothing=1)])
+    for more in (['--dry-run'], []):
+        out = here('build', 'mine.jsonl', *TINY, '--base', base, '--k', 1, '--epochs', 1, '--rank', 2, *more, cwd=tmp_path)
+        assert out.returncode == 0 and '2 rows were refused or left out' in out.stderr
+        lost = {r['line']: r for r in map(json.loads, (tmp_path/'mine-hydra.rejects.jsonl').read_text().splitlines())}
+        assert set(lost) == {41, 42} and 'must alternate' in lost[41]['reason'] and lost[41]['file'] == lost[42]['file'] == 'mine.jsonl'
+        (tmp_path/'mine-hydra.rejects.jsonl').unlink()
+    out = here('build', 'mine-hydra', '--add', 'mine.jsonl', '--name', 'more', cwd=tmp_path)
+    assert out.returncode == 0 and (tmp_path/'mine-hydra-with-more.rejects.jsonl').read_text().count('\n') == 2, out.stderr
+    lines(tmp_path/'bad.jsonl', [TOOL, dict(nothing=1)])
+    out = here('build', 'bad.jsonl', '--base', base, cwd=tmp_path)
+    assert out.returncode == 2 and 'bad.jsonl line 1' in out.stderr and (tmp_path/'bad-hydra.rejects.jsonl').read_text().count('\n') == 2

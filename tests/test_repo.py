@@ -51,7 +51,7 @@ def test_exported_code_is_documented_and_has_no_star_imports():
     assert not bad
 
 def test_light_rooms_import_without_torch():
-    for m in ('core', 'store', 'fetch', 'report', 'reproduce', 'cli'):
+    for m in ('core', 'store', 'fetch', 'report', 'data', 'formats', 'reproduce', 'cli'):
         code = f'import sys, hydramoe.{m}; assert "torch" not in sys.modules and "papermill" not in sys.modules, sorted(sys.modules)'
         subprocess.run([sys.executable, '-c', code], check=True, cwd=root)
 

@@ -205,3 +205,14 @@ def test_real_cards(tmp_path):
     assert not {r['source'] for r in flat(got)} & set(counts['held'])
     for row in U.domain_rows(counts): assert row['tokens'] >= 150_000 and sum(row[p] for p in U.PARTS) >= 1500 and row['sources'] >= 2, row
     assert {f['path'] for f in DatasetCard.load(made/'README.md').data.configs[0]['data_files']} == {f'{p}.jsonl' for p in U.PARTS}
+
+
+def test_rows_that_the_template_of_the_base_refuses_are_counted_and_not_fatal():
+    tok = byte_tokenizer()
+    tok.chat_template = "{% for m in messages %}{% if m['role']=='tool' %}{{ raise_exception('no tools here') }}{% endif %}{% endfor %}" + tok.chat_template
+    bad = record([dict(role='user', content='2+2?'), dict(role='assistant', content='add'), dict(role='tool', content='4')], 'It is 4.', 'calls', domain='math', license='mit')
+    toys = toy_records(20)
+    got, counts = U.unified([*toys, bad], tok)
+    assert counts['sources']['calls']['removed'] == {'refused by the base': 1} and 'refused by the base' in counts['steps']
+    plain, before = U.unified(toys, byte_tokenizer())
+    assert 'refused by the base' not in before['steps'] and [len(p) for p in (got.experts, got.test)] == [len(p) for p in (plain.experts, plain.test)]

@@ -1,0 +1,102 @@
+"""Two threads of torch beside a busy process, measured: `python benchmarks/busy.py --json` (some ten minutes on two cores).
+
+A thread of torch that waits for the other one spins, by default of its OpenMP library, and a core that spins is lost to
+whatever else runs on it. With OMP_WAIT_POLICY=PASSIVE it sleeps instead; hydramoe sets that unless the user has set it.
+Measured: tokens a second of scoring (`response_losses` with nine experts, each row its own) and of training (steps of nine
+experts, fused), on the same rows, in a process of its own each time; the two policies in turn, round after round, on a quiet
+machine and beside one process that keeps a core busy; medians.
+  score_quiet, train_quiet     PASSIVE ÷ the library's own default, nothing else running: what it costs
+  score_busy, train_busy       the same beside a busy process: what it brings
+`--base tiny --rows 2 --rounds 1` takes seconds, to see that it works.
+"""
+import argparse, json, os, statistics, subprocess, sys, tempfile, time, warnings
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).parent))
+
+POLICIES = dict(passive='PASSIVE', default=None)
+NEIGHBOUR = 'while True: pass'
+
+def options():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument('--base', default='smollm2', help="'smollm2', 'tiny', a path or a Hub id")
+    p.add_argument('--quant', default='nf4', help='precision of the base')
+    p.add_argument('--domains', type=int, default=9, help='experts')
+    p.add_argument('--rows', type=int, default=4, help='rows of each expert')
+    p.add_argument('--length', type=int, default=128, help='tokens of the longest prompt, and of the longest answer')
+    p.add_argument('--threads', type=int, default=2, help='of torch')
+    p.add_argument('--rounds', type=int, default=3, help='times that each measurement is taken, in turn')
+    p.add_argument('--json', action='store_true')
+    p.add_argument('--work', choices=['score', 'train'], help=argparse.SUPPRESS)
+    return p.parse_args()
+
+def prepared(a):
+    "A gated model and the training rows of each domain"
+    import torch
+    from train import rows_of
+    from hydramoe.expert import open_base
+    from hydramoe.stack import LoraSpec, gated
+    torch.set_num_threads(a.threads)
+    a.held = 1
+    base = open_base(a.base, a.quant)
+    rows = rows_of(a, base)[0]
+    model = gated(base, slots=len(rows), spec=LoraSpec(rank=8, alpha=16))
+    for e,name in enumerate(rows): model.stack.init_expert(e, 0, name)
+    return model, rows
+
+def score(a):
+    "Seconds for the loss of every row under its own expert"
+    import torch
+    from hydramoe.score import response_losses
+    model, rows = prepared(a)
+    examples = [x for own in rows.values() for x in own]
+    gates = torch.cat([torch.eye(len(rows))[e].expand(len(own), -1) for e,own in enumerate(rows.values())])
+    response_losses(model, examples[:2], gates[:2])
+    began = time.perf_counter()
+    response_losses(model, examples, gates)
+    return time.perf_counter()-began, examples
+
+def train(a):
+    "Seconds for one pass over the rows, all experts fused, after a first step"
+    from hydramoe.expert import Optimizers, TrainSpec, fit_step, plan_steps, training
+    model, rows = prepared(a)
+    names, spec = list(rows), TrainSpec(rows=1., warmup=2)
+    steps = plan_steps(list(rows.values()), names, spec)
+    with training(model, False):
+        opt = Optimizers(model.stack, [len(steps)]*len(names), spec)
+        fit_step(model, opt, steps[0], 0, names)
+        began = time.perf_counter()
+        for k,step in enumerate(steps[1:], 1): fit_step(model, opt, step, k, names)
+    return time.perf_counter()-began, [x for step in steps[1:] for _,x in step]
+
+def measured(work, policy, busy):
+    "Tokens a second of one piece of work in a process of its own"
+    env = {k: v for k,v in os.environ.items() if k!='OMP_WAIT_POLICY'} | dict(HYDRAMOE_QUIET='1', TRANSFORMERS_VERBOSITY='error')
+    if POLICIES[policy]: env['OMP_WAIT_POLICY'] = POLICIES[policy]
+    neighbour = subprocess.Popen([sys.executable, '-c', NEIGHBOUR]) if busy else None
+    try: out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--work', work], check=True, env=env, stdout=subprocess.PIPE, text=True).stdout
+    finally:
+        if neighbour: neighbour.kill(); neighbour.wait()
+    return float(out.split()[-1])
+
+def main():
+    a = options()
+    if a.work:
+        import torch # before hydramoe, which would set the policy
+        warnings.simplefilter('ignore')
+        spent, rows = dict(score=score, train=train)[a.work](a)
+        print(sum(len(x.ids) for x in rows)/spent); return
+    from hydramoe.core import machine, versions
+    took = {}
+    for _ in range(a.rounds):
+        for work in ('score', 'train'):
+            for when in ('quiet', 'busy'):
+                for policy in POLICIES: took.setdefault((work, when, policy), []).append(measured(work, policy, when=='busy'))
+    speed = {k: statistics.median(v) for k,v in took.items()}
+    ratios = {f'{w}_{n}': speed[w, n, 'passive']/speed[w, n, 'default'] for w in ('score', 'train') for n in ('quiet', 'busy')}
+    if not a.json:
+        for (work, when, policy),v in speed.items(): print(f'{work} {when} {policy}: {v:.0f} tokens/s')
+        print(ratios); return
+    conditions = {k: v for k,v in vars(a).items() if k not in ('work', 'json')} | dict(versions=versions('torch', 'transformers'), machine=machine())
+    print(json.dumps(ratios | dict(tokens_a_second={' '.join(k): [round(x, 1) for x in v] for k,v in took.items()}, conditions=conditions), indent=1))
+
+if __name__=='__main__': main()
