@@ -86,14 +86,14 @@ def _fail(e):
 
 def main(
     argv:list[str]|None=None # the words after `hydramoe`; from the command line if None
-)->int: # exit code: 0 done, 2 refused, 130 interrupted
+)->int: # exit code: 0 done, 2 refused, 3 a bundle was written but an expert in it learnt nothing, 130 interrupted
     "Run one command"
     args = make_parser().parse_args(argv)
     _calm(args.quiet)
     try:
-        text, data = args.run(args)
+        text, data, *code = args.run(args)
         print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) if args.json else text, flush=True)
-        return 0
+        return code[0] if code else 0
     except KeyboardInterrupt: print(file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
     except (HydraError, OSError) as e:
@@ -179,9 +179,9 @@ def build(a):
     if a.dry_run: return dry_run(records, spec, refused)
     if os.path.lexists(out): check(out)
     run = dict(executor=a.executor or ('local' if a.workers else 'here'), **({'workers': a.workers} if a.workers else {}))
-    hydra = Hydra.build(records, out, run=run, domains=a.domains, **vars(spec))
+    with _own_words(): hydra = Hydra.build(records, out, run=run, domains=a.domains, **vars(spec))
     try_it = f'hydramoe ask {out} "{_a_prompt(records)}"'
-    return f"{out}: {hydra}\ntry it: {try_it}", dict(bundle=str(out), experts=hydra.names, built=hydra.about['built'], rejects=refused, next=try_it)
+    return _learnt(hydra.about, f"{out}: {hydra}\ntry it: {try_it}", dict(bundle=str(out), experts=hydra.names, built=hydra.about['built'], rejects=refused, next=try_it))
 
 @command('domains', 'Discover the domains of your examples, and write them to a file to edit', ['hydramoe domains mine.jsonl --k 6', 'hydramoe build mine.jsonl --k 6 --domains domains.yaml'],
          *_FILES, *_ROWS, arg('--describe', action='store_true', help='let the base write a sentence on each domain'),
@@ -205,8 +205,23 @@ def changed(
     else:
         records, rejects = gather([a.add], **_reading(a))
         refused = _rejected(rejects, out)
-        hydra = add_expert(bundle, records, name, out, a.start, base=a.base)
-    return f"{out}: {hydra}", dict(bundle=str(out), experts=hydra.names, changes=hydra.about['built']['changes'], rejects=refused)
+        with _own_words(): hydra = add_expert(bundle, records, name, out, a.start, base=a.base)
+    new = {} if a.remove else dict(experts={name: hydra.about['experts'][name]})
+    return _learnt(new, f"{out}: {hydra}", dict(bundle=str(out), experts=hydra.names, changes=hydra.about['built']['changes'], rejects=refused))
+
+@contextlib.contextmanager
+def _own_words():
+    "What became of experts is said once, by `_learnt`"
+    import warnings
+    from hydramoe.hydra import UnlearntWarning
+    with warnings.catch_warnings(): warnings.simplefilter('ignore', UnlearntWarning); yield
+
+def _learnt(about, text, data):
+    "What a command returns, with exit code 3 if an expert learnt nothing"
+    from hydramoe.hydra import unlearnt, unlearnt_text
+    if not (lost := unlearnt(about)): return text, data
+    print(f"hydramoe: {unlearnt_text(lost)}", file=sys.stderr)
+    return text, dict(data, unlearnt=lost), 3
 
 def _spec(a):
     "What was said of a build's spec; what was not is the spec's own default"
