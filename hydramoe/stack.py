@@ -971,7 +971,7 @@ def save_peft(self:Stack,
 
 # %% ../nbs/20_stack.ipynb #cell109
 _MOST = torch.finfo(torch.float32).max
-_MORE = "is not plain LoRA, the only kind that fits a stack: train the adapter without it, or fold it into the base first"
+_MORE = "this is not plain LoRA, the only kind that fits a stack: train the adapter without it, or fold it into the base first"
 _LEAVING = 'gaussian', 'eva', 'orthogonal', 'mica' # initialisations that leave the base's weights alone
 
 def _off(x): return x is None or x is False or x==[] or x=={}
@@ -998,9 +998,9 @@ def _must(ok, why): return lambda x: '' if ok(x) else why
 def _changed_base(x):
     "What is wrong with the way in which an adapter was initialised, or ''"
     if type(x) is bool or isinstance(x, str) and x.lower() in _LEAVING: return ''
-    if not isinstance(x, str) or not x.lower().startswith(('pissa', 'olora', 'corda', 'lora_ga', 'loftq')): return f"is no initialisation that is known to leave the base's weights alone: {', '.join(_LEAVING)}, true or false"
+    if not isinstance(x, str) or not x.lower().startswith(('pissa', 'olora', 'corda', 'lora_ga', 'loftq')): return f"no initialisation that is known to leave the base's weights alone, as true, false, {' and '.join(_LEAVING)} do"
     how = "fold it into the base that it left" if x.lower()=='loftq' else "convert it where it was trained, with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
-    return f"is not plain LoRA: this initialisation changed the base's own weights, and on the base as it was the adapter says something else; {how}"
+    return f"this is not plain LoRA, for this initialisation changed the base's own weights, and on the base as it was the adapter says something else: {how}"
 
 ADAPTER_FIELDS = { # of adapter_config.json -> what is wrong with a value, '' if nothing; null says what the field's absence says
     'peft_type': _must(lambda x: x=='LORA', "only LORA fits a stack"),
@@ -1045,7 +1045,7 @@ def adapter_config(
     c = {k: v for k,v in c.items() if v is not None}
     for k in ('peft_type', 'r', 'lora_alpha', 'target_modules'):
         if k not in c: raise HydraError(f"{path} lacks {k}, without which nobody knows what its tensors are: copy it from where the adapter was trained")
-    for k,v in c.items():
+    for k,v in sorted(c.items(), key=lambda f: list(ADAPTER_FIELDS).index(f[0]) if f[0] in ADAPTER_FIELDS else 99):
         if why := ADAPTER_FIELDS.get(k, _unknown)(v): raise HydraError(f"{path}: {k[:60]}={_shown(v)}: {why}")
     _blocks_named(path, c)
     return c
@@ -1163,6 +1163,7 @@ def _matched(
 def _at_home(path, odd, kinds):
     "Refuse tensors that are for none of the layers that we have"
     if not odd: return
+    odd = sorted(odd, key=lambda k: '.base_layer.' in k) # PEFT saves what it wrapped beside an adapted head
     if kinds.get(odd[0].removeprefix('base_model.model.').partition('.lora_')[0])=='linear' and odd[0].endswith(('.lora_A.weight', '.lora_B.weight')) and odd[0].startswith('base_model.model.'):
         raise HydraError(f"{path} holds {_and_more(odd)}, for which this stack has no layer: make the stack with the adapter's targets, see `with_adapters`")
     raise HydraError(f"{path} holds {_and_more(odd)}, for no linear layer of this base: {_why_stray(odd[0], kinds)}")
