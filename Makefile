@@ -2,8 +2,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# What goes into .venv beside hydramoe's own dependencies: mergekit (merge) and lm-eval (eval) among them.
+EXTRAS := dev,ray,merge,eval
 # The virtual environment is right when the stamp holds the checksum of all that it is made from.
-WANT = $(shell cat constraints.txt pyproject.toml | cksum)-$(CURDIR)
+WANT = $(shell cat constraints.txt pyproject.toml | cksum)-$(EXTRAS)-$(CURDIR)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup assets demo test test-slow results paper readme lab hooks export clean check
@@ -16,7 +18,7 @@ setup: ## make .venv from constraints.txt (nothing to do when it is right)
 	$(PYTHON) -c 'import sys; sys.exit(f"hydramoe needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Try: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'; \
 	echo "making .venv (some 1.5 GB; minutes, most of them download)"; \
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev,ray]'; \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[$(EXTRAS)]'; \
 	echo "$(WANT)" > .venv/.stamp
 
 assets: setup ## fetch and check the pinned models and data
