@@ -5,7 +5,7 @@ list beside it. A file that came any other way, or was edited later, fails the t
 """
 import json, subprocess, sys
 from pathlib import Path
-from hydramoe.core import HydraError, write_json
+from hydramoe.core import HydraError, write_bytes
 from hydramoe.reproduce import write_sums
 
 here = Path(__file__).parent
@@ -16,7 +16,8 @@ def keep(name, options=(), to=here/'results'):
     if name not in NAMES: raise HydraError(f"{name!r} is no benchmark; choose one of {', '.join(NAMES)}")
     out = subprocess.run([sys.executable, here/f'{name}.py', '--json', *options], stdout=subprocess.PIPE, text=True)
     if out.returncode: raise HydraError(f'{name}.py failed; nothing is published')
-    f = write_json(Path(to)/f'{name}.json', json.loads(out.stdout))
+    json.loads(out.stdout)
+    f = write_bytes(Path(to)/f'{name}.json', out.stdout.encode())
     write_sums([f])
     return f
 
