@@ -16,7 +16,7 @@ help: ## list these targets
 setup: ## make .venv from constraints.txt (nothing to do when it is right)
 	@if [ "$$(cat .venv/.stamp 2>/dev/null)" = "$(WANT)" ]; then exit 0; fi; set -e; \
 	$(PYTHON) -c 'import sys; sys.exit(f"hydramoe needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Try: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'; \
-	echo "making .venv (some 1.5 GB; minutes, most of them download)"; \
+	echo "making .venv (some 2.5 GB on disk; minutes, most of them download)"; \
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[$(EXTRAS)]'; \
 	echo "$(WANT)" > .venv/.stamp
@@ -27,7 +27,7 @@ assets: setup ## fetch and check the pinned models and data
 demo: setup ## from nothing to routed QLoRA experts and a report (some 20 minutes on two cores)
 	@$(BIN)/hydramoe reproduce demo
 
-test: assets ## the test suite: every notebook, and tests/ (under 25 minutes)
+test: assets ## the test suite: every notebook, and tests/ (under 20 minutes)
 	@$(BIN)/python -m pytest -m 'not slow' tests
 
 test-slow: assets ## the tests that take long
