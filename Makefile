@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # What goes into .venv beside hydramoe's own dependencies: mergekit (merge) and lm-eval (eval) among them.
 EXTRAS := dev,ray,merge,eval
+# Tests run side by side in so many processes, each of one thread and some 2 GB.
+WORKERS ?= 2
 # The virtual environment is right when the stamp holds the checksum of all that it is made from.
 WANT = $(shell cat constraints.txt pyproject.toml | cksum)-$(EXTRAS)-$(CURDIR)
 
@@ -28,10 +30,10 @@ demo: setup ## from nothing to routed QLoRA experts and a report (some 20 minute
 	@$(BIN)/hydramoe reproduce demo
 
 test: assets ## the test suite: every notebook, and tests/ (under 20 minutes)
-	@$(BIN)/python -m pytest -m 'not slow' tests
+	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' tests
 
 test-slow: assets ## the tests that take long
-	@$(BIN)/python -m pytest -m slow tests
+	@$(BIN)/python -m pytest -n $(WORKERS) -m slow tests
 
 results: setup ## copy finished runs into results/, and results into paper and README
 	@$(BIN)/python -c 'from hydramoe.reproduce import publish, write_paper; publish(); write_paper()'
