@@ -87,6 +87,7 @@ def contributing(): return {
     'thirteen words in a row': 'held by the tests of cards',
     'nbdev is {}, because 3 no longer': [pin('nbdev')],
     '`fastcore<{}`, `execnb<{}` and `ghapi<{}`': [below(n) for n in ('fastcore', 'execnb', 'ghapi')],
+    'run in {} processes (`make test WORKERS=1` for one)': [word(int(re.search(r'(?m)^WORKERS \?= (\d+)$', text('Makefile'))[1]))],
     'torch {}, transformers {}': [floor('torch'), floor('transformers')],
 }
 
