@@ -2,8 +2,12 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# What goes into .venv beside hydramoe's own dependencies: mergekit (merge) and lm-eval (eval) among them.
+EXTRAS := dev,ray,merge,eval
+# Tests run side by side in so many processes, each of one thread and some 2 GB.
+WORKERS ?= 2
 # The virtual environment is right when the stamp holds the checksum of all that it is made from.
-WANT = $(shell cat constraints.txt pyproject.toml | cksum)-$(CURDIR)
+WANT = $(shell cat constraints.txt pyproject.toml | cksum)-$(EXTRAS)-$(CURDIR)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup assets demo test test-slow results paper readme lab hooks export clean check
@@ -14,9 +18,9 @@ help: ## list these targets
 setup: ## make .venv from constraints.txt (nothing to do when it is right)
 	@if [ "$$(cat .venv/.stamp 2>/dev/null)" = "$(WANT)" ]; then exit 0; fi; set -e; \
 	$(PYTHON) -c 'import sys; sys.exit(f"hydramoe needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Try: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'; \
-	echo "making .venv (some 1.5 GB; minutes, most of them download)"; \
+	echo "making .venv (some 2.5 GB on disk; minutes, most of them download)"; \
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev,ray]'; \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[$(EXTRAS)]'; \
 	echo "$(WANT)" > .venv/.stamp
 
 assets: setup ## fetch and check the pinned models and data
@@ -25,11 +29,11 @@ assets: setup ## fetch and check the pinned models and data
 demo: setup ## from nothing to routed QLoRA experts and a report (some 20 minutes on two cores)
 	@$(BIN)/hydramoe reproduce demo
 
-test: assets ## the test suite: every notebook, and tests/ (under 25 minutes)
-	@$(BIN)/python -m pytest -m 'not slow' tests
+test: assets ## the test suite: every notebook, and tests/ (under 20 minutes)
+	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' tests
 
 test-slow: assets ## the tests that take long
-	@$(BIN)/python -m pytest -m slow tests
+	@$(BIN)/python -m pytest -n $(WORKERS) -m slow tests
 
 results: setup ## copy finished runs into results/, and results into paper and README
 	@$(BIN)/python -c 'from hydramoe.reproduce import publish, write_paper; publish(); write_paper()'

@@ -116,15 +116,15 @@ def _json(data):
 
 def main(
     argv:list[str]|None=None # the words after `hydramoe`; from the command line if None
-)->int: # exit code: 0 done, 1 our mistake, 2 refused, 130 interrupted
+)->int: # exit code: 0 done, 1 our mistake, 2 refused, 3 a bundle was written but an expert in it learnt nothing, 130 interrupted
     "Run one command"
     _survive()
     try:
         args = make_parser().parse_args(_typed(sys.argv[1:] if argv is None else argv))
         _calm(args.quiet)
-        text, data = args.run(args)
+        text, data, *code = args.run(args)
         print(_json(data) if args.json else text, flush=True)
-        return 0
+        return code[0] if code else 0
     except KeyboardInterrupt: print(file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
     except (HydraError, OSError) as e:
@@ -226,9 +226,10 @@ def build(a):
     try: rejects += left_out(records, spec)
     finally: refused = _rejected(rejects, out)
     if a.dry_run: return dry_run(records, spec, refused, a.domains)
-    hydra = Hydra.build(records, out, run=run, domains=a.domains, **vars(spec))
+    with _own_words(): hydra = Hydra.build(records, out, run=run, domains=a.domains, **vars(spec))
     try_it = _line('ask', out, _a_prompt(records))
-    return f"{out}: {hydra}\ntry it: {try_it}", dict(bundle=str(out), experts=hydra.names, built=hydra.about['built'], rejects=refused, next=try_it)
+    made = dict(bundle=str(out), experts=hydra.names, built=hydra.about['built'], rejects=refused, next=try_it)
+    return _learnt(hydra.about, f"{out}: {hydra}\ntry it: {try_it}", made)
 
 @command('domains', 'Discover the domains of your examples, and write them to a file to edit', ['hydramoe domains mine.jsonl --k 6', 'hydramoe build mine.jsonl --k 6 --domains domains.yaml'],
          *_FILES, *_ROWS, arg('--describe', action='store_true', help='let the base write a sentence on each domain'),
@@ -251,9 +252,28 @@ def changed(
     if a.remove: hydra, refused = remove_expert(bundle, name, out, base=a.base), None
     else:
         records, rejects = gather([a.add], **_reading(a))
-        try: hydra = add_expert(bundle, records, name, out, a.start, base=a.base, encoder=a.encoder, left=rejects)
+        try:
+            with _own_words(): hydra = add_expert(bundle, records, name, out, a.start, base=a.base, encoder=a.encoder, left=rejects)
         finally: refused = _rejected(rejects, out)
-    return f"{out}: {hydra}", dict(bundle=str(out), experts=hydra.names, changes=hydra.about['built']['changes'], rejects=refused)
+    new = {} if a.remove else dict(experts={name: hydra.about['experts'][name]})
+    made = dict(bundle=str(out), experts=hydra.names, changes=hydra.about['built']['changes'], rejects=refused)
+    return _learnt(new, f"{out}: {hydra}", made)
+
+@contextlib.contextmanager
+def _own_words():
+    "What became of experts is said once, by `_learnt`"
+    import warnings
+    from hydramoe.hydra import UnlearntWarning
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UnlearntWarning)
+        yield
+
+def _learnt(about, text, data):
+    "What a command returns, with exit code 3 if an expert learnt nothing"
+    from hydramoe.hydra import unlearnt, unlearnt_text
+    if not (lost := unlearnt(about)): return text, data
+    print(f"hydramoe: {unlearnt_text(lost)}", file=sys.stderr)
+    return text, dict(data, unlearnt=lost), 3
 
 def _name(a):
     "What the expert that is added is to be called"

@@ -30,7 +30,7 @@ from .base import base_dir, load_base, tiny_base
 from .core import HydraError, digest, number, one_of, progress, read_json, read_jsonl, rng, versions, write_json
 from .data import encode
 from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, record_sums, response_losses, save_losses, token_losses
-from .stack import LoraSpec, at_fork, gated, in_line, line_plan, one_hot, using, with_adapters
+from .stack import LoraSpec, at_fork, gated, in_line, line_plan, one_hot, unfit, using, with_adapters
 from .store import SealError, open_sealed, sealing, source_hash, stage, work_dir
 from .unify import DevRows, ExpertRows
 
@@ -671,9 +671,15 @@ def _train(out, rows_dir, groups, start, base, quant, lora, spec, max_prompt, ma
         trunk = cache_trunk(model, sum(kept.values(), []), work_dir(out), f'{b.fingerprint} {quant}') if cached else None
         history = fit(model, list(kept.values()), spec, work_dir(out), list(kept), checkpointing=checkpointing, dev=[held.get(n, []) for n in kept], stop=stop, cached=trunk)
     if _place(model)[0]: return # the first process writes
+    _learnable(model.stack, list(kept), spec)
     with _disk_errors():
         for e,name in enumerate(kept): model.stack.save_peft(Path(out)/name, e, b.id)
     write_json(Path(out)/'history.json', dict(experts=summary(rows, kept, history), spec=spec, lora=lora, history=history))
+
+def _learnable(stack, names, spec):
+    "Refuse experts that grew until nobody can compute with them"
+    for e,name in enumerate(names):
+        if why := unfit(stack.theta[e], stack.scale[e].item()): raise HydraError(f"expert {name!r} {why} after training with lr={spec.lr:g}: lower the learning rate (--lr)")
 
 def _encoded(file, kind, groups, **how):
     "The examples of each expert; rows of another part of a unified set are refused"
@@ -685,7 +691,7 @@ def summary(
     rows:dict[str,list], # expert → its examples, None where a row was too long
     kept:dict[str,list], # the same without these
     history:list[dict] # of `fit`
-)->dict[str,dict]: # expert → rows, dropped, tokens (of one epoch), steps, skipped
+)->dict[str,dict]: # expert → rows, dropped, tokens (of one epoch), steps (taken or skipped), skipped (of these)
     "What each expert was trained on"
     return {n: dict(rows=len(xs), dropped=len(rows[n])-len(xs), tokens=sum(len(x.ids) for x in xs), steps=sum(n in h['loss'] for h in history),
                     skipped=sum(n in h['skipped'] for h in history)) for n,xs in kept.items()}

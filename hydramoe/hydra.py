@@ -8,15 +8,16 @@ __all__ = ['OWN_CACHE', 'COLDEST', 'INSTEAD', 'WISHES', 'OTHERS', 'WARPERS', 'WH
            'EARLY', 'SAFE', 'LIBS', 'SHARE', 'Hydra', 'as_messages', 'reading', 'check_generation', 'Draw', 'drawing',
            'wants_base', 'Chat', 'BundleError', 'bundle_files', 'tensor_digests', 'seal_bundle', 'read_manifest',
            'check_files', 'check_adapter', 'trunk_digests', 'check_trunk', 'check', 'chooser', 'base_uri', 'uri_id',
-           'open_uri', 'model_card', 'same_base', 'bundle_tokenizer', 'BuildSpec', 'stored_spec', 'choose_k',
-           'choose_epochs', 'Placed', 'gather', 'keep_records', 'base_of', 'deal', 'sort_into_domains', 'seed_expert',
-           'domain_experts', 'candidates', 'measure_routers', 'dealt', 'left_out', 'pinned', 'settled', 'training',
-           'experts_outline', 'sorted_rows', 'make_stages', 'grouped_experts', 'recorded', 'assembled', 'described',
-           'propose_domains', 'router_with', 'router_without', 'find_seed', 'keep_adapter', 'one_more', 'add_expert',
-           'remove_expert', 'explain_bundle', 'adapters_base', 'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
+           'open_uri', 'skipped', 'unlearnt', 'unlearnt_text', 'model_card', 'same_base', 'bundle_tokenizer',
+           'BuildSpec', 'stored_spec', 'choose_k', 'choose_epochs', 'Placed', 'gather', 'keep_records', 'base_of',
+           'deal', 'sort_into_domains', 'seed_expert', 'domain_experts', 'candidates', 'measure_routers', 'dealt',
+           'left_out', 'pinned', 'settled', 'training', 'experts_outline', 'sorted_rows', 'make_stages',
+           'grouped_experts', 'recorded', 'noted', 'UnlearntWarning', 'assembled', 'described', 'propose_domains',
+           'router_with', 'router_without', 'find_seed', 'keep_adapter', 'one_more', 'add_expert', 'remove_expert',
+           'explain_bundle', 'adapters_base', 'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../nbs/33_hydra.ipynb #cell3
-import contextlib, hashlib, json, math, os, re, secrets, shutil, time
+import contextlib, hashlib, json, math, os, re, secrets, shutil, time, warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -37,7 +38,7 @@ from .base import compute_dtype, differences, embedding_rows, heard, is_known, k
 from .data import encode, sides
 from .formats import Tally, detect, stream_records
 from .cluster import Domains, check_names, describe, discover, edit_domains, embed_stage, encoder_id, given_to, hidden_mean, load_embeddings, mean_state, prompt_text, write_domains_yaml
-from .stack import GatedCausalLM, LoraSpec, Plan, Stack, at_fork, read_on, refill, using, with_adapters
+from .stack import GatedCausalLM, LoraSpec, Plan, Stack, adapter_config, adapter_shapes, at_fork, read_on, refill, unfit, using, with_adapters
 from .score import response_losses
 from .expert import GroupSpec, TrainSpec, collect, group_size, make_jobs, open_base
 from .expert import outline, run_jobs, sort_rows, train_experts, train_seed
@@ -543,10 +544,17 @@ def check_files(
 PLAIN = {'peft_type', 'task_type', 'r', 'lora_alpha', 'lora_dropout', 'bias', 'fan_in_fan_out', 'inference_mode', 'target_modules', 'base_model_name_or_path'} # all that `save_peft` writes
 
 def _keys(x):
-    if isinstance(x, dict):
-        for k,v in x.items(): yield k; yield from _keys(v)
-    if isinstance(x, list):
-        for v in x: yield from _keys(v)
+    todo = [x]
+    while todo:
+        x = todo.pop()
+        if isinstance(x, dict): yield from x
+        if isinstance(x, (dict, list)): todo += x.values() if isinstance(x, dict) else x
+
+@contextlib.contextmanager
+def _as_bundles():
+    "What is wrong with an adapter is wrong with its bundle"
+    try: yield
+    except HydraError as e: raise BundleError(str(e)) from None
 
 def check_adapter(
     path:Path, # a folder with a PEFT adapter
@@ -554,16 +562,16 @@ def check_adapter(
     alpha:float # what the manifest says
 )->list[str]: # its tensors
     "Refuse an adapter whose tensors are not finite pairs of the given rank"
-    cfg, file = read_json(path/'adapter_config.json'), path/'adapter_model.safetensors'
-    if more := sorted(cfg.keys()-PLAIN): raise BundleError(f"{path/'adapter_config.json'} holds {more[0]}={str(cfg[more[0]])[:40]}, which is more than plain LoRA: PEFT would compute something else, or import what it names")
+    file = path/'adapter_model.safetensors'
+    with _as_bundles(): cfg, shapes = adapter_config(path), adapter_shapes(path)
+    if more := sorted(read_json(path/'adapter_config.json').keys()-PLAIN): raise BundleError(f"{path/'adapter_config.json'} holds {more[0]}, which is more than plain LoRA: PEFT would compute something else, or import what it names")
     said = cfg.get('r'), cfg.get('lora_alpha')
     if said!=(rank, alpha):
         raise BundleError(f"{path/'adapter_config.json'} has r={said[0]}, lora_alpha={said[1]} where hydra.json says {rank}, {alpha}")
     try:
-        with safe_open(file, 'pt') as f: tensors = {n: f.get_tensor(n) for n in sorted(f.keys())}
+        with safe_open(file, 'pt') as f: tensors = {n: f.get_tensor(n) for n in shapes}
     except (OSError, SafetensorError) as e: raise BundleError(f"{file} cannot be read: {e}") from None
-    if not tensors: raise BundleError(f"{file} holds no tensor")
-    for n,t in tensors.items(): _check_tensor(n, t, tensors, rank, file)
+    for n,t in tensors.items(): _check_tensor(n, t, tensors, rank, file, alpha/rank)
     _check_targets(cfg.get('target_modules'), {n.removeprefix('base_model.model.').rsplit('.lora_', 1)[0] for n in tensors}, path)
     return list(tensors)
 
@@ -576,10 +584,10 @@ def _check_targets(targets, layers, path):
     if idle := [t for t,h in hits.items() if not h]: raise BundleError(f"{at}: target_modules has {idle[0]!r}, and no tensor adapts it")
     if rest := layers - set().union(*hits.values()): raise BundleError(f"{at}: target_modules leaves out {min(rest)}, which tensors adapt")
 
-def _check_tensor(n, t, tensors, rank, file):
+def _check_tensor(n, t, tensors, rank, file, scale):
     "Finite, one half of a pair, and of the right rank"
     half = re.fullmatch(r'(.+)\.lora_([AB])\.weight', n)
-    if not torch.isfinite(t).all(): raise BundleError(f"{file}: {n} holds a number that is not finite")
+    if why := unfit(t, scale if half and half[2]=='B' else 1.): raise BundleError(f"{file}: {n} {why}")
     if not half: raise BundleError(f"{file}: {n} is extra: an adapter holds lora_A.weight and lora_B.weight only")
     twin = f"{half[1]}.lora_{'B' if half[2]=='A' else 'A'}.weight"
     if twin not in tensors: raise BundleError(f"{file}: {twin} is missing, while {n} is there")
@@ -592,7 +600,7 @@ def trunk_digests(
     fork:int # the block at which experts part
 )->dict: # tensor → digest, of the blocks below; and the scale
     "What an adapter says below a fork"
-    cfg = read_json(folder/'adapter_config.json')
+    cfg = adapter_config(folder)
     below = {n: d for n,d in tensor_digests(folder/'adapter_model.safetensors').items() if int((re.search(r'\.(\d+)\.', n) or [0, -1])[1])<fork}
     return dict(below, scale=cfg['lora_alpha']/cfg['r'])
 
@@ -789,15 +797,44 @@ LIMITS = "The experts know no more than the data they were trained on, and were 
 
 def _shared_below(man): return f"\n\nBelow block {man['fork']} all experts are one, the seed expert that they branched from." if 'fork' in man else ''
 
+def skipped(
+    about:dict # an expert, as a bundle or `history.json` has it: steps, skipped
+)->str: # '' if every step was taken
+    "What became of an expert's steps, if some were skipped because their gradients were not finite"
+    n, k = about.get('steps'), about.get('skipped', 0)
+    if type(n) is not int or type(k) is not int or not 0<k<=n: return ''
+    return f"learnt nothing: all {n} steps were skipped" if k==n else f"learnt from {n-k} of {n} steps, the others were skipped"
+
+def unlearnt(
+    about:dict # of a Hydra: built, experts; or of one expert: its name → what a bundle says of it, under `experts`
+)->dict[str,str]: # who, 'the seed expert' among them → what became of its steps; empty if all is well
+    "Experts of which all steps were skipped, or more than half"
+    every = {'the seed expert': about.get('built', {}).get('seed', {}), **about.get('experts', {})}
+    return {n: skipped(e) for n,e in every.items() if skipped(e) and 2*e['skipped']>e['steps']}
+
+def unlearnt_text(
+    lost:dict[str,str] # from `unlearnt`
+)->str: # one line
+    "What to say of experts that learnt nothing, and what to do"
+    by = {why: ', '.join(n for n,w in lost.items() if w==why) for why in lost.values()}
+    return '; '.join(f'{names} {why}' for why,names in by.items()) + '. The gradients were not finite: build again with a lower learning rate (--lr)'
+
+def _skipped(man):
+    "A line for each expert that did not take all its steps"
+    every = [('The seed expert', man['built'].get('seed', {})), *((f"`{e['name']}`", e) for e in man['experts'])]
+    lines = [f"- {n} {skipped(e)}." for n,e in every if isinstance(e, dict) and skipped(e)]
+    return '\n\n' + '\n'.join(['Steps are skipped when their gradients are not finite, as with too high a learning rate:', '', *lines]) if lines else ''
+
 def _measured(man):
     "What was measured on the development rows, if anything was"
     if not (built := man['built']).get('scores'): return []
-    best = min((s for s in built['scores'] if s['system'].startswith(man['router'])), key=lambda s: s['ppl'], default=None)
+    best = min((s for s in built['scores'] if s['system'].startswith(man['router']) and s['ppl'] is not None), key=lambda s: s['ppl'], default=None)
     chosen = f". The {best['system']} was chosen by them, and its own figure flatters it a little" if best and built['dev_rows']>=ENOUGH else ''
     c = built.get('counts', {})
     halves = f"\n\nThe development rows were dealt by conversation, whole, and rows with one prompt count as one: {c['dev']} rows of {c['dev_groups']} conversations, none of them in training." if 'dev_groups' in c else ''
     about = f"Perplexity of the answers of {built['dev_rows']} development prompts, which no expert was trained on{chosen}:"
-    return ['## Measured', about, _table(['system', 'perplexity'], [[s['system'], f"{s['ppl']:.2f}"] for s in built['scores']]) + halves]
+    rows = [[s['system'], 'not a number' if s['ppl'] is None else f"{s['ppl']:.2f}"] for s in built['scores']]
+    return ['## Measured', about, _table(['system', 'perplexity'], rows) + halves]
 
 def model_card(
     man:dict, # the manifest
@@ -808,7 +845,7 @@ def model_card(
     how = f"chosen token by token in each layer by a gate ({man['router']}) made from their own weights" if man['router'] in GATES else f"weighed prompt by prompt by a {man['router']} router"
     what = f"{n} QLoRA experts on `{b['id']}` ({b['quant']}), {how}. The base is not included."
     rows = [[e['name'], e['rank'], e['alpha'], e.get('rows', '')] for e in man['experts']]
-    experts = _table(['expert', 'rank', 'alpha', 'training rows'], rows) + _shared_below(man)
+    experts = _table(['expert', 'rank', 'alpha', 'training rows'], rows) + _shared_below(man) + _skipped(man)
     seals = f"Weights of the base: `{b['fingerprint'][:16]}…`; seal of this bundle: `{man['seal'][:16]}…`."
     parts = [_front(name), '# A Hydra', what, '## Use', USE, '## Experts', experts, *_measured(man), '## Limits', LIMITS, seals]
     return '\n\n'.join(parts) + '\n'
@@ -1098,7 +1135,7 @@ def candidates(
     "The routers that a build tries, the simplest first"
     out = {f'similarity router, temperature {T}': similarity(found, T) for T in TEMPERATURES['similarity']}
     out |= {f'ridge router, temperature {T}': ridge(found, x, labels, temperature=T) for T in TEMPERATURES['ridge']}
-    out |= {f'ridge router on layer {layer}, temperature {T}': on_whole(on_hidden(ridge, found.names, states, labels, layer, temperature=T)) for T in TEMPERATURES['early']}
+    if np.isfinite(states).all(): out |= {f'ridge router on layer {layer}, temperature {T}': on_whole(on_hidden(ridge, found.names, states, labels, layer, temperature=T)) for T in TEMPERATURES['early']}
     return out | {'uniform mix': uniform(found.names)}
 
 def _read_early(base, rows, fork): # → layer, not above a fork; part → (N,hidden)
@@ -1107,8 +1144,9 @@ def _read_early(base, rows, fork): # → layer, not above a fork; part → (N,hi
     return layer, {p: hidden_mean(read_jsonl(rows/f'{p}.jsonl'), base, layer) for p in ('train', 'dev')}
 
 def _ppl(model, examples, gates):
-    "Perplexity of the answers, every token counting the same"
-    return float(np.exp(np.concatenate(response_losses(model, examples, gates, desc='development rows')).mean()))
+    "Perplexity of the answers, every token counting the same; None: not a number, as of experts that learnt nothing but infinities"
+    with np.errstate(over='ignore'): ppl = float(np.exp(np.concatenate(response_losses(model, examples, gates, desc='development rows')).mean()))
+    return ppl if math.isfinite(ppl) else None
 
 def measure_routers(
     out:Path, # the directory to fill
@@ -1128,7 +1166,8 @@ def measure_routers(
     with reading(model): layer, states = _read_early(b, rows, model.stack.fork)
     routers = candidates(found, at['train'], [r['domain'] for r in read_jsonl(rows/'train.jsonl')], states['train'], layer)
     ppl = {n: _ppl(model, examples, torch.as_tensor(r(x=(states if reads_base(r) else at)['dev']))) for n,r in routers.items()} if examples else {}
-    routers[min(ppl, key=ppl.get) if len(examples)>=ENOUGH else SAFE].save(out/'router')
+    told = {n: p for n,p in ppl.items() if p is not None}
+    routers[min(told, key=told.get) if told and len(examples)>=ENOUGH else SAFE].save(out/'router')
     base_ppl = {'base': _ppl(model, examples, None)} if examples else {}
     write_json(out/'scores.json', [dict(system=n, ppl=p) for n,p in (base_ppl | ppl).items()])
 
@@ -1268,6 +1307,18 @@ def recorded(
     "A spec as bundles have always said it: one that says no fork has none; a folder of an encoder is named by what is in it"
     return {k: encoder_id(v) if k=='encoder' else v for k,v in asdict(spec).items() if k!='fork' or v}
 
+def noted(
+    h:dict # of one expert, from `history.json`
+)->dict: # rows, tokens, steps; and skipped, if any were
+    "What a bundle says of an expert's training"
+    return {k: h[k] for k in ('rows', 'tokens', 'steps')} | ({'skipped': h['skipped']} if h['skipped'] else {})
+
+class UnlearntWarning(UserWarning):
+    "An expert whose steps were skipped, all or most"
+
+def _warn(about):
+    if lost := unlearnt(about): warnings.warn(unlearnt_text(lost), UnlearntWarning, 3)
+
 def assembled(
     made:dict, # from `make_stages`
     counts:dict, # from `dealt`
@@ -1277,7 +1328,9 @@ def assembled(
     names, history = Domains.load(made['domains']/'domains').names, read_json(made['experts']/'history.json')['experts']
     built = dict(spec=recorded(spec), counts=counts, dev_rows=counts['dev'], scores=read_json(made['router']/'scores.json'),
                  seals=_seals(made), versions=versions('hydramoe', *LIBS))
-    about = dict(built=built, experts={n: {k: history[n][k] for k in ('rows', 'tokens', 'steps')} for n in names})
+    first = read_json(made['seed']/'history.json')['experts']['seed']
+    if first['skipped']: built['seed'] = noted(first)
+    about = dict(built=built, experts={n: noted(history[n]) for n in names})
     adapters, router = {n: made['experts']/n for n in names}, Router.load(made['router']/'router')
     if unplaced(router): router = on_encoder(router, spec.encoder)
     return Hydra.from_adapters(adapters, open_base(spec.base, spec.quant), router, about, spec.fork)
@@ -1330,6 +1383,7 @@ def build(cls:Hydra,
     hydra = assembled(make_stages(place, counts, spec, root, edits, **(run or {})), counts, spec)
     if edits: hydra.about['built']['edits'] = edits
     if out is not None: hydra.save(out)
+    _warn(hydra.about)
     return hydra
 
 # %% ../nbs/33_hydra.ipynb #cell106
@@ -1472,8 +1526,10 @@ def add_expert(
     on, router, folders, notes, x = _parts(bundle, man, known, base, prompts)
     new = read_json(made/'history.json')['experts'][name]
     change = dict(added=name, seal=seal_id(made))
-    return _changed(on, router_with(router, name, x), {**folders, name: made/name}, dict(built, changes=[*built.get('changes', []), change]),
-                    {**notes, name: {k: new[k] for k in ('rows', 'tokens', 'steps')}}, out, man.get('fork', 0))
+    hydra = _changed(on, router_with(router, name, x), {**folders, name: made/name}, dict(built, changes=[*built.get('changes', []), change]),
+                     {**notes, name: noted(new)}, out, man.get('fork', 0))
+    _warn(dict(experts={name: noted(new)}))
+    return hydra
 
 def remove_expert(
     bundle:str|Path, # left as it is
@@ -1532,21 +1588,19 @@ def adapters_base(
     adapters:dict # name → folder with a PEFT adapter
 )->str|None: # the base that they name; None if they name none
     "On which base adapters were trained, by their own word; a folder that they name is not opened"
-    said = {n: _their_base(Path(f)/'adapter_config.json') for n,f in adapters.items() if (Path(f)/'adapter_config.json').is_file()}
+    said = {n: _their_base(f, adapter_config(f)) for n,f in adapters.items() if (Path(f)/'adapter_config.json').is_file()}
     bases = sorted({b for b in said.values() if b})
     if len(bases)>1: raise HydraError(f"the adapters were trained on different bases, {', '.join(bases)}: experts are noise on another base; take those of one, or say with base= (--base) that it is the same")
     return bases[0] if bases else None
 
-def _their_base(file):
+def _their_base(folder, cfg):
     "What a stranger's adapter_config.json may say of its base: a name that we know, or an id on the Hub with its revision"
-    cfg = _json(file)
-    _shaped(cfg, {}, file)
     name, revision = (cfg.get(k) or None for k in ('base_model_name_or_path', 'revision'))
     if name is None: return None
-    if isinstance(name, str) and name in (*_PLAIN, *PACKAGED): return _PLAIN.get(name, name)
+    if name in (*_PLAIN, *PACKAGED): return _PLAIN.get(name, name)
     uri = f'hub:{name}'+(f'@{revision}' if revision is not None else '')
-    if isinstance(name, str) and HUB_ID.fullmatch(uri): return uri
-    raise HydraError(f"{file} says that the adapter was trained on {str(name)[:200]!r}, a place on some machine and no id on the Hub; a stranger's word opens no folder here: say where the base is, base= (--base)")
+    if HUB_ID.fullmatch(uri): return uri
+    raise HydraError(f"the adapter in {folder} says that it was trained on {name[:200]!r}, a place on some machine and no id on the Hub; a stranger's word opens no folder here: say where the base is, base= (--base)")
 
 def adopt(
     adapters:dict|list, # name → folder with a PEFT adapter; or folders, whose names become the experts'

@@ -12,6 +12,22 @@ settings.register_profile('same', derandomize=True)
 settings.register_profile('search', max_examples=2000, deadline=None) # HYPOTHESIS_PROFILE=search looks for new ones
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'same'))
 
+def together(nodeid):
+    """What stays with one worker when `make test` deals tests to several: a file, since its fixtures cost. But each notebook of the
+    library is dealt alone, for these take longest; and so are an experiment's slow runs, one for each parameter"""
+    file, test = nodeid.split('::', 1)
+    if test.startswith('test_notebook['): return nodeid
+    if test.startswith('test_every_parameter_is_used['): return test.split('-')[0]
+    return file
+
+@pytest.hookimpl(optionalhook=True) # of xdist; `--dist loadgroup` of xdist 3.8 does nothing under pytest 9.2
+def pytest_xdist_make_scheduler(config, log):
+    "Deal tests by `together`"
+    from xdist.scheduler import LoadScopeScheduling
+    class ByCost(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return together(nodeid)
+    return ByCost(config, log)
+
 @pytest.fixture
 def in_two_processes(tmp_path):
     "Code that fills the folder sys.argv[1], run under two values of PYTHONHASHSEED: the bytes of its files, by name, twice"

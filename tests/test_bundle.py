@@ -1,7 +1,7 @@
 """What a bundle must survive, and what it must refuse, found by search; and a bundle of each format that must open for ever.
 
 `python tests/test_bundle.py` writes the golden bundle of the present format, once: tests/data/bundle-FORMAT."""
-import json, os, re, shutil, struct
+import json, os, re, shutil, struct, warnings
 from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from hydramoe.base import base_key, keep_place, load_base, render, tiny_base
 from hydramoe.cluster import Domains, embed, fit_tfidf, load_arrays, save_arrays
 from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra import FORMAT, BundleError, Hydra, adapters_base, check, explain_bundle, seal_bundle, uri_id
+from hydramoe.hydra import FORMAT, BundleError, Hydra, UnlearntWarning, add_expert, adapters_base, check, check_adapter, explain_bundle, model_card, seal_bundle, unlearnt, uri_id
 from hydramoe.route import on_hidden, ridge, similarity, uniform
 from hydramoe.stack import LoraSpec, gated
 from test_hydra import put, spots
@@ -184,6 +184,71 @@ def test_an_adapter_that_says_more_than_plain_lora_is_refused(at, kw, words):
     "PEFT alone would compute something else than we do, or import what it is told to"
     adapter(reset(at), **kw)
     with pytest.raises(HydraError, match=f'law.*{words}'): Hydra.load(at)
+
+def forged(at, tensors=lambda t: None, **said):
+    "A bundle whose expert law says this, in its configuration and in the manifest, and holds these tensors; every digest made to fit"
+    f, man = reset(at)/'experts'/'law', read_json(at/'hydra.json')
+    (f/'adapter_config.json').write_text(json.dumps(read_json(f/'adapter_config.json') | said))
+    t = load_file(f/'adapter_model.safetensors')
+    save_file(tensors(t) or t, f/'adapter_model.safetensors', metadata={'format': 'pt'})
+    law = dict(man['experts'][0], **{m: said[c] for m,c in (('rank', 'r'), ('alpha', 'lora_alpha')) if c in said})
+    (at/'hydra.json').unlink()
+    seal_bundle(at, {k: man[k] for k in ('base', 'router', 'built')} | dict(experts=[law, *man['experts'][1:]]))
+    return at
+
+@pytest.mark.parametrize('said', [dict(lora_alpha=1e308), dict(lora_alpha=10**400), dict(lora_alpha=0), dict(lora_alpha=-2), dict(lora_alpha=1e-60), dict(r=0), dict(r=-1), dict(r=10**9)], ids=lambda x: str(x)[:24])
+def test_a_scale_that_nobody_can_compute_with_is_refused_by_check(at, said):
+    with pytest.raises(BundleError, match='law'): check(forged(at, (lambda t: {k: v[:0] if '_A' in k else v[:,:0] for k,v in t.items()}) if said.get('r')==0 else lambda t: None, **said))
+
+@pytest.mark.parametrize('kind', [torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e5m2])
+def test_tensors_of_types_that_are_no_experts_are_refused_by_check(at, kind):
+    with pytest.raises(BundleError, match='law.*float32, float16, bfloat16'): check(forged(at, lambda t: {k: v.round().to(kind) for k,v in t.items()}))
+
+@pytest.mark.parametrize('half, number, said', [('A', 3.4e38, {}), ('B', 3.4e38, {}), ('B', 1e38, dict(lora_alpha=50))])
+def test_numbers_that_are_infinite_where_they_are_computed_with_are_refused_by_check(at, half, number, said):
+    def large(t): next(v for k,v in t.items() if f'lora_{half}' in k).view(-1)[0] = number
+    with pytest.raises(BundleError, match=f'law.*lora_{half}.*bfloat16'): check(forged(at, large, **said))
+
+@pytest.mark.parametrize('text', ['[]', '3', '{"r": '+'['*900+']'*900+'}', '{"peft_type": "LORA", "lora_alpha": 2, "target_modules": ["q_proj"], "r": 1, "eva_config": {"a": '+'['*900+']'*900+'}}', '{}'], ids=lambda t: t[:9])
+def test_an_adapter_of_hard_json_is_an_error_of_ours(at, text):
+    (f := reset(at)/'experts'/'law'/'adapter_config.json').write_text(text)
+    with pytest.raises(BundleError, match='law'): check_adapter(f.parent, 1, 2)
+
+# ---- experts that learnt nothing
+ROWS = [dict(id=str(i), domain='', source='toy', license='CC0', prompt=[dict(role='user', content=f'tell me of {t} number {i} {t}')], completion=[dict(role='assistant', content=f'{t} {i}')]) for i in range(30) for t in [('law', 'sea')[i%2]]]
+TINY = dict(base='tiny', quant='fp32', encoder='words', k=2, rank=2)
+
+@pytest.mark.parametrize('fork', [0, 1])
+def test_a_build_that_learnt_nothing_says_so(tmp_path, monkeypatch, capfd, fork):
+    "In the bundle, in the card, as a warning, and by the exit code of the command, also for one that is added"
+    from hydramoe.cli import main
+    monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    file = tmp_path/'rows.jsonl'
+    file.write_text(''.join(json.dumps(r)+'\n' for r in ROWS))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        assert main(['build', str(file), '--base', 'tiny', '--quant', 'fp32', '--encoder', 'words', '--k', '2', '--rank', '2', '--fork', str(fork), '--lr', '1e30', '--out', str(tmp_path/'b'), '--json', '--quiet'])==3
+        out, err = capfd.readouterr()
+        man = check(tmp_path/'b')
+        names = [e['name'] for e in man['experts']]
+        assert all(e['skipped']==e['steps']>0 for e in man['experts']) and man['built']['seed']['skipped']==man['built']['seed']['steps']-1
+        assert json.loads(out)['unlearnt'].keys()=={'the seed expert', *names} and err.count('hydramoe:')==1 and all(n in err for n in names) and '--lr' in err
+        card = (tmp_path/'b'/'README.md').read_text()
+        assert all(f'`{n}` learnt nothing: all {e["steps"]} steps were skipped.' in card for n,e in zip(names, man['experts'])) and 'The seed expert learnt from 1 of' in card
+        assert unlearnt(Hydra.load(tmp_path/'b').about).keys()=={'the seed expert', *names}
+        assert main(['build', str(tmp_path/'b'), '--add', str(file), '--name', 'more', '--quiet'])==3
+        err = capfd.readouterr().err
+        assert err.count('hydramoe:')==1 and 'more learnt nothing' in err and names[0] not in err.split('hydramoe:')[1]
+        assert main(['build', str(tmp_path/'b-with-more'), '--remove', 'more', '--quiet'])==0
+    with pytest.warns(UnlearntWarning, match=f'{names[0]}.* learnt nothing: all .*lower learning rate'): Hydra.build(ROWS, **TINY, fork=fork, lr=1e30, root=tmp_path/'cache'/'stages')
+
+def test_a_build_that_learns_says_nothing_of_steps(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UnlearntWarning)
+        h = Hydra.build(ROWS, tmp_path/'b', **TINY, root=tmp_path/'s')
+    assert unlearnt(h.about)=={} and 'skipped' not in (tmp_path/'b'/'hydra.json').read_text()+(tmp_path/'b'/'README.md').read_text() and 'seed' not in h.about['built']
+    man = check(tmp_path/'b')
+    for odd in (dict(skipped='x'), dict(skipped=3, steps=None), dict(skipped=-1), dict(skipped=True), dict(skipped=10**9)): assert 'skipped' not in model_card(dict(man, experts=[man['experts'][0] | odd]))
 
 # ---- the fork
 @pytest.fixture(scope='module')
@@ -374,17 +439,19 @@ def test_a_hub_id_is_never_a_folder_here(tmp_path, monkeypatch):
     with pytest.raises(HydraError, match="asked for \\('some/model', 'aaa"): hb.base_dir(uri_id('hub:some/model@'+'a'*40))
     assert hb.base_dir('some/model')==Path('some/model') # what the user names may be one
 
+PLAIN_LORA = dict(peft_type='LORA', task_type='CAUSAL_LM', r=1, lora_alpha=1, target_modules=['q_proj'])
+
 @pytest.mark.parametrize('said, want', [('tiny-0', 'tiny'), ('HuggingFaceTB/SmolLM2-135M-Instruct', 'smollm2'), ('a/b', 'hub:a/b'), (None, None), ('', None)])
 def test_what_an_adapter_may_say_of_its_base(tmp_path, said, want):
-    write_json(tmp_path/'adapter_config.json', dict(base_model_name_or_path=said))
+    write_json(tmp_path/'adapter_config.json', dict(PLAIN_LORA, base_model_name_or_path=said))
     assert adapters_base(dict(x=tmp_path))==want
     if want=='hub:a/b':
         edit(tmp_path/'adapter_config.json', revision='v2')
         assert adapters_base(dict(x=tmp_path))=='hub:a/b@v2'
 
-@pytest.mark.parametrize('said', ['/etc', './x', '../x/y', '~/models', 'C:\\models', '/', 'a/b/c', 3, ['a/b'], {'a': 1}])
+@pytest.mark.parametrize('said', ['/etc', './x', '../x/y', '~/models', 'C:\\models', '/', 'a/b/c'])
 def test_a_place_that_an_adapter_names_is_asked_for(tmp_path, said):
-    write_json(tmp_path/'adapter_config.json', dict(base_model_name_or_path=said))
+    write_json(tmp_path/'adapter_config.json', dict(PLAIN_LORA, base_model_name_or_path=said))
     with pytest.raises(HydraError, match='base= .--base'): adapters_base(dict(x=tmp_path))
 
 # ---- the router's encoder

@@ -161,6 +161,18 @@ def test_one_bad_step_is_skipped_and_forgotten(monkeypatch):
     assert len([w for w in said if 'large' in str(w.message)])==1 and history[2]['skipped']==['large']
     assert torch.isfinite(model.stack.theta).all() and history[-1]['skipped']==[]
 
+def test_steps_that_were_skipped_are_counted_in_the_history(tmp_path):
+    "One that learnt nothing is on record, and one whose numbers nobody can compute with is not written"
+    rows, how = write_rows(tmp_path/'rows'), dict(base='tiny', quant='fp32', lora=dict(rank=4))
+    with warnings.catch_warnings(action='ignore'):
+        train_seed(tmp_path/'lost', rows_dir=rows, **how, spec=dict(lr=1e30, steps=9))
+        lost = read_json(tmp_path/'lost'/'history.json')
+        train_experts(tmp_path/'all', rows_dir=rows, start=tmp_path/'lost', **how, spec=dict(lr=1e-4, steps=9))
+        with pytest.raises(HydraError, match="expert 'seed'.*lower the learning rate"): train_seed(tmp_path/'gone', rows_dir=rows, **how, spec=dict(lr=3e38, steps=9))
+    assert lost['experts']['seed']['steps']-1==lost['experts']['seed']['skipped']==sum('seed' in h['skipped'] for h in lost['history'])
+    assert all(e['skipped']==e['steps']>0 for e in read_json(tmp_path/'all'/'history.json')['experts'].values())
+    assert not (tmp_path/'gone'/'seed').exists()
+
 class Stop(Exception): pass
 
 def stop_at(monkeypatch, k):

@@ -27,7 +27,10 @@ def test_notebook(nb):
 
 
 @pytest.fixture(scope='session')
-def toy_runs(tmp_path_factory): return tmp_path_factory.mktemp('runs')
+def toy_runs(tmp_path_factory):
+    "One folder of runs for all workers: the runner's lock lets the first make what the others find"
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own)/'toy-runs'
 
 @pytest.mark.parametrize('nb', experiments, ids=rel)
 def test_experiment_runs_at_toy_scale(nb, toy_runs):

@@ -1,14 +1,16 @@
 "What the repository promises: pins, commands, pages made from other files."
-import ast, configparser, os, re, subprocess, sys, tomllib
+import ast, configparser, json, os, re, subprocess, sys, tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 from packaging.utils import canonicalize_name
 
-from hydramoe.reproduce import SCALES, Graph, load_result, members, numbers, paper_files, published, render_readme, results_table, rooms_table
+from hydramoe.reproduce import SCALES, SPEEDS, Graph, check_sums, load_result, members, numbers, paper_files, published, render_readme
 from hydramoe.report import latex_name
+from prose import PAGES, unsupported
 
 root = Path(__file__).parents[1]
 def text(*parts): return root.joinpath(*parts).read_text()
@@ -30,6 +32,25 @@ def test_nbdev_reads_settings_ini():
 def test_every_dependency_is_pinned_within_its_bounds(extra):
     for r in map(Requirement, extras[extra] if extra else project['dependencies']):
         assert r.specifier.contains(pins[canonicalize_name(r.name)]), f'{r} is pinned to {pins[canonicalize_name(r.name)]}'
+
+installed_by_make = re.search(r'(?m)^EXTRAS := (.+)$', text('Makefile'))[1].split(',')
+
+def test_make_setup_installs_what_the_project_is_named_for():
+    assert {'merge', 'eval'} <= set(installed_by_make) <= set(extras) and "-e '.[$(EXTRAS)]'" in text('Makefile')
+    assert {'mergekit', 'lm-eval'} <= {Requirement(r).name for e in installed_by_make for r in extras[e]}
+
+def test_all_that_make_setup_installs_is_pinned():
+    todo, seen = [Requirement(r) for r in (*project['dependencies'], *(r for e in installed_by_make for r in extras[e]))], {}
+    while todo:
+        r = todo.pop()
+        name = canonicalize_name(r.name)
+        if name.startswith(('nvidia-', 'cuda-', 'triton')) or name in seen and r.extras <= seen[name]: continue  # torch's CUDA build brings its own
+        seen[name] = seen.get(name, set()) | r.extras
+        for d in map(Requirement, metadata.requires(name) or []):
+            if not d.marker or any(d.marker.evaluate(dict(extra=e)) for e in ('', *r.extras)): todo.append(d)
+    assert not seen.keys()-pins.keys(), 'these come with `make setup`; pin them in constraints.txt'
+    other = {n: metadata.version(n) for n in seen if Version(metadata.version(n)).public!=pins[n]}
+    assert not other, 'installed otherwise than pinned; run `make setup`'
 
 def test_what_is_imported_is_declared():
     names = {n.split('.')[0] for f in (root/'hydramoe').glob('*.py') for n in re.findall(r'^\s*(?:import|from) ([a-z_][\w.]*)', f.read_text(), re.M)}
@@ -59,11 +80,27 @@ def test_light_rooms_import_without_torch():
 def test_readme_is_the_index():
     assert text('README.md')==render_readme(), 'run `make readme` and commit'
 
-def test_readme_shows_the_rooms_and_results_of_today():
-    # the tables are outputs of the index; they are stale when a notebook or a result came later
-    page = re.sub(r'\]\((?:nbs/|\.\./)?', '](', text('README.md'))
-    for table in (rooms_table(), results_table()):
-        for line in table.strip().splitlines(): assert line in page, 'run `make readme` and commit'
+def test_the_index_puts_out_what_its_sources_hold():
+    # a stored output is no source: each is made again, from the notebooks, results/ and benchmarks/results of today
+    names = {}
+    for c in json.loads(text('nbs', 'index.ipynb'))['cells']:
+        if c['cell_type']!='code': continue
+        *first, last = ast.parse(''.join(c['source'])).body
+        exec(compile(ast.Module(first, []), 'index', 'exec'), names)
+        if not isinstance(last, ast.Expr): exec(compile(ast.Module([last], []), 'index', 'exec'), names); continue
+        made = eval(compile(ast.Expression(last.value), 'index', 'eval'), names).data
+        assert made.strip()==''.join(c['outputs'][0]['data']['text/markdown']).strip(), 'run `make readme` and commit'
+
+@pytest.mark.parametrize('page', PAGES)
+def test_every_number_in_prose_has_a_source(page):
+    wrong = unsupported(*PAGES[page]())
+    assert not wrong, 'enter it in tests/prose.py, or make it from results'
+
+def test_functions_are_as_short_as_promised():
+    median, most = map(int, re.search(r'median under (\d+) lines, none over (\d+)', text('CONTRIBUTING.md')).groups())
+    trees = [ast.parse(f.read_text()) for f in (root/'hydramoe').glob('*.py') if f.name[0]!='_']
+    lines = sorted(n.end_lineno-n.lineno+1 for t in trees for n in ast.walk(t) if isinstance(n, ast.FunctionDef))
+    assert lines[len(lines)//2]<median and lines[-1]<=most
 
 def test_readme_names_what_exists():
     page = text('README.md') + text('CONTRIBUTING.md')
@@ -91,6 +128,13 @@ def test_ci_script_can_be_run():
 
 results = sorted((root/'results').glob('*.json'))
 
+@pytest.mark.parametrize('folder', ['results', 'benchmarks/results'])
+def test_what_is_published_is_whole(folder):
+    check_sums(root/folder)  # any byte edited, a file gone, or one that nobody published
+
+def test_all_that_the_pages_are_made_from_is_published():
+    assert {f'{f}.json' for f,*_ in SPEEDS} <= set(check_sums(root/'benchmarks'/'results')) and results
+
 @pytest.mark.skipif(not results, reason='nothing is published in results/')
 def test_paper_agrees_with_results():
     for name,content in paper_files(published()).items(): assert text('papers', 'hydra', 'generated', name)==content, 'run `make results` and commit'
@@ -99,10 +143,6 @@ def test_paper_agrees_with_results():
 def test_every_number_the_paper_names_is_there():
     named = set(re.findall(r'\\result\{(\w+)\}', text('papers', 'hydra', 'main.tex')))
     assert named <= {latex_name(k) for k in numbers(published())}
-
-def test_the_paper_holds_no_number_that_was_typed():
-    body = text('papers', 'hydra', 'main.tex').split(r'\begin{document}')[1].split(r'\section{Limitations}')[0]
-    assert not re.findall(r'\d+\.\d+', body)
 
 @pytest.mark.parametrize('f', results, ids=lambda f: f.name)
 def test_a_result_is_whole_and_portable(f):

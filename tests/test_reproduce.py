@@ -1,13 +1,13 @@
 "The runner under what happens to real runs: kills, neighbours, edits."
-import json, os, signal, subprocess, sys, time
+import ast, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from hydramoe import reproduce
-from hydramoe.core import HydraError
-from hydramoe.reproduce import Graph, Parameter, RunFailed, check_parameters, code_digests, current, load_result, members, parse_assignments, run_notebook, run_scale
+from hydramoe.core import HydraError, write_json
+from hydramoe.reproduce import Graph, Parameter, RunFailed, check_parameters, check_sums, code_digests, current, load_result, members, parse_assignments, run_notebook, run_scale, write_sums
 
 ONE = '''from pathlib import Path
 import os, time
@@ -135,6 +135,55 @@ def test_progress_bars_leave_one_line(tmp_path):
     out = json.loads(run_notebook(nb, tmp_path/'out.ipynb').read_text())
     text = ''.join(''.join(o['text']) for c in out['cells'] for o in c['outputs'])
     assert text.strip().endswith('299 of 299') and len(text) < 3000
+
+
+ROOT = Path(__file__).parents[1]
+
+def papermill(nb, out, *given):
+    "papermill as anybody calls it, without our runner"
+    return subprocess.run([sys.executable, '-m', 'papermill', '-k', 'python3', '--no-progress-bar', str(nb), str(out), *given], cwd=out.parent, capture_output=True, text=True, timeout=300,
+                          env=os.environ | dict(HYDRAMOE_RUNS=str(out.parent/'runs'), PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])))
+
+@pytest.mark.parametrize('given,refused', [
+    (('-p', 'k', '5', '-p', 'lr', '1', '-r', 'name', '7'), None), (('-p', 'unknown', '5'), "parameter='unknown' is not known"), (('-p', 'k', 'five'), "k='five' is a str"), (('-p', 'lr', 'nan'), 'finite float')])
+def test_a_notebook_refuses_what_plain_papermill_would_run_with(given, refused, tmp_path):
+    nb = notebook(tmp_path/'n.ipynb', 'scale: str = "toy"  # run\nk: int = 2  # how many\nlr: float = .5  # rate\nname: str = ""  # text', 'from hydramoe.reproduce import check_given', 'check_given()', 'print(f"ran {k}")')
+    r = papermill(nb, tmp_path/'out.ipynb', *given)
+    ran = any('ran ' in ''.join(o.get('text', '')) for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] for o in c.get('outputs', []))
+    assert (r.returncode==0)==ran==(refused is None), r.stderr
+    if refused: assert refused in r.stderr
+
+EXPERIMENTS = sorted((ROOT/'nbs'/'experiments').glob('e*.ipynb'))
+
+@pytest.mark.parametrize('nb', EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_experiment_looks_at_what_it_was_given_before_it_works(nb):
+    cells = [c for c in json.loads(nb.read_text())['cells'] if c['cell_type']=='code']
+    n = next(i for i,c in enumerate(cells) if 'parameters' in c['metadata'].get('tags', []))
+    parameters, imports, check = (''.join(c['source']) for c in cells[n:n+3])
+    assert n==0 and check=='check_given()' and all(isinstance(x, (ast.Import, ast.ImportFrom)) for x in ast.parse(imports).body)
+
+def test_an_experiment_refuses_what_plain_papermill_would_run_with(tmp_path):
+    r = papermill(EXPERIMENTS[0], tmp_path/'out.ipynb', '-p', 'unknown', '5')
+    assert r.returncode!=0 and "parameter='unknown' is not known" in r.stderr and not (tmp_path/'runs').exists()
+
+
+def test_a_benchmark_is_kept_with_its_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT/'benchmarks'))
+    import keep
+    monkeypatch.setattr(subprocess, 'run', lambda *a, **kw: subprocess.CompletedProcess(a, 0, stdout='{"b": 1.5,\n "a": 2}\n'))
+    assert keep.keep('train', to=tmp_path).read_text()=='{"b": 1.5,\n "a": 2}\n' and check_sums(tmp_path)==['train.json']
+    with pytest.raises(HydraError, match="'trian' is no benchmark"): keep.keep('trian', to=tmp_path)
+    monkeypatch.setattr(subprocess, 'run', lambda *a, **kw: subprocess.CompletedProcess(a, 1, stdout=''))
+    with pytest.raises(HydraError, match='nothing is published'): keep.keep('fork', to=tmp_path)
+    assert check_sums(tmp_path)==['train.json']
+
+@pytest.mark.parametrize('harm,said', [(lambda d: (d/'a.json').unlink(), 'a.json is gone'), (lambda d: (d/'a.json').write_text('{"seconds":61}\n'), 'a.json was edited'),
+    (lambda d: (d/'c.json').write_text('{}'), 'c.json is not listed'), (lambda d: (d/'a.json').rename(d/'c.json'), 'a.json is gone; c.json is not listed'), (lambda d: [f.unlink() for f in d.iterdir()], 'the list is empty')])
+def test_published_files_stay_what_they_were(harm, said, tmp_path):
+    for n in 'ab': write_sums([write_json(tmp_path/f'{n}.json', dict(seconds=60))])
+    assert check_sums(tmp_path)==['a.json', 'b.json']
+    harm(tmp_path)
+    with pytest.raises(HydraError, match=said): check_sums(tmp_path)
 
 @pytest.mark.parametrize('edit,changes', [('"Other words"', False), ('"A docstring"; x = 2', True)])
 def test_a_docstring_is_not_code(tmp_path, edit, changes):

@@ -1,11 +1,12 @@
 "The one operation in all architectures, precisions, plans and threads; PEFT as the judge"
-import json, os, subprocess, sys, threading, warnings
+import json, os, shutil, subprocess, sys, threading, warnings
+from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from hydramoe.base import Base, byte_tokenizer, tiny_base
 from hydramoe.core import HydraError
-from hydramoe.stack import GatedLinear, LoraSpec, Stack, gated, hidden, in_line, line_plan, logits, make_plan, one_hot, using, with_adapters
+from hydramoe.stack import ADAPTER_FIELDS, GatedLinear, LoraSpec, Stack, adapter_config, gated, hidden, in_line, line_plan, logits, make_plan, one_hot, using, with_adapters
 from hydramoe.store import sealing
 
 def fill(stack, seed=0):
@@ -250,6 +251,154 @@ def test_an_adapter_that_peft_trained_loads(tmp_path):
     g.stack.load_peft(tmp_path, 1)
     keep = x['attention_mask'].bool()
     torch.testing.assert_close(g(**x, gates=one_hot([1]*3,2)).logits[keep], want[keep], atol=1e-4, rtol=1e-4)
+
+# ---- what an adapter's configuration says
+IDS = batch(2, pads=(0,))['input_ids']
+
+def by_peft(dir, convert=False, **kw):
+    "An adapter that PEFT made, with noise on all its numbers, and the logits that it had where it was made"
+    from peft import LoraConfig, get_peft_model
+    with torch.random.fork_rng(), warnings.catch_warnings(action='ignore'):
+        torch.manual_seed(0)
+        m = get_peft_model(tiny_base().model, LoraConfig(**{'task_type': 'CAUSAL_LM', 'r': 4, 'lora_alpha': 6, 'target_modules': ['q_proj','up_proj'], **kw})).eval()
+        if convert:
+            was, m.peft_config['default'].init_lora_weights = m.peft_config['default'].init_lora_weights, True
+            m.save_pretrained(dir/'before')
+            m.peft_config['default'].init_lora_weights = was
+        with torch.no_grad():
+            for n,p in m.named_parameters():
+                if 'lora_' in n: p.add_(.2*torch.randn(p.shape))
+            want = m(input_ids=IDS).logits
+        m.save_pretrained(dir/'a', **({'path_initial_model_for_weight_conversion': str(dir/'before')} if convert else {}))
+    return dir/'a', want
+
+@pytest.fixture(scope='module')
+def made_once(tmp_path_factory): return by_peft(tmp_path_factory.mktemp('made'))[0]
+
+@pytest.fixture()
+def plain(made_once, tmp_path): return Path(shutil.copytree(made_once, tmp_path/'a'))
+
+def ours(dir):
+    m = with_adapters(tiny_base(), {'x': dir})
+    with torch.no_grad(): return m(input_ids=IDS, gates=one_hot([0,0],1)).logits
+
+def said(dir, base=None):
+    "What is said of an adapter that is refused; the base is as it was"
+    base = base or tiny_base()
+    with pytest.raises(HydraError) as e: with_adapters(base, {'x': dir})
+    assert str(dir) in str(e.value) and not any(isinstance(m, GatedLinear) for m in base.model.modules())
+    return str(e.value)
+
+def change(dir, *without, **fields):
+    p = dir/'adapter_config.json'
+    p.write_text(json.dumps({k: v for k,v in {**json.loads(p.read_text()), **fields}.items() if k not in without}))
+    return dir
+
+def retensor(dir, f):
+    p = dir/'adapter_model.safetensors'
+    t = load_file(p); t = f(t) or t; save_file(t, p)
+    return dir
+
+ACCEPTED = [*(dict(init_lora_weights=i) for i in (False, 'gaussian', 'orthogonal', 'mica', 'eva')), dict(use_rslora=True, rank_pattern={'up_proj': 7}, alpha_pattern={r'layers\.\d+\.mlp\.up_proj': 1.5}),
+            dict(rank_pattern={'^model.layers.0.self_attn.q_proj': 2, 'up_.*': 7}), dict(target_modules='ALL-LINEAR', exclude_modules=['q_proj']), dict(target_modules=r'.*\.[12]\..*(q|k)_proj', exclude_modules=r'.*k_proj'),
+            dict(layers_to_transform=1), dict(layers_to_transform=[0], layers_pattern=['h', '(?:layers|blocks)']), dict(task_type=None), dict(ensure_weight_tying=True, lora_dropout=.3, revision='main')]
+
+@pytest.mark.parametrize('kw', ACCEPTED, ids=str)
+def test_what_is_accepted_is_what_it_is_in_peft(tmp_path, kw):
+    d,want = by_peft(tmp_path, **kw)
+    got,there = ours(d),peft(tiny_base().model, d).eval()(input_ids=IDS).logits
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(there, want, atol=1e-3, rtol=1e-3)
+    assert (got-tiny_base().model(input_ids=IDS).logits).abs().max()>.5
+
+@pytest.mark.parametrize('how', ['pissa', 'pissa_niter_2', 'olora'])
+def test_an_initialisation_that_changed_the_base_is_refused_and_its_conversion_is_right(tmp_path, how):
+    d,want = by_peft(tmp_path/'raw', init_lora_weights=how)
+    assert "changed the base's own weights" in (why := said(d)) and f"init_lora_weights='{how}'" in why
+    torch.testing.assert_close(ours(by_peft(tmp_path/'converted', True, init_lora_weights=how)[0]), want, atol=2e-3, rtol=1e-3)
+
+def test_every_field_of_peft_is_decided_and_its_defaults_pass(tmp_path):
+    from dataclasses import fields
+    from peft import LoraConfig
+    assert {f.name for f in fields(LoraConfig)}<=ADAPTER_FIELDS.keys()
+    d,_ = by_peft(tmp_path)
+    assert adapter_config(d)['r']==4 and set(json.loads((d/'adapter_config.json').read_text()))<=ADAPTER_FIELDS.keys()
+    ours(change(d, new_switch=False, new_list=[], new_object={}, new_thing=None))
+
+@pytest.mark.parametrize('field, value', [('init_lora_weights', 'corda'), ('init_lora_weights', 'loftq'), ('init_lora_weights', 'lora_ga'), ('init_lora_weights', 'tomorrows'), ('init_lora_weights', 3),
+    ('use_dora', True), ('kasa_config', {}), ('arrow_config', {'top_k': 2}), ('lora_bias', True), ('layer_replication', [[0,2]]), ('megatron_config', {'a': 1}), ('new_trick', True), ('new_trick', 0), ('new_trick', 'on'), ('new_trick', {'a': 1}),
+    ('task_type', 'SEQ_CLS'), ('bias', 'lora_only'), ('bias', True), ('use_rslora', 'yes'), ('use_rslora', 1), ('r', 0), ('r', -4), ('r', 4.), ('r', '4'), ('r', True), ('r', [4]), ('r', 10**400), ('r', 10**9),
+    ('lora_alpha', 0), ('lora_alpha', -1), ('lora_alpha', 1e308), ('lora_alpha', 10**400), ('lora_alpha', float('nan')), ('lora_alpha', float('inf')), ('lora_alpha', 1e-60), ('lora_alpha', '8'), ('lora_alpha', True), ('lora_alpha', [8]),
+    ('rank_pattern', {'q_proj': 0}), ('rank_pattern', {'q_proj': '4'}), ('rank_pattern', {'(': 4}), ('rank_pattern', ['q_proj']), ('alpha_pattern', {'q_proj': 1e308}), ('alpha_pattern', {'q_proj': None}), ('alpha_pattern', 3),
+    ('target_modules', []), ('target_modules', ''), ('target_modules', 3), ('target_modules', [3]), ('target_modules', '('), ('target_modules', {'q_proj': 1}), ('exclude_modules', '('), ('exclude_modules', [1]), ('exclude_modules', 1),
+    ('layers_to_transform', 'all'), ('layers_to_transform', [True]), ('layers_to_transform', 1.5), ('layers_pattern', '('), ('layers_pattern', 'layers'), ('base_model_name_or_path', 3), ('base_model_name_or_path', ['x'])], ids=lambda x: str(x)[:20])
+def test_a_value_that_is_not_accepted_is_refused_by_name(plain, field, value):
+    why = said(change(plain, **{field: value}))
+    assert field in why or value==10**9 and 'rank 1000000000' in why # a rank that the tensors do not have: no room is made for it
+
+def test_an_expression_names_its_blocks_itself(tmp_path):
+    assert 'layers_to_transform' in said(change(by_peft(tmp_path, target_modules='.*q_proj')[0], layers_to_transform=[0]))
+
+@pytest.mark.parametrize('field', ['peft_type', 'r', 'lora_alpha', 'target_modules'])
+@pytest.mark.parametrize('null', [True, False])
+def test_what_must_be_said_is_asked_for(plain, field, null):
+    assert f'lacks {field}' in said(change(plain, **{field: None}) if null else change(plain, field))
+
+@pytest.mark.parametrize('text', [b'[]', b'3', b'"x"', b'null', b'{', b'\xff\xfe{\x00', b'['*900+b']'*900, b'{"r": '+b'['*900+b']'*900+b'}', b'['*10**5, b'{"peft_type": "LORA", "lora_alpha": 1, "target_modules": ["q_proj"], "r": '+b'['*900+b']'*900+b'}', b'{"r": '+b'1'*5000+b'}'], ids=lambda t: t[:9])
+def test_hard_configurations(plain, text):
+    (plain/'adapter_config.json').write_bytes(text)
+    assert 'adapter_config.json' in said(plain)
+
+# ---- what an adapter's tensors are for
+PRE = 'base_model.model.'
+@pytest.mark.parametrize('made, rename, words', [
+    (dict(target_modules=['q_proj','lm_head']), None, ['adapts lm_head', 'leave']), (dict(target_modules=['q_proj','embed_tokens']), None, ['embedding', 'leave']),
+    ({}, lambda k: k.removeprefix(PRE), ["begin with ''", f"'{PRE}'"]), ({}, lambda k: k.removeprefix('base_model.'), ["begin with 'model.'", f"'{PRE}'"]), ({}, lambda k: k.replace(PRE+'model.', PRE), ["begin with 'base_model.'", f"'{PRE}'"]),
+    ({}, lambda k: k.replace(PRE+'model.', 'transformer.'), ["begin with 'transformer.'", f"'{PRE}model.'"]), ({}, lambda k: k.replace(PRE, PRE*2), [f"begin with '{PRE*2}'", f"'{PRE}'"]),
+    ({}, lambda k: k.replace('.weight', '.default.weight'), ['name of an adapter stands in its key']), ({}, lambda k: k.replace('layers.1', 'layers.7'), ['has no model.layers.7', 'another']),
+    ({}, lambda k: k.replace('self_attn.q_proj', 'attention.query'), ['has no model.layers.0.attention.query', 'another'])], ids=lambda x: '')
+def test_a_tensor_that_has_no_place_gets_the_true_reason(tmp_path, plain, made, rename, words):
+    d = by_peft(tmp_path/'other', **made)[0] if made else plain
+    if rename: retensor(d, lambda t: {rename(k): v for k,v in t.items()})
+    why = said(d)
+    assert all(w in why for w in words) and ('another' in words) is ('another one' in why)
+
+@pytest.mark.parametrize('key, words', [('model.layers.0.self_attn.q_proj.lora_magnitude_vector', 'DoRA'), ('model.layers.0.self_attn.q_proj.base_layer.weight', 'the base itself'), ('model.layers.0.self_attn.q_proj.lora_B.bias', 'bias'),
+    ('lm_head.modules_to_save.weight', 'modules_to_save'), ('lm_head.weight', 'lm_head whole'), ('model.norm.weight', 'model.norm whole'), ('model.norm.lora_A.weight', 'adapt linear layers'), ('model.layers.0.self_attn.o_proj.lora_A.weight', 'does not name'), ('x', 'neither')])
+def test_an_extra_tensor_gets_the_true_reason(plain, key, words):
+    assert words in (why := said(retensor(plain, lambda t: t.update({PRE+key: torch.zeros(4)})))) and key in why
+
+def test_a_missing_half_and_another_shape(plain, made_once):
+    half = PRE+'model.layers.0.mlp.up_proj.lora_B.weight'
+    retensor(plain, lambda t: {k: v for k,v in t.items() if k!=half})
+    assert f'lacks {half}' in (why := said(plain)) and 'is there, and is nothing without it' in why
+    assert 'reads 128 numbers' in (why := said(made_once, tiny_base(width=128))) and 'another base' in why and '(4, 64)' in why and '(4, 128)' in why
+
+@pytest.mark.parametrize('kind', [torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_types_that_are_no_adapters(plain, kind):
+    "Also where the numbers would be the same"
+    d = retensor(plain, lambda t: {k: v.round().to(kind) if kind!=torch.bool else v>0 for k,v in t.items()})
+    assert 'float32, float16, bfloat16' in said(d)
+
+@pytest.mark.parametrize('kind', [torch.float16, torch.bfloat16])
+def test_types_of_sixteen_bits(plain, kind):
+    d = retensor(plain, lambda t: {k: v.to(kind) for k,v in t.items()})
+    torch.testing.assert_close(ours(d), peft(tiny_base().model, d).eval()(input_ids=IDS).logits, atol=1e-3, rtol=1e-3)
+
+@pytest.mark.parametrize('half, number, alpha', [('A', 3.4e38, 6), ('B', 3.4e38, 6), ('B', 1e38, 40), ('B', 10., 3e38)])
+def test_finite_is_what_is_so_after_the_cast_and_the_scale(plain, half, number, alpha):
+    key = PRE+f'model.layers.0.mlp.up_proj.lora_{half}.weight'
+    d = change(retensor(plain, lambda t: t[key].view(-1)[3:4].fill_(number) and None), lora_alpha=alpha)
+    assert key in (why := said(d)) and 'bfloat16' in why
+
+def test_scales_too_far_apart(plain):
+    assert 'too far' in said(change(plain, lora_alpha=1e-37, alpha_pattern={'layers.0.mlp.up_proj': 1e30}))
+
+def test_no_adapters_and_a_base_that_carries_some():
+    base = tiny_base()
+    with pytest.raises(HydraError, match='no adapters'): with_adapters(base, {})
+    gated(base, 1)
+    with pytest.raises(HydraError, match='carries a stack already'): with_adapters(base, {'x': '/nowhere'})
 
 SAVE = """
 import sys, hashlib
