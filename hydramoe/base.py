@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['chatml', 'IDLE', 'PACKAGED', 'gemma_chat', 'HUB_ID', 'byte_tokenizer', 'Base', 'fingerprint',
            'checkpoint_fingerprint', 'has_fast_bf16', 'compute_dtype', 'differentiable_nf4', 'tiny_base',
-           'tokenizer_identity', 'identity', 'differences', 'target_layers', 'blocks', 'end_ids', 'closing',
-           'answer_text', 'Refused', 'heard', 'render', 'thought_key', 'with_thoughts', 'divided', 'smollm2_dir',
+           'target_layers', 'blocks', 'end_ids', 'closing', 'answer_text', 'tokenizer_identity', 'identity',
+           'differences', 'Refused', 'heard', 'render', 'thought_key', 'with_thoughts', 'divided', 'smollm2_dir',
            'gemma3_dir', 'base_id', 'base_dir', 'embedding_rows', 'check_base', 'base_tokenizer', 'load_base',
            'base_fingerprint', 'base_identity', 'base_key', 'keep_place', 'is_known']
 
@@ -183,66 +183,6 @@ def tiny_base(
     name = fingerprint(model)
     return Base(_freeze(model) if quant=='fp32' else _reopened(model, quant), byte_tokenizer(), f'tiny-{seed}', quant, 'cpu', name)
 
-# %% ../nbs/10_base.ipynb #ident-2
-IDLE = {'transformers_version', 'architectures', 'dtype', 'torch_dtype', 'use_cache', 'quantization_config', 'attn_implementation', 'auto_map', 'trust_remote_code',
-        'name_or_path', 'tokenizer_class', 'bos_token_id', 'pad_token_id', 'initializer_range', 'attention_dropout', 'hidden_dropout', 'resid_pdrop', 'embd_pdrop', 'attn_pdrop',
-        'return_dict', 'output_attentions', 'output_hidden_states', 'output_router_logits', 'id2label', 'label2id', 'num_labels', 'problem_type', 'finetuning_task',
-        'task_specific_params', 'pretraining_tp', 'chunk_size_feed_forward'} # fields of a configuration that change nothing of what is computed
-
-def _decides(cfg):
-    "A configuration without its idle fields, at any depth"
-    return {k: _decides(v) if isinstance(v, dict) else v for k,v in cfg.items() if k not in IDLE and k[:1]!='_'}
-
-def _short(x): return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
-
-def _full(x):
-    "Without what is empty or off, which is how a newer library spells what an older one did not know"
-    if isinstance(x, dict): return {k: _full(v) for k,v in x.items() if v not in (None, False, [], {}, '')}
-    return [_full(v) for v in x] if isinstance(x, list) else x
-
-def _pieces(tokenizer):
-    "A digest of each piece of a tokenizer; padding decides nothing, since it is masked"
-    fast = getattr(tokenizer, 'backend_tokenizer', None)
-    said = json.loads(fast.to_str()) if fast is not None else {}
-    model = said.pop('model', dict(vocab=tokenizer.get_vocab()))
-    big = dict(vocab=model.pop('vocab', None), merges=[m if isinstance(m, str) else ' '.join(m) for m in model.pop('merges', None) or []])
-    rest = {k: _full(said.get(k)) for k in ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder', 'added_tokens')}
-    special = {k: [str(t) for t in v] if isinstance(v, list) else str(v) for k,v in tokenizer.special_tokens_map.items() if k!='pad_token' and v}
-    return {k: _short(v) for k,v in dict(big, **rest, model=_full(model), special_tokens=special).items()}
-
-def tokenizer_identity(
-    tokenizer # of a base
-)->dict: # tokenizer, template
-    "What a base reads and writes with"
-    return dict(tokenizer=_pieces(tokenizer), template=_short(tokenizer.chat_template))
-
-def identity(
-    model, # with its config and generation_config
-    tokenizer # that comes with it
-)->dict: # config, tokenizer, template, ends
-    "What a base is besides its weights"
-    cfg = json.loads(model.config.get_text_config().to_json_string(use_diff=False))
-    return dict(config=_decides(cfg), **tokenizer_identity(tokenizer), ends=end_ids(tokenizer, model))
-
-# %% ../nbs/10_base.ipynb #ident-4
-def _odds(then, now, at=''):
-    "The fields in which two configurations differ, in words"
-    if isinstance(then, dict) and isinstance(now, dict):
-        for k in sorted(then.keys()|now.keys() if at else then.keys()&now.keys()): yield from _odds(then.get(k), now.get(k), f'{at}.{k}' if at else k)
-    elif then!=now: yield f"config.json: {at} is {str(now)[:60]}, the experts were trained with {str(then)[:60]}"
-
-def differences(
-    then:dict, # an identity, or some of its parts
-    now:dict # another
-)->list[str]: # in words; empty if it is the same base
-    "In what a base differs from the one that experts were trained on"
-    out, both = [], then.keys()&now.keys()
-    if 'config' in both: out += _odds(_decides(then['config']), _decides(now['config']))
-    if 'tokenizer' in both: out += [f"tokenizer: its {k.replace('_', ' ')} differs from what the experts were trained with" for k,v in sorted(then['tokenizer'].items()) if now['tokenizer'].get(k, v)!=v]
-    if 'template' in both and then['template']!=now['template']: out.append("chat template: it is another than the experts were trained with")
-    if 'ends' in both and then['ends']!=now['ends']: out.append(f"generation_config.json: an answer ends at token {now['ends']}, the experts were trained with {then['ends']}")
-    return out
-
 # %% ../nbs/10_base.ipynb #cell37
 def _linear(model):
     head = model.get_output_embeddings()
@@ -339,6 +279,66 @@ def answer_text(
     ids = [int(i) for i in ids]
     at = next((k for k,i in enumerate(ids) if i in ends), len(ids))
     return tokenizer.decode(ids[:at], skip_special_tokens=True).strip().removesuffix(_behind(tokenizer)[0]).strip()
+
+# %% ../nbs/10_base.ipynb #ident-2
+IDLE = {'transformers_version', 'architectures', 'dtype', 'torch_dtype', 'use_cache', 'quantization_config', 'attn_implementation', 'auto_map', 'trust_remote_code',
+        'name_or_path', 'tokenizer_class', 'bos_token_id', 'pad_token_id', 'initializer_range', 'attention_dropout', 'hidden_dropout', 'resid_pdrop', 'embd_pdrop', 'attn_pdrop',
+        'return_dict', 'output_attentions', 'output_hidden_states', 'output_router_logits', 'id2label', 'label2id', 'num_labels', 'problem_type', 'finetuning_task',
+        'task_specific_params', 'pretraining_tp', 'chunk_size_feed_forward'} # fields of a configuration that change nothing of what is computed
+
+def _decides(cfg):
+    "A configuration without its idle fields, at any depth"
+    return {k: _decides(v) if isinstance(v, dict) else v for k,v in cfg.items() if k not in IDLE and k[:1]!='_'}
+
+def _short(x): return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
+
+def _full(x):
+    "Without what is empty or off, which is how a newer library spells what an older one did not know"
+    if isinstance(x, dict): return {k: _full(v) for k,v in x.items() if v not in (None, False, [], {}, '')}
+    return [_full(v) for v in x] if isinstance(x, list) else x
+
+def _pieces(tokenizer):
+    "A digest of each piece of a tokenizer; padding decides nothing, since it is masked"
+    fast = getattr(tokenizer, 'backend_tokenizer', None)
+    said = json.loads(fast.to_str()) if fast is not None else {}
+    model = said.pop('model', dict(vocab=tokenizer.get_vocab()))
+    big = dict(vocab=model.pop('vocab', None), merges=[m if isinstance(m, str) else ' '.join(m) for m in model.pop('merges', None) or []])
+    rest = {k: _full(said.get(k)) for k in ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder', 'added_tokens')}
+    special = {k: [str(t) for t in v] if isinstance(v, list) else str(v) for k,v in tokenizer.special_tokens_map.items() if k!='pad_token' and v}
+    return {k: _short(v) for k,v in dict(big, **rest, model=_full(model), special_tokens=special).items()}
+
+def tokenizer_identity(
+    tokenizer # of a base
+)->dict: # tokenizer, template
+    "What a base reads and writes with"
+    return dict(tokenizer=_pieces(tokenizer), template=_short(tokenizer.chat_template))
+
+def identity(
+    model, # with its config and generation_config
+    tokenizer # that comes with it
+)->dict: # config, tokenizer, template, ends
+    "What a base is besides its weights"
+    cfg = json.loads(model.config.get_text_config().to_json_string(use_diff=False))
+    return dict(config=_decides(cfg), **tokenizer_identity(tokenizer), ends=end_ids(tokenizer, model))
+
+# %% ../nbs/10_base.ipynb #ident-4
+def _odds(then, now, at=''):
+    "The fields in which two configurations differ, in words"
+    if isinstance(then, dict) and isinstance(now, dict):
+        for k in sorted(then.keys()|now.keys() if at else then.keys()&now.keys()): yield from _odds(then.get(k), now.get(k), f'{at}.{k}' if at else k)
+    elif then!=now: yield f"config.json: {at} is {str(now)[:60]}, the experts were trained with {str(then)[:60]}"
+
+def differences(
+    then:dict, # an identity, or some of its parts
+    now:dict # another
+)->list[str]: # in words; empty if it is the same base
+    "In what a base differs from the one that experts were trained on"
+    out, both = [], then.keys()&now.keys()
+    if 'config' in both: out += _odds(_decides(then['config']), _decides(now['config']))
+    if 'tokenizer' in both: out += [f"tokenizer: its {k.replace('_', ' ')} differs from what the experts were trained with" for k,v in sorted(then['tokenizer'].items()) if now['tokenizer'].get(k, v)!=v]
+    if 'template' in both and then['template']!=now['template']: out.append("chat template: it is another than the experts were trained with")
+    if 'ends' in both and then['ends']!=now['ends']: out.append(f"generation_config.json: an answer ends at token {now['ends']}, the experts were trained with {then['ends']}")
+    return out
 
 # %% ../nbs/10_base.ipynb #cell41
 class Refused(HydraError):

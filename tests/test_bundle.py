@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from hydramoe.base import base_key, keep_place, load_base, render, tiny_base
+from hydramoe.base import base_key, load_base, render, tiny_base
 from hydramoe.cluster import Domains, embed, fit_tfidf, load_arrays, save_arrays
 from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra import FORMAT, BundleError, Hydra, UnlearntWarning, add_expert, adapters_base, check, check_adapter, explain_bundle, model_card, seal_bundle, unlearnt, uri_id
@@ -434,7 +434,7 @@ def test_how_a_base_may_be_named(at, id):
 
 def test_a_hub_id_is_never_a_folder_here(tmp_path, monkeypatch):
     import hydramoe.base as hb
-    (tmp_path/'some'/'model').mkdir(parents=True); monkeypatch.chdir(tmp_path)
+    (tmp_path/'some'/'model').mkdir(parents=True); (tmp_path/'some'/'model'/'config.json').write_text('{}'); monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hb, 'hub', lambda *a: (_ for _ in ()).throw(HydraError(f'asked for {a}')))
     with pytest.raises(HydraError, match="asked for \\('some/model', 'aaa"): hb.base_dir(uri_id('hub:some/model@'+'a'*40))
     assert hb.base_dir('some/model')==Path('some/model') # what the user names may be one

@@ -118,6 +118,7 @@ def stub(tmp_path, monkeypatch):
         d = tmp_path/'snapshots'/revision; d.mkdir(parents=True, exist_ok=True)
         return str(d)
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
+    monkeypatch.delenv('HYDRAMOE_QUIET', raising=False)
     monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
     return hub
