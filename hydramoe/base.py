@@ -638,7 +638,10 @@ def base_key(
     "All that a base is, weights and identity, for the key of a stage that reads it"
     if id=='tiny': return digest([(tiny := tiny_base()).fingerprint, tiny.identity])
     path = base_dir(id)
-    return digest([base_fingerprint(path), base_identity(path)])
+    return _key_of(path, stamp(*sorted(f for f in path.rglob('*') if f.is_file())))
+
+@lru_cache(16)
+def _key_of(path, stamped): return digest([base_fingerprint(path), base_identity(path)]) # read again when any file was touched
 
 def _kept(path): return cache_dir()/'places'/f'{digest(str(Path(path).absolute()))[:32]}.json'
 

@@ -1588,19 +1588,17 @@ def adapters_base(
     adapters:dict # name → folder with a PEFT adapter
 )->str|None: # the base that they name; None if they name none
     "On which base adapters were trained, by their own word; a folder that they name is not opened"
-    said = {n: _their_base(f, adapter_config(f)) for n,f in adapters.items() if (Path(f)/'adapter_config.json').is_file()}
-    bases = sorted({b for b in said.values() if b})
-    if len(bases)>1: raise HydraError(f"the adapters were trained on different bases, {', '.join(bases)}: experts are noise on another base; take those of one, or say with base= (--base) that it is the same")
-    return bases[0] if bases else None
+    cfgs = {n: adapter_config(f) for n,f in adapters.items() if (Path(f)/'adapter_config.json').is_file()}
+    said = sorted({(name, c.get('revision') or '') for c in cfgs.values() if (name := c.get('base_model_name_or_path'))})
+    if len(said)>1: raise HydraError(f"the adapters were trained on different bases, {', '.join('@'.join(filter(None, s)) for s in said)}: experts are noise on another base; take those of one, or say with base= (--base) that it is the same")
+    return _their_base(*said[0]) if said else None
 
-def _their_base(folder, cfg):
-    "What a stranger's adapter_config.json may say of its base: a name that we know, or an id on the Hub with its revision"
-    name, revision = (cfg.get(k) or None for k in ('base_model_name_or_path', 'revision'))
-    if name is None: return None
+def _their_base(name, revision):
+    "What a stranger's adapter may say of its base: a name that we know, or an id on the Hub"
     if name in (*_PLAIN, *PACKAGED): return _PLAIN.get(name, name)
-    uri = f'hub:{name}'+(f'@{revision}' if revision is not None else '')
+    uri = f'hub:{name}'+f'@{revision}'*bool(revision)
     if HUB_ID.fullmatch(uri): return uri
-    raise HydraError(f"the adapter in {folder} says that it was trained on {name[:200]!r}, a place on some machine and no id on the Hub; a stranger's word opens no folder here: say where the base is, base= (--base)")
+    raise HydraError(f"the adapters say that they were trained on {name[:200]!r}, a place on some machine and no id on the Hub; a stranger's word opens no folder here: say where the base is, base= (--base)")
 
 def adopt(
     adapters:dict|list, # name → folder with a PEFT adapter; or folders, whose names become the experts'
