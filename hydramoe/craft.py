@@ -260,13 +260,13 @@ def scenes(
     files:dict, # plays by path
     back:int=5 # speeches before the one to be spoken, at most
 ):
-    "A scene so far, and who you are in it → what you say next"
-    for data in files.values():
+    "A scene so far, and who you are in it → what you say next; all of one run of speeches are one group"
+    for path,data in files.items():
         text = data.decode('latin-1').replace('\r', '')
         title,who = string.capwords(re.split('[,;]', text.strip().splitlines()[0])[0]),persons(text)
-        for s in (s for run in speeches(text) for s in windows(run, back)):
+        for at,s in ((i, s) for i,run in enumerate(speeches(text)) for s in windows(run, back)):
             others = sorted({string.capwords(n) for n,_ in s} - {string.capwords(s[-1][0])})
-            yield [dict(role='system', content=f"{_persona(s[-1][0], who, title)} With you: {', '.join(others)}. Answer in character."), *as_messages(s)], s[-1][1]
+            yield [dict(role='system', content=f"{_persona(s[-1][0], who, title)} With you: {', '.join(others)}. Answer in character."), *as_messages(s)], s[-1][1], None, f'{path} {at}'
 
 # %% ../nbs/13_craft.ipynb #cell40
 TYPES = dict(dict='object', float='number', tuple='array', list='array', int='integer', bool='boolean')
@@ -370,7 +370,7 @@ def swapped_calls(
     without:list[str], # paths of the held-out questions
     size:int, # how many
     seed:int # of the draw
-)->list[tuple]: # (functions and request, call)
+)->list[tuple]: # (functions and request, call, None, the real request as their group)
     "A real request with other values in it → the call with these values"
     every = live_requests(files, without)
     live,real = [r for r in every if swappable(r)],{r['question'] for r in every}
@@ -378,7 +378,7 @@ def swapped_calls(
     def draw(g, i):
         "One record, or None"
         if (r := swapped(live[i%len(live)], pools, g)) is None or r['question'] in real: return None
-        return ([tool_prompt(_few(r, g)), dict(role='user', content=r['question'])], tool_call(r['name'], r['arguments']))
+        return ([tool_prompt(_few(r, g)), dict(role='user', content=r['question'])], tool_call(r['name'], r['arguments']), None, live[i%len(live)]['question'])
     return gather(draw, size, rng(seed, 'swapped_calls'))
 
 # %% ../nbs/13_craft.ipynb #cell53
@@ -451,7 +451,7 @@ def filled_calls(
     size:int, # how many
     seed:int, # of the draw
     lacking:float=.2 # share of requests that leave out what the function requires
-)->list[tuple]: # (functions and request, call or question)
+)->list[tuple]: # (functions and request, call or question, None, the function as their group)
     "A request in the words of a function's description → the call, or what is still to be known"
     live = live_requests(files, without)
     functions = list({f['name']:f for r in live for f in r['functions'] if len(f.get('description', ''))>15 and f['parameters'].get('properties')}.values())
@@ -462,7 +462,7 @@ def filled_calls(
         if (args := _filled(f, pools, g)) is None: return None
         less = _lacking(f, args, g) if g.random()<lacking else None
         offered = [f] + [functions[j] for j in g.choice(len(functions), g.integers(2)) if functions[j]['name']!=f['name']]
-        return [tool_prompt([offered[j] for j in g.permutation(len(offered))]), dict(role='user', content=worded(f, less[0] if less else args, g))], less[1] if less else tool_call(f['name'], args)
+        return [tool_prompt([offered[j] for j in g.permutation(len(offered))]), dict(role='user', content=worded(f, less[0] if less else args, g))], less[1] if less else tool_call(f['name'], args), None, f['name']
     return gather(draw, size, rng(seed, 'filled_calls'))
 
 # %% ../nbs/13_craft.ipynb #cell60
@@ -586,13 +586,13 @@ def _claim(facts, kind, notes, truth, g):
     if not truth and not apart(v, w): return None
     say = lambda t: t.format(a=a[:1].lower()+a[1:], A=a, v=v, w=w)
     note = notes.get(a) or notes.get(a.partition('-')[0], '')
-    return f'True or false? {say(KINDS[kind][1])} Give the facts.', f'{truth}. {say(KINDS[kind][2])} {note}'.strip()
+    return f'True or false? {say(KINDS[kind][1])} Give the facts.', f'{truth}. {say(KINDS[kind][2])} {note}'.strip(), None, f'{kind} {a}'
 
 def fact_claims(
     files:dict, # mendeleev's database
     size:int, # claims to draw, half of them true
     seed:int # of the draw
-)->list[tuple]: # (claim, verdict and facts)
+)->list[tuple]: # (claim, verdict and facts, None, the fact as their group)
     "A claim about an element or nuclide → true or false, the fact, and what the handbook says"
     con,kinds = database(files),list(KINDS)
     facts = {k:con.execute(sql).fetchall() for k,(sql,_,_) in KINDS.items()}

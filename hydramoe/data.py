@@ -876,7 +876,7 @@ def chitchat(
     shortest:int=40, # characters of the answer
     longest:int=400 # characters of any turn
 ):
-    "Three turns of a chat → the fourth; no turn twice, no address and no number of a telephone"
+    "Three turns of a chat → the fourth; no turn twice, no address and no number of a telephone; all of one chat are one group"
     found = {}
     for data in files.values():
         for key,chat in ((k, c) for k,c in json.loads(data).items() if 'prompt' in c):
@@ -884,7 +884,7 @@ def chitchat(
             for i in range(1, len(said)-3, 4):
                 w = said[i:i+4]
                 if len(w[3])<shortest or max(map(len, w))>longest or not all(w) or re.search(r'@|https?:|\d{5}', ' '.join(w)): continue
-                found[f'{key} {i}'] = [dict(role='system', content=f"You are a student who chats with another. You were asked: {chat['prompt']}"), *(dict(role=r, content=t) for r,t in zip(('user','assistant','user'), w))], w[3]
+                found[f'{key} {i}'] = [dict(role='system', content=f"You are a student who chats with another. You were asked: {chat['prompt']}"), *(dict(role=r, content=t) for r,t in zip(('user','assistant','user'), w))], w[3], None, key
     for k in sorted(found, key=digest)[:size]: yield found[k]
 
 def chatterbot(

@@ -175,6 +175,8 @@ WISHES = dict(num_beams=dict(_whole, least=1, most=1000), num_return_sequences=d
     top_p=_share, min_p=_share, typical_p=dict(above=0, most=1), epsilon_cutoff=dict(least=0, below=1), eta_cutoff=dict(least=0, below=1),
     repetition_penalty=dict(least=.01, most=100), length_penalty=dict(least=-100, most=100), max_time=dict(above=0)) # numbers that may be passed on, and their ranges
 OTHERS = dict(streamer=(lambda v: hasattr(v, 'put') and hasattr(v, 'end'), "a transformers streamer"), use_cache=(lambda v: isinstance(v, bool), 'True or False'),
+    renormalize_logits=(lambda v: isinstance(v, bool), 'True or False'), bad_words_ids=(lambda v: isinstance(v, list), 'a list of lists of token ids'),
+    suppress_tokens=(lambda v: isinstance(v, list), 'a list of token ids'),
     logits_processor=(lambda v: isinstance(v, list), 'a list of logits processors'), stopping_criteria=(lambda v: isinstance(v, list), 'a list of stopping criteria'),
     prefix_allowed_tokens_fn=(callable, 'a function'), early_stopping=(lambda v: isinstance(v, bool) or v=='never', "True, False or 'never'"),
     cache_implementation=(lambda v: v in ('dynamic', 'static'), "'dynamic' or 'static'"), past_key_values=(lambda v: hasattr(v, 'get_seq_length'), 'a transformers cache'),

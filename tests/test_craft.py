@@ -81,7 +81,7 @@ def test_scenes_stand_in_the_plays(name):
     files, _ = files_of(name)
     for path, content in files.items():
         text, at = content.decode('latin-1').replace('\r', ''), 0
-        for messages, said in craft.scenes({path: content}):
+        for messages, said, _, _ in craft.scenes({path: content}):
             assert [m['role'] for m in messages[1:]][::2] == ['user']*((len(messages))//2) and messages[-1]['role'] == 'user'
             lines = [l.partition(': ')[2] if m['role'] == 'user' else l for m in messages[1:] for l in m['content'].split('\n\n')]
             for l in [*lines, said]:
@@ -246,3 +246,11 @@ def test_the_thin_domains_have_enough():
             for r in load(n):
                 if e := data.encode(r, tok, 300, 300): rows, tokens, sources = rows+1, tokens+len(e.ids), sources | {n}
         assert rows >= 1500 and tokens >= 150_000 and len(sources) >= 2, (domain, rows, tokens)
+
+
+@pytest.mark.parametrize('name', ['chitchat', 'scenes', 'swapped_calls', 'filled_calls', 'fact_claims'])
+def test_records_of_one_source_row_are_one_group(name):
+    "They share words that a split must not part: turns of one chat, one scene's speeches, one request, one function, one fact"
+    rows = load(name)
+    groups = {r['group'] for r in rows}
+    assert len(groups) < len(rows) and all(g.startswith(f'{name}/') for g in groups)
