@@ -60,11 +60,14 @@ def _add(subs, name, c):
     p.add_argument('--quiet', action='store_true', help='no progress on standard error')
     p.set_defaults(run=c.run)
 
+_EPILOG = ('hydramoe COMMAND --help shows examples of each. Exit codes: 0 done, 1 a mistake of ours, 2 refused, '
+           '3 a bundle was written but an expert in it learnt nothing, 130 interrupted.')
+
 def make_parser(
 )->argparse.ArgumentParser: # of every registered command
     "The parser of the whole command line"
     from hydramoe import __version__
-    p = argparse.ArgumentParser('hydramoe', epilog='hydramoe COMMAND --help shows examples of each.',
+    p = argparse.ArgumentParser('hydramoe', epilog=_EPILOG,
                                 description="A base model with swappable QLoRA experts, one for each domain found in your data.")
     p.add_argument('--version', action='version', version=f'hydramoe {__version__}')
     subs, groups = _sub(p, 'command'), {}
@@ -176,8 +179,8 @@ _BUILD = ['hydramoe build mine.jsonl --dry-run', 'hydramoe build mine.jsonl', 'h
           'or', '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}']
 
 _FILES = (
-    arg('files', nargs='*', metavar='FILE', help='JSON lines, JSON, CSV or Parquet: prompts with completions, messages, Alpaca or ShareGPT'),
-    arg('--form', choices=['pairs', 'messages', 'sharegpt', 'alpaca'], help='of the rows (default: each by its columns)'),
+    arg('files', nargs='*', metavar='FILE', help='JSON lines, JSON, CSV or Parquet: prompts with completions, messages, Alpaca, ShareGPT or preferences'),
+    arg('--form', choices=['pairs', 'messages', 'sharegpt', 'alpaca', 'preference'], help='of the rows (default: each by its columns)'),
     arg('--format', choices=['jsonl', 'json', 'csv', 'tsv', 'parquet'], help='of the files (default: seen from their content)'),
     arg('--map', action='append', metavar='OURS=THEIRS', help='columns by other names, such as prompt=question,completion=answer'),
     arg('--key', metavar='NAME', help='the list of rows in a JSON object (default: its one list of objects)'),
