@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from packaging.utils import canonicalize_name
 
-from hydramoe.reproduce import SCALES, SPEEDS, Graph, check_sums, load_result, members, numbers, paper_files, published, render_readme
+from hydramoe.reproduce import SCALES, SPEEDS, Graph, check_sums, load_result, members, numbers, paper_files, published, read_older, render_readme
 from hydramoe.report import latex_name
 from prose import PAGES, unsupported
 
@@ -143,6 +143,12 @@ def test_paper_agrees_with_results():
 def test_every_number_the_paper_names_is_there():
     named = set(re.findall(r'\\result\{(\w+)\}', text('papers', 'hydra', 'main.tex')))
     assert named <= {latex_name(k) for k in numbers(published())}
+
+def test_results_of_older_code_are_published_ones_and_the_readme_says_so():
+    listed = read_older()
+    assert set(listed) <= {f.stem for f in results}
+    told = {f'{r.name}-{r.scale}' for r in published().values()} & set(listed) & {f'{n}-{s}' for n in ('e3_routing', 'e7_routers') for s in SCALES}
+    assert all(f'Made before {listed[n]}.' in text('README.md') for n in told)
 
 @pytest.mark.parametrize('f', results, ids=lambda f: f.name)
 def test_a_result_is_whole_and_portable(f):
