@@ -50,7 +50,7 @@ readme: setup ## run nbs/index.ipynb and make README.md from it
 	@$(BIN)/python -c 'from hydramoe.reproduce import write_readme; write_readme()'
 
 lab: setup ## open the notebooks in JupyterLab
-	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/jupyter lab nbs
+	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/jupyter lab nbs
 
 hooks: setup ## install nbdev's git hooks: clean notebooks, notebook merges
 	@$(BIN)/nbdev_install_hooks

@@ -1,19 +1,22 @@
 """Two threads of torch beside a busy process, measured: `python benchmarks/busy.py --json` (some ten minutes on two cores).
 
 A thread of torch that waits for the other one spins, by default of its OpenMP library, and a core that spins is lost to
-whatever else runs on it. With OMP_WAIT_POLICY=PASSIVE it sleeps instead; hydramoe sets that unless the user has set it.
-Measured: tokens a second of scoring (`response_losses` with nine experts, each row its own) and of training (steps of nine
-experts, fused), on the same rows, in a process of its own each time; the two policies in turn, round after round, on a quiet
-machine and beside one process that keeps a core busy; medians.
-  score_quiet, train_quiet     PASSIVE ÷ the library's own default, nothing else running: what it costs
-  score_busy, train_busy       the same beside a busy process: what it brings
+whatever else runs on it. With OMP_WAIT_POLICY=PASSIVE it sleeps instead, and with GOMP_SPINCOUNT=1000 beside it, it spins for a
+moment before. hydramoe sets both unless the user has set the first.
+Measured: tokens a second of scoring (`response_losses` with nine experts, each row its own), of training (steps of nine
+experts, fused) and of one answer, token by token; the same work in a process of its own each time; the policies in turn, round
+after round, on a quiet machine and beside one process that keeps a core busy; medians.
+  score_quiet, train_quiet, answer_quiet    hydramoe's ÷ the library's own default, nothing else running: what it costs
+  score_busy, train_busy, answer_busy       the same beside a busy process: what it brings
+  asleep_*                                  the same for PASSIVE alone
 `--base tiny --rows 2 --rounds 1` takes seconds, to see that it works.
 """
 import argparse, json, os, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
-POLICIES = dict(passive='PASSIVE', default=None)
+POLICIES = dict(ours=dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='1000'), asleep=dict(OMP_WAIT_POLICY='PASSIVE'), default={})
+WORKS = ('score', 'train', 'answer')
 NEIGHBOUR = 'while True: pass'
 
 def options():
@@ -26,7 +29,7 @@ def options():
     p.add_argument('--threads', type=int, default=2, help='of torch')
     p.add_argument('--rounds', type=int, default=3, help='times that each measurement is taken, in turn')
     p.add_argument('--json', action='store_true')
-    p.add_argument('--work', choices=['score', 'train'], help=argparse.SUPPRESS)
+    p.add_argument('--work', choices=WORKS, help=argparse.SUPPRESS)
     return p.parse_args()
 
 def prepared(a):
@@ -53,7 +56,7 @@ def score(a):
     response_losses(model, examples[:2], gates[:2])
     began = time.perf_counter()
     response_losses(model, examples, gates)
-    return time.perf_counter()-began, examples
+    return time.perf_counter()-began, sum(len(x.ids) for x in examples)
 
 def train(a):
     "Seconds for one pass over the rows, all experts fused, after a first step"
@@ -66,12 +69,24 @@ def train(a):
         fit_step(model, opt, steps[0], 0, names)
         began = time.perf_counter()
         for k,step in enumerate(steps[1:], 1): fit_step(model, opt, step, k, names)
-    return time.perf_counter()-began, [x for step in steps[1:] for _,x in step]
+    return time.perf_counter()-began, sum(len(x.ids) for step in steps[1:] for _,x in step)
+
+def answer(a):
+    "Seconds for the tokens of one answer, after the prompt was read"
+    import torch
+    from hydramoe.stack import one_hot
+    model, rows = prepared(a)
+    ids = torch.tensor([next(iter(rows.values()))[0].ids[:32]])
+    def tokens(n): model.generate(ids, attention_mask=torch.ones_like(ids), gates=one_hot([0], len(rows)), do_sample=False, min_new_tokens=n, max_new_tokens=n)
+    tokens(2)
+    began = time.perf_counter()
+    tokens(a.length//4)
+    return time.perf_counter()-began, a.length//4
 
 def measured(work, policy, busy):
     "Tokens a second of one piece of work in a process of its own"
-    env = {k: v for k,v in os.environ.items() if k!='OMP_WAIT_POLICY'} | dict(HYDRAMOE_QUIET='1', TRANSFORMERS_VERBOSITY='error')
-    if POLICIES[policy]: env['OMP_WAIT_POLICY'] = POLICIES[policy]
+    ours = {k: v for k,v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
+    env = ours | dict(HYDRAMOE_QUIET='1', TRANSFORMERS_VERBOSITY='error') | POLICIES[policy]
     neighbour = subprocess.Popen([sys.executable, '-c', NEIGHBOUR]) if busy else None
     try: out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--work', work], check=True, env=env, stdout=subprocess.PIPE, text=True).stdout
     finally:
@@ -83,16 +98,17 @@ def main():
     if a.work:
         import torch # before hydramoe, which would set the policy
         warnings.simplefilter('ignore')
-        spent, rows = dict(score=score, train=train)[a.work](a)
-        print(sum(len(x.ids) for x in rows)/spent); return
+        spent, n = dict(score=score, train=train, answer=answer)[a.work](a)
+        print(n/spent); return
     from hydramoe.core import machine, versions
     took = {}
     for _ in range(a.rounds):
-        for work in ('score', 'train'):
+        for work in WORKS:
             for when in ('quiet', 'busy'):
                 for policy in POLICIES: took.setdefault((work, when, policy), []).append(measured(work, policy, when=='busy'))
     speed = {k: statistics.median(v) for k,v in took.items()}
-    ratios = {f'{w}_{n}': speed[w, n, 'passive']/speed[w, n, 'default'] for w in ('score', 'train') for n in ('quiet', 'busy')}
+    def against_default(policy): return {f'{w}_{n}': speed[w, n, policy]/speed[w, n, 'default'] for w in WORKS for n in ('quiet', 'busy')}
+    ratios = against_default('ours') | {f'asleep_{k}': v for k,v in against_default('asleep').items()}
     if not a.json:
         for (work, when, policy),v in speed.items(): print(f'{work} {when} {policy}: {v:.0f} tokens/s')
         print(ratios); return

@@ -7,9 +7,12 @@ from importlib.util import find_spec
 
 # Written by hand, the only module that no notebook exports; why it stands as it does is told in nbs/35_auto.ipynb.
 
-# torch's threads spin while they wait for each other, and take a core from whatever else is running; asleep they cost nothing
-# that we could measure (benchmarks/busy.py). torch reads this once, when it is imported; processes started from here inherit it.
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+# torch's threads spin while they wait for each other, and take a core from whatever else is running. These spin for some ten
+# microseconds, which most waits need no longer than, and then sleep (benchmarks/busy.py). The library below torch reads both
+# once, when torch is imported; processes started from here inherit them.
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ['OMP_WAIT_POLICY'] = 'PASSIVE'
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 _LAZY = dict(Hydra='hydramoe.hydra', HydraConfig='hydramoe.auto', HydraForCausalLM='hydramoe.auto', HydraTokenizer='hydramoe.auto')
 _LIST = 'transformers.models.auto.configuration_auto' # where transformers keeps its list of model types

@@ -1,14 +1,14 @@
-"How the threads of torch wait: asleep, wherever torch is imported, unless the user has said otherwise."
+"How the threads of torch wait: asleep after a moment, wherever torch is imported, unless the user has said otherwise."
 import json, os, subprocess, sys
 
 import pytest
 
 from hydramoe.reproduce import run_notebook
 
-LOOK = "import os; print(os.environ.get('OMP_WAIT_POLICY'))"
+LOOK = "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
 
 def environment(policy=None):
-    env = {k: v for k,v in os.environ.items() if k!='OMP_WAIT_POLICY'}
+    env = {k: v for k,v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
     return env if policy is None else env | dict(OMP_WAIT_POLICY=policy)
 
 def printed(code, policy=None):
@@ -16,7 +16,7 @@ def printed(code, policy=None):
 
 @pytest.mark.parametrize('module', ['hydramoe', 'hydramoe.cli', 'hydramoe.base'])
 def test_they_sleep_once_hydramoe_is_imported(module):
-    assert printed(f'import {module}; {LOOK}')==['PASSIVE']
+    assert printed(f'import {module}; {LOOK}')==['PASSIVE', '1000']
 
 def test_the_policy_stands_before_torch_is_imported():
     # torch reads it at import: too late is as good as never
@@ -25,12 +25,12 @@ def test_the_policy_stands_before_torch_is_imported():
             "builtins.__import__ = spy; import hydramoe.stack; print(*seen)"
     assert printed(watch)==['PASSIVE']
 
-def test_a_user_who_says_otherwise_is_heard(): assert printed(f'import hydramoe.cli; {LOOK}', 'ACTIVE')==['ACTIVE']
+def test_a_user_who_says_otherwise_is_heard(): assert printed(f'import hydramoe.cli; {LOOK}', 'ACTIVE')==['ACTIVE', 'None']
 
 def test_what_hydramoe_starts_inherits_it():
     # workers are started by `local` and `ray` from this process's environment
     code = f"import hydramoe, subprocess, sys; subprocess.run([sys.executable, '-c', {LOOK!r}], check=True)"
-    assert printed(code)==['PASSIVE']
+    assert printed(code)==['PASSIVE', '1000']
 
 def test_a_notebook_that_hydramoe_runs_inherits_it(tmp_path):
     def cell(kind, source, **meta):
