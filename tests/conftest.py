@@ -28,6 +28,14 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid): return together(nodeid)
     return ByCost(config, log)
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    "A command that runs in this process may set variables, such as HYDRAMOE_QUIET; the next test must not see them"
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
 @pytest.fixture
 def in_two_processes(tmp_path):
     "Code that fills the folder sys.argv[1], run under two values of PYTHONHASHSEED: the bytes of its files, by name, twice"

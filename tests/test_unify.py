@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub import DatasetCard, HfApi
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from hydramoe import unify as U
-from hydramoe.base import byte_tokenizer
+from hydramoe.base import byte_tokenizer, tiny_base
 from hydramoe.core import HydraError, read_json, read_jsonl
 from hydramoe.data import card_names, cards_digest, grams, load, load_card, prompt_key, record, toy_records
 from hydramoe.store import stage
@@ -110,8 +110,9 @@ def test_another_process_makes_the_same_bytes(in_two_processes):
 
 def test_tokens_are_counted_for_every_base_that_can_be_loaded(tmp_path, monkeypatch):
     TOK.save_pretrained(tmp_path/'mine')
+    tiny_base().model.config.save_pretrained(tmp_path/'mine')
     monkeypatch.setattr('hydramoe.base.gemma3_dir', lambda: tmp_path/'mine') # as fetched
-    monkeypatch.setattr('hydramoe.base.hub', lambda name, revision: tmp_path/'mine')
+    monkeypatch.setattr('hydramoe.base.hub', lambda name, revision=None: tmp_path/'mine')
     for base in ('bytes', 'gemma3', str(tmp_path/'mine'), 'org/name', 'org/name@main'):
         assert U.tokenizer_of(base)('a word').input_ids == TOK('a word').input_ids
     with pytest.raises(HydraError, match="'nonesuch' is neither 'smollm2' nor 'gemma3', nor a directory"): U.tokenizer_of('nonesuch')
