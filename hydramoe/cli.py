@@ -158,6 +158,7 @@ def _free(path):
 
 def _out(a):
     "Where the bundle goes; what is there already may be the same one, and is looked at later"
+    if a.out=='': raise HydraError("--out '' is no folder: say where the bundle goes, or leave --out out")
     out = Path(a.out or Path(a.files[0]).stem+'-hydra')
     return out if os.path.lexists(out) else _free(out)
 
@@ -221,6 +222,7 @@ def build(a):
     if a.adapters: return from_adapters(a)
     if a.gate or a.top_k is not None: raise HydraError("--gate and --top-k go with --from ADAPTER …: a Hydra that is trained from examples has a router")
     if a.add or a.remove: return changed(_given(a))
+    if a.name or a.start: raise HydraError("--name and --start go with --add FILE: a build names its experts after the domains that it finds")
     out, run = _out(_given(a)), _run(a)
     from hydramoe.hydra import BuildSpec, Hydra, check, gather, left_out
     if os.path.lexists(out): check(out)

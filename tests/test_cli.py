@@ -267,3 +267,9 @@ def test_ctrl_c_is_130(made):
     p.stdout.readline()
     p.send_signal(signal.SIGINT); time.sleep(.5); p.send_signal(signal.SIGINT)
     assert p.wait(60) == 130
+
+def test_options_that_would_be_ignored_are_refused(made):
+    d, _ = made
+    for flags in (['--name', 'x'], ['--start', 'x'], ['--out', '']):
+        out = here('build', 'mine.jsonl', *TINY, *flags, cwd=d)
+        assert (out.returncode, out.stdout, out.stderr.count('\n'))==(2, '', 1), flags
