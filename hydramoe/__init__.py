@@ -7,9 +7,9 @@ from importlib.util import find_spec
 
 # Written by hand, the only module that no notebook exports; why it stands as it does is told in nbs/35_auto.ipynb.
 
-# torch's threads spin while they wait for each other, and take a core from whatever else is running. These spin for some ten
-# microseconds, which most waits need no longer than, and then sleep (benchmarks/busy.py). The library below torch reads both
-# once, when torch is imported; processes started from here inherit them.
+# torch's threads spin while they wait for each other, and take a core from whatever else is running. These spin for a
+# moment and then sleep (benchmarks/busy.py measures both). The library below torch reads the variables once, when torch is
+# imported; processes started from here inherit them.
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ['OMP_WAIT_POLICY'] = 'PASSIVE'
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
