@@ -36,8 +36,8 @@ def prepared(a):
     "A gated model and the training rows of each domain"
     import torch
     from train import rows_of
-    from hydramoe.expert import open_base
-    from hydramoe.stack import LoraSpec, gated
+    from hydramoe.models.base import open_base
+    from hydramoe.experts.stack import LoraSpec, gated
     torch.set_num_threads(a.threads)
     a.held = 1
     base = open_base(a.base, a.quant)
@@ -49,7 +49,7 @@ def prepared(a):
 def score(a):
     "Seconds for the loss of every row under its own expert"
     import torch
-    from hydramoe.score import response_losses
+    from hydramoe.experts.score import response_losses
     model, rows = prepared(a)
     examples = [x for own in rows.values() for x in own]
     gates = torch.cat([torch.eye(len(rows))[e].expand(len(own), -1) for e,own in enumerate(rows.values())])
@@ -60,7 +60,7 @@ def score(a):
 
 def train(a):
     "Seconds for one pass over the rows, all experts fused, after a first step"
-    from hydramoe.expert import Optimizers, TrainSpec, fit_step, plan_steps, training
+    from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps, training
     model, rows = prepared(a)
     names, spec = list(rows), TrainSpec(rows=1., warmup=2)
     steps = plan_steps(list(rows.values()), names, spec)
@@ -74,7 +74,7 @@ def train(a):
 def answer(a):
     "Seconds for the tokens of one answer, after the prompt was read"
     import torch
-    from hydramoe.stack import one_hot
+    from hydramoe.experts.stack import one_hot
     model, rows = prepared(a)
     ids = torch.tensor([next(iter(rows.values()))[0].ids[:32]])
     def tokens(n): model.generate(ids, attention_mask=torch.ones_like(ids), gates=one_hot([0], len(rows)), do_sample=False, min_new_tokens=n, max_new_tokens=n)
@@ -100,7 +100,7 @@ def main():
         warnings.simplefilter('ignore')
         spent, n = dict(score=score, train=train, answer=answer)[a.work](a)
         print(n/spent); return
-    from hydramoe.core import machine, versions
+    from hydramoe.foundations.core import machine, versions
     took = {}
     for _ in range(a.rounds):
         for work in WORKS:

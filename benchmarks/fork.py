@@ -12,8 +12,9 @@ measured in one process, in turn, round after round; medians of the rounds' rati
 import argparse, json, statistics, tempfile, warnings
 import torch
 from transformers import DynamicCache
-from hydramoe.expert import Optimizers, TrainSpec, cache_trunk, fit_step, open_base, plan_steps, training
-from hydramoe.stack import LoraSpec, at_fork, gated, logits, one_hot, refill
+from hydramoe.models.base import open_base
+from hydramoe.experts.train import Optimizers, TrainSpec, cache_trunk, fit_step, plan_steps, training
+from hydramoe.experts.stack import LoraSpec, at_fork, gated, logits, one_hot, refill
 from forward import in_turn, seconds
 from train import rows_of
 

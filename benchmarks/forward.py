@@ -1,6 +1,6 @@
 """Forward speed, measured: `python benchmarks/forward.py --json` (some 20 minutes on two cores); `--fast` takes a minute.
 
-One run measures the bare base, ours (hydramoe.stack) and PEFT, each on its own copy of the same base, one step of each in
+One run measures the bare base, ours (hydramoe.experts.stack) and PEFT, each on its own copy of the same base, one step of each in
 turn and round after round, so that whatever disturbs the machine disturbs all; medians. Every number is relative to the
 base's own step of the same kind, precision and mode.
 
@@ -18,8 +18,8 @@ In compiled mode torch.compile compiles the base, ours and PEFT alike, the model
 import argparse, gc, json, statistics, time, warnings
 import torch
 from transformers import DynamicCache
-from hydramoe.base import load_base, tiny_base
-from hydramoe.stack import LoraSpec, gated, make_plan, one_hot
+from hydramoe.models.base import load_base, tiny_base
+from hydramoe.experts.stack import LoraSpec, gated, make_plan, one_hot
 
 def options(doc, experts, rounds):
     "What this benchmark and scale.py both ask"

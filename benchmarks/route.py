@@ -15,11 +15,12 @@ test prompts that are asked again. Accuracies are shares of the test prompts, wi
 import argparse, json, statistics, time
 import numpy as np
 import torch
-from hydramoe.base import load_base
-from hydramoe.cluster import Domains, embed, hidden_mean, prompt_text
-from hydramoe.core import cache_dir, machine
-from hydramoe.data import DOMAINS, card_names, load
-from hydramoe.route import Router, calibrated, cascade, choose_margin, classifier, distil_tokens, knn, lead, on_hidden, on_static, ridge, similarity, static_vectors
+from hydramoe.models.base import load_base
+from hydramoe.models.hidden import hidden_mean
+from hydramoe.domains.cluster import Domains, embed, prompt_text
+from hydramoe.foundations.core import cache_dir, machine
+from hydramoe.data.records import DOMAINS, card_names, load
+from hydramoe.hydra.route import Router, calibrated, cascade, choose_margin, classifier, distil_tokens, knn, lead, on_hidden, on_static, ridge, similarity, static_vectors
 
 def dealt(args):
     "part → texts, domains; round-robin over the cards of a domain"

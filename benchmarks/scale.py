@@ -13,8 +13,8 @@ of one expert, drawn by Zipf's law: share found on device, in RAM, on disk, and 
 import json, resource, statistics, sys, tempfile, warnings
 from pathlib import Path
 import torch
-from hydramoe.core import rng
-from hydramoe.stack import LoraSpec, Shelf, gated, make_plan, one_hot
+from hydramoe.foundations.core import rng
+from hydramoe.experts.stack import LoraSpec, Shelf, gated, make_plan, one_hot
 sys.path.insert(0, str(Path(__file__).parent))
 from forward import decode, in_turn, opened, options, seconds, top2
 

@@ -43,10 +43,11 @@ def options():
 
 def rows_of(a, base):
     "Training and held-out rows of each domain: records of the data cards, or made in code for the tiny base"
-    from hydramoe.core import read_jsonl
-    from hydramoe.data import DOMAINS, cards_digest, encode
-    from hydramoe.store import stage
-    from hydramoe.unify import toy_unify, unify
+    from hydramoe.foundations.core import read_jsonl
+    from hydramoe.models.encode import encode
+    from hydramoe.data.records import DOMAINS, cards_digest
+    from hydramoe.foundations.store import stage
+    from hydramoe.data.unify import toy_unify, unify
     toy = a.base=='tiny'
     params = dict(tokens_per_domain=400*a.rows, dev=1, test=a.held, max_length=a.length, seed=0, cards='' if toy else cards_digest())
     data = stage(toy_unify if toy else unify, params)
@@ -59,8 +60,9 @@ def rows_of(a, base):
 def prepared(a, theirs=False):
     "Base, spec, training and held-out rows, and the steps of the fused run"
     import torch
-    from hydramoe.core import default_threads
-    from hydramoe.expert import TrainSpec, open_base, plan_steps
+    from hydramoe.foundations.core import default_threads
+    from hydramoe.models.base import open_base
+    from hydramoe.experts.train import TrainSpec, plan_steps
     torch.set_num_threads(a.threads or default_threads())
     base = open_base(a.base, 'fp32' if theirs and a.trl_weights=='fp32' else a.quant)
     rows, held = rows_of(a, base)
@@ -68,12 +70,12 @@ def prepared(a, theirs=False):
     return base, spec, rows, held, plan_steps(list(rows.values()), list(rows), spec)[:a.steps]
 
 def lora(a):
-    from hydramoe.stack import LoraSpec
+    from hydramoe.experts.stack import LoraSpec
     return LoraSpec(rank=a.rank, alpha=2*a.rank)
 
 def start(a, base, names):
     "Fresh adapters, the same for both sides"
-    from hydramoe.stack import gated
+    from hydramoe.experts.stack import gated
     if (Path(a.work)/'start').exists(): return
     model = gated(base, slots=1, spec=lora(a))
     for n in names:
@@ -87,8 +89,8 @@ def tokens(rows): return sum(len(x.ids) for x in rows)
 
 def ours(a):
     "All experts fused"
-    from hydramoe.expert import Optimizers, fit_step, training
-    from hydramoe.stack import gated
+    from hydramoe.experts.train import Optimizers, fit_step, training
+    from hydramoe.experts.stack import gated
     base, spec, rows, _, steps = prepared(a)
     names = list(rows)
     start(a, base, names)
@@ -107,9 +109,9 @@ def bare(a):
     "The base alone on the passes of the fused run: forward, loss and the way back to its embeddings, which no training of adapters in all layers can do without"
     from concurrent.futures import ThreadPoolExecutor
     import torch
-    from hydramoe.expert import in_lanes, lanes, pack, share, using_threads
-    from hydramoe.score import token_losses
-    from hydramoe.stack import Plan, gated, in_line, using
+    from hydramoe.experts.train import in_lanes, lanes, pack, share, using_threads
+    from hydramoe.experts.score import token_losses
+    from hydramoe.experts.stack import Plan, gated, in_line, using
     base, spec, _, _, steps = prepared(a)
     base.model.enable_input_require_grads()
     model, seconds = gated(base, 1, lora(a)), []
@@ -136,7 +138,7 @@ def timer(a):
 
 def trl(a):
     "One expert after the other"
-    from hydramoe.expert import fit_trl
+    from hydramoe.experts.train import fit_trl
     base, spec, rows, _, steps = prepared(a, True)
     start(a, base, rows)
     total = dict(tokens=0, seconds=0.)
@@ -149,8 +151,8 @@ def trl(a):
 
 def trl_memory(a):
     "TRL with as many rows in a forward as ours"
-    from hydramoe.expert import fit_trl
-    from hydramoe.score import micro_batches
+    from hydramoe.experts.train import fit_trl
+    from hydramoe.experts.score import micro_batches
     base, spec, rows, _, steps = prepared(a, True)
     start(a, base, rows)
     batches = [[s[i][1] for i in b] for s in steps[:2] for b in micro_batches([len(x.ids) for _,x in s], a.micro)]
@@ -160,8 +162,8 @@ def trl_memory(a):
 def score(a):
     "Held-out loss of each side's experts, each on its own domain"
     import torch
-    from hydramoe.stack import with_adapters
-    from hydramoe.score import response_losses
+    from hydramoe.experts.stack import with_adapters
+    from hydramoe.experts.score import response_losses
     base, _, rows, held, _ = prepared(a)
     out = {}
     for side in ('start', 'ours', 'trl'):
@@ -192,7 +194,7 @@ def compared(a, quant, work):
 
 def conditions(a):
     "What was measured, where, and on what work"
-    from hydramoe.core import default_threads, machine, versions
+    from hydramoe.foundations.core import default_threads, machine, versions
     return dict({k: v for k,v in vars(a).items() if k not in ('side', 'quant', 'work', 'json')}, threads=a.threads or default_threads(),
                 versions=versions('torch', 'transformers', 'peft', 'trl'), machine=machine(), work=__doc__.split('\n\n')[2])
 

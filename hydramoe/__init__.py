@@ -5,7 +5,7 @@ import importlib, os, sys
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
-# Written by hand, the only module that no notebook exports; why it stands as it does is told in nbs/35_auto.ipynb.
+# Written by hand, the only module that no notebook exports; why it stands as it does is told in nbs/hydra/68_auto.ipynb.
 
 # torch's threads spin while they wait for each other, and take a core from whatever else is running. These spin for a
 # moment and then sleep (benchmarks/busy.py measures both). The library below torch reads the variables once, when torch is
@@ -14,7 +14,7 @@ if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ['OMP_WAIT_POLICY'] = 'PASSIVE'
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
-_LAZY = dict(Hydra='hydramoe.hydra', HydraConfig='hydramoe.auto', HydraForCausalLM='hydramoe.auto', HydraTokenizer='hydramoe.auto')
+_LAZY = dict(Hydra='hydramoe.hydra.model', HydraConfig='hydramoe.hydra.auto', HydraForCausalLM='hydramoe.hydra.auto', HydraTokenizer='hydramoe.hydra.auto')
 _LIST = 'transformers.models.auto.configuration_auto' # where transformers keeps its list of model types
 
 def __getattr__(name):

@@ -8,10 +8,10 @@ fails; one that is new has to be entered, or better: made from results, in a cel
 import ast, json, re, tomllib
 from pathlib import Path
 
-from hydramoe.core import read_json
-from hydramoe.data import DOMAINS
-from hydramoe.reproduce import SPEEDS, Graph, load_result, members, params_at, published, rooms_table
-from hydramoe.unify import PARTS
+from hydramoe.foundations.core import read_json
+from hydramoe.data.records import DOMAINS
+from hydramoe.use.reproduce import SPEEDS, Graph, load_result, members, params_at, published, rooms_table
+from hydramoe.data.unify import PARTS
 
 root = Path(__file__).parents[1]
 def text(*parts): return root.joinpath(*parts).read_text(encoding='utf-8')

@@ -4,14 +4,14 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
-import hydramoe.auto as auto
-from hydramoe.auto import HydraConfig, HydraForCausalLM, prompts_of, unrender
-from hydramoe.base import byte_tokenizer, gemma_chat, load_base, render, tiny_base
-from hydramoe.cluster import Domains, embed
-from hydramoe.core import HydraError, derive_seed, read_json, rng, write_json
-from hydramoe.hydra import BundleError, Hydra
-from hydramoe.route import similarity
-from hydramoe.stack import LoraSpec, gated, hidden, in_line, line_plan, one_hot, using
+import hydramoe.hydra.auto as auto
+from hydramoe.hydra.auto import HydraConfig, HydraForCausalLM, prompts_of, unrender
+from hydramoe.models.base import byte_tokenizer, gemma_chat, load_base, render, tiny_base
+from hydramoe.domains.cluster import Domains, embed
+from hydramoe.foundations.core import HydraError, derive_seed, read_json, rng, write_json
+from hydramoe.hydra.model import BundleError, Hydra
+from hydramoe.hydra.route import similarity
+from hydramoe.experts.stack import LoraSpec, gated, hidden, in_line, line_plan, one_hot, using
 
 from test_base import LAYOUTS, TALKS, laid_out, last_label
 from test_hydra import scripted
@@ -52,9 +52,9 @@ def test_a_fresh_process_knows_bundles(bundle, hydra, first):
 
 def test_importing_hydramoe_is_light():
     "Neither torch nor transformers, and the names that are offered are there when asked for"
-    assert fresh("import sys, hydramoe, hydramoe.cli; print([m for m in ('torch', 'transformers', 'hydramoe.auto', 'hydramoe.hydra') if m in sys.modules])")=='[]'
+    assert fresh("import sys, hydramoe, hydramoe.use.cli; print([m for m in ('torch', 'transformers', 'hydramoe.hydra.auto', 'hydramoe.hydra.model') if m in sys.modules])")=='[]'
     assert fresh("import hydramoe; print(hydramoe.HydraForCausalLM.__name__, hydramoe.Hydra.__name__, hydramoe.HydraConfig.model_type)")=='HydraForCausalLM Hydra hydra_moe'
-    assert fresh("import sys, hydramoe, transformers.models.auto.configuration_auto as c; print('hydra_moe' in c.CONFIG_MAPPING, 'torch' in sys.modules and 'hydramoe.stack' in sys.modules, sum('hydramoe' in type(f).__module__ for f in sys.meta_path))")=='True False 0'
+    assert fresh("import sys, hydramoe, transformers.models.auto.configuration_auto as c; print('hydra_moe' in c.CONFIG_MAPPING, 'torch' in sys.modules and 'hydramoe.experts.stack' in sys.modules, sum('hydramoe' in type(f).__module__ for f in sys.meta_path))")=='True False 0'
     with pytest.raises(AttributeError, match='no_such'): __import__('hydramoe').no_such
 
 # ---- the configuration

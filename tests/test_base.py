@@ -1,11 +1,12 @@
 "Bases: what loads, what is refused, and what a fingerprint must survive"
 import json, shutil
 import pytest, torch
-import hydramoe.base as hb
-from hydramoe.base import checkpoint_fingerprint, differentiable_nf4, fingerprint, load_base, smollm2_dir, target_layers, tiny_base
-from hydramoe.core import HydraError, read_json
-from hydramoe.data import encode, record
-from hydramoe.store import stage
+import hydramoe.models.base as hb
+from hydramoe.models.base import checkpoint_fingerprint, differentiable_nf4, fingerprint, load_base, smollm2_dir, target_layers, tiny_base
+from hydramoe.foundations.core import HydraError, read_json
+from hydramoe.models.encode import encode
+from hydramoe.data.records import record
+from hydramoe.foundations.store import stage
 from tokenizers import AddedToken, processors
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -139,9 +140,9 @@ def on_the_hub(monkeypatch, tmp_path, folder):
     return main
 
 def test_a_hub_base_is_known_by_its_commit(tiny, tmp_path, monkeypatch):
-    from hydramoe.hydra import BuildSpec, Hydra, base_uri, pinned
-    from hydramoe.route import uniform
-    from hydramoe.stack import LoraSpec, gated
+    from hydramoe.hydra.model import BuildSpec, Hydra, base_uri, pinned
+    from hydramoe.hydra.route import uniform
+    from hydramoe.experts.stack import LoraSpec, gated
     main = on_the_hub(monkeypatch, tmp_path, saved(tiny, tmp_path/'files'))
     b = load_base('org/model', device='cpu')
     assert b.id=='org/model@'+'a'*40==hb.base_id('hub:org/model@main') and pinned(BuildSpec(base='org/model')).base==b.id
@@ -154,7 +155,7 @@ def test_a_hub_base_is_known_by_its_commit(tiny, tmp_path, monkeypatch):
     assert Hydra.load(at, device='cpu').base.id==b.id
 
 def test_a_build_records_the_commit(tiny, tmp_path, monkeypatch):
-    from hydramoe.hydra import Hydra
+    from hydramoe.hydra.model import Hydra
     main = on_the_hub(monkeypatch, tmp_path, saved(tiny, tmp_path/'files'))
     rows = [dict(id=str(i), prompt=[dict(role='user', content=f'{w} {i}?')], completion=[dict(role='assistant', content=w)], domain='d', source='s', license='l') for i in range(6) for w in ('law', 'sea')]
     how = dict(base='org/model', quant='fp32', encoder='words', k=1, epochs=1, tokens=2000, dev=0, rank=1)

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from hydramoe.base import base_key, load_base, render, tiny_base
-from hydramoe.cluster import Domains, embed, fit_tfidf, load_arrays, save_arrays
-from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra import FORMAT, BundleError, Hydra, UnlearntWarning, add_expert, adapters_base, check, check_adapter, explain_bundle, model_card, seal_bundle, unlearnt, uri_id
-from hydramoe.route import on_hidden, ridge, similarity, uniform
-from hydramoe.stack import LoraSpec, gated
+from hydramoe.models.base import base_key, load_base, render, tiny_base
+from hydramoe.foundations.arrays import load_arrays, save_arrays
+from hydramoe.domains.cluster import Domains, embed, fit_tfidf
+from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
+from hydramoe.hydra.model import FORMAT, BundleError, Hydra, UnlearntWarning, add_expert, adapters_base, check, check_adapter, explain_bundle, model_card, seal_bundle, unlearnt, uri_id
+from hydramoe.hydra.route import on_hidden, ridge, similarity, uniform
+from hydramoe.experts.stack import LoraSpec, gated
 from test_hydra import put, spots
 
 DATA = Path(__file__).parent/'data'
@@ -221,7 +222,7 @@ TINY = dict(base='tiny', quant='fp32', encoder='words', k=2, rank=2)
 @pytest.mark.parametrize('fork', [0, 1])
 def test_a_build_that_learnt_nothing_says_so(tmp_path, monkeypatch, capfd, fork):
     "In the bundle, in the card, as a warning, and by the exit code of the command, also for one that is added"
-    from hydramoe.cli import main
+    from hydramoe.use.cli import main
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     file = tmp_path/'rows.jsonl'
     file.write_text(''.join(json.dumps(r)+'\n' for r in ROWS))
@@ -433,7 +434,7 @@ def test_how_a_base_may_be_named(at, id):
     with pytest.raises(BundleError, match='names no base'): Hydra.load(at)
 
 def test_a_hub_id_is_never_a_folder_here(tmp_path, monkeypatch):
-    import hydramoe.base as hb
+    import hydramoe.models.base as hb
     (tmp_path/'some'/'model').mkdir(parents=True); (tmp_path/'some'/'model'/'config.json').write_text('{}'); monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hb, 'hub', lambda *a: (_ for _ in ()).throw(HydraError(f'asked for {a}')))
     with pytest.raises(HydraError, match="asked for \\('some/model', 'aaa"): hb.base_dir(uri_id('hub:some/model@'+'a'*40))
@@ -466,7 +467,7 @@ def router_says(at, arrays=None, **params):
                                            (dict(temperature=True), 'temperature=True'), (dict(temperature=10**400), 'temperature='), (dict(temperature=1e-320), 'temperature='), (dict(top_k=True), 'top_k=True'), (dict(color='red'), "'color' is not known"),
                                            (dict(whole='yes'), 'whole='), (dict(farthest='far'), "farthest"), (dict(layer=-1), 'layer=-1'), (dict(k=3), "'k' is not known")])
 def test_a_saved_router_says_only_what_is_on_the_list(at, monkeypatch, params, words):
-    monkeypatch.setattr('hydramoe.fetch.download', lambda *a: pytest.fail('nothing is fetched'))
+    monkeypatch.setattr('hydramoe.foundations.fetch.download', lambda *a: pytest.fail('nothing is fetched'))
     router_says(reset(at), **params)
     with pytest.raises(HydraError, match=words): Hydra.load(at)
 

@@ -2,9 +2,10 @@
 import csv, functools, json, os, re, sqlite3, subprocess, sys, zipfile
 from collections import Counter
 import pytest, yaml
-from hydramoe import data, fetch
-from hydramoe.core import HydraError, repo_root
-from hydramoe.unify import leaks
+from hydramoe.data import records as data
+from hydramoe.foundations import fetch
+from hydramoe.foundations.core import HydraError, repo_root
+from hydramoe.data.unify import leaks
 
 NAMES = data.card_names()
 PUBLIC = [n for n in data.card_names(verified=None) if n not in NAMES]
@@ -208,6 +209,6 @@ def test_cards_ship_in_the_wheel(tmp_path):
     assert Counter(zipfile.ZipFile(wheel).namelist())['hydramoe/data_cards/gsm8k.md'] == 1
     site = tmp_path/'site'
     zipfile.ZipFile(wheel).extractall(site)
-    code = 'import hydramoe.data as d; assert "site" in d.__file__, d.__file__; print(len(d.card_names()), d.load_card("gsm8k")["rows"])'
+    code = 'import hydramoe.data.records as d; assert "site" in d.__file__, d.__file__; print(len(d.card_names()), d.load_card("gsm8k")["rows"])'
     out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(site)), capture_output=True, text=True)
     assert out.stdout.split() == [str(len(NAMES)), '1319'], out.stderr

@@ -4,16 +4,16 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 
-from hydramoe.cli import main
-from hydramoe.cluster import lesson_texts
-from hydramoe.core import HydraError
+from hydramoe.use.cli import main
+from hydramoe.domains.cluster import lesson_texts
+from hydramoe.foundations.core import HydraError
 
 COMMANDS = ['build', 'domains', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce', 'data list', 'data show', 'data prepare', 'data check', 'data card']
 TINY = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words']
 
 def hydramoe(*argv, **kw):
     "In a process of its own"
-    return subprocess.run([sys.executable, '-m', 'hydramoe.cli', *map(str, argv)], capture_output=True, text=True, **kw)
+    return subprocess.run([sys.executable, '-m', 'hydramoe.use.cli', *map(str, argv)], capture_output=True, text=True, **kw)
 
 def here(*argv, cwd, input=''):
     "In this process, which has torch in memory already: what a shell would see"
@@ -52,9 +52,9 @@ def test_help_has_examples(command):
 
 def test_help_and_the_list_of_cards_bring_no_torch():
     lines = [[], *([c, '--help'] for c in COMMANDS), ['data list'], ['data list', '--verified', 'all', '--json']]
-    code = f"""import contextlib, io, sys, hydramoe.cli
+    code = f"""import contextlib, io, sys, hydramoe.use.cli
 for line in {lines!r}:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out), contextlib.suppress(SystemExit): hydramoe.cli.main([*line[0].split(), *line[1:]] if line else ['--help'])
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out), contextlib.suppress(SystemExit): hydramoe.use.cli.main([*line[0].split(), *line[1:]] if line else ['--help'])
     assert out.getvalue()
     print(line, sorted({{'torch', 'transformers', 'sklearn', 'sentence_transformers', 'matplotlib', 'papermill'}} & set(sys.modules)))"""
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -91,7 +91,7 @@ def test_built_again_it_is_the_same(made):
     assert other.returncode == 2 and 'another Hydra' in other.stderr
 
 def test_a_base_that_is_named_is_taken_and_none_is_left_to_those_who_know(tmp_path, monkeypatch):
-    from hydramoe import hydra
+    from hydramoe.hydra import model as hydra
     def caught(name):
         def f(*a, **kw): seen.append((name, kw.get('base') if name!='adopt' else a[2])); raise HydraError('enough')
         return f
@@ -138,10 +138,10 @@ def test_output_survives_any_terminal(made, encoding, monkeypatch):
     assert '1 turns' in shown[0]
 
 def test_a_shell_of_another_encoding():
-    out = subprocess.run([sys.executable, '-m', 'hydramoe.cli', 'build', '--help'], capture_output=True, env=os.environ | dict(PYTHONIOENCODING='latin-1'))
+    out = subprocess.run([sys.executable, '-m', 'hydramoe.use.cli', 'build', '--help'], capture_output=True, env=os.environ | dict(PYTHONIOENCODING='latin-1'))
     assert out.returncode==0 and b'examples:' in out.stdout and not out.stderr
     for argv in (['ask', 'x', b'caf\xe9'], [b'caf\xe9']):
-        out = subprocess.run([sys.executable, '-m', 'hydramoe.cli', *argv], capture_output=True)
+        out = subprocess.run([sys.executable, '-m', 'hydramoe.use.cli', *argv], capture_output=True)
         assert out.returncode==2 and b'Traceback' not in out.stderr and b'UTF-8' in out.stderr, out.stderr
 
 @pytest.mark.parametrize('how', [('utf-8', 'strict'), ('utf-8', 'surrogateescape'), ('ascii', 'strict')])
@@ -155,7 +155,7 @@ def test_input_that_is_no_text(made, how, monkeypatch):
 
 @pytest.mark.parametrize('error', [ZeroDivisionError(), RuntimeError('boom\nand more'), RecursionError(), MemoryError(), TypeError('x\udcff'), AssertionError('ä'*5000)], ids=lambda e: type(e).__name__)
 def test_the_last_net(error, monkeypatch, tmp_path):
-    from hydramoe import cli
+    from hydramoe.use import cli
     def bug(a): raise error
     monkeypatch.setitem(cli.COMMANDS, 'bug', cli.Command(bug, 'x', (), ()))
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
@@ -190,7 +190,7 @@ def test_here_is_one_process(made):
                                   ['domains', 'mine.jsonl', *TINY[:2]], ['explain', 'mine-hydra', 'hi', '--png']], ids=lambda a: ' '.join(a[:3]))
 def test_a_place_that_cannot_be_written_is_refused_first(made, argv, monkeypatch):
     d, _ = made
-    from hydramoe import hydra
+    from hydramoe.hydra import model as hydra
     def late(*a, **kw): raise AssertionError('too late')
     for name in ('gather', 'add_expert', 'remove_expert', 'adopt', 'propose_domains', 'explain_bundle'): monkeypatch.setattr(hydra, name, late)
     (d/'a-file').write_text('')
@@ -261,7 +261,7 @@ def test_chat_ends_with_its_input(made):
 
 def test_ctrl_c_is_130(made):
     d, _ = made
-    p = subprocess.Popen([sys.executable, '-m', 'hydramoe.cli', 'chat', 'mine-hydra'], cwd=d, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    p = subprocess.Popen([sys.executable, '-m', 'hydramoe.use.cli', 'chat', 'mine-hydra'], cwd=d, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a test run started in the background ignores it, and children inherit that
     p.stdin.write(b'hi\n'); p.stdin.flush()
     p.stdout.readline()

@@ -5,12 +5,15 @@ import numpy as np
 import pytest, yaml
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
-from hydramoe import cluster
+from hydramoe.domains import cluster
 from scipy.optimize import linear_sum_assignment
-from hydramoe.cluster import Domains, agreement, assign_balanced, balanced_kmeans, cluster_texts, distinctive, embed, kmeans, lesson_texts, load_arrays, name_domains
-from hydramoe.cluster import plot_map, random_domains, save_arrays
-from hydramoe.cluster import choose_k, edit_domains, fit_tfidf, hierarchical, map_html, membership, read_domains_yaml, write_domains_yaml
-from hydramoe.core import HydraError, digest, file_sha256, read_json, repo_root, rng, write_json
+from hydramoe.foundations.arrays import load_arrays
+from hydramoe.domains.cluster import Domains, agreement, assign_balanced, balanced_kmeans, cluster_texts, distinctive
+from hydramoe.domains.cluster import embed, kmeans, lesson_texts, name_domains
+from hydramoe.foundations.arrays import save_arrays
+from hydramoe.domains.cluster import plot_map, random_domains
+from hydramoe.domains.cluster import choose_k, edit_domains, fit_tfidf, hierarchical, map_html, membership, read_domains_yaml, write_domains_yaml
+from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, repo_root, rng, write_json
 
 texts,topics = lesson_texts()
 
@@ -35,7 +38,7 @@ def test_separate_heaps_are_found_whatever_their_order():
 
 def test_the_same_in_two_processes_with_other_threads_and_hash_seeds(tmp_path):
     code = """if 1:
-        from hydramoe.cluster import *; from hydramoe.core import digest
+        from hydramoe.domains.cluster import *; from hydramoe.foundations.core import digest
         texts,_ = lesson_texts(); domains,labels,x = cluster_texts(texts, 5, encoder='words'); domains.save({!r})
         print(digest([domains.names, domains.centroids, labels, layout(x)]))"""
     seen = {run(code.format(str(tmp_path/h)), PYTHONHASHSEED=h, OMP_NUM_THREADS=t) for h,t in (('1','1'), ('2','2'))}
@@ -241,7 +244,7 @@ def test_balanced_kmeans_of_any_size(n, k):
 def test_balanced_kmeans_streams_a_file_and_minds_no_threads(tmp_path):
     x = rng(0, 'x').normal(size=(9000,24)).astype(np.float32); np.save(tmp_path/'x.npy', x)
     code = """if 1:
-        import numpy as np; from hydramoe.cluster import balanced_kmeans; from hydramoe.core import digest
+        import numpy as np; from hydramoe.domains.cluster import balanced_kmeans; from hydramoe.foundations.core import digest
         print(digest(list(balanced_kmeans(np.load({!r}, mmap_mode='r'), 9, block=1000))))"""
     seen = {run(code.format(str(tmp_path/'x.npy')), OMP_NUM_THREADS=t) for t in '12'}
     assert seen=={digest(list(balanced_kmeans(x, 9, block=1000)))}
@@ -366,7 +369,7 @@ def encoder(tmp_path):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as models
     from transformers import BertConfig, BertModel
-    from hydramoe.base import byte_tokenizer
+    from hydramoe.models.base import byte_tokenizer
     with torch.random.fork_rng():
         torch.manual_seed(0)
         bert = BertModel(BertConfig(vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
@@ -389,7 +392,7 @@ def other_weights(file):
     save_file({n: np.ascontiguousarray(a[::-1]) for n,a in t.items()}, file, metadata={'format': 'pt'})
 
 def test_an_encoder_is_what_is_in_its_folder(encoder, tmp_path):
-    from hydramoe.store import sealing, stage
+    from hydramoe.foundations.store import sealing, stage
     with sealing(tmp_path/'rows', {}) as d: (d/'train.jsonl').write_text(json.dumps(dict(prompt=[dict(role='user', content='Where?')])))
     def made(): return stage(cluster.embed_stage, dict(parts='train', encoder=str(encoder)), dict(rows=tmp_path/'rows'), root=tmp_path/'stages')
     first, x, name = made(), embed(texts[:3], str(encoder)), cluster.encoder_id(encoder)
@@ -406,7 +409,7 @@ def test_an_encoder_is_what_is_in_its_folder(encoder, tmp_path):
     assert len(names)==1+len(list(encoder.rglob('*.json')))
 
 def test_a_build_with_an_encoder_in_a_folder(encoder, tmp_path):
-    from hydramoe.hydra import BundleError, Hydra
+    from hydramoe.hydra.model import BundleError, Hydra
     rows = [dict(id=str(i), prompt=[dict(role='user', content=f'{w} {i}?')], completion=[dict(role='assistant', content=w)], domain='d', source='s', license='l') for i in range(6) for w in ('law', 'sea')]
     how = dict(base='tiny', quant='fp32', k=2, epochs=1, tokens=2000, dev=0, rank=1, root=tmp_path/'stages')
     h = Hydra.build(rows, tmp_path/'b', encoder=str(encoder), **how)

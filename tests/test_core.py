@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from hydramoe import core
-from hydramoe.core import HydraError, canonical, check_writable, derive_seed, digest, number, one_of, progress, read_json, read_jsonl, repo_root, rng, write_bytes, write_json, write_jsonl
+from hydramoe.foundations import core
+from hydramoe.foundations.core import HydraError, canonical, check_writable, derive_seed, digest, number, one_of, progress, read_json, read_jsonl, repo_root, rng, write_bytes, write_json, write_jsonl
 
 scalars = st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=['Cs']))
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), max_size=5), v, max_size=4), max_leaves=12)
@@ -32,7 +32,7 @@ def test_types_that_parameters_are_made_of():
     assert canonical([A(Path('x'), np.float32(.5)), np.arange(2), (1,), np.bool_(True)])=='[{"n":0.5,"p":"x"},[0,1],[1],true]'
 
 def test_seeds_are_the_same_everywhere():
-    code = 'from hydramoe.core import derive_seed, rng; print(derive_seed(7, "expert", 3), rng(7, "a").integers(10**9))'
+    code = 'from hydramoe.foundations.core import derive_seed, rng; print(derive_seed(7, "expert", 3), rng(7, "a").integers(10**9))'
     outs = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONHASHSEED': s}).stdout for s in '12'}
     assert outs=={f'{derive_seed(7, "expert", 3)} {rng(7, "a").integers(10**9)}\n'}
 
@@ -96,13 +96,13 @@ def test_root_is_found_from_below_and_from_elsewhere(monkeypatch, tmp_path):
     assert core.commit() is None
 
 def test_progress_is_on_stderr_and_can_be_silenced():
-    code = 'from hydramoe.core import progress\nfor _ in progress(range(3), "counting"): pass\nprint("out")'
+    code = 'from hydramoe.foundations.core import progress\nfor _ in progress(range(3), "counting"): pass\nprint("out")'
     def run(**env): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**{k: v for k,v in os.environ.items() if k not in ('IN_TEST', 'HYDRAMOE_QUIET')}, **env})
     loud, quiet = run(), run(HYDRAMOE_QUIET='1')
     assert loud.stdout==quiet.stdout=='out\n' and 'counting' in loud.stderr and quiet.stderr=='' and run(IN_TEST='1').stderr==''
 
 def test_core_is_light():
-    code = 'import sys, hydramoe.core, hydramoe.store, hydramoe.report; print([m for m in ("torch", "transformers", "sklearn", "matplotlib", "pandas") if m in sys.modules])'
+    code = 'import sys, hydramoe.foundations.core, hydramoe.foundations.store, hydramoe.foundations.report; print([m for m in ("torch", "transformers", "sklearn", "matplotlib", "pandas") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout=='[]\n'
 
 def test_choices():

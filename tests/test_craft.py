@@ -2,8 +2,9 @@
 import functools, json, os, re, subprocess, sys
 from collections import Counter
 import pytest
-from hydramoe import craft, data, fetch
-from hydramoe.core import HydraError, rng
+from hydramoe.data import craft, records as data
+from hydramoe.foundations import fetch
+from hydramoe.foundations.core import HydraError, rng
 
 TRAIN = ['element_sql', 'scenes', 'swapped_calls', 'filled_calls', 'no_calls', 'deduction_puzzles', 'procedure_puzzles',
          'fact_claims', 'support_claims', 'verse_tasks', 'prose_tasks', 'passage_tasks']
@@ -159,7 +160,7 @@ def test_what_leaks_or_changes_is_not_generated():
 
 @pytest.mark.slow
 def test_puzzles_do_not_depend_on_the_process():
-    code = "import json; from hydramoe import craft; print(json.dumps([craft.puzzles({}, k, each=3, seed=4) for k in craft.PUZZLES]))"
+    code = "import json; from hydramoe.data import craft; print(json.dumps([craft.puzzles({}, k, each=3, seed=4) for k in craft.PUZZLES]))"
     one, two = (subprocess.run([sys.executable, '-c', code], env=os.environ | dict(PYTHONHASHSEED=s), capture_output=True, text=True, check=True).stdout for s in '12')
     assert one == two and len(json.loads(one)[0]) > 25
 
@@ -238,7 +239,7 @@ def held_out():
 @pytest.mark.slow
 def test_the_thin_domains_have_enough():
     from transformers import AutoTokenizer
-    from hydramoe.base import smollm2_dir
+    from hydramoe.models.base import smollm2_dir
     tok = AutoTokenizer.from_pretrained(smollm2_dir())
     for domain in ('tools', 'truthfulness', 'writing', 'structured', 'reasoning'):
         rows, tokens, sources = 0, 0, set()

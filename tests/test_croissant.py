@@ -2,9 +2,9 @@
 import json
 import pytest
 from huggingface_hub import DatasetCard
-from hydramoe import cards, data
-from hydramoe.core import HydraError, read_jsonl
-from hydramoe.store import open_sealed
+from hydramoe.data import describe as cards, records as data
+from hydramoe.foundations.core import HydraError, read_jsonl
+from hydramoe.foundations.store import open_sealed
 
 FETCHED = data.card_names()
 

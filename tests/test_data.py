@@ -2,9 +2,9 @@
 import copy, json, random, re
 import pytest
 from hypothesis import example, given, settings, strategies as st
-from hydramoe import data
-from hydramoe.base import Refused, byte_tokenizer, chatml, check_base, divided, gemma_chat, heard, render, smollm2_dir
-from hydramoe.core import HydraError
+from hydramoe.data import records as data
+from hydramoe.models.base import Refused, byte_tokenizer, chatml, check_base, divided, gemma_chat, heard, render, smollm2_dir
+from hydramoe.foundations.core import HydraError
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +23,7 @@ def test_encode_equals_trl(which, request, tmp_path):
     "The ids and labels that TRL's SFTTrainer makes of the same rows"
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    from hydramoe.base import tiny_base
+    from hydramoe.models.base import tiny_base
     base = tiny_base()
     tok = base.tokenizer if which == 'byte' else request.getfixturevalue('smol')
     rows = Dataset.from_list([dict(prompt=r['prompt'], completion=r['completion']) for r in ROWS])
@@ -43,7 +43,7 @@ def test_tools_are_seen_by_every_template(smol):
 
 def test_hash_seed_and_row_order_do_not_matter(in_two_processes):
     "The same rows from another process with another PYTHONHASHSEED"
-    code = 'import sys; from hydramoe.core import write_jsonl; from hydramoe.data import toy_records; write_jsonl(sys.argv[1]+"/toys.jsonl", toy_records(30, 5))'
+    code = 'import sys; from hydramoe.foundations.core import write_jsonl; from hydramoe.data.records import toy_records; write_jsonl(sys.argv[1]+"/toys.jsonl", toy_records(30, 5))'
     outs = in_two_processes(code)
     assert outs[0] == outs[1]
     rows = data.toy_records(30)

@@ -3,13 +3,13 @@ import json, os, shutil, signal, subprocess, sys, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pytest, torch
-from hydramoe import expert
-from hydramoe.base import tiny_base
-from hydramoe.core import HydraError, read_json, rng, write_jsonl
-from hydramoe.data import Example
-from hydramoe.expert import TrainSpec, cache_trunk, fit, fit_trl, gradients, plan_steps, start_expert, train_experts, train_seed
-from hydramoe.stack import LoraSpec, gated, one_hot
-from hydramoe.store import open_sealed, sealing, stage
+from hydramoe.experts import train as expert
+from hydramoe.models.base import tiny_base
+from hydramoe.foundations.core import HydraError, read_json, rng, write_jsonl
+from hydramoe.models.encode import Example
+from hydramoe.experts.train import TrainSpec, cache_trunk, fit, fit_trl, gradients, plan_steps, start_expert, train_experts, train_seed
+from hydramoe.experts.stack import LoraSpec, gated, one_hot
+from hydramoe.foundations.store import open_sealed, sealing, stage
 
 NAMES, LORA = ['large', 'middle', 'small'], LoraSpec(rank=4)
 SPEC = TrainSpec(lr=3e-3, rows=2., epochs=2, clip=.5)
@@ -86,7 +86,7 @@ def test_an_expert_stays_in_one_pass_where_it_fits():
     assert all(i^1 in b for b in passes for i in b)
 
 def test_a_base_that_mixes_rows_trains_them_one_by_one(monkeypatch):
-    import hydramoe.stack as hs
+    import hydramoe.experts.stack as hs
     whole, _ = trained()
     seen, losses = [], expert.token_losses
     monkeypatch.setattr(hs, '_apart', lambda model: False)
@@ -233,8 +233,8 @@ JOB = dict(base='tiny', quant='fp32', lora=asdict(LORA), spec=asdict(replace(SPE
 CHILD = """
 import json, os, signal, sys
 from pathlib import Path
-from hydramoe import expert
-from hydramoe.store import sealing
+from hydramoe.experts import train as expert
+from hydramoe.foundations.store import sealing
 where, at, rows, root = sys.argv[1:]
 inner, calls = getattr(expert, where), []
 def dying(*args, **kw):
@@ -354,7 +354,7 @@ def test_resume_of_a_watched_run_is_bit_equal(k, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('part', ['router', 'dev', 'test'])
 def test_rows_of_another_part_are_never_trained_on(tmp_path, part):
-    from hydramoe.unify import open_unified, toy_unify
+    from hydramoe.data.unify import open_unified, toy_unify
     d = stage(toy_unify, dict(tokens_per_domain=300, router=1, dev=1, test=1, max_length=200), root=tmp_path)
     how = dict(base='tiny', quant='fp32', lora=LORA, spec=SPEC)
     with pytest.raises(HydraError, match=f"of the part '{part}'"): train_seed(tmp_path/'x', rows_dir=d, file=f'{part}.jsonl', **how)
@@ -406,7 +406,7 @@ def test_with_the_same_batches_the_cached_trunk_gives_the_same_bits(tmp_path):
 
 def test_the_trunk_is_not_computed_again(tmp_path, monkeypatch):
     "Once for all epochs and experts: then the blocks below the fork are never run, but to ask whether rows keep apart"
-    import hydramoe.stack as hs
+    import hydramoe.experts.stack as hs
     model = forked()
     states = cached(model, tmp_path)
     monkeypatch.setattr(hs, '_apart', lambda model: True)
@@ -470,8 +470,8 @@ def test_part_of_an_epoch_is_the_beginning_of_a_whole_one(epochs):
 
 def test_precision_of_the_base_is_part_of_what_an_adapter_is_worth(tmp_path):
     "Each line equals scoring by hand on that base; the difference is theirs"
-    from hydramoe.score import response_losses
-    from hydramoe.stack import with_adapters
+    from hydramoe.experts.score import response_losses
+    from hydramoe.experts.stack import with_adapters
     rows = seal_rows(write_rows(tmp_path/'rows'), tmp_path)
     made = stage(train_experts, dict(JOB, quant='nf4'), dict(rows_dir=rows), root=tmp_path)
     of = ['abc'[i%3] for i in range(40)]

@@ -1,8 +1,8 @@
 "Fetching against a local index: what a notebook cell cannot show, plus the pins themselves"
 import multiprocessing as mp, os, signal, subprocess, sys, textwrap, time, zipfile
 import pytest
-from hydramoe import fetch
-from hydramoe.core import HydraError, file_sha256
+from hydramoe.foundations import fetch
+from hydramoe.foundations.core import HydraError, file_sha256
 
 
 def make_wheel(folder, name='hydra_toy', version='1.0', payload=b'x'):
@@ -61,7 +61,7 @@ def test_escaping_member_is_refused(toy, tmp_path, monkeypatch):
 
 CHILD = textwrap.dedent('''
     import sys
-    from hydramoe import fetch
+    from hydramoe.foundations import fetch
     fetch.PACKAGES['hydra-toy'] = fetch.Package('1.0', sys.argv[1], .05)
     print(fetch.archive('hydra-toy'))
 ''')
@@ -142,7 +142,7 @@ def test_what_the_hub_does_not_know(stub, id, revision):
     with pytest.raises(HydraError, match='give a commit'): fetch.hub(id, revision)
 
 def test_a_bundle_on_the_hub_needs_no_revision(stub):
-    from hydramoe.auto import bundle_dir
+    from hydramoe.hydra.auto import bundle_dir
     stub.main = A
     first = bundle_dir('org/model')
     assert first.name == f'org--model-{A}' and bundle_dir('org/model', A) == first

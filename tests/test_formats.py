@@ -4,9 +4,9 @@ import pandas as pd
 import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
-from hydramoe import formats
-from hydramoe.core import HydraError
-from hydramoe.formats import BadRows, Form, Tally, read_records, rejects_file, stream_records, write_rejects
+from hydramoe.data import formats
+from hydramoe.foundations.core import HydraError
+from hydramoe.data.formats import BadRows, Form, Tally, read_records, rejects_file, stream_records, write_rejects
 
 TALK = [dict(role='user', content='Hi'), dict(role='assistant', content='Yo')]
 ROWS = [dict(prompt=f'q{i} é✓', completion=f'a{i}, "said"\nhe; |\t') for i in range(6)]
@@ -309,8 +309,8 @@ def test_a_file_of_many_megabytes_streams_in_few(tmp_path, name):
 
 @pytest.mark.slow
 def test_build_reads_a_spreadsheet_and_says_what_it_saw(tmp_path, capsys, monkeypatch):
-    from hydramoe.cli import main
-    from hydramoe.cluster import lesson_texts
+    from hydramoe.use.cli import main
+    from hydramoe.domains.cluster import lesson_texts
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache')); monkeypatch.delenv('HYDRAMOE_QUIET', raising=False); monkeypatch.delenv('IN_TEST', raising=False)
     f = written(tmp_path, 'sheet.csv', sheet([dict(Question=q, Answer=f'{a} é' if i else '') for i, (q, a) in enumerate(zip(*lesson_texts()))], ';'), 'cp1252')
     how = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words', '--out', str(tmp_path/'out'), '--dry-run']

@@ -5,13 +5,13 @@ from hypothesis import given, settings, strategies as st
 from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from hydramoe.auto import HydraForCausalLM
-from hydramoe.base import byte_tokenizer, tiny_base
-from hydramoe.cli import main
-from hydramoe.core import HydraError, read_json, write_json
-from hydramoe.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
-from hydramoe.hydra import Chat, BundleError, Hydra, adopt, adopted, check, remove_expert, seal_bundle
-from hydramoe.stack import LoraSpec, at_fork, from_fork, gated, hidden, make_plan, one_hot, with_adapters
+from hydramoe.hydra.auto import HydraForCausalLM
+from hydramoe.models.base import byte_tokenizer, tiny_base
+from hydramoe.use.cli import main
+from hydramoe.foundations.core import HydraError, read_json, write_json
+from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
+from hydramoe.hydra.model import Chat, BundleError, Hydra, adopt, adopted, check, remove_expert, seal_bundle
+from hydramoe.experts.stack import LoraSpec, at_fork, from_fork, gated, hidden, make_plan, one_hot, with_adapters
 
 KINDS = list(GATES)
 
@@ -433,7 +433,7 @@ def other_names(b): g = load_gate(b/'gates'); g.names = g.names[::-1]; save_gate
 def other_kind(b): m = Hydra.load(b).model; save_gate(spectr(m.stack), b/'gates')
 def fewer_layers(b): g = load_gate(b/'gates'); g.layers.pop(sorted(g.layers)[0]); save_gate(g, b/'gates')
 def misshapen(b): g = load_gate(b/'gates'); n = sorted(g.layers)[0]; g.layers[n] = g.layers[n][:,:5]; save_gate(g, b/'gates')
-def a_router_too(b): from hydramoe.route import uniform; uniform(list(MADE)).save(b/'router')
+def a_router_too(b): from hydramoe.hydra.route import uniform; uniform(list(MADE)).save(b/'router')
 def no_gate(b): [f.unlink() for f in (b/'gates').iterdir()]; (b/'gates').rmdir()
 def a_pickle(b): (b/'gates'/'gate.bin').write_bytes(b'x')
 
@@ -447,7 +447,7 @@ def test_a_pickle_among_the_gates_is_refused(bundle):
     a_pickle(bundle)
     with pytest.raises(BundleError, match='gate.bin does not belong'): check(bundle)
 
-TWICE = "import sys; from pathlib import Path; from hydramoe.hydra import adopt; adopt({p.name: p for p in sorted(Path(sys.argv[1]).iterdir())}, sys.argv[2], quant='fp32', gate='lag')"
+TWICE = "import sys; from pathlib import Path; from hydramoe.hydra.model import adopt; adopt({p.name: p for p in sorted(Path(sys.argv[1]).iterdir())}, sys.argv[2], quant='fp32', gate='lag')"
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(theirs, tmp_path):

@@ -7,12 +7,12 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, TextStreamer
 
-from hydramoe.base import load_base, tiny_base
-from hydramoe.cluster import lesson_texts, prompt_text
-from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra import BundleError, Chat, Draw, Hydra, check, drawing, seal_bundle
-from hydramoe.route import uniform
-from hydramoe.stack import LoraSpec, gated, one_hot
+from hydramoe.models.base import load_base, tiny_base
+from hydramoe.domains.cluster import lesson_texts, prompt_text
+from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
+from hydramoe.hydra.model import BundleError, Chat, Draw, Hydra, check, drawing, seal_bundle
+from hydramoe.hydra.route import uniform
+from hydramoe.experts.stack import LoraSpec, gated, one_hot
 
 NAMES = ['law', 'sea', 'sum']
 
@@ -126,8 +126,8 @@ def test_deep_json_in_any_file(bundle, tmp_path, depth):
     with pytest.raises(BundleError): Hydra.load(d)
 
 def test_an_expert_cannot_be_called_base(bundle, tmp_path):
-    from hydramoe.cluster import Domains, name_domains
-    from hydramoe.hydra import adopt
+    from hydramoe.domains.cluster import Domains, name_domains
+    from hydramoe.hydra.model import adopt
     with pytest.raises(HydraError, match="'base' is taken"): adopt(dict(base=bundle/'experts'/'sea'))
     with pytest.raises(HydraError, match="'BASE' is taken"): Domains(np.eye(2), ['BASE', 'x'])
     texts = ['base base', 'base', 'height height', 'height']
@@ -285,13 +285,13 @@ def test_the_lower_half_of_a_stale_cache_would_be_seen():
     assert not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(contents(chat.cache), read_whole(h, chat.ids, chat.gates)))
 
 def test_beams_and_interruptions_under_a_fork(monkeypatch):
-    import hydramoe.hydra
+    import hydramoe.hydra.model
     h, fresh = forked(), forked()
     chat = Chat(h)
     for t, kw in (('law?', {}), ('sea?', dict(num_beams=2)), ('sum?', {}), ('law!', {})):
         assert chat(t, max_new_tokens=5, **kw) == fresh.ask(chat.messages[:-1], expert=t[:3], max_new_tokens=5, **kw)
     with monkeypatch.context() as m:
-        m.setattr(hydramoe.hydra, 'read_on', lambda *a: 1/0) # after the refill, before the answer
+        m.setattr(hydramoe.hydra.model, 'read_on', lambda *a: 1/0) # after the refill, before the answer
         with pytest.raises(ZeroDivisionError): chat('sea?', max_new_tokens=5)
     assert chat.cache is None and len(chat.turns) == 4
     assert chat('sea?', max_new_tokens=5) == fresh.ask(chat.messages[:-1], expert='sea', max_new_tokens=5)
@@ -321,7 +321,7 @@ def test_the_base_alone_has_no_trunk():
     assert h.generate(batch, max_new_tokens=8) == [h.ask('law', max_new_tokens=8), want[0], h.ask('sea', max_new_tokens=8), want[1]]
     two = h.generate(batch, max_new_tokens=4, num_beams=2, num_return_sequences=2)
     assert two[2:4] == h.generate(['nothing'], max_new_tokens=4, num_beams=2, num_return_sequences=2)
-    from hydramoe.auto import HydraForCausalLM
+    from hydramoe.hydra.auto import HydraForCausalLM
     with pytest.raises(HydraError, match='this Hydra forks'): HydraForCausalLM(h).generate(ids(h, 'nothing'), max_new_tokens=2, expert='base')
     with torch.no_grad(): # a share left to the base is left to the bare blocks above the fork
         x = ids(h, 'ahoy')
@@ -329,9 +329,9 @@ def test_the_base_alone_has_no_trunk():
 
 def seer(h, layer, farthest=None):
     "The same Hydra with a router on what passes a layer; it sends what is far away to the base"
-    from hydramoe.cluster import hidden_mean
-    from hydramoe.hydra import as_messages, reading
-    from hydramoe.route import abstaining, on_hidden, on_whole, ridge
+    from hydramoe.models.hidden import hidden_mean
+    from hydramoe.hydra.model import as_messages, reading
+    from hydramoe.hydra.route import abstaining, on_hidden, on_whole, ridge
     with reading(h.model): x = hidden_mean([dict(prompt=as_messages(t)) for t in NAMES], h.base, layer)
     return Hydra(h.base, h.model, abstaining(on_whole(on_hidden(ridge, NAMES, x, NAMES, layer, temperature=.3)), farthest))
 
@@ -701,9 +701,9 @@ def sealed(bundle, *parts): return {f: sha for f,sha in check(bundle)['files'].i
 
 def test_one_more_and_one_less(tmp_path, monkeypatch):
     "The others keep every bit; the router is what fitting from scratch on these domains gives; taken out again, nothing is left of it"
-    from hydramoe.cluster import Domains, embed, prompt_text
-    from hydramoe.hydra import add_expert, remove_expert
-    from hydramoe.route import Router, similarity
+    from hydramoe.domains.cluster import Domains, embed, prompt_text
+    from hydramoe.hydra.model import add_expert, remove_expert
+    from hydramoe.hydra.route import Router, similarity
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     old = build(tmp_path/'old', epochs=1)
     add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'new')
@@ -728,9 +728,9 @@ def test_one_more_and_one_less(tmp_path, monkeypatch):
     assert not torch.equal(fresh.model.stack.theta[-1], again.model.stack.theta[-1])
 
 def test_a_router_that_cannot_grow_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    from hydramoe.cluster import embed, prompt_text
-    from hydramoe.hydra import add_expert, remove_expert
-    from hydramoe.route import classifier
+    from hydramoe.domains.cluster import embed, prompt_text
+    from hydramoe.hydra.model import add_expert, remove_expert
+    from hydramoe.hydra.route import classifier
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     h = build(tmp_path/'h', epochs=1)
     x = embed([prompt_text(r) for r in rows()], 'words')
@@ -743,11 +743,11 @@ def test_a_router_that_cannot_grow_is_refused_before_anything_is_trained(tmp_pat
 
 def test_a_forked_build(tmp_path, monkeypatch):
     "The trunk is the seed expert below the fork, computed once for the experts; whoever joins later stands on it too"
-    import hydramoe.expert
-    from hydramoe.hydra import add_expert, find_seed, remove_expert
+    import hydramoe.experts.train
+    from hydramoe.hydra.model import add_expert, find_seed, remove_expert
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
-    cached, make = [], hydramoe.expert.cache_trunk
-    monkeypatch.setattr(hydramoe.expert, 'cache_trunk', lambda *a, **kw: cached.append(1) or make(*a, **kw))
+    cached, make = [], hydramoe.experts.train.cache_trunk
+    monkeypatch.setattr(hydramoe.experts.train, 'cache_trunk', lambda *a, **kw: cached.append(1) or make(*a, **kw))
     plain = build(tmp_path/'plain', epochs=1)
     assert not cached
     h = build(tmp_path/'h', epochs=1, fork=.5)
@@ -770,7 +770,7 @@ def test_a_forked_build(tmp_path, monkeypatch):
     with pytest.raises(BundleError, match='holds another Hydra'): build(tmp_path/'plain', epochs=1, fork=.5)
 
 def test_a_build_without_a_fork_is_recorded_as_ever(tmp_path, monkeypatch):
-    from hydramoe.hydra import BuildSpec
+    from hydramoe.hydra.model import BuildSpec
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     build(tmp_path/'a', epochs=1, fork=0)
     man = check(tmp_path/'a')
@@ -782,9 +782,9 @@ TRIED = {'similarity': 3, 'ridge': 4, 'ridge on states': 8, 'uniform': 10} # whi
 @pytest.mark.parametrize('which', TRIED)
 def test_whichever_router_a_build_keeps_experts_join_and_leave(which, tmp_path, monkeypatch):
     "The one of least perplexity is kept, saved and named on the card; one expert more and out again leaves not a bit"
-    from hydramoe import hydra
-    from hydramoe.hydra import add_expert, explain_bundle, remove_expert
-    from hydramoe.route import Router, reads_base
+    from hydramoe.hydra import model as hydra
+    from hydramoe.hydra.model import add_expert, explain_bundle, remove_expert
+    from hydramoe.hydra.route import Router, reads_base
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     seen, best, kind = [], TRIED[which], which.split()[0]
     def told(model, examples, gates):
@@ -808,7 +808,7 @@ def test_whichever_router_a_build_keeps_experts_join_and_leave(which, tmp_path, 
 def prompt(r): return r['prompt'][0]['content']
 
 def test_a_tie_goes_to_the_simplest_and_few_rows_choose_nothing(tmp_path, monkeypatch):
-    from hydramoe import hydra
+    from hydramoe.hydra import model as hydra
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     monkeypatch.setattr(hydra, '_ppl', lambda *_: 2.)
     tied = build(tmp_path/'tied', epochs=1, dev=.5).router
@@ -858,7 +858,7 @@ QUICK = dict(quant='fp32', encoder='words', k=2, epochs=1, rank=2)
 
 def test_rows_that_a_template_refuses_are_folded_or_named_and_the_rest_is_trained_on(tmp_path):
     "Case 3: one row with a system turn is repaired and counted, one with a tool's answer is a reject with file, line and the template's words, a long one and those beyond the budget are named"
-    from hydramoe.hydra import BuildSpec, gather, left_out
+    from hydramoe.hydra.model import BuildSpec, gather, left_out
     base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [*GOOD, dict(system='Be brief.', prompt='Who wrote Faust?', completion='Goethe.'), TOOL, dict(prompt='long', completion='x'*400)])
     h = Hydra.build(f, tmp_path/'h', tmp_path/'stages', base=base, tokens=900, **QUICK)
     assert 'dealt by conversation, whole, and rows with one prompt count as one: 4 rows of 4 conversations' in (tmp_path/'h'/'README.md').read_text()
@@ -872,7 +872,7 @@ def test_rows_that_a_template_refuses_are_folded_or_named_and_the_rest_is_traine
 
 def test_a_system_turn_is_heard_alike_by_everyone(tmp_path):
     "ask, chat, explain, the router and the model of transformers see the folded turn; what the template refuses is one HydraError in its words"
-    from hydramoe.auto import HydraForCausalLM
+    from hydramoe.hydra.auto import HydraForCausalLM
     base = load_base(strict_base(tmp_path/'base'), 'fp32', 'cpu')
     h, seen = fickle(base), []
     class Told(Fickle):
@@ -891,7 +891,7 @@ def test_a_system_turn_is_heard_alike_by_everyone(tmp_path):
             with pytest.raises(HydraError, match="chat template refuses .*Conversation roles must alternate.*give turns"): f(bad)
 
 def test_if_the_base_refuses_every_row_the_first_are_named_by_line(tmp_path):
-    from hydramoe.hydra import BuildSpec, dealt, gather
+    from hydramoe.hydra.model import BuildSpec, dealt, gather
     base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [TOOL | dict(completion=str(i)) for i in range(5)])
     with pytest.raises(HydraError, match=r'of 5 rows none is left to train on: 5 are refused.*mine.jsonl line 1: .*must alternate.*mine.jsonl line 2'): Hydra.build(f, root=tmp_path/'stages', base=base, **QUICK)
     strict_base(tmp_path/'base', refuses='') # the way out: another template, and no stale stage in the way
@@ -902,7 +902,7 @@ def test_if_the_base_refuses_every_row_the_first_are_named_by_line(tmp_path):
                                           (lambda t: [t.add_tokens('<|end|>', special_tokens=True), setattr(t, 'chat_template', t.chat_template.replace('im_end', 'end'))], r"writes '<\|end\|>' \(token 259\), and the embedding has 259 rows: enlarge")])
 def test_a_pad_is_found_and_a_base_that_cannot_serve_is_refused_before_training(tmp_path, change, works):
     "Case 7"
-    from hydramoe.cluster import hidden_mean
+    from hydramoe.models.hidden import hidden_mean
     base, f = strict_base(tmp_path/'base', change), lines(tmp_path/'mine.jsonl', GOOD)
     if works is True:
         b = load_base(base, 'fp32', 'cpu')
@@ -916,7 +916,7 @@ def test_a_pad_is_found_and_a_base_that_cannot_serve_is_refused_before_training(
     assert not list((tmp_path/'stages').glob('*/seal.json'))
 
 def test_a_token_without_an_embedding_costs_its_row_and_not_the_build(tmp_path):
-    from hydramoe.hydra import BuildSpec, gather, left_out
+    from hydramoe.hydra.model import BuildSpec, gather, left_out
     base = strict_base(tmp_path/'base', lambda t: t.add_tokens('[NEW]', special_tokens=True))
     f = lines(tmp_path/'mine.jsonl', [*GOOD, dict(prompt='What is [NEW]?', completion='new')])
     lost, = left_out(gather(f)[0], BuildSpec(base=base), tmp_path/'stages')
@@ -932,7 +932,7 @@ def parts(d): return {p: [json.loads(l) for l in (d/f'{p}.jsonl').read_text().sp
 @pytest.mark.parametrize('grouped', [True, False])
 def test_one_conversation_one_side(tmp_path, grouped):
     "Case 6: 25 conversations of 4 turns; no development row has its conversation in training, also where the records do not say what they share"
-    from hydramoe.hydra import BuildSpec, dealt, gather
+    from hydramoe.hydra.model import BuildSpec, dealt, gather
     rows = gather(lines(tmp_path/'talks.jsonl', [talk(i, 4) for i in range(25)]))[0]
     if not grouped: rows = [{k: v for k, v in r.items() if k != 'group'} for r in rows]
     for seed in range(4):
@@ -944,7 +944,7 @@ def test_one_conversation_one_side(tmp_path, grouped):
         assert (counts['groups'], counts['dev_groups']) == (25, len({of(r) for r in p['dev']}))
 
 def test_rows_without_conversations_are_dealt_as_ever(tmp_path):
-    from hydramoe.hydra import BuildSpec, _identity, dealt
+    from hydramoe.hydra.model import BuildSpec, _identity, dealt
     rows = [dict(prompt=[dict(role='user', content=f'q{i}')], completion=[dict(role='assistant', content=f'a{i}')], domain='d') for i in range(90)]
     order = sorted(map(_identity, rows), key=lambda i: digest([5, i]))
     p = parts(dealt(rows, BuildSpec(base='tiny', dev=.2, seed=5), tmp_path)[0])
@@ -953,14 +953,14 @@ def test_rows_without_conversations_are_dealt_as_ever(tmp_path):
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=25), st.floats(0, .5), st.integers(0, 3))
 def test_groups_are_dealt_whole_and_about_so_many_as_were_asked_for(sizes, dev, seed):
-    from hydramoe.hydra import _for_dev
+    from hydramoe.hydra.model import _for_dev
     side = {f'{i} {j}': str(i) for i, n in enumerate(sizes) for j in range(n)}
     held, groups, taken = _for_dev(side, dev, seed)
     assert len(held) == sum(n for i, n in enumerate(sizes) if f'{i} 0' in held) and taken == sum(f'{i} 0' in held for i in range(len(sizes))) and groups == len(sizes)
     assert len(held) < len(side) and abs(len(held)-min(200, int(dev*len(side)))) <= max(sizes)
 
 def test_one_group_alone_is_trained_on_and_answers_to_one_prompt_stay_together(tmp_path):
-    from hydramoe.hydra import BuildSpec, dealt, keep_records
+    from hydramoe.hydra.model import BuildSpec, dealt, keep_records
     rows = [dict(prompt=[dict(role='user', content=f'q{i}')], completion=[dict(role='assistant', content=f'a{i}')], domain='d') for i in range(30)]
     one = [dict(r, group='mine') for r in rows]
     assert keep_records(one, tmp_path) != keep_records(rows, tmp_path)
@@ -972,8 +972,8 @@ def test_one_group_alone_is_trained_on_and_answers_to_one_prompt_stay_together(t
 
 def test_too_few_prompts_for_the_default_k(tmp_path):
     "A hundred answers to three prompts make at most three domains; what cannot be built is refused by a dry run too"
-    from hydramoe.cli import dry_run
-    from hydramoe.hydra import BuildSpec, dealt, settled, sorted_rows
+    from hydramoe.use.cli import dry_run
+    from hydramoe.hydra.model import BuildSpec, dealt, settled, sorted_rows
     rows = [dict(prompt=[dict(role='user', content=['sea', 'law', ' LAW ', 'sum of it'][i%4])], completion=[dict(role='assistant', content=str(i))], domain='d') for i in range(100)]
     how = dict(base='tiny', quant='fp32', encoder='words', rank=2, dev=0.)
     d, c = dealt(rows, BuildSpec(**how), tmp_path)

@@ -9,11 +9,11 @@ os.environ.setdefault('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER', '0') # as `run_jobs` 
 import psutil, pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors import SafetensorError
-from hydramoe import expert
-from hydramoe.core import HydraError, read_json, read_jsonl, write_jsonl
-from hydramoe.expert import collect, divide, make_jobs, run_jobs, sort_rows, train_experts, using_threads
-from hydramoe.stack import LoraSpec
-from hydramoe.store import open_sealed, sealing, stage
+from hydramoe.experts import train as expert
+from hydramoe.foundations.core import HydraError, read_json, read_jsonl, write_jsonl
+from hydramoe.experts.train import collect, divide, make_jobs, run_jobs, sort_rows, train_experts, using_threads
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.foundations.store import open_sealed, sealing, stage
 from test_expert import LORA, SPEC, Stop, flipped, missing, stop_at, trained, truncated
 
 JOB = dict(base='tiny', quant='fp32', lora=asdict(LORA), spec=asdict(replace(SPEC, steps=24, rows=2.)))
@@ -267,7 +267,7 @@ def test_ray_of_our_own_listens_to_this_machine_only(rows, tmp_path, whole):
 @pytest.mark.slow
 def test_a_ray_that_would_listen_to_the_network_is_refused():
     pytest.importorskip('ray')
-    code = "import ray; from hydramoe.expert import run_jobs; run_jobs([print], 'ray')"
+    code = "import ray; from hydramoe.experts.train import run_jobs; run_jobs([print], 'ray')"
     env = {k: v for k,v in os.environ.items() if k!='RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'}
     r = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert r.returncode==1 and 'would listen to the network' in r.stderr, r.stderr

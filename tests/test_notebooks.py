@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hydramoe.core import cache_dir
-from hydramoe.reproduce import Graph, load_result, read_parameters, run_notebook, run_scale
+from hydramoe.foundations.core import cache_dir
+from hydramoe.use.reproduce import Graph, load_result, read_parameters, run_notebook, run_scale
 
 root = Path(__file__).parents[1]
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '_.' and '.ipynb_checkpoints' not in p.parts)
@@ -49,7 +49,7 @@ def elsewhere(tmp_path, name):
     return {**os.environ, 'HYDRAMOE_CACHE': str(cache), 'HYDRAMOE_RUNS': str(tmp_path/name/'runs')}
 
 def start_toy(env):
-    return subprocess.Popen([sys.executable, '-c', "from hydramoe.reproduce import run_scale; run_scale('toy')"], env=env, cwd=root, start_new_session=True,
+    return subprocess.Popen([sys.executable, '-c', "from hydramoe.use.reproduce import run_scale; run_scale('toy')"], env=env, cwd=root, start_new_session=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from packaging.utils import canonicalize_name
 
-from hydramoe.reproduce import SCALES, SPEEDS, Graph, check_sums, load_result, members, numbers, paper_files, published, read_older, render_readme
-from hydramoe.report import latex_name
+from hydramoe.use.reproduce import SCALES, SPEEDS, Graph, check_sums, load_result, members, numbers, paper_files, published, read_older, render_readme
+from hydramoe.foundations.report import latex_name
 from prose import PAGES, unsupported
 
 root = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def test_readme_names_what_exists():
     for link in re.findall(r'\]\((?!\w+:|#)([^)]+)\)', text('README.md')): assert (root/link).exists(), link
 
 def test_readme_commands_are_commands():
-    from hydramoe.cli import make_parser
+    from hydramoe.use.cli import make_parser
     lines = re.findall(r'^\.venv/bin/hydramoe ([^#\n]+)', text('README.md'), re.M)
     assert len(lines) >= 5
     import shlex

@@ -4,8 +4,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from hydramoe.core import HydraError
-from hydramoe.report import (figure_uri, html_bars, html_code, html_details, html_facts, html_figure, html_page, html_table, html_text, interval, latex_name, latex_numbers,
+from hydramoe.foundations.core import HydraError
+from hydramoe.foundations.report import (figure_uri, html_bars, html_code, html_details, html_facts, html_figure, html_page, html_table, html_text, interval, latex_name, latex_numbers,
                              latex_table, latex_text, markdown_table)
 
 cells = st.none() | st.text() | st.integers() | st.floats()

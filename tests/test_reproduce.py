@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from hydramoe import reproduce
-from hydramoe.core import HydraError, write_json
-from hydramoe.reproduce import Graph, Parameter, RunFailed, check_parameters, check_sums, code_digests, current, load_result, members, parse_assignments, run_notebook, run_scale, write_sums
+from hydramoe.use import reproduce
+from hydramoe.foundations.core import HydraError, write_json
+from hydramoe.use.reproduce import Graph, Parameter, RunFailed, check_parameters, check_sums, code_digests, current, load_result, members, parse_assignments, run_notebook, run_scale, write_sums
 
 ONE = '''from pathlib import Path
 import os, time
-from hydramoe.reproduce import save_result
+from hydramoe.use.reproduce import save_result
 log = Path(place)/'log'
 with log.open('a') as f: f.write(f'first {os.getpid()}\\n')
 time.sleep(wait)
 '''
 TWO = '''from pathlib import Path
-from hydramoe.reproduce import save_result, upstream
+from hydramoe.use.reproduce import save_result, upstream
 first = upstream('e1_first', scale)
 with (Path(first.params['place'])/'log').open('a') as f: f.write('second\\n')
 '''
@@ -48,7 +48,7 @@ def set_first(lab, place, wait=0.):
 def log(graph): return (graph.runs.parent/'log').read_text().split('\n')[:-1] if (graph.runs.parent/'log').exists() else []
 
 def start(graph):
-    code = f"from hydramoe.reproduce import Graph, run_scale\nrun_scale('demo', graph=Graph({str(graph.folder)!r}, {str(graph.runs)!r}))"
+    code = f"from hydramoe.use.reproduce import Graph, run_scale\nrun_scale('demo', graph=Graph({str(graph.folder)!r}, {str(graph.runs)!r}))"
     return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 def wait_for(what, seconds=60):
@@ -97,7 +97,7 @@ def test_two_runners_make_each_result_once(graph):
 def test_unchanged_costs_no_kernel_and_no_torch(graph):
     run_scale('demo', graph=graph)
     code = f'''import sys
-from hydramoe.reproduce import Graph, run_scale
+from hydramoe.use.reproduce import Graph, run_scale
 run_scale('demo', graph=Graph({str(graph.folder)!r}, {str(graph.runs)!r}))
 assert not {{'torch', 'papermill', 'nbclient', 'matplotlib'}} & set(sys.modules), 'imported without need'
 '''
@@ -120,11 +120,11 @@ def test_missing_upstream_is_made_first(graph, monkeypatch):
     assert len(log(graph))==1
 
 def test_without_save_result_there_is_no_result(graph):
-    notebook(graph.folder/'e2_second.ipynb', 'scale: str = "toy"  # run', 'from hydramoe.reproduce import upstream\nupstream("e1_first", scale)')
+    notebook(graph.folder/'e2_second.ipynb', 'scale: str = "toy"  # run', 'from hydramoe.use.reproduce import upstream\nupstream("e1_first", scale)')
     with pytest.raises(RunFailed, match='without `save_result`'): run_scale('demo', graph=Graph(graph.folder, graph.runs))
 
 def test_rings_and_strangers_are_refused(tmp_path):
-    ask = lambda n: f'from hydramoe.reproduce import upstream\nupstream("{n}", scale)'
+    ask = lambda n: f'from hydramoe.use.reproduce import upstream\nupstream("{n}", scale)'
     notebook(tmp_path/'a.ipynb', 'scale: str = "toy"  # run', ask('b'))
     with pytest.raises(HydraError, match="upstream of a='b' is not known"): Graph(tmp_path, tmp_path)
     notebook(tmp_path/'b.ipynb', 'scale: str = "toy"  # run', ask('a'))
@@ -147,7 +147,7 @@ def papermill(nb, out, *given):
 @pytest.mark.parametrize('given,refused', [
     (('-p', 'k', '5', '-p', 'lr', '1', '-r', 'name', '7'), None), (('-p', 'unknown', '5'), "parameter='unknown' is not known"), (('-p', 'k', 'five'), "k='five' is a str"), (('-p', 'lr', 'nan'), 'finite float')])
 def test_a_notebook_refuses_what_plain_papermill_would_run_with(given, refused, tmp_path):
-    nb = notebook(tmp_path/'n.ipynb', 'scale: str = "toy"  # run\nk: int = 2  # how many\nlr: float = .5  # rate\nname: str = ""  # text', 'from hydramoe.reproduce import check_given', 'check_given()', 'print(f"ran {k}")')
+    nb = notebook(tmp_path/'n.ipynb', 'scale: str = "toy"  # run\nk: int = 2  # how many\nlr: float = .5  # rate\nname: str = ""  # text', 'from hydramoe.use.reproduce import check_given', 'check_given()', 'print(f"ran {k}")')
     r = papermill(nb, tmp_path/'out.ipynb', *given)
     ran = any('ran ' in ''.join(o.get('text', '')) for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] for o in c.get('outputs', []))
     assert (r.returncode==0)==ran==(refused is None), r.stderr

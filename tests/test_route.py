@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
-from hydramoe.cluster import Domains
-from hydramoe.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.route import Router, classifier, explain_route, fixed, heard, oracle, plot_route, route_text, similarity, softmax, top_k, uniform
+from hydramoe.domains.cluster import Domains
+from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
+from hydramoe.hydra.route import Router, classifier, explain_route, fixed, heard, oracle, plot_route, route_text, similarity, softmax, top_k, uniform
 
 def unit(n, d=16, seed=0):
     x = rng(seed, 'unit').normal(size=(n,d))
@@ -81,7 +81,7 @@ def test_alone_and_in_company_are_the_same_bits(router):
     assert all(np.array_equal(router(x=x[i:i+1])[0], g[i]) for i in range(60))
 
 def test_texts_and_their_embeddings_are_one():
-    from hydramoe.cluster import cluster_texts, lesson_texts
+    from hydramoe.domains.cluster import cluster_texts, lesson_texts
     texts,_ = lesson_texts()
     d,_,e = cluster_texts(texts, 4, encoder='words')
     r = similarity(d)
@@ -173,7 +173,7 @@ def test_an_oracle_on_disk_cannot_point_outside(tmp_path):
 def test_loading_needs_no_scikit_learn_model_and_runs_no_code(tmp_path):
     routers['classifier'].save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir())==['router.json', 'router.safetensors']
-    code = f"from hydramoe.route import Router; import numpy as np; print(Router.load({str(tmp_path)!r})(x=np.ones((1,16))).tobytes().hex())"
+    code = f"from hydramoe.hydra.route import Router; import numpy as np; print(Router.load({str(tmp_path)!r})(x=np.ones((1,16))).tobytes().hex())"
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|dict(PYTHONHASHSEED='7'))
     assert r.stdout.split()[-1]==routers['classifier'](x=np.ones((1,16))).tobytes().hex(), r.stderr
 
@@ -199,8 +199,8 @@ def test_a_long_prompt_is_cut_and_many_experts_are_summed():
 # --- in closed form: what comes and goes leaves no trace
 
 from dataclasses import replace
-from hydramoe.route import abstaining, calibrated, calibration_error, cascade, choose_margin, choose_threshold, distilled, in_hindsight, knn, lead, on_hidden
-from hydramoe.route import on_static, permuted, ridge, static_vectors, with_domain, with_prompts, without_domain
+from hydramoe.hydra.route import abstaining, calibrated, calibration_error, cascade, choose_margin, choose_threshold, distilled, in_hindsight, knn, lead, on_hidden
+from hydramoe.hydra.route import on_static, permuted, ridge, static_vectors, with_domain, with_prompts, without_domain
 
 NAMES = [f'd{i}' for i in range(5)]
 y = labels(60, 5)
@@ -317,8 +317,8 @@ def test_far_prompts_go_to_the_base_and_the_others_where_they_went(make, tmp_pat
 
 def test_a_row_of_zeros_is_a_gate():
     import torch
-    from hydramoe.base import tiny_base
-    from hydramoe.stack import LoraSpec, gated
+    from hydramoe.models.base import tiny_base
+    from hydramoe.experts.stack import LoraSpec, gated
     b = tiny_base()
     ids = torch.randint(3, 90, (2,6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -342,7 +342,7 @@ def pretended(seed=0):
 def wordpiece(monkeypatch):
     "A tokenizer that needs no asset"
     from tokenizers import Tokenizer, models, pre_tokenizers
-    import hydramoe.route as route
+    import hydramoe.hydra.route as route
     t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(['?','red','green','blue','cat','dog'])}, unk_token='?'))
     t.pre_tokenizer = pre_tokenizers.Whitespace()
     monkeypatch.setattr(route, '_wordpiece', lambda: t)
@@ -421,9 +421,10 @@ def test_a_cascade_with_an_array_of_nobody_is_refused(tmp_path):
 
 def test_whole_prompts_are_read_whole_saved_or_in_a_cascade(tmp_path):
     "Asked conversations, a router on whole prompts gives what their vectors give; any other hears the user's words alone"
-    from hydramoe.base import tiny_base
-    from hydramoe.cluster import embed, hidden_mean, whole_text
-    from hydramoe.route import on_base, on_whole
+    from hydramoe.models.base import tiny_base
+    from hydramoe.models.hidden import hidden_mean
+    from hydramoe.domains.cluster import embed, whole_text
+    from hydramoe.hydra.route import on_base, on_whole
     tiny, kinds = tiny_base(), [0]*3+[1]*3
     talks = [[dict(role='system', content=s), dict(role='user', content=t)] for s in ('You are a pirate.', 'You may call get_time().') for t in ('Hello', 'What now?', 'Who?')]
     z, words = hidden_mean([dict(prompt=t) for t in talks], tiny, 1), embed([whole_text(dict(prompt=t)) for t in talks], 'words')

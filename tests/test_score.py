@@ -1,12 +1,12 @@
 "Scoring against independent computations: transformers' loss, brute force, simulation"
 import itertools, math
 import numpy as np, pytest, torch
-from hydramoe.base import tiny_base
-from hydramoe.core import HydraError, rng
-from hydramoe.data import Example
-from hydramoe.score import (Losses, ensemble, hindsight, log_macro_draws, loss_matrix, micro_batches, paired_bootstrap, perplexity, pick,
+from hydramoe.models.base import tiny_base
+from hydramoe.foundations.core import HydraError, rng
+from hydramoe.models.encode import Example
+from hydramoe.experts.score import (Losses, ensemble, hindsight, log_macro_draws, loss_matrix, micro_batches, paired_bootstrap, perplexity, pick,
                             record_sums, response_losses)
-from hydramoe.stack import LoraSpec, gated
+from hydramoe.experts.stack import LoraSpec, gated
 
 def random_examples(n, seed=0, longest=60):
     g = rng(seed, 'examples')

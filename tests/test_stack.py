@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from hydramoe.base import Base, byte_tokenizer, tiny_base
-from hydramoe.core import HydraError
-from hydramoe.stack import ADAPTER_FIELDS, GatedLinear, LoraSpec, Stack, adapter_config, gated, hidden, in_line, line_plan, logits, make_plan, one_hot, using, with_adapters
-from hydramoe.store import sealing
+from hydramoe.models.base import Base, byte_tokenizer, tiny_base
+from hydramoe.foundations.core import HydraError
+from hydramoe.experts.stack import ADAPTER_FIELDS, GatedLinear, LoraSpec, Stack, adapter_config, gated, hidden, in_line, line_plan, logits, make_plan, one_hot, using, with_adapters
+from hydramoe.foundations.store import sealing
 
 def fill(stack, seed=0):
     for e in range(stack.slots): stack.init_expert(e, e, f'expert{e}')
@@ -49,7 +49,7 @@ def cohere():
 @pytest.mark.parametrize('make', [neox, qwen2, gemma2, granite, cohere])
 def test_a_look_at_early_layers_is_what_the_whole_pass_says(make):
     "With experts on the base or not, it is the base that is read, and no deeper than asked"
-    from hydramoe.cluster import hidden_means
+    from hydramoe.models.hidden import hidden_means
     with torch.random.fork_rng(): torch.manual_seed(0); model = make().eval().requires_grad_(False)
     base, texts = Base(model, byte_tokenizer(), make.__name__, 'fp32', 'cpu', ''), ['a long text about nothing', 'short', 'tea']
     t = base.tokenizer(texts, return_tensors='pt', padding=True, padding_side='right')
@@ -402,8 +402,8 @@ def test_no_adapters_and_a_base_that_carries_some():
 
 SAVE = """
 import sys, hashlib
-from hydramoe.base import tiny_base
-from hydramoe.stack import Stack, LoraSpec
+from hydramoe.models.base import tiny_base
+from hydramoe.experts.stack import Stack, LoraSpec
 b = tiny_base()
 s = Stack(b.model, 2, LoraSpec(4)); s.init_expert(1, 5, 'x'); d = s.save_peft(sys.argv[1], 1, 'tiny-0')
 print(b.fingerprint, *[hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(d.iterdir())])
@@ -544,7 +544,7 @@ def test_one_stack_at_a_time_and_a_bound_stack_is_released():
 # ---- the real model
 @pytest.mark.slow
 def test_smollm2_same_tokens_as_peft(tmp_path):
-    from hydramoe.base import load_base
+    from hydramoe.models.base import load_base
     m = gated(load_base('smollm2', 'fp32', 'cpu'), 3, LoraSpec(8))
     for e in range(3): m.stack.init_expert(e, e)
     with torch.no_grad(): m.stack.theta.add_(.003*torch.randn(m.stack.theta.shape, generator=torch.Generator().manual_seed(0)))
@@ -559,7 +559,7 @@ def test_smollm2_same_tokens_as_peft(tmp_path):
         assert torch.equal(m.generate(**row, gates=torch.tensor([[.5,.5,0],[0,.2,.8]])[i:i+1], **kw), mixed[i:i+1])
 
 def test_one_plan_for_a_generation(monkeypatch):
-    import hydramoe.stack as hs
+    import hydramoe.experts.stack as hs
     m,x,made = ready(),batch(),[]
     monkeypatch.setattr(hs, 'make_plan', lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1])
     answers(m, x, torch.full((3,4), .25), num_beams=2)
@@ -584,7 +584,7 @@ def test_forks_that_cannot_be(fork):
     with pytest.raises(HydraError, match='fork='): Stack(tiny_base(layers=4).model, 2, LoraSpec(2, fork=fork))
 
 def test_below_the_fork_all_rows_compute_the_same():
-    from hydramoe.stack import at_fork
+    from hydramoe.experts.stack import at_fork
     m,x = forked(),{k: v[:1].expand(3,-1) for k,v in batch(pads=(0,)).items()}
     seen = []
     for b in m.base.model.layers: b.register_forward_hook(lambda _,i,o: seen.append(o[0] if isinstance(o, tuple) else o))
@@ -599,7 +599,7 @@ def test_below_the_fork_all_rows_compute_the_same():
 
 @pytest.mark.parametrize('make', [None, neox, qwen2, gemma2, granite, cohere])
 def test_trunk_and_branches_make_the_whole(make):
-    from hydramoe.stack import at_fork, from_fork
+    from hydramoe.experts.stack import at_fork, from_fork
     m,x = forked(make=make),batch()
     for g in (one_hot([0,1,2],3), torch.rand(3,3, generator=torch.Generator().manual_seed(0)), torch.zeros(3,3)):
         torch.testing.assert_close(from_fork(m, at_fork(m, **x), x['attention_mask'], g), hidden(m, **x, gates=g))
@@ -609,7 +609,7 @@ def test_trunk_and_branches_make_the_whole(make):
 def test_a_cache_is_read_on_and_changes_hands(make, configured):
     "Piece by piece by expert 0, then filled again for expert 2: what a single pass of expert 2 leaves; and the states are those of the trunk"
     from transformers import DynamicCache
-    from hydramoe.stack import at_fork, read_on, refill
+    from hydramoe.experts.stack import at_fork, read_on, refill
     m,x = forked(make=make),batch(pads=(0,0,0))['input_ids']
     def new(): return DynamicCache(config=m.config) if configured else DynamicCache()
     def kv(cache): return [t for l in cache.layers for t in (l.keys, l.values)]
@@ -651,7 +651,7 @@ def test_an_expert_of_another_seed_expert_is_refused(tmp_path):
 
 @pytest.mark.parametrize('checkpoint', [False, True])
 def test_training_above_a_fork_equals_training_from_the_cached_trunk(checkpoint):
-    from hydramoe.stack import at_fork, from_fork
+    from hydramoe.experts.stack import at_fork, from_fork
     m,x = forked(),batch()
     m.stack.trainable()
     m.checkpointing(checkpoint)
@@ -680,7 +680,7 @@ def library(tmp_path_factory):
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.lists(st.lists(st.integers(0,5), min_size=1, max_size=2, unique=True), min_size=2, max_size=2), min_size=1, max_size=6), st.integers(4,6), st.integers(0,7))
 def test_outputs_do_not_depend_on_the_shelf(library, requests, slots, rows_in_ram):
-    from hydramoe.stack import Shelf
+    from hydramoe.experts.stack import Shelf
     m,folders = library
     few = gated(tiny_base(), slots, LoraSpec(4, 8))
     shelf,x = Shelf(few.stack, folders, rows_in_ram*few.stack.theta[0].nbytes),batch(rows=2, length=6, pads=(0,))
@@ -693,7 +693,7 @@ def test_outputs_do_not_depend_on_the_shelf(library, requests, slots, rows_in_ra
         assert len(shelf.ram)<=rows_in_ram and not +shelf.held
 
 def test_the_shelf_keeps_what_is_used_and_drops_what_is_not(library):
-    from hydramoe.stack import Shelf
+    from hydramoe.experts.stack import Shelf
     s = Stack(tiny_base().model, 2, LoraSpec(4, 8))
     shelf = Shelf(s, library[1], 0)
     for e in (0,1,0,2):
@@ -704,7 +704,7 @@ def test_the_shelf_keeps_what_is_used_and_drops_what_is_not(library):
         with shelf.gates([{'expert3': 1.}]): assert 'expert0' in shelf.placed
 
 def test_a_request_waits_for_slots_that_others_hold(library):
-    from hydramoe.stack import Shelf
+    from hydramoe.experts.stack import Shelf
     shelf,seen = Shelf(Stack(tiny_base().model, 1, LoraSpec(4, 8)), library[1]),[]
     def ask(e):
         with shelf.gates([{f'expert{e}': 1.}]): seen.append((e, shelf.stack.names[0]))
@@ -715,7 +715,7 @@ def test_a_request_waits_for_slots_that_others_hold(library):
     assert seen==[(3,'expert3')]
 
 def test_a_damaged_expert_leaves_the_shelf_usable(library, tmp_path):
-    from hydramoe.stack import Shelf
+    from hydramoe.experts.stack import Shelf
     (tmp_path/'bad').mkdir()
     shelf = Shelf(Stack(tiny_base().model, 1, LoraSpec(4, 8)), {**library[1], 'bad': tmp_path/'bad'})
     with pytest.raises(HydraError, match='not a PEFT adapter'):
@@ -753,7 +753,7 @@ def test_a_base_that_mixes_rows_is_found_out():
 
 def test_a_grouped_product_serves_inference_as_well(monkeypatch):
     "The path of a GPU, on the CPU: uneven runs, kept and not"
-    import hydramoe.stack as hs
+    import hydramoe.experts.stack as hs
     m,x = gated(tiny_base(), 4, LoraSpec(8)),batch(rows=6)
     fill(m.stack)
     g = one_hot([0,0,0,1,3,3], 4)*.7

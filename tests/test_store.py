@@ -3,9 +3,9 @@ import errno, importlib, json, os, resource, shutil, signal, subprocess, sys, te
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from hydramoe import store
-from hydramoe.core import HydraError
-from hydramoe.store import SEAL, SealError, is_sealed, open_sealed, seal_id, sealing, source_hash, stage, work_dir
+from hydramoe.foundations import store
+from hydramoe.foundations.core import HydraError
+from hydramoe.foundations.store import SEAL, SealError, is_sealed, open_sealed, seal_id, sealing, source_hash, stage, work_dir
 
 def make(out, text='hydra', parts=4):
     for i in range(parts): (out/f'part{i}').write_text(text*(i+1))
@@ -83,7 +83,7 @@ def test_kill_by_the_clock(tmp_path):
     code = '''
     import sys, time
     from pathlib import Path
-    from hydramoe.store import sealing
+    from hydramoe.foundations.store import sealing
     print('ready', flush=True)
     while True:
         with sealing(Path(sys.argv[1])/'d', {}) as out:
@@ -116,7 +116,7 @@ RACE = '''
 import os, sys, time
 from pathlib import Path
 import test_store as t
-from hydramoe.store import seal_id, sealing, stage
+from hydramoe.foundations.store import seal_id, sealing, stage
 root = Path(sys.argv[1])
 def make(out, text):
     with open(root/'calls', 'a') as f: f.write('x')
@@ -355,7 +355,7 @@ def test_what_changes_nothing_is_not_noticed(package, file, old, new):
     assert source_hash(top())==before
 
 def test_the_same_hash_in_every_process():
-    code = 'from hydramoe.store import source_hash, stage\nfrom hydramoe.core import run_record\nprint(source_hash(stage), source_hash(run_record))'
+    code = 'from hydramoe.foundations.store import source_hash, stage\nfrom hydramoe.foundations.core import run_record\nprint(source_hash(stage), source_hash(run_record))'
     outs = {child(code, PYTHONHASHSEED=s).communicate()[0] for s in '012'}
     assert len(outs)==1 and len(outs.pop().split())==2
 
@@ -418,8 +418,8 @@ def test_work_survives_failure_and_goes_with_success(tmp_path):
     assert [p.name[:6] for p in (tmp_path/'s').iterdir()]==['.work-']
 
 NOTEBOOK = '''
-from hydramoe.store import stage
-from hydramoe.core import write_json
+from hydramoe.foundations.store import stage
+from hydramoe.foundations.core import write_json
 from dataclasses import dataclass
 SCALE = 3
 @dataclass

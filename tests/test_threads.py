@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 
 import pytest
 
-from hydramoe.reproduce import run_notebook
+from hydramoe.use.reproduce import run_notebook
 
 LOOK = "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
 
@@ -14,7 +14,7 @@ def environment(policy=None):
 def printed(code, policy=None):
     return subprocess.run([sys.executable, '-c', code], env=environment(policy), capture_output=True, text=True, check=True).stdout.split()
 
-@pytest.mark.parametrize('module', ['hydramoe', 'hydramoe.cli', 'hydramoe.base'])
+@pytest.mark.parametrize('module', ['hydramoe', 'hydramoe.use.cli', 'hydramoe.models.base'])
 def test_they_sleep_once_hydramoe_is_imported(module):
     assert printed(f'import {module}; {LOOK}')==['PASSIVE', '1000']
 
@@ -22,10 +22,10 @@ def test_the_policy_stands_before_torch_is_imported():
     # torch reads it at import: too late is as good as never
     watch = "import sys, builtins, os; old = builtins.__import__; seen = []\n" \
             "def spy(name, *a, **k):\n    if name=='torch' and not seen: seen.append(os.environ.get('OMP_WAIT_POLICY'))\n    return old(name, *a, **k)\n" \
-            "builtins.__import__ = spy; import hydramoe.stack; print(*seen)"
+            "builtins.__import__ = spy; import hydramoe.experts.stack; print(*seen)"
     assert printed(watch)==['PASSIVE']
 
-def test_a_user_who_says_otherwise_is_heard(): assert printed(f'import hydramoe.cli; {LOOK}', 'ACTIVE')==['ACTIVE', 'None']
+def test_a_user_who_says_otherwise_is_heard(): assert printed(f'import hydramoe.use.cli; {LOOK}', 'ACTIVE')==['ACTIVE', 'None']
 
 def test_what_hydramoe_starts_inherits_it():
     # workers are started by `local` and `ray` from this process's environment

@@ -4,11 +4,11 @@ import httpx
 import pytest
 from huggingface_hub import DatasetCard, HfApi
 from hypothesis import HealthCheck, example, given, settings, strategies as st
-from hydramoe import unify as U
-from hydramoe.base import byte_tokenizer, tiny_base
-from hydramoe.core import HydraError, read_json, read_jsonl
-from hydramoe.data import card_names, cards_digest, grams, load, load_card, prompt_key, record, toy_records
-from hydramoe.store import stage
+from hydramoe.data import unify as U
+from hydramoe.models.base import byte_tokenizer, tiny_base
+from hydramoe.foundations.core import HydraError, read_json, read_jsonl
+from hydramoe.data.records import card_names, cards_digest, grams, load, load_card, prompt_key, record, toy_records
+from hydramoe.foundations.store import stage
 
 TOK = byte_tokenizer()
 STEMS = ['the old clock in the hall of the inn strikes nine times at noon and nobody who lives there has ever asked for a reason {} {}',
@@ -103,7 +103,7 @@ def test_held_out_runs_are_those_of_grams(text, pad):
 
 
 def test_another_process_makes_the_same_bytes(in_two_processes):
-    code = 'import sys; from pathlib import Path; from hydramoe.unify import toy_unify; toy_unify(Path(sys.argv[1]), 600, 3, 3, 120, 5, router=2, rows=150)'
+    code = 'import sys; from pathlib import Path; from hydramoe.data.unify import toy_unify; toy_unify(Path(sys.argv[1]), 600, 3, 3, 120, 5, router=2, rows=150)'
     outs = in_two_processes(code)
     assert outs[0] == outs[1] and set(outs[0]) == set(U.FILES)
 
@@ -111,8 +111,8 @@ def test_another_process_makes_the_same_bytes(in_two_processes):
 def test_tokens_are_counted_for_every_base_that_can_be_loaded(tmp_path, monkeypatch):
     TOK.save_pretrained(tmp_path/'mine')
     tiny_base().model.config.save_pretrained(tmp_path/'mine')
-    monkeypatch.setattr('hydramoe.base.gemma3_dir', lambda: tmp_path/'mine') # as fetched
-    monkeypatch.setattr('hydramoe.base.hub', lambda name, revision=None: tmp_path/'mine')
+    monkeypatch.setattr('hydramoe.models.base.gemma3_dir', lambda: tmp_path/'mine') # as fetched
+    monkeypatch.setattr('hydramoe.models.base.hub', lambda name, revision=None: tmp_path/'mine')
     for base in ('bytes', 'gemma3', str(tmp_path/'mine'), 'org/name', 'org/name@main'):
         assert U.tokenizer_of(base)('a word').input_ids == TOK('a word').input_ids
     with pytest.raises(HydraError, match="'nonesuch' is neither 'smollm2' nor 'gemma3', nor a directory"): U.tokenizer_of('nonesuch')
