@@ -14,7 +14,8 @@ import json, resource, statistics, sys, tempfile, warnings
 from pathlib import Path
 import torch
 from hydramoe.foundations.core import rng
-from hydramoe.experts.stack import LoraSpec, Shelf, gated, make_plan, one_hot
+from hydramoe.experts.stack import LoraSpec, gated, make_plan, one_hot
+from hydramoe.experts.pool import Shelf
 sys.path.insert(0, str(Path(__file__).parent))
 from forward import decode, in_turn, opened, options, seconds, top2
 

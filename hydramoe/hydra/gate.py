@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from ..foundations.core import HydraError, file_sha256, one_of
 from ..foundations.core import check_names
 from ..foundations.arrays import load_arrays, save_arrays
-from ..experts.stack import GatedCausalLM, Stack, by_expert, factors_of, hidden, make_plan, with_adapters
+from ..experts.stack import GatedCausalLM, Stack, by_expert, hidden, make_plan
+from ..experts.adapters import factors_of, with_adapters
 from ..experts.score import Losses, loss_matrix, save_losses
 from ..models.base import open_base
 from ..experts.train import part_examples
