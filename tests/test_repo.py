@@ -53,7 +53,7 @@ def test_all_that_make_setup_installs_is_pinned():
     assert not other, 'installed otherwise than pinned; run `make setup`'
 
 def test_what_is_imported_is_declared():
-    names = {n.split('.')[0] for f in (root/'hydramoe').glob('*.py') for n in re.findall(r'^\s*(?:import|from) ([a-z_][\w.]*)', f.read_text(), re.M)}
+    names = {n.split('.')[0] for f in (root/'hydramoe').rglob('*.py') for n in re.findall(r'^\s*(?:import|from) ([a-z_][\w.]*)', f.read_text(), re.M)}
     dists = metadata.packages_distributions()
     declared = {canonicalize_name(Requirement(d).name) for group in (project['dependencies'], *extras.values()) for d in group}
     foreign = {n: {canonicalize_name(d) for d in dists[n]} for n in names - set(sys.stdlib_module_names) - {'hydramoe'} if n in dists}
@@ -64,17 +64,28 @@ def test_what_is_imported_is_declared():
 
 def test_exported_code_is_documented_and_has_no_star_imports():
     bad = []
-    for f in (root/'hydramoe').glob('*.py'):
+    for f in (root/'hydramoe').rglob('*.py'):
         if f.name.startswith('_'): continue
         for n in ast.parse(f.read_text()).body:
             if isinstance(n, ast.ImportFrom) and n.names[0].name=='*': bad.append(f'{f.name}: star import')
             if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0]!='_' and not ast.get_docstring(n): bad.append(f'{f.name}: {n.name} has no docstring')
     assert not bad
 
-def test_light_rooms_import_without_torch():
-    for m in ('core', 'store', 'fetch', 'report', 'data', 'formats', 'reproduce', 'cli'):
-        code = f'import sys, hydramoe.{m}; assert "torch" not in sys.modules and "papermill" not in sys.modules, sorted(sys.modules)'
-        subprocess.run([sys.executable, '-c', code], check=True, cwd=root)
+LIGHT = [f'foundations.{m}' for m in ('core', 'store', 'fetch', 'report')] + ['data.records', 'data.formats', 'use.reproduce', 'use.cli']
+
+@pytest.mark.parametrize('room', LIGHT)
+def test_light_rooms_import_without_torch(room):
+    code = f'import sys, hydramoe.{room}; assert "torch" not in sys.modules and "papermill" not in sys.modules, sorted(sys.modules)'
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=root)
+
+def test_the_names_that_people_use_are_at_the_top():
+    import hydramoe
+    from hydramoe.hydra import Hydra  # as model cards of older bundles say it
+    assert hydramoe.Hydra is Hydra and all(getattr(hydramoe, n).__name__==n for n in hydramoe._LAZY)
+
+def test_the_wheel_holds_every_chapter():
+    packages = tomllib.loads(text('pyproject.toml'))['tool']['setuptools']['packages']
+    assert set(packages) >= {'.'.join(f.parent.relative_to(root).parts) for f in (root/'hydramoe').rglob('__init__.py')}
 
 
 def test_readme_is_the_index():
@@ -98,7 +109,7 @@ def test_every_number_in_prose_has_a_source(page):
 
 def test_functions_are_as_short_as_promised():
     median, most = map(int, re.search(r'median under (\d+) lines, none over (\d+)', text('CONTRIBUTING.md')).groups())
-    trees = [ast.parse(f.read_text()) for f in (root/'hydramoe').glob('*.py') if f.name[0]!='_']
+    trees = [ast.parse(f.read_text()) for f in (root/'hydramoe').rglob('*.py') if f.name[0]!='_']
     lines = sorted(n.end_lineno-n.lineno+1 for t in trees for n in ast.walk(t) if isinstance(n, ast.FunctionDef))
     assert lines[len(lines)//2]<median and lines[-1]<=most
 
