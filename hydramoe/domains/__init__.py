@@ -1,0 +1,1 @@
+"Prompts become vectors, vectors become domains, and domains get names"

@@ -1,4 +1,4 @@
-"From prompts to weights of experts, and all of it in one object"
+"Prompts become weights of experts, by routers and gates; base, experts and router become one object and one directory"
 
 def __getattr__(name):
     "`from hydramoe.hydra import Hydra`, as the model cards of older bundles say; imported when it is first asked for"

@@ -1,0 +1,1 @@
+"Base models in any precision: loaded, named, templated, and read at any depth"

@@ -1,0 +1,1 @@
+"Running experiments, publishing their results, and the command line"
