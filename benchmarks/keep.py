@@ -5,7 +5,8 @@ list beside it. A file that came any other way, or was edited later, fails the t
 """
 import json, subprocess, sys
 from pathlib import Path
-from hydramoe.foundations.core import HydraError, write_bytes
+from hydramoe.foundations.core import HydraError
+from hydramoe.foundations.files import write_bytes
 from hydramoe.use.reproduce import write_sums
 
 here = Path(__file__).parent

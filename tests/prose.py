@@ -8,7 +8,7 @@ fails; one that is new has to be entered, or better: made from results, in a cel
 import ast, json, re, tomllib
 from pathlib import Path
 
-from hydramoe.foundations.core import read_json
+from hydramoe.foundations.files import read_json
 from hydramoe.data.records import DOMAINS
 from hydramoe.use.reproduce import SPEEDS, Graph, load_result, members, params_at, published, rooms_table
 from hydramoe.data.unify import PARTS

@@ -3,7 +3,8 @@ import json, shutil
 import pytest, torch
 import hydramoe.models.base as hb
 from hydramoe.models.base import checkpoint_fingerprint, differentiable_nf4, fingerprint, load_base, smollm2_dir, target_layers, tiny_base
-from hydramoe.foundations.core import HydraError, read_json
+from hydramoe.foundations.core import HydraError
+from hydramoe.foundations.files import read_json
 from hydramoe.models.encode import encode
 from hydramoe.data.records import record
 from hydramoe.foundations.store import stage

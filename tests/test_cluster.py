@@ -13,7 +13,8 @@ from hydramoe.domains.cluster import embed, kmeans, lesson_texts, name_domains
 from hydramoe.foundations.arrays import save_arrays
 from hydramoe.domains.cluster import plot_map, random_domains
 from hydramoe.domains.cluster import choose_k, edit_domains, fit_tfidf, hierarchical, map_html, membership, read_domains_yaml, write_domains_yaml
-from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, repo_root, rng, write_json
+from hydramoe.foundations.core import HydraError, digest, repo_root, rng
+from hydramoe.foundations.files import file_sha256, read_json, write_json
 
 texts,topics = lesson_texts()
 

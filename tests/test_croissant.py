@@ -3,7 +3,8 @@ import json
 import pytest
 from huggingface_hub import DatasetCard
 from hydramoe.data import describe as cards, records as data
-from hydramoe.foundations.core import HydraError, read_jsonl
+from hydramoe.foundations.core import HydraError
+from hydramoe.foundations.files import read_jsonl
 from hydramoe.foundations.store import open_sealed
 
 FETCHED = data.card_names()

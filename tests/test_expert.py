@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hydramoe.experts import train as expert
 from hydramoe.models.base import tiny_base
-from hydramoe.foundations.core import HydraError, read_json, rng, write_jsonl
+from hydramoe.foundations.core import HydraError, rng
+from hydramoe.foundations.files import read_json, write_jsonl
 from hydramoe.models.encode import Example
 from hydramoe.experts.train import TrainSpec, cache_trunk, fit, fit_trl, gradients, plan_steps, start_expert, train_experts, train_seed
 from hydramoe.experts.stack import LoraSpec, gated, one_hot

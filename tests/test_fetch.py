@@ -2,7 +2,8 @@
 import multiprocessing as mp, os, signal, subprocess, sys, textwrap, time, zipfile
 import pytest
 from hydramoe.foundations import fetch
-from hydramoe.foundations.core import HydraError, file_sha256
+from hydramoe.foundations.core import HydraError
+from hydramoe.foundations.files import file_sha256
 
 
 def make_wheel(folder, name='hydra_toy', version='1.0', payload=b'x'):
@@ -22,9 +23,9 @@ def toy(tmp_path, monkeypatch):
     wheel = make_wheel(links, payload=os.urandom(50_000))
     for k, v in dict(PIP_NO_INDEX='1', PIP_FIND_LINKS=str(links), HYDRAMOE_CACHE=str(tmp_path/'cache'), HYDRAMOE_QUIET='1').items(): monkeypatch.setenv(k, v)
     monkeypatch.setitem(fetch.PACKAGES, 'hydra-toy', fetch.Package('1.0', file_sha256(wheel), .05))
-    fetch._archive.cache_clear(); fetch._opened.cache_clear()
+    fetch._checked_archive.cache_clear(); fetch._open_archive.cache_clear()
     yield wheel
-    fetch._archive.cache_clear(); fetch._opened.cache_clear()
+    fetch._checked_archive.cache_clear(); fetch._open_archive.cache_clear()
 
 
 @pytest.mark.parametrize('damage', ['truncate', 'flip', 'extra', 'unsealed', 'gone'])
@@ -36,7 +37,7 @@ def test_damage_is_repaired(toy, damage):
     if damage == 'extra': (p.parent/'stray').write_text('?')
     if damage == 'unsealed': (p.parent/'seal.json').unlink()
     if damage == 'gone': p.unlink()
-    fetch._archive.cache_clear()
+    fetch._checked_archive.cache_clear()
     again = fetch.archive('hydra-toy')
     assert again == p and file_sha256(again) == fetch.PACKAGES['hydra-toy'].sha256
 

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hydramoe.hydra.auto import HydraForCausalLM
 from hydramoe.models.base import byte_tokenizer, tiny_base
 from hydramoe.use.cli import main
-from hydramoe.foundations.core import HydraError, read_json, write_json
+from hydramoe.foundations.core import HydraError
+from hydramoe.foundations.files import read_json, write_json
 from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
 from hydramoe.hydra.model import Chat, BundleError, Hydra, adopt, adopted, check, remove_expert, seal_bundle
 from hydramoe.experts.stack import LoraSpec, at_fork, from_fork, gated, hidden, make_plan, one_hot

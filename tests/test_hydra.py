@@ -9,7 +9,8 @@ from transformers import DynamicCache, TextStreamer
 
 from hydramoe.models.base import load_base, tiny_base
 from hydramoe.domains.cluster import lesson_texts, prompt_text
-from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
+from hydramoe.foundations.core import HydraError, digest, rng
+from hydramoe.foundations.files import file_sha256, read_json, write_json
 from hydramoe.hydra.model import BundleError, Chat, Draw, Hydra, check, drawing, seal_bundle
 from hydramoe.hydra.route import uniform
 from hydramoe.experts.stack import LoraSpec, gated, one_hot

@@ -10,7 +10,8 @@ import psutil, pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors import SafetensorError
 from hydramoe.experts import train as expert
-from hydramoe.foundations.core import HydraError, read_json, read_jsonl, write_jsonl
+from hydramoe.foundations.core import HydraError
+from hydramoe.foundations.files import read_json, read_jsonl, write_jsonl
 from hydramoe.experts.train import collect, divide, make_jobs, run_jobs, sort_rows, train_experts, using_threads
 from hydramoe.experts.stack import LoraSpec
 from hydramoe.foundations.store import open_sealed, sealing, stage

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from hydramoe.use import reproduce
-from hydramoe.foundations.core import HydraError, write_json
+from hydramoe.foundations.core import HydraError
+from hydramoe.foundations.files import write_json
 from hydramoe.use.reproduce import Graph, Parameter, RunFailed, check_parameters, check_sums, code_digests, current, load_result, members, parse_assignments, run_notebook, run_scale, write_sums
 
 ONE = '''from pathlib import Path

@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from hydramoe.domains.cluster import Domains
-from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
+from hydramoe.foundations.core import HydraError, digest, rng
+from hydramoe.foundations.files import file_sha256, read_json, write_json
 from hydramoe.hydra.route import Router, classifier, explain_route, fixed, heard, oracle, plot_route, route_text, similarity, softmax, top_k, uniform
 
 def unit(n, d=16, seed=0):

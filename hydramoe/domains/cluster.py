@@ -32,8 +32,10 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
-from ..foundations.core import HydraError, cache_dir, default_threads, derive_seed, digest, file_sha256, one_of, progress
-from ..foundations.core import read_jsonl, rng, say, stamp, versions, write_bytes
+from ..foundations.core import HydraError, cache_dir, default_threads, derive_seed, digest, one_of, progress
+from ..foundations.files import file_sha256
+from ..foundations.core import rng, log, versions
+from ..foundations.files import read_jsonl, stamp, write_bytes
 from ..foundations.fetch import package, unpack
 from ..foundations.store import SealError, open_sealed, sealing
 from ..foundations.core import check_names, RESERVED
@@ -206,8 +208,8 @@ def _kept(folder, what, encoder, make): # → make(), or what it returned the la
 def _remark(texts, x):
     "Say where `words` cannot tell much"
     n, pairs, none = len(texts), sum(bool(_UNSPACED.search(t)) for t in texts), int((~x.any(1)).sum())
-    if pairs: say(f"encoder 'words': {pairs} of {n} prompts are in a script without spaces between words, and are compared by pairs of letters; a sentence-transformers folder for their language compares meanings ('minilm' was taught English)")
-    if none: say(f"encoder 'words': in {none} of {n} prompts it finds no word, and cannot tell them apart; take 'minilm', or a sentence-transformers folder")
+    if pairs: log(f"encoder 'words': {pairs} of {n} prompts are in a script without spaces between words, and are compared by pairs of letters; a sentence-transformers folder for their language compares meanings ('minilm' was taught English)")
+    if none: log(f"encoder 'words': in {none} of {n} prompts it finds no word, and cannot tell them apart; take 'minilm', or a sentence-transformers folder")
 
 def embed_stage(
     out:Path, # the directory to fill

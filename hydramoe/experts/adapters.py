@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors import safe_open
 from collections import Counter
 import safetensors.torch
-from ..foundations.core import HydraError, write_json, read_json
+from ..foundations.core import HydraError
+from ..foundations.files import write_json, read_json
 from ..foundations.store import open_sealed
 from ..models.base import Base, target_layers
 from .stack import Stack, GatedCausalLM, _slot, _suffixes, _views, _kinds, gated, LoraSpec

@@ -15,7 +15,8 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from ..foundations.core import HydraError, progress, read_json, rng, write_json
+from ..foundations.core import HydraError, progress, rng
+from ..foundations.files import read_json, write_json
 from .stack import from_fork, hidden, logits
 
 # %% ../../nbs/experts/47_score.ipynb #cell8

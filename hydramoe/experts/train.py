@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from ..models.base import base_dir, load_base, tiny_base
-from ..foundations.core import HydraError, digest, number, one_of, progress, read_json, read_jsonl, rng, versions, write_json
+from ..foundations.core import HydraError, digest, number, one_of, progress, rng, versions
+from ..foundations.files import read_json, read_jsonl, write_json
 from ..models.encode import encode
 from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, record_sums, response_losses, save_losses, token_losses
 from .stack import LoraSpec, at_fork, gated, in_line, line_plan, one_hot, using
 from .adapters import unfit, with_adapters
-from ..foundations.store import SealError, open_sealed, sealing, source_hash, stage, work_dir
+from ..foundations.source import source_hash
+from ..foundations.store import SealError, open_sealed, sealing, stage, work_dir
 from ..data.unify import DevRows, ExpertRows
 from ..models.base import open_base
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from ..foundations.core import HydraError, file_sha256, one_of
+from ..foundations.core import HydraError, one_of
+from ..foundations.files import file_sha256
 from ..foundations.core import check_names
 from ..foundations.arrays import load_arrays, save_arrays
 from ..experts.stack import GatedCausalLM, Stack, by_expert, hidden, make_plan

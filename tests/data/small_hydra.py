@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from hydramoe.foundations.core import read_json
+from hydramoe.foundations.files import read_json
 from hydramoe.data.records import load
 from hydramoe.hydra.model import Hydra, seal_bundle
 
