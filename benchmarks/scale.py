@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from hydramoe.foundations.core import rng
 from hydramoe.experts.stack import LoraSpec, gated, make_plan, one_hot
-from hydramoe.experts.pool import Shelf
+from hydramoe.experts.stack import Shelf
 sys.path.insert(0, str(Path(__file__).parent))
 from forward import decode, in_turn, opened, options, seconds, top2
 

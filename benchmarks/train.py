@@ -162,7 +162,7 @@ def trl_memory(a):
 def score(a):
     "Held-out loss of each side's experts, each on its own domain"
     import torch
-    from hydramoe.experts.adapters import with_adapters
+    from hydramoe.experts.stack import with_adapters
     from hydramoe.experts.score import response_losses
     base, _, rows, held, _ = prepared(a)
     out = {}

@@ -472,7 +472,7 @@ def test_part_of_an_epoch_is_the_beginning_of_a_whole_one(epochs):
 def test_precision_of_the_base_is_part_of_what_an_adapter_is_worth(tmp_path):
     "Each line equals scoring by hand on that base; the difference is theirs"
     from hydramoe.experts.score import response_losses
-    from hydramoe.experts.adapters import with_adapters
+    from hydramoe.experts.stack import with_adapters
     rows = seal_rows(write_rows(tmp_path/'rows'), tmp_path)
     made = stage(train_experts, dict(JOB, quant='nf4'), dict(rows_dir=rows), root=tmp_path)
     of = ['abc'[i%3] for i in range(40)]

@@ -13,7 +13,7 @@ from hydramoe.foundations.files import read_json, write_json
 from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
 from hydramoe.hydra.model import Chat, BundleError, Hydra, adopt, adopted, check, remove_expert, seal_bundle
 from hydramoe.experts.stack import LoraSpec, at_fork, from_fork, gated, hidden, make_plan, one_hot
-from hydramoe.experts.adapters import with_adapters
+from hydramoe.experts.stack import with_adapters
 
 KINDS = list(GATES)
 

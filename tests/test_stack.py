@@ -8,7 +8,7 @@ from hydramoe.models.base import Base, byte_tokenizer, tiny_base
 from hydramoe.foundations.core import HydraError
 from hydramoe.experts.stack import GatedLinear, LoraSpec, Stack, gated, hidden, in_line, line_plan, logits, make_plan
 from hydramoe.experts.stack import one_hot, using
-from hydramoe.experts.adapters import ADAPTER_FIELDS, adapter_config, with_adapters
+from hydramoe.experts.stack import ADAPTER_FIELDS, adapter_config, with_adapters
 from hydramoe.foundations.store import sealing
 
 def fill(stack, seed=0):
@@ -682,7 +682,7 @@ def library(tmp_path_factory):
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.lists(st.lists(st.integers(0,5), min_size=1, max_size=2, unique=True), min_size=2, max_size=2), min_size=1, max_size=6), st.integers(4,6), st.integers(0,7))
 def test_outputs_do_not_depend_on_the_shelf(library, requests, slots, rows_in_ram):
-    from hydramoe.experts.pool import Shelf
+    from hydramoe.experts.stack import Shelf
     m,folders = library
     few = gated(tiny_base(), slots, LoraSpec(4, 8))
     shelf,x = Shelf(few.stack, folders, rows_in_ram*few.stack.theta[0].nbytes),batch(rows=2, length=6, pads=(0,))
@@ -695,7 +695,7 @@ def test_outputs_do_not_depend_on_the_shelf(library, requests, slots, rows_in_ra
         assert len(shelf.ram)<=rows_in_ram and not +shelf.held
 
 def test_the_shelf_keeps_what_is_used_and_drops_what_is_not(library):
-    from hydramoe.experts.pool import Shelf
+    from hydramoe.experts.stack import Shelf
     s = Stack(tiny_base().model, 2, LoraSpec(4, 8))
     shelf = Shelf(s, library[1], 0)
     for e in (0,1,0,2):
@@ -706,7 +706,7 @@ def test_the_shelf_keeps_what_is_used_and_drops_what_is_not(library):
         with shelf.gates([{'expert3': 1.}]): assert 'expert0' in shelf.placed
 
 def test_a_request_waits_for_slots_that_others_hold(library):
-    from hydramoe.experts.pool import Shelf
+    from hydramoe.experts.stack import Shelf
     shelf,seen = Shelf(Stack(tiny_base().model, 1, LoraSpec(4, 8)), library[1]),[]
     def ask(e):
         with shelf.gates([{f'expert{e}': 1.}]): seen.append((e, shelf.stack.names[0]))
@@ -717,7 +717,7 @@ def test_a_request_waits_for_slots_that_others_hold(library):
     assert seen==[(3,'expert3')]
 
 def test_a_damaged_expert_leaves_the_shelf_usable(library, tmp_path):
-    from hydramoe.experts.pool import Shelf
+    from hydramoe.experts.stack import Shelf
     (tmp_path/'bad').mkdir()
     shelf = Shelf(Stack(tiny_base().model, 1, LoraSpec(4, 8)), {**library[1], 'bad': tmp_path/'bad'})
     with pytest.raises(HydraError, match='not a PEFT adapter'):

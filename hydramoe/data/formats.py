@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
-from ..foundations.core import HydraError, one_of, _fsync_dir
+from ..foundations.core import HydraError, one_of
 from ..foundations.core import THOUGHTS
 from .records import FORM_COLUMNS, ROLES, WISHES, detected, plain_message, row_records, row_wishes
 from .records import weight_of, _fields, _filled
+from ..foundations.files import fsync_path
 
 # %% ../../nbs/data/26_formats.ipynb #cell9
 MARKS = {b'\xef\xbb\xbf':'utf-8-sig', b'\xff\xfe\0\0':'utf-32', b'\0\0\xfe\xff':'utf-32', b'\xff\xfe':'utf-16', b'\xfe\xff':'utf-16'} # byte-order marks
@@ -679,7 +680,7 @@ def rejects_file(
             f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException: tmp.unlink(missing_ok=True); raise
-    _fsync_dir(path.parent)
+    fsync_path(path.parent)
     if bad: raise bad
 
 def write_rejects(

@@ -32,7 +32,7 @@ from ..foundations.files import read_json, read_jsonl, write_json
 from ..models.encode import encode
 from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, record_sums, response_losses, save_losses, token_losses
 from .stack import LoraSpec, at_fork, gated, in_line, line_plan, one_hot, using
-from .adapters import unfit, with_adapters
+from .stack import unfit, with_adapters
 from ..foundations.source import source_hash
 from ..foundations.store import SealError, open_sealed, sealing, stage, work_dir
 from ..data.unify import DevRows, ExpertRows

@@ -19,7 +19,7 @@ from ..foundations.files import file_sha256
 from ..foundations.core import check_names
 from ..foundations.arrays import load_arrays, save_arrays
 from ..experts.stack import GatedCausalLM, Stack, by_expert, hidden, make_plan
-from ..experts.adapters import factors_of, with_adapters
+from ..experts.stack import factors_of, with_adapters
 from ..experts.score import Losses, loss_matrix, save_losses
 from ..models.base import open_base
 from ..experts.train import part_examples

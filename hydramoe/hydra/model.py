@@ -45,7 +45,7 @@ from ..models.hidden import given_to, hidden_mean, mean_state
 from ..domains.cluster import Domains, describe, discover, edit_domains, embed_stage, encoder_id, load_embeddings
 from ..domains.cluster import prompt_text, write_domains_yaml
 from ..experts.stack import GatedCausalLM, LoraSpec, Plan, Stack, at_fork, read_on, refill, using
-from ..experts.adapters import adapter_config, adapter_shapes, unfit, with_adapters
+from ..experts.stack import adapter_config, adapter_shapes, unfit, with_adapters
 from ..experts.score import response_losses
 from ..models.base import open_base
 from ..experts.train import GroupSpec, TrainSpec, collect, group_size, make_jobs
