@@ -87,7 +87,7 @@ def small(x, threads):
     import torch
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
-    from hydramoe.domains.cluster import assign_balanced
+    from hydramoe.domains.balance import assign_balanced
     n = len(x)//K*K
     x = np.array(x[:n])
     with threadpool_limits(threads): c = KMeans(K, random_state=0).fit(x).cluster_centers_
@@ -111,7 +111,7 @@ def large(x, threads):
     "Balanced k-means beside scikit-learn's MiniBatchKMeans, from rows to labels"
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
-    from hydramoe.domains.cluster import balanced_kmeans
+    from hydramoe.domains.balance import balanced_kmeans
     plain = lambda x: MiniBatchKMeans(K, random_state=0).fit(x)
     with threadpool_limits(threads):
         plain(x[:20_000]); balanced_kmeans(x[:20_000], K)
@@ -131,12 +131,12 @@ def peak(path):
 
 def by_rows(x):
     "Seconds for an eighth, a quarter, a half of the rows and all"
-    from hydramoe.domains.cluster import balanced_kmeans
+    from hydramoe.domains.balance import balanced_kmeans
     return {n: timed(lambda: balanced_kmeans(x[:n], K))[0] for n in (len(x)//8, len(x)//4, len(x)//2, len(x))}
 
 def records(most):
     "MiniLM embeddings of training records, or why not"
-    from hydramoe.domains.cluster import embed, prompt_text
+    from hydramoe.domains.embed import embed, prompt_text
     from hydramoe.foundations.core import cache_dir
     from hydramoe.data.records import card_names, load
     texts = {}

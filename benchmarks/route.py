@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from hydramoe.models.base import load_base
 from hydramoe.models.hidden import hidden_mean
-from hydramoe.domains.cluster import Domains, embed, prompt_text
+from hydramoe.domains.embed import embed, prompt_text
+from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import cache_dir, machine
 from hydramoe.data.records import DOMAINS, card_names, load
 from hydramoe.hydra.route import Router, calibrated, cascade, choose_margin, classifier, distil_tokens, knn, lead, on_hidden, on_static, ridge, similarity, static_vectors

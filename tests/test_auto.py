@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextIt
 import hydramoe.hydra.auto as auto
 from hydramoe.hydra.auto import HydraConfig, HydraForCausalLM, prompts_of, unrender
 from hydramoe.models.base import byte_tokenizer, gemma_chat, load_base, render, tiny_base
-from hydramoe.domains.cluster import Domains, embed
+from hydramoe.domains.embed import embed
+from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, derive_seed, read_json, rng, write_json
 from hydramoe.hydra.model import BundleError, Hydra
 from hydramoe.hydra.route import similarity

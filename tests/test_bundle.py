@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from hydramoe.models.base import base_key, load_base, render, tiny_base
 from hydramoe.foundations.arrays import load_arrays, save_arrays
-from hydramoe.domains.cluster import Domains, embed, fit_tfidf
+from hydramoe.domains.embed import embed, fit_tfidf
+from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra.model import FORMAT, BundleError, Hydra, UnlearntWarning, add_expert, adapters_base, check, check_adapter, explain_bundle, model_card, seal_bundle, unlearnt, uri_id
 from hydramoe.hydra.route import on_hidden, ridge, similarity, uniform

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from hydramoe.use.cli import main
-from hydramoe.domains.cluster import lesson_texts
+from hydramoe.domains.examples import lesson_texts
 from hydramoe.foundations.core import HydraError
 
 COMMANDS = ['build', 'domains', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce', 'data list', 'data show', 'data prepare', 'data check', 'data card']

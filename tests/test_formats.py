@@ -310,7 +310,7 @@ def test_a_file_of_many_megabytes_streams_in_few(tmp_path, name):
 @pytest.mark.slow
 def test_build_reads_a_spreadsheet_and_says_what_it_saw(tmp_path, capsys, monkeypatch):
     from hydramoe.use.cli import main
-    from hydramoe.domains.cluster import lesson_texts
+    from hydramoe.domains.examples import lesson_texts
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache')); monkeypatch.delenv('HYDRAMOE_QUIET', raising=False); monkeypatch.delenv('IN_TEST', raising=False)
     f = written(tmp_path, 'sheet.csv', sheet([dict(Question=q, Answer=f'{a} é' if i else '') for i, (q, a) in enumerate(zip(*lesson_texts()))], ';'), 'cp1252')
     how = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words', '--out', str(tmp_path/'out'), '--dry-run']

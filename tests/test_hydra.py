@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, TextStreamer
 
 from hydramoe.models.base import load_base, tiny_base
-from hydramoe.domains.cluster import lesson_texts, prompt_text
+from hydramoe.domains.examples import lesson_texts
+from hydramoe.domains.embed import prompt_text
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra.model import BundleError, Chat, Draw, Hydra, check, drawing, seal_bundle
 from hydramoe.hydra.route import uniform
@@ -126,7 +127,8 @@ def test_deep_json_in_any_file(bundle, tmp_path, depth):
     with pytest.raises(BundleError): Hydra.load(d)
 
 def test_an_expert_cannot_be_called_base(bundle, tmp_path):
-    from hydramoe.domains.cluster import Domains, name_domains
+    from hydramoe.domains.name import name_domains
+    from hydramoe.domains.discover import Domains
     from hydramoe.hydra.model import adopt
     with pytest.raises(HydraError, match="'base' is taken"): adopt(dict(base=bundle/'experts'/'sea'))
     with pytest.raises(HydraError, match="'BASE' is taken"): Domains(np.eye(2), ['BASE', 'x'])
@@ -701,7 +703,8 @@ def sealed(bundle, *parts): return {f: sha for f,sha in check(bundle)['files'].i
 
 def test_one_more_and_one_less(tmp_path, monkeypatch):
     "The others keep every bit; the router is what fitting from scratch on these domains gives; taken out again, nothing is left of it"
-    from hydramoe.domains.cluster import Domains, embed, prompt_text
+    from hydramoe.domains.embed import embed, prompt_text
+    from hydramoe.domains.discover import Domains
     from hydramoe.hydra.model import add_expert, remove_expert
     from hydramoe.hydra.route import Router, similarity
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
@@ -728,7 +731,7 @@ def test_one_more_and_one_less(tmp_path, monkeypatch):
     assert not torch.equal(fresh.model.stack.theta[-1], again.model.stack.theta[-1])
 
 def test_a_router_that_cannot_grow_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    from hydramoe.domains.cluster import embed, prompt_text
+    from hydramoe.domains.embed import embed, prompt_text
     from hydramoe.hydra.model import add_expert, remove_expert
     from hydramoe.hydra.route import classifier
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
-from hydramoe.domains.cluster import Domains
+from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra.route import Router, classifier, explain_route, fixed, heard, oracle, plot_route, route_text, similarity, softmax, top_k, uniform
 
@@ -81,7 +81,8 @@ def test_alone_and_in_company_are_the_same_bits(router):
     assert all(np.array_equal(router(x=x[i:i+1])[0], g[i]) for i in range(60))
 
 def test_texts_and_their_embeddings_are_one():
-    from hydramoe.domains.cluster import cluster_texts, lesson_texts
+    from hydramoe.domains.examples import lesson_texts
+    from hydramoe.domains.discover import cluster_texts
     texts,_ = lesson_texts()
     d,_,e = cluster_texts(texts, 4, encoder='words')
     r = similarity(d)
@@ -423,7 +424,7 @@ def test_whole_prompts_are_read_whole_saved_or_in_a_cascade(tmp_path):
     "Asked conversations, a router on whole prompts gives what their vectors give; any other hears the user's words alone"
     from hydramoe.models.base import tiny_base
     from hydramoe.models.hidden import hidden_mean
-    from hydramoe.domains.cluster import embed, whole_text
+    from hydramoe.domains.embed import embed, whole_text
     from hydramoe.hydra.route import on_base, on_whole
     tiny, kinds = tiny_base(), [0]*3+[1]*3
     talks = [[dict(role='system', content=s), dict(role='user', content=t)] for s in ('You are a pirate.', 'You may call get_time().') for t in ('Hello', 'What now?', 'Who?')]

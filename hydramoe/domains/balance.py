@@ -120,8 +120,11 @@ def _push(costs, labels, extra, empty, path, lengths, tol):
 def _cheapest_path(reduced, extra): # → path as a list of clusters, distances (k,)
     "From a cluster that is too full to the nearest that has room"
     distance, before = _shortest_paths(reduced, extra>0)
-    path = [int(np.where(extra<0, distance, np.inf).argmin())]
-    while before[path[0]]>=0: path.insert(0, int(before[path[0]]))
+    to_room = np.where(extra<0, distance, np.inf)
+    path = [int(to_room.argmin())]
+    while before[path[0]]>=0:
+        previous = int(before[path[0]])
+        path.insert(0, previous)
     return path, distance
 
 # %% ../../nbs/domains/32_balance.ipynb #cc090477
@@ -270,9 +273,11 @@ def _centered_costs(x, centroids, center): # (n,d), (k,d), (d,) → (n,k)
 # %% ../../nbs/domains/32_balance.ipynb #1317b5d4
 def _cluster_means(x, labels, old): # → (k,d)
     "The mean of each cluster's rows; an empty one stays where it was"
-    k, n = len(old), len(x)
+    k = len(old)
+    n = len(x)
     sizes = np.bincount(labels, minlength=k)[:,None]
-    one_hot = csr_matrix((np.ones(n, np.float32), (labels, np.arange(n))), shape=(k, n))
+    ones = np.ones(n, np.float32)
+    one_hot = csr_matrix((ones, (labels, np.arange(n))), shape=(k, n))
     means = (one_hot@x)/np.maximum(sizes, 1)
     return np.where(sizes>0, means, old).astype(np.float32)
 
@@ -306,15 +311,20 @@ def balanced_kmeans(
     "k-means whose clusters are all of one size: c-BTM's training clusters, streamed"
     n = len(x)
     if not 1<=k<=n: raise HydraError(f"k={k} clusters cannot be made of {n} rows; choose k from 1 to {n}")
-    rows = np.sort(rng(seed, 'sample').permutation(n)[:max(2048, sample*k)])
+    n_sample = max(2048, sample*k)
+    rows = np.sort(rng(seed, 'sample').permutation(n)[:n_sample])
     exact = n<=2048
     with threadpool_limits(1), ThreadPoolExecutor(default_threads()) as pool:
-        centroids, center, prices, eps, depth = _fit_sample(np.asarray(x[rows], np.float32), k, seed, steps)
+        in_memory = np.asarray(x[rows], np.float32)
+        centroids, center, prices, eps, depth = _fit_sample(in_memory, k, seed, steps)
         if exact: depth = np.full_like(depth, np.inf)
         def scan(prices, depth):
             "`_split_border` of all rows, in blocks"
-            def one_block(i): return _split_border(_centered_costs(x[i:i+block], centroids, center), prices, depth)
+            def one_block(i):
+                costs = _centered_costs(x[i:i+block], centroids, center)
+                return _split_border(costs, prices, depth)
             labels, near, costs = zip(*pool.map(one_block, range(0, n, block)))
             return np.concatenate(labels), np.concatenate(near), np.concatenate(costs)
-        labels = _settle(scan, np.full(k, -(-n//k)), prices, eps, depth, exact)
+        capacity = np.full(k, -(-n//k))
+        labels = _settle(scan, capacity, prices, eps, depth, exact)
     return centroids, labels.astype(int)

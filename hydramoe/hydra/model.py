@@ -40,8 +40,12 @@ from ..data.records import sides
 from ..data.formats import Tally, detect, stream_records
 from ..foundations.core import check_names
 from ..models.hidden import given_to, hidden_mean, mean_state
-from ..domains.cluster import Domains, describe, discover, edit_domains, embed_stage, encoder_id, load_embeddings
-from ..domains.cluster import prompt_text, write_domains_yaml
+from ..domains.embed import embed_stage, encoder_id, load_embeddings
+from ..domains.name import describe_domains
+from ..domains.discover import Domains, discover
+from ..domains.edit import edit_domains
+from ..domains.embed import prompt_text
+from ..domains.edit import write_domains_yaml
 from ..experts.stack import GatedCausalLM, LoraSpec, Plan, Stack, at_fork, read_on, refill, using
 from ..experts.adapters import adapter_config, adapter_shapes, unfit, with_adapters
 from ..experts.score import response_losses
@@ -1411,7 +1415,7 @@ def propose_domains(
     x, made = sorted_rows(place, counts, settled(spec, counts['train'], counts['prompts']), root)
     found, train, at = Domains.load(made/'domains'), read_jsonl(made/'train.jsonl'), load_embeddings(x)['train']
     labels, texts, near = np.array([found.names.index(r['domain']) for r in train]), [prompt_text(r) for r in train], found.distances(at)
-    if say: found.lines = describe(texts, labels, near, open_base(spec.base, spec.quant))
+    if say: found.lines = describe_domains(texts, labels, near, open_base(spec.base, spec.quant))
     write_domains_yaml(path, found, labels, texts, near)
     return found
 

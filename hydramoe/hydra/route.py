@@ -30,7 +30,8 @@ from ..foundations.core import HydraError, one_of, rng
 from ..foundations.core import check_names
 from ..foundations.arrays import load_arrays, save_arrays
 from ..models.hidden import hidden_mean
-from ..domains.cluster import WIDTHS, Domains, embed, encoder_dir, encoder_id, prompt_text, whole_text
+from ..domains.embed import ENCODER_WIDTHS, embed, encoder_dir, encoder_id, prompt_text, whole_text
+from ..domains.discover import Domains
 
 # %% ../../nbs/hydra/60_route.ipynb #cell7
 def softmax(
@@ -199,7 +200,7 @@ def _indices(labels, names):
     return np.array(out, np.int64)
 
 # %% ../../nbs/hydra/60_route.ipynb #told-2
-ENCODERS = (*WIDTHS, 'static', 'hidden') # what a saved router may name; a folder it names by `encoder_id` alone
+ENCODERS = (*ENCODER_WIDTHS, 'static', 'hidden') # what a saved router may name; a folder it names by `encoder_id` alone
 
 def _number(v): return type(v) in (int, float) and abs(v)<1e30
 def _whole(v, least=1): return type(v) is int and least<=v<2**31
@@ -276,7 +277,7 @@ def check_width(
     "Refuse a router whose vectors are not as wide as its encoder makes them, before the encoder is fetched"
     for r in _all(router):
         name = 'minilm' if (e := r.params.get('encoder'))=='static' else e
-        if r.kind in _READS and name in WIDTHS and width(r)!=WIDTHS[name]: raise HydraError(f"a {r.kind} router on {e} reads vectors of {WIDTHS[name]} numbers, and this one has {width(r)}: it was not made with this encoder")
+        if r.kind in _READS and name in ENCODER_WIDTHS and width(r)!=ENCODER_WIDTHS[name]: raise HydraError(f"a {r.kind} router on {e} reads vectors of {ENCODER_WIDTHS[name]} numbers, and this one has {width(r)}: it was not made with this encoder")
     return router
 
 # %% ../../nbs/hydra/60_route.ipynb #cell22

@@ -327,13 +327,14 @@ def _reading(a):
     return dict(form=a.form, format=a.format, columns=parse_columns(a.map), encoding=a.encoding, key=a.key)
 
 def _a_prompt(records):
-    from hydramoe.domains.cluster import prompt_text
+    from hydramoe.domains.embed import prompt_text
     text = min((prompt_text(r) for r in records), key=lambda t: abs(len(t)-50))
     return ' '.join(text.split())[:80].lstrip('- ') or 'Hello, who are you?'
 
 def _foreseen(rows, spec, domains):
     "What a build would come upon after dealing rows: its encoder, too few prompts, an edited file that does not fit"
-    from hydramoe.domains.cluster import encoder_dir, load_tfidf, prompt_text, read_domains_yaml
+    from hydramoe.domains.embed import encoder_dir, load_tfidf, prompt_text
+    from hydramoe.domains.edit import read_domains_yaml
     from hydramoe.foundations.core import read_jsonl
     if (Path(spec.encoder)/'tfidf.json').is_file(): load_tfidf(spec.encoder)
     elif spec.encoder not in ('minilm', 'words'): encoder_dir(spec.encoder)
