@@ -36,11 +36,11 @@ def prepared(a):
     "A gated model and the training rows of each domain"
     import torch
     from train import rows_of
-    from hydramoe.models.base import open_base
+    from hydramoe.models.load import load_base
     from hydramoe.experts.stack import LoraSpec, gated
     torch.set_num_threads(a.threads)
     a.held = 1
-    base = open_base(a.base, a.quant)
+    base = load_base(a.base, a.quant)
     rows = rows_of(a, base)[0]
     model = gated(base, slots=len(rows), spec=LoraSpec(rank=8, alpha=16))
     for e,name in enumerate(rows): model.stack.init_expert(e, 0, name)

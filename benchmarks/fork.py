@@ -12,7 +12,7 @@ measured in one process, in turn, round after round; medians of the rounds' rati
 import argparse, json, statistics, tempfile, warnings
 import torch
 from transformers import DynamicCache
-from hydramoe.models.base import open_base
+from hydramoe.models.load import load_base
 from hydramoe.experts.train import Optimizers, TrainSpec, cache_trunk, fit_step, plan_steps, training
 from hydramoe.experts.stack import LoraSpec, at_fork, gated, logits, one_hot, refill
 from forward import in_turn, seconds
@@ -37,7 +37,7 @@ def options():
 
 def experts(a, quant, names, fork):
     "A base of its own, a stack of fresh experts on it, and above a fork a trunk that is not nothing"
-    base = open_base(a.base, quant)
+    base = load_base(a.base, quant)
     model = gated(base, len(names), LoraSpec(8, fork=fork))
     model.stack.trunk.normal_(std=.01, generator=torch.Generator().manual_seed(0))
     for e,n in enumerate(names): model.stack.init_expert(e, 0, n)
@@ -77,7 +77,7 @@ def ridge(states, rows, strength=1e-2):
 
 def measure(a, quant):
     "One table"
-    names = list((rows := rows_of(a, open_base(a.base, quant))[0]))
+    names = list((rows := rows_of(a, load_base(a.base, quant))[0]))
     (_, full), (base, forked) = experts(a, quant, names, 0), experts(a, quant, names, a.fork)
     every, epochs = sum(rows.values(), []), (1, 3, 10)
     with tempfile.TemporaryDirectory() as d:

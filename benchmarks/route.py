@@ -15,8 +15,8 @@ test prompts that are asked again. Accuracies are shares of the test prompts, wi
 import argparse, json, statistics, time
 import numpy as np
 import torch
-from hydramoe.models.base import load_base
-from hydramoe.models.hidden import hidden_mean
+from hydramoe.models.load import load_base
+from hydramoe.models.hidden import pooled_state
 from hydramoe.domains.embed import embed, prompt_text
 from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import cache_dir, machine
@@ -43,7 +43,7 @@ def views(parts, base, depths):
     seen = {'minilm': {p: embed(t, keep=cache_dir()/'embedded') for p,(t,_) in parts.items()}}
     tokens = distil_tokens(parts['train'][0], seen['minilm']['train'])
     seen['static'] = {p: static_vectors(t, tokens) for p,(t,_) in parts.items()}
-    for d in depths: seen[f'layer {d}'] = {p: hidden_mean(t, base, d, most=128) for p,(t,_) in parts.items()}
+    for d in depths: seen[f'layer {d}'] = {p: pooled_state(t, base, d, most=128) for p,(t,_) in parts.items()}
     return seen, tokens
 
 def fitted(parts, seen, tokens, depths):
@@ -86,7 +86,7 @@ def costs(routers, base, texts, depths, rounds, clock):
         at = np.ones((1, r.arrays['center' if v.startswith('layer') else 'centroids' if r.kind=='similarity' else 'prompts' if r.kind=='knn' else 'weight'].shape[-1]))
         return lambda: r(x=at)
     steps = {'prefill': lambda: base.model(input_ids=ids, use_cache=True, logits_to_keep=1), 'minilm': lambda: embed([prompt]), 'static': lambda: static_vectors([prompt], routers['static, similarity'][0].arrays)}
-    steps |= {f'layer {d}': (lambda d=d: hidden_mean([prompt], base, d, most=128)) for d in depths} | {n: arithmetic(n) for n,(r,v) in routers.items() if r.kind!='cascade'}
+    steps |= {f'layer {d}': (lambda d=d: pooled_state([prompt], base, d, most=128)) for d in depths} | {n: arithmetic(n) for n,(r,v) in routers.items() if r.kind!='cascade'}
     for f in steps.values(): f()
     seconds = {k: [] for k in steps}
     for _ in range(rounds):

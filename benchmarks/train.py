@@ -61,10 +61,10 @@ def prepared(a, theirs=False):
     "Base, spec, training and held-out rows, and the steps of the fused run"
     import torch
     from hydramoe.foundations.core import default_threads
-    from hydramoe.models.base import open_base
+    from hydramoe.models.load import load_base
     from hydramoe.experts.train import TrainSpec, plan_steps
     torch.set_num_threads(a.threads or default_threads())
-    base = open_base(a.base, 'fp32' if theirs and a.trl_weights=='fp32' else a.quant)
+    base = load_base(a.base, 'fp32' if theirs and a.trl_weights=='fp32' else a.quant)
     rows, held = rows_of(a, base)
     spec = TrainSpec(lr=a.lr, rows=a.batch, micro_tokens=a.micro, warmup=2)
     return base, spec, rows, held, plan_steps(list(rows.values()), list(rows), spec)[:a.steps]

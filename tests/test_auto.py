@@ -6,7 +6,10 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 import hydramoe.hydra.auto as auto
 from hydramoe.hydra.auto import HydraConfig, HydraForCausalLM, prompts_of, unrender
-from hydramoe.models.base import byte_tokenizer, gemma_chat, load_base, render, tiny_base
+from hydramoe.models.template import byte_tokenizer, render
+from hydramoe.models.base import tiny_base
+from hydramoe.models.packaged import gemma_chat
+from hydramoe.models.load import load_base
 from hydramoe.domains.embed import embed
 from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, derive_seed, read_json, rng, write_json

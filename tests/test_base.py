@@ -2,7 +2,10 @@
 import json, shutil
 import pytest, torch
 import hydramoe.models.base as hb
-from hydramoe.models.base import checkpoint_fingerprint, differentiable_nf4, fingerprint, load_base, smollm2_dir, target_layers, tiny_base
+from hydramoe.models.identity import checkpoint_fingerprint, fingerprint
+from hydramoe.models.base import differentiable_nf4, target_layers, tiny_base
+from hydramoe.models.packaged import smollm2_dir
+from hydramoe.models.load import load_base
 from hydramoe.foundations.core import HydraError, read_json
 from hydramoe.models.encode import encode
 from hydramoe.data.records import record

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from hydramoe.models.base import base_key, load_base, render, tiny_base
+from hydramoe.models.template import render
+from hydramoe.models.base import tiny_base
+from hydramoe.models.load import base_key, load_base
 from hydramoe.foundations.arrays import load_arrays, save_arrays
 from hydramoe.domains.embed import embed, fit_tfidf
 from hydramoe.domains.discover import Domains

@@ -3,7 +3,9 @@ import copy, json, random, re
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from hydramoe.data import records as data
-from hydramoe.models.base import Refused, byte_tokenizer, chatml, check_base, divided, gemma_chat, heard, render, smollm2_dir
+from hydramoe.models.template import Refused, byte_tokenizer, chatml, render_split, fold_system_turns, render
+from hydramoe.models.packaged import gemma_chat, smollm2_dir
+from hydramoe.models.load import check_base
 from hydramoe.foundations.core import HydraError
 
 
@@ -179,9 +181,9 @@ def test_a_system_turn_that_is_not_taken_is_said_by_the_user(template):
     "Case 3, in training and in answering alike, whether the template raises an error of any kind or drops it in silence"
     tok = with_template(byte_tokenizer(), template)
     folded = [dict(role='user', content='Be brief.\n\nWho wrote Faust?')]
-    assert heard(tok, FAUST) == folded and render(tok, FAUST) == render(tok, folded)
+    assert fold_system_turns(tok, FAUST) == folded and render(tok, FAUST) == render(tok, folded)
     assert data.encode(data.record(FAUST, 'Goethe.', 'x'), tok).ids == data.encode(data.record(folded, 'Goethe.', 'x'), tok).ids
-    assert heard(byte_tokenizer(), FAUST) == FAUST
+    assert fold_system_turns(byte_tokenizer(), FAUST) == FAUST
 
 def test_tools_of_a_template_without_system_turns_reach_the_user():
     tok = with_template(byte_tokenizer(), NO_SYSTEM+SPACE)
@@ -198,7 +200,7 @@ def test_what_a_template_refuses_is_a_refusal_in_its_own_words(msgs):
 def test_a_template_without_an_answer_is_refused_with_the_true_reason():
     for template in (SPACE.replace("m['content']", "m['content']|length|string"), "{% if add_generation_prompt %}Go: {% endif %}"):
         if 'length' in template: template = template.replace("'Assistant: '", "'Bot: '")
-        with pytest.raises(Refused, match='does not write the answer'): divided(with_template(byte_tokenizer(), template), FAUST[1:], [dict(role='assistant', content='Goethe.')])
+        with pytest.raises(Refused, match='does not write the answer'): render_split(with_template(byte_tokenizer(), template), FAUST[1:], [dict(role='assistant', content='Goethe.')])
 
 def test_pads_are_masked_so_any_id_will_do(smol):
     "Case 7: neither eos nor pad; a pad that the embedding has no row for"

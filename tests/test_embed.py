@@ -57,7 +57,7 @@ def encoder(tmp_path):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as models
     from transformers import BertConfig, BertModel
-    from hydramoe.models.base import byte_tokenizer
+    from hydramoe.models.template import byte_tokenizer
     with torch.random.fork_rng():
         torch.manual_seed(0)
         bert = BertModel(BertConfig(vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))

@@ -6,7 +6,8 @@ from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_pef
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from hydramoe.hydra.auto import HydraForCausalLM
-from hydramoe.models.base import byte_tokenizer, tiny_base
+from hydramoe.models.template import byte_tokenizer
+from hydramoe.models.base import tiny_base
 from hydramoe.use.cli import main
 from hydramoe.foundations.core import HydraError, read_json, write_json
 from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr

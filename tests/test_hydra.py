@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, TextStreamer
 
-from hydramoe.models.base import load_base, tiny_base
+from hydramoe.models.base import tiny_base
+from hydramoe.models.load import load_base
 from hydramoe.domains.examples import lesson_texts
 from hydramoe.domains.embed import prompt_text
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
@@ -331,10 +332,10 @@ def test_the_base_alone_has_no_trunk():
 
 def seer(h, layer, farthest=None):
     "The same Hydra with a router on what passes a layer; it sends what is far away to the base"
-    from hydramoe.models.hidden import hidden_mean
+    from hydramoe.models.hidden import pooled_state
     from hydramoe.hydra.model import as_messages, reading
     from hydramoe.hydra.route import abstaining, on_hidden, on_whole, ridge
-    with reading(h.model): x = hidden_mean([dict(prompt=as_messages(t)) for t in NAMES], h.base, layer)
+    with reading(h.model): x = pooled_state([dict(prompt=as_messages(t)) for t in NAMES], h.base, layer)
     return Hydra(h.base, h.model, abstaining(on_whole(on_hidden(ridge, NAMES, x, NAMES, layer, temperature=.3)), farthest))
 
 @pytest.mark.parametrize('kind', ['llama', 'window'])
@@ -905,12 +906,12 @@ def test_if_the_base_refuses_every_row_the_first_are_named_by_line(tmp_path):
                                           (lambda t: [t.add_tokens('<|end|>', special_tokens=True), setattr(t, 'chat_template', t.chat_template.replace('im_end', 'end'))], r"writes '<\|end\|>' \(token 259\), and the embedding has 259 rows: enlarge")])
 def test_a_pad_is_found_and_a_base_that_cannot_serve_is_refused_before_training(tmp_path, change, works):
     "Case 7"
-    from hydramoe.models.hidden import hidden_mean
+    from hydramoe.models.hidden import pooled_state
     base, f = strict_base(tmp_path/'base', change), lines(tmp_path/'mine.jsonl', GOOD)
     if works is True:
         b = load_base(base, 'fp32', 'cpu')
         ask = [dict(prompt=[dict(role='user', content=t)]) for t in ('a', 'a longer prompt')]
-        assert b.tokenizer.pad_token_id < 259 and np.allclose(hidden_mean(ask, b, 1), np.concatenate([hidden_mean([p], b, 1) for p in ask]), atol=1e-5)
+        assert b.tokenizer.pad_token_id < 259 and np.allclose(pooled_state(ask, b, 1), np.concatenate([pooled_state([p], b, 1) for p in ask]), atol=1e-5)
         h = fickle(b)
         assert h.generate([p['prompt'] for p in ask], max_new_tokens=4) == [h.ask(p['prompt'], max_new_tokens=4) for p in ask]
         return

@@ -423,12 +423,12 @@ def test_a_cascade_with_an_array_of_nobody_is_refused(tmp_path):
 def test_whole_prompts_are_read_whole_saved_or_in_a_cascade(tmp_path):
     "Asked conversations, a router on whole prompts gives what their vectors give; any other hears the user's words alone"
     from hydramoe.models.base import tiny_base
-    from hydramoe.models.hidden import hidden_mean
+    from hydramoe.models.hidden import pooled_state
     from hydramoe.domains.embed import embed, whole_text
     from hydramoe.hydra.route import on_base, on_whole
     tiny, kinds = tiny_base(), [0]*3+[1]*3
     talks = [[dict(role='system', content=s), dict(role='user', content=t)] for s in ('You are a pirate.', 'You may call get_time().') for t in ('Hello', 'What now?', 'Who?')]
-    z, words = hidden_mean([dict(prompt=t) for t in talks], tiny, 1), embed([whole_text(dict(prompt=t)) for t in talks], 'words')
+    z, words = pooled_state([dict(prompt=t) for t in talks], tiny, 1), embed([whole_text(dict(prompt=t)) for t in talks], 'words')
     good, cheap = on_whole(on_hidden(ridge, ['a','b'], z, kinds, 1)), on_whole(ridge(['a','b'], words, kinds, encoder='words'))
     for margin, one in ((2., good), (-1., cheap)):
         both = Router.load(cascade(cheap, good, margin).save(tmp_path/str(margin)))

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from hydramoe.models.base import Base, byte_tokenizer, tiny_base
+from hydramoe.models.template import byte_tokenizer
+from hydramoe.models.base import Base, tiny_base
 from hydramoe.foundations.core import HydraError
 from hydramoe.experts.stack import GatedLinear, LoraSpec, Stack, gated, hidden, in_line, line_plan, logits, make_plan
 from hydramoe.experts.stack import one_hot, using
@@ -51,21 +52,21 @@ def cohere():
 @pytest.mark.parametrize('make', [neox, qwen2, gemma2, granite, cohere])
 def test_a_look_at_early_layers_is_what_the_whole_pass_says(make):
     "With experts on the base or not, it is the base that is read, and no deeper than asked"
-    from hydramoe.models.hidden import hidden_means
+    from hydramoe.models.hidden import pooled_states
     with torch.random.fork_rng(): torch.manual_seed(0); model = make().eval().requires_grad_(False)
     base, texts = Base(model, byte_tokenizer(), make.__name__, 'fp32', 'cpu', ''), ['a long text about nothing', 'short', 'tea']
     t = base.tokenizer(texts, return_tensors='pt', padding=True, padding_side='right')
     whole, m = model.base_model(**t, output_hidden_states=True).hidden_states, t['attention_mask'][:,:,None]
     for looks in ([0], [1], [0, 1, 2]):
-        for l,x in hidden_means(texts, base, looks).items():
+        for l,x in pooled_states(texts, base, looks).items():
             torch.testing.assert_close(torch.from_numpy(x), torch.nn.functional.normalize((whole[l]*m).sum(1)/m.sum(1), dim=-1), atol=1e-5, rtol=1e-4)
-    early = hidden_means(texts, base, [1])[1]
+    early = pooled_states(texts, base, [1])[1]
     fill(gated(base, 3, LoraSpec(4, 8)).stack)
-    assert (hidden_means(texts, base, [1])[1]==early).all()
+    assert (pooled_states(texts, base, [1])[1]==early).all()
     deep = []
     model.base_model.get_submodule('layers')[1].register_forward_hook(lambda *_: deep.append(1))
-    hidden_means(texts, base, [1]); assert not deep
-    hidden_means(texts, base, [2]); assert deep
+    pooled_states(texts, base, [1]); assert not deep
+    pooled_states(texts, base, [2]); assert deep
 
 @pytest.mark.parametrize('make', [neox, qwen2, gemma2, granite, cohere])
 def test_other_architectures(make, tmp_path):
@@ -546,7 +547,7 @@ def test_one_stack_at_a_time_and_a_bound_stack_is_released():
 # ---- the real model
 @pytest.mark.slow
 def test_smollm2_same_tokens_as_peft(tmp_path):
-    from hydramoe.models.base import load_base
+    from hydramoe.models.load import load_base
     m = gated(load_base('smollm2', 'fp32', 'cpu'), 3, LoraSpec(8))
     for e in range(3): m.stack.init_expert(e, e)
     with torch.no_grad(): m.stack.theta.add_(.003*torch.randn(m.stack.theta.shape, generator=torch.Generator().manual_seed(0)))

@@ -5,7 +5,8 @@ import pytest
 from huggingface_hub import DatasetCard, HfApi
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from hydramoe.data import unify as U
-from hydramoe.models.base import byte_tokenizer, tiny_base
+from hydramoe.models.template import byte_tokenizer
+from hydramoe.models.base import tiny_base
 from hydramoe.foundations.core import HydraError, read_json, read_jsonl
 from hydramoe.data.records import card_names, cards_digest, grams, load, load_card, prompt_key, record, toy_records
 from hydramoe.foundations.store import stage

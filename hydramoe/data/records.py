@@ -910,7 +910,7 @@ def inventory(
 ):
     "Stage: how much each card gives"
     from transformers import AutoTokenizer
-    from hydramoe.models.base import smollm2_dir
+    from hydramoe.models.packaged import smollm2_dir
     tok,found = AutoTokenizer.from_pretrained(smollm2_dir()),{}
     for n in progress(names.split(','), desc='count cards'):
         rs = load(n)

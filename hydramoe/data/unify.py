@@ -22,7 +22,8 @@ from huggingface_hub import DatasetCardData, HfApi
 from huggingface_hub.errors import HFValidationError, HfHubHTTPError
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from ..models.base import Refused, base_tokenizer, byte_tokenizer
+from ..models.template import Refused, byte_tokenizer
+from ..models.load import base_tokenizer
 from ..foundations.core import HydraError, canonical, digest, one_of, progress, read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from ..models.encode import encode
 from .records import card_names, draw, grams, load, load_card, prompt_key, toy_records

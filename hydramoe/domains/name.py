@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 from ..foundations.core import HydraError, RESERVED
-from ..models.base import answer_text, end_ids, render
+from ..models.template import answer_text, end_ids, render
 
 # %% ../../nbs/domains/34_name.ipynb #87aadb38
 def _class_tfidf(counts, labels): # (N,W) sparse 0/1, (N,) → texts of each cluster with each word (k,W), share, score

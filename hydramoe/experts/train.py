@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
-from ..models.base import base_dir, load_base, tiny_base
+from ..models.base import tiny_base
+from ..models.load import base_dir, load_base
 from ..foundations.core import HydraError, digest, number, one_of, progress, read_json, read_jsonl, rng, versions, write_json
 from ..models.encode import encode
 from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, record_sums, response_losses, save_losses, token_losses
@@ -34,7 +35,7 @@ from .stack import LoraSpec, at_fork, gated, in_line, line_plan, one_hot, using
 from .adapters import unfit, with_adapters
 from ..foundations.store import SealError, open_sealed, sealing, source_hash, stage, work_dir
 from ..data.unify import DevRows, ExpertRows
-from ..models.base import open_base
+from ..models.load import load_base
 
 # %% ../../nbs/experts/48_train.ipynb #cell8
 @dataclass(frozen=True)
@@ -654,7 +655,7 @@ def _train(out, rows_dir, groups, start, base, quant, lora, spec, max_prompt, ma
     "`train_experts` in one process, or in each of those that share the base"
     lora, spec, stop = (c(**x) if isinstance(x, dict) else x for c,x in ((LoraSpec, lora), (TrainSpec, spec), (StopSpec, stop)))
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    b = open_base(base, quant, 'cpu' if together else None)
+    b = load_base(base, quant, 'cpu' if together else None)
     read = partial(_encoded, tokenizer=b.tokenizer, max_prompt=max_prompt, max_response=max_response)
     rows, held = read(Path(rows_dir)/file, ExpertRows, groups), _short(read(Path(rows_dir)/dev, DevRows, dev_groups)) if stop else {}
     kept = _short(rows)
@@ -889,7 +890,7 @@ def score_adapters(
     max_response:int=300 # tokens; the same
 )->Path: # `out`, which `load_losses` reads
     "Seal the loss matrix of adapters, or of mixes of them, on the records of a part"
-    b = open_base(base, quant)
+    b = load_base(base, quant)
     rows = part_examples(rows_dir, part, b.tokenizer, max_prompt, max_response)
     found = {p.name: p for p in _adapters(adapters)} if adapters else {}
     model = with_adapters(b, found) if found else gated(b, 1, LoraSpec(1))

@@ -388,7 +388,7 @@ def _input_id(name, path):
     try: return seal_id(path)
     except SealError as e: raise SealError(f"input {name!r}: {e}") from None
 
-NAMED = dict(base='hydramoe.models.base:base_key', encoder='hydramoe.domains.embed:encoder_key') # parameters that name something to be read, and the functions that say what is there now
+NAMED = dict(base='hydramoe.models.load:base_key', encoder='hydramoe.domains.embed:encoder_key') # parameters that name something to be read, and the functions that say what is there now
 
 def _reads(params):
     "What is behind the names among a stage's parameters: a name stays while what it names is exchanged"

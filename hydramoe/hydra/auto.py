@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from ..foundations.core import HydraError, cache_dir
 from ..foundations.fetch import hub, hub_commit
-from ..models.base import render
+from ..models.template import render
 from ..experts.stack import GatedCausalLM
 from .model import BundleError, Hydra, _hydra_config, bundle_tokenizer, wants_base
 

@@ -20,7 +20,7 @@ from ..foundations.arrays import load_arrays, save_arrays
 from ..experts.stack import GatedCausalLM, Stack, by_expert, hidden, make_plan
 from ..experts.adapters import factors_of, with_adapters
 from ..experts.score import Losses, loss_matrix, save_losses
-from ..models.base import open_base
+from ..models.load import load_base
 from ..experts.train import part_examples
 from .route import heard, route_text
 
@@ -316,7 +316,7 @@ def score_gates(
     max_response:int=300 # tokens; the same
 )->Path: # `out`, which `load_losses` reads
     "Seal the loss matrix of gates over adapters on the records of a part"
-    b = open_base(base, quant)
+    b = load_base(base, quant)
     rows = part_examples(rows_dir, part, b.tokenizer, max_prompt, max_response)
     since = _seed_in(seed) if any(how.get('since') for how in gates.values()) else None
     gates = {n: {**how, 'since': since if how.get('since') else None} for n,how in gates.items()}

@@ -33,13 +33,19 @@ from ..foundations.core import check_writable, number, utf8
 from ..foundations.core import read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from ..foundations.store import is_sealed, seal_id, sealing, stage
 from ..foundations.fetch import package
-from ..models.base import HUB_ID, PACKAGED, Base, Refused, answer_text, base_dir, base_fingerprint, base_id, base_tokenizer, blocks, byte_tokenizer
-from ..models.base import compute_dtype, differences, embedding_rows, heard, is_known, keep_place, load_base, render, tiny_base, tokenizer_identity
+from ..models.template import Refused, answer_text, byte_tokenizer
+from ..models.base import Base, blocks
+from ..models.packaged import PACKAGED
+from ..models.load import HUB_ID, base_dir, base_fingerprint, base_id, base_tokenizer
+from ..models.template import fold_system_turns, render
+from ..models.identity import differences, tokenizer_identity
+from ..models.base import compute_dtype, tiny_base
+from ..models.load import embedding_rows, is_known, keep_place, load_base
 from ..models.encode import encode
 from ..data.records import sides
 from ..data.formats import Tally, detect, stream_records
 from ..foundations.core import check_names
-from ..models.hidden import given_to, hidden_mean, mean_state
+from ..models.hidden import capture_inputs, pooled_state, mean_pool
 from ..domains.embed import embed_stage, encoder_id, load_embeddings
 from ..domains.name import describe_domains
 from ..domains.discover import Domains, discover
@@ -49,7 +55,7 @@ from ..domains.edit import write_domains_yaml
 from ..experts.stack import GatedCausalLM, LoraSpec, Plan, Stack, at_fork, read_on, refill, using
 from ..experts.adapters import adapter_config, adapter_shapes, unfit, with_adapters
 from ..experts.score import response_losses
-from ..models.base import open_base
+from ..models.load import load_base
 from ..experts.train import GroupSpec, TrainSpec, collect, group_size, make_jobs
 from ..experts.train import outline, run_jobs, sort_rows, train_experts, train_seed
 from .route import Router, check_width, explain_route, may_change, on_base, on_encoder, on_hidden, on_whole, plot_route, unplaced, reads_base, ridge, route_text, similarity, uniform, with_domain, without_domain
@@ -110,7 +116,7 @@ def reading(
 def _heard(self:Hydra, prompt):
     "A prompt as messages that the base's template takes, of tokens that its embedding has"
     tok, rows = self.base.tokenizer, self.base.model.get_input_embeddings().num_embeddings
-    msgs = heard(tok, as_messages(prompt))
+    msgs = fold_system_turns(tok, as_messages(prompt))
     if len(tok)>rows and (bad := [i for i in tok(render(tok, msgs), add_special_tokens=False)['input_ids'] if i>=rows]):
         raise HydraError(f"the prompt holds {tok.convert_ids_to_tokens(bad[0])!r} (token {bad[0]}), and the embedding of {self.base.id} has {rows} rows: say it in other words")
     return msgs
@@ -165,8 +171,8 @@ def _passes(self:Hydra, expert, x, kwargs):
 def _read_and_route(self:Hydra, input_ids, attention_mask):
     "Gates of prompts that are equally long, and a cache of all but their last token"
     cache, layer = DynamicCache(), self.router.params['layer']
-    with given_to(blocks(self.model.base.base_model), [layer]) as seen: h = at_fork(self.model, input_ids, past_key_values=cache)
-    gates = self._in_slots(self.router(x=mean_state(seen.get(layer, h), attention_mask))) # at the fork itself: what came out
+    with capture_inputs(blocks(self.model.base.base_model), [layer]) as seen: h = at_fork(self.model, input_ids, past_key_values=cache)
+    gates = self._in_slots(self.router(x=mean_pool(seen.get(layer, h), attention_mask))) # at the fork itself: what came out
     _cut(cache, input_ids.shape[1]-1)
     if gates.any(1).all(): refill(self.model, h[:, :-1], cache, gates.to(h.device))
     return gates, dict(past_key_values=cache)
@@ -1042,7 +1048,7 @@ def _judged(r, tok, rows, limit):
     letters = sum(len(m['content']) for m in r['prompt'])
     if letters>40*limit: return r, 0, 'too_long', f"longer than max_length={limit}: prompt has {letters} characters"
     try:
-        r = dict(r, prompt=heard(tok, r['prompt']))
+        r = dict(r, prompt=fold_system_turns(tok, r['prompt']))
         x = encode(r, tok, 10**9, 10**9)
     except Refused as e: return r, 0, 'refused', str(e).removeprefix(f"record {r['id']}: ")
     for part,n in dict(prompt=x.n_prompt, answer=len(x.ids)-x.n_prompt).items():
@@ -1153,7 +1159,7 @@ def candidates(
 def _read_early(base, rows, fork): # → layer, not above a fork; part → (N,hidden)
     depth = base.model.config.get_text_config().num_hidden_layers
     layer = max(1, min(round(EARLY*depth), fork or depth))
-    return layer, {p: hidden_mean(read_jsonl(rows/f'{p}.jsonl'), base, layer) for p in ('train', 'dev')}
+    return layer, {p: pooled_state(read_jsonl(rows/f'{p}.jsonl'), base, layer) for p in ('train', 'dev')}
 
 def _ppl(model, examples, gates):
     "Perplexity of the answers, every token counting the same; None: not a number, as of experts that learnt nothing but infinities"
@@ -1172,7 +1178,7 @@ def measure_routers(
     fork:float=0 # where experts part
 )->None: # router/ and scores.json
     "A stage: measure systems on the development rows, keep the best router"
-    found, at, b = Domains.load(rows/'domains'), load_embeddings(x), open_base(base, quant)
+    found, at, b = Domains.load(rows/'domains'), load_embeddings(x), load_base(base, quant)
     examples = [encode(r, b.tokenizer, max_length, max_length) for r in read_jsonl(rows/'dev.jsonl')]
     model = with_adapters(b, {n: experts/n for n in found.names}, fork)
     with reading(model): layer, states = _read_early(b, rows, model.stack.fork)
@@ -1345,7 +1351,7 @@ def assembled(
     about = dict(built=built, experts={n: noted(history[n]) for n in names})
     adapters, router = {n: made['experts']/n for n in names}, Router.load(made['router']/'router')
     if unplaced(router): router = on_encoder(router, spec.encoder)
-    return Hydra.from_adapters(adapters, open_base(spec.base, spec.quant), router, about, spec.fork)
+    return Hydra.from_adapters(adapters, load_base(spec.base, spec.quant), router, about, spec.fork)
 
 def described(
     counts:dict, # from `dealt`
@@ -1415,7 +1421,7 @@ def propose_domains(
     x, made = sorted_rows(place, counts, settled(spec, counts['train'], counts['prompts']), root)
     found, train, at = Domains.load(made/'domains'), read_jsonl(made/'train.jsonl'), load_embeddings(x)['train']
     labels, texts, near = np.array([found.names.index(r['domain']) for r in train]), [prompt_text(r) for r in train], found.distances(at)
-    if say: found.lines = describe_domains(texts, labels, near, open_base(spec.base, spec.quant))
+    if say: found.lines = describe_domains(texts, labels, near, load_base(spec.base, spec.quant))
     write_domains_yaml(path, found, labels, texts, near)
     return found
 
@@ -1589,7 +1595,7 @@ def explain_bundle(
     if reads_base(router): return (e := Hydra.load(path, base, encoder=encoder).explain(prompt)), plot_route(e)
     prompt, uri = as_messages(prompt), man['base']['id']
     if any(m['role']=='system' for m in prompt): # only the base's template knows who hears it
-        prompt = heard(byte_tokenizer() if base is None and uri.startswith('tiny:') else base_tokenizer(base or uri_id(uri)), prompt)
+        prompt = fold_system_turns(byte_tokenizer() if base is None and uri.startswith('tiny:') else base_tokenizer(base or uri_id(uri)), prompt)
     e = explain_route(router, prompt)
     return dict(e, text=route_text(e), base=man['base']['id']), plot_route(e)
 
@@ -1628,7 +1634,7 @@ def adopt(
     check_names(list(folders), 'expert')
     one_of(gate, GATES, 'gate')
     if not (base := base or adapters_base(folders)): raise HydraError("the adapters do not say what base they were trained on: give it, base= (--base)")
-    hydra = Hydra.from_adapters(folders, open_base(base, quant), dict(kind=gate, **kw))
+    hydra = Hydra.from_adapters(folders, load_base(base, quant), dict(kind=gate, **kw))
     hydra.about['built'] = dict(adapters={n: file_sha256(Path(f)/'adapter_model.safetensors') for n,f in folders.items()}, gate=dict(hydra.gate.params, kind=gate), versions=versions('hydramoe', *LIBS))
     if out is not None: hydra.save(out)
     return hydra

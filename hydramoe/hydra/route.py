@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from ..foundations.core import HydraError, one_of, rng
 from ..foundations.core import check_names
 from ..foundations.arrays import load_arrays, save_arrays
-from ..models.hidden import hidden_mean
+from ..models.hidden import pooled_state
 from ..domains.embed import ENCODER_WIDTHS, embed, encoder_dir, encoder_id, prompt_text, whole_text
 from ..domains.discover import Domains
 
@@ -110,9 +110,9 @@ class Router:
         how,layer = self.params['encoder'],self.params.get('layer')
         if how=='hidden' and self.base is None: raise HydraError(f"this router reads the base's hidden state after layer {layer}: give it as x, from hidden_mean(texts, base, {layer}), or give the base, on_base(router, base)")
         records,whole = [_asked(p) for p in prompts],self.params.get('whole')
-        if how=='hidden' and whole: return hidden_mean(records, self.base, layer)
+        if how=='hidden' and whole: return pooled_state(records, self.base, layer)
         texts = [(whole_text if whole else prompt_text)(r) for r in records]
-        if how=='hidden': return hidden_mean(texts, self.base, layer)
+        if how=='hidden': return pooled_state(texts, self.base, layer)
         return static_vectors(texts, self.arrays) if how=='static' else embed(texts, _home(self))
 
     def _inputs(self, texts, x):
