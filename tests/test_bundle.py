@@ -437,7 +437,7 @@ def test_how_a_base_may_be_named(at, id):
     with pytest.raises(BundleError, match='names no base'): Hydra.load(at)
 
 def test_a_hub_id_is_never_a_folder_here(tmp_path, monkeypatch):
-    import hydramoe.models.base as hb
+    import hydramoe.models.load as hb
     (tmp_path/'some'/'model').mkdir(parents=True); (tmp_path/'some'/'model'/'config.json').write_text('{}'); monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hb, 'hub', lambda *a: (_ for _ in ()).throw(HydraError(f'asked for {a}')))
     with pytest.raises(HydraError, match="asked for \\('some/model', 'aaa"): hb.base_dir(uri_id('hub:some/model@'+'a'*40))

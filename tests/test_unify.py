@@ -112,8 +112,8 @@ def test_another_process_makes_the_same_bytes(in_two_processes):
 def test_tokens_are_counted_for_every_base_that_can_be_loaded(tmp_path, monkeypatch):
     TOK.save_pretrained(tmp_path/'mine')
     tiny_base().model.config.save_pretrained(tmp_path/'mine')
-    monkeypatch.setattr('hydramoe.models.base.gemma3_dir', lambda: tmp_path/'mine') # as fetched
-    monkeypatch.setattr('hydramoe.models.base.hub', lambda name, revision=None: tmp_path/'mine')
+    monkeypatch.setattr('hydramoe.models.load.gemma3_dir', lambda: tmp_path/'mine') # as fetched
+    monkeypatch.setattr('hydramoe.models.load.hub', lambda name, revision=None: tmp_path/'mine')
     for base in ('bytes', 'gemma3', str(tmp_path/'mine'), 'org/name', 'org/name@main'):
         assert U.tokenizer_of(base)('a word').input_ids == TOK('a word').input_ids
     with pytest.raises(HydraError, match="'nonesuch' is neither 'smollm2' nor 'gemma3', nor a directory"): U.tokenizer_of('nonesuch')
