@@ -219,7 +219,7 @@ def _scan_until_fit(scan, capacity, prices, depth): # → labels, near, costs, c
         if (left>=0).all(): return labels, near, costs, left
         depth = np.where(left<0, np.inf, depth)
 
-def _settle(scan, capacity, prices, eps, depth, exact): # → labels
+def _label_within_capacity(scan, capacity, prices, eps, depth, exact): # → labels
     "Label every row, then reconsider those near a border until each cluster is within its capacity"
     labels, near, costs, left = _scan_until_fit(scan, capacity, prices, depth)
     if not len(costs): return labels
@@ -258,7 +258,7 @@ def assign_balanced(
         prices, eps = find_prices(sample, capacity, tolerance=.03)
         depth = np.full(k, np.inf, np.float32)
         if len(sample)<n: depth = _border_depth(sample, prices, .3)
-        return _settle(scan, capacity, prices, eps, depth, exact)
+        return _label_within_capacity(scan, capacity, prices, eps, depth, exact)
 
 # %% ../../nbs/domains/32_balance.ipynb #cell63
 def _centered_costs(x, centroids, center): # (n,d), (k,d), (d,) → (n,k)
@@ -326,5 +326,5 @@ def balanced_kmeans(
             labels, near, costs = zip(*pool.map(one_block, range(0, n, block)))
             return np.concatenate(labels), np.concatenate(near), np.concatenate(costs)
         capacity = np.full(k, -(-n//k))
-        labels = _settle(scan, capacity, prices, eps, depth, exact)
+        labels = _label_within_capacity(scan, capacity, prices, eps, depth, exact)
     return centroids, labels.astype(int)

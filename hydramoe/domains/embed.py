@@ -83,10 +83,12 @@ def fit_tfidf(
     if len(texts)<2: raise HydraError(f"{len(texts)} texts are too few to fit TF-IDF on; give at least 2")
     counts = _tfidf_counts(texts)
     idf = TfidfTransformer().fit(counts).idf_
+    weighted = normalize(counts.multiply(idf).tocsr())
     state = derive_seed(seed, 'fit_tfidf')%2**32
     svd = TruncatedSVD(min(dims, len(texts)-1), random_state=state)
-    with threadpool_limits(1): svd.fit(normalize(counts.multiply(idf).tocsr()))
-    arrays = dict(idf=idf.astype(np.float32), components=svd.components_.astype(np.float32))
+    with threadpool_limits(1): svd.fit(weighted)
+    arrays = dict(idf=idf, components=svd.components_)
+    arrays = {name: a.astype(np.float32) for name, a in arrays.items()}
     return save_arrays(path, 'tfidf', arrays, dict(texts=len(texts)))
 
 # %% ../../nbs/domains/31_embed.ipynb #6ad93b22
@@ -239,7 +241,8 @@ def _warn_about_words(texts, x):
     wordless = int((~x.any(1)).sum())
     if unspaced:
         say(f"encoder 'words': {unspaced} of {n} prompts are in a script without spaces between words, "
-            "and are compared by pairs of letters; a sentence-transformers folder for their language compares meanings ('minilm' was taught English)")
+            "and are compared by pairs of letters; a sentence-transformers folder for their language "
+            "compares meanings ('minilm' was taught English)")
     if wordless:
         say(f"encoder 'words': in {wordless} of {n} prompts it finds no word, and cannot tell them apart; "
             "take 'minilm', or a sentence-transformers folder")

@@ -26,6 +26,7 @@ def _first_components(x): # (N,d) → (N,2)
     missing = max(0, 2-len(s))
     return np.pad(flat, ((0,0), (0,missing)))
 
+# %% ../../nbs/domains/37_map.ipynb #1f2d6bf4
 def project_2d(
     x:np.ndarray, # (N,d) embeddings
     seed:int=0 # of t-SNE
@@ -33,7 +34,8 @@ def project_2d(
     "Lay rows out in the plane so that near ones stay near: t-SNE, or PCA for fewer than ten rows"
     flat = _first_components(x)
     if len(x)<10: return flat
-    start = (1e-4*flat/max(flat[:,0].std(), 1e-12)).astype(np.float32)
+    spread = max(flat[:,0].std(), 1e-12)
+    start = (1e-4*flat/spread).astype(np.float32)
     state = derive_seed(seed, 'layout')%2**32
     perplexity = min(30, (len(x)-1)/3)
     tsne = TSNE(2, perplexity=perplexity, init=start, random_state=state)
@@ -46,7 +48,7 @@ def _densest_point(p): # (n,2) → (2,)
     radius = to_others[:,len(p)//3] # of a circle around each point that holds a third of the group
     return p[radius.argmin()]
 
-# %% ../../nbs/domains/37_map.ipynb #1835c60c
+# %% ../../nbs/domains/37_map.ipynb #f0fa496e
 def _separate_labels(p, width, height): # centres (n,2), widths (n,), one height → centres that do not overlap
     "Push labels up and down until none overlaps another"
     p = np.array(p, float)
@@ -63,17 +65,22 @@ def _separate_labels(p, width, height): # centres (n,2), widths (n,), one height
         p[:,1] += (hit*up*overlap/2).sum(1)
     return p
 
-# %% ../../nbs/domains/37_map.ipynb #f13ea825
+# %% ../../nbs/domains/37_map.ipynb #f847a72d
+def _place_names(p, groups, seen, names, letter_width, height): # → (len(seen),2)
+    "Where the names of groups are written: where they're densest, without overlap"
+    widths = [letter_width*len(names[i]) for i in seen]
+    centres = [_densest_point(p[groups==i]) for i in seen]
+    return _separate_labels(centres, np.array(widths), height)
+
 def _draw_names(ax, p, groups, seen, names):
     "Write the name of each group where it is densest"
     wide, high = np.ptp(p, axis=0)
-    widths = np.array([.019*wide*len(names[i]) for i in seen])
-    centres = [_densest_point(p[groups==i]) for i in seen]
+    places = _place_names(p, groups, seen, names, .019*wide, .045*high)
     halo = [patheffects.withStroke(linewidth=3, foreground='white')]
     style = dict(ha='center', va='center', fontsize=9, color='#111', path_effects=halo)
-    for i, (x, y) in zip(seen, _separate_labels(centres, widths, .045*high)): ax.text(x, y, names[i], **style)
+    for i, (x, y) in zip(seen, places): ax.text(x, y, names[i], **style)
 
-# %% ../../nbs/domains/37_map.ipynb #8e9a6041
+# %% ../../nbs/domains/37_map.ipynb #2edf44f1
 _COLORS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#444444']
 _MARKS = 'osD^vPX*<>'
 
@@ -88,21 +95,21 @@ def _draw_panel(ax, p, groups, names, style, title):
     ax.set(title=title, xticks=[], yticks=[])
     ax.margins(.12)
 
-# %% ../../nbs/domains/37_map.ipynb #961f5980
+# %% ../../nbs/domains/37_map.ipynb #4c213888
 def _match_styles(labels, k, groups, n): # → (n,) numbers of styles
     "For each of n groups, the style of the cluster it shares most with, or one of its own"
     shared = np.zeros((n, max(n, k)))
     np.add.at(shared, (groups, labels), 1)
     return linear_sum_assignment(-shared)[1]
 
-# %% ../../nbs/domains/37_map.ipynb #985d1aa5
+# %% ../../nbs/domains/37_map.ipynb #c3f622cc
 def _draw_sample(x, labels, max_texts, seed): # → rows (n,), positions (n,2), labels (n,)
     "Choose the texts that are drawn, and lay them out"
     rows = np.sort(rng(seed, 'plot_map').permutation(len(x))[:max_texts])
     p = project_2d(np.asarray(x)[rows], seed)
     return rows, p, np.asarray(labels)[rows]
 
-# %% ../../nbs/domains/37_map.ipynb #21e6e838
+# %% ../../nbs/domains/37_map.ipynb #700c1b76
 def plot_map(
     x:np.ndarray, # (N,d) embeddings
     labels:np.ndarray, # (N,) domain of each
@@ -124,14 +131,14 @@ def plot_map(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/domains/37_map.ipynb #f17b7118
+# %% ../../nbs/domains/37_map.ipynb #5d48cc34
 def _escape(text, max_chars=300):
     "A text as it may appear in HTML: no markup, no control characters, not too long"
     shown = ''.join(c if c.isprintable() else ' ' for c in text[:max_chars])
     if len(text)>max_chars: shown += '…'
     return html.escape(' '.join(shown.split()))
 
-# %% ../../nbs/domains/37_map.ipynb #91379be1
+# %% ../../nbs/domains/37_map.ipynb #e76f5fd3
 _GLYPHS = '●■▲◆▼▶✚✖★◀'
 
 def _svg_mark(x, y, c, text):
@@ -167,7 +174,7 @@ _SCRIPT = """(() => {
   });
 })()"""
 
-# %% ../../nbs/domains/37_map.ipynb #7757e117
+# %% ../../nbs/domains/37_map.ipynb #db47d743
 _PAGE = """<figure id="ID" style="margin:0;max-width:720px;font:13px sans-serif;color:#111;background:#fff">
 <svg viewBox="0 0 720 500" width="100%" text-anchor="middle">
 <g font-size="14">MARKS</g>
@@ -185,7 +192,7 @@ def _figure_html(marks, names): # SVG of the texts and of the names
     script = _SCRIPT.replace('ID', id)
     return before_marks.replace('ID', id)+marks+between+names+after_names.replace('SCRIPT', script)
 
-# %% ../../nbs/domains/37_map.ipynb #933d0079
+# %% ../../nbs/domains/37_map.ipynb #4dfdc7c6
 def map_html(
     x:np.ndarray, # (N,d) embeddings
     labels:np.ndarray, # (N,) domain of each
@@ -203,8 +210,6 @@ def map_html(
         tooltip = _escape(f'[{names[c]}] {texts[row]}')
         marks.append(_svg_mark(a, b, int(c), tooltip))
     seen = [c for c in range(len(names)) if (labels==c).any()]
-    widths = np.array([7.5*len(names[c]) for c in seen])
-    centres = [_densest_point(p[labels==c]) for c in seen]
-    places = _separate_labels(centres, widths, 17)
+    places = _place_names(p, labels, seen, names, 7.5, 17)
     written = [_svg_name(a, b, names[c]) for c, (a, b) in zip(seen, places)]
     return HTML(_figure_html(''.join(marks), ''.join(written)))

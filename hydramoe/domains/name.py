@@ -67,11 +67,12 @@ def _name_words(words):
 # %% ../../nbs/domains/34_name.ipynb #20bd53e9
 def _candidate_names(words, n_words, c, n_texts):
     "Names for cluster c, the best first"
-    lengths = range(min(n_words, len(words)), len(words)+1)
-    joined = ['-'.join(words[:n])[:80] for n in lengths]
-    stem = joined[0] or f'domain-{c}'
-    numbered = [f'{stem}-{i}' for i in range(2, n_texts+3)]
-    return [name.strip('-') for name in [*joined, stem, *numbered] if name]
+    fewest = min(n_words, len(words))
+    names = ['-'.join(words[:n])[:80] for n in range(fewest, len(words)+1)]
+    stem = names[0] or f'domain-{c}'
+    names.append(stem)
+    for i in range(2, n_texts+3): names.append(f'{stem}-{i}')
+    return [name.strip('-') for name in names if name]
 
 # %% ../../nbs/domains/34_name.ipynb #7209c0c5
 def name_domains(

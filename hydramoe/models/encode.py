@@ -18,14 +18,14 @@ class Example:
     id:str # of the record
     domain:str # of the record
 
-# %% ../../nbs/models/11_encode.ipynb #fde33aad
-def _token_ids(tokenizer, text): return tokenizer(text, add_special_tokens=False)['input_ids']
+# %% ../../nbs/models/11_encode.ipynb #5aa8bcb6
+def _text_ids(tokenizer, text): return tokenizer(text, add_special_tokens=False)['input_ids']
 
 def _split_ids(tokenizer, given, learned): # → ids, how many of them are prompt
     "Ids of prompt and answer; the first are those of the prompt alone"
-    prompt = _token_ids(tokenizer, given)
-    ids = _token_ids(tokenizer, given+learned)
-    if ids[:len(prompt)]!=prompt: ids = prompt+_token_ids(tokenizer, learned) # a token would reach across
+    prompt = _text_ids(tokenizer, given)
+    ids = _text_ids(tokenizer, given+learned)
+    if ids[:len(prompt)]!=prompt: ids = prompt+_text_ids(tokenizer, learned) # a token would reach across
     return ids, len(prompt)
 
 # %% ../../nbs/models/11_encode.ipynb #6793bf47

@@ -66,16 +66,18 @@ def _prompt_ids(base, prompt, most): # → token ids
     "A text as it stands, or a record's prompt as the base is given it"
     if isinstance(prompt, str):
         return base.tokenizer(prompt or ' ', truncation=True, max_length=most)['input_ids']
-    text = render(base.tokenizer, prompt['prompt'], tools=prompt.get('tools'))
-    return base.tokenizer(text, add_special_tokens=False)['input_ids']
+    rendered = render(base.tokenizer, prompt['prompt'], tools=prompt.get('tools'))
+    return base.tokenizer(rendered, add_special_tokens=False)['input_ids']
 
+# %% ../../nbs/models/16_hidden.ipynb #3b81ecc1
 def _pooled_batch(base, ids, layers): # token ids of each → layer → (n,hidden) fp32
     "One batch's mean hidden states, scaled to unit length"
-    tokens = base.tokenizer.pad(dict(input_ids=ids), padding_side='right', return_tensors='pt').to(base.device)
+    padded = base.tokenizer.pad(dict(input_ids=ids), padding_side='right', return_tensors='pt')
+    tokens = padded.to(base.device)
     with torch.no_grad(): found = _hidden_states(base.model.base_model, tokens, layers)
     return {layer: mean_pool(found[layer], tokens['attention_mask']) for layer in layers}
 
-# %% ../../nbs/models/16_hidden.ipynb #cfadb79a
+# %% ../../nbs/models/16_hidden.ipynb #b20ca7b6
 def pooled_states(
     prompts:Sequence[str|dict], # N texts, read as they stand; or records, read as the base is given them
     base, # a `hydramoe.models.base.Base`
@@ -99,7 +101,7 @@ def pooled_states(
         for layer, vectors in batch.items(): found[layer][rows] = vectors
     return found
 
-# %% ../../nbs/models/16_hidden.ipynb #a1aa624d
+# %% ../../nbs/models/16_hidden.ipynb #f16ca11a
 def pooled_state(
     prompts:Sequence[str|dict], # N texts or records, as for `pooled_states`
     base, # a `hydramoe.models.base.Base`

@@ -25,6 +25,7 @@ def _hash_tensors(tensors): # (name, tensor) pairs → 64 hex digits
         h.update(memoryview(rounded.view(torch.uint8).numpy()).cast('B'))
     return h.hexdigest()
 
+# %% ../../nbs/models/12_identity.ipynb #f19fcf39
 def fingerprint(
     model:nn.Module # unquantised
 )->str: # 64 hex digits
@@ -52,7 +53,7 @@ def weight_files(
         raise HydraError(f"{path} has no config.json: a base is a folder that model.save_pretrained wrote")
     return [path/name for name in names]
 
-# %% ../../nbs/models/12_identity.ipynb #a0db440d
+# %% ../../nbs/models/12_identity.ipynb #ec5accf2
 def checkpoint_fingerprint(
     path:str|Path # a transformers checkpoint in safetensors
 )->str: # equal to `fingerprint` of the model loaded from it
@@ -66,7 +67,7 @@ def checkpoint_fingerprint(
     if is_tied: files.pop('lm_head.weight', None)
     return _hash_tensors((name, files[name].get_tensor(name)) for name in sorted(files))
 
-# %% ../../nbs/models/12_identity.ipynb #65bcff7a
+# %% ../../nbs/models/12_identity.ipynb #97264761
 def remember_hash(
     kind:str, # what is computed; a folder of the cache
     files:list, # all that it is computed from
@@ -98,18 +99,23 @@ def _active_fields(config):
         active[key] = _active_fields(value) if isinstance(value, dict) else value
     return active
 
-# %% ../../nbs/models/12_identity.ipynb #95b4178c
+# %% ../../nbs/models/12_identity.ipynb #0ce5bfe5
 def _short_hash(value):
     "16 hex digits of a JSON value"
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+# %% ../../nbs/models/12_identity.ipynb #b0775ffe
+_EMPTY = (None, False, [], {}, '')
 
 def _drop_empty(value):
     "A JSON value without entries that are empty or off"
     if isinstance(value, list): return [_drop_empty(v) for v in value]
     if not isinstance(value, dict): return value
-    return {k: _drop_empty(v) for k, v in value.items() if v not in (None, False, [], {}, '')}
+    kept = {k: v for k, v in value.items() if v not in _EMPTY}
+    return {k: _drop_empty(v) for k, v in kept.items()}
 
-# %% ../../nbs/models/12_identity.ipynb #ccfe2677
+# %% ../../nbs/models/12_identity.ipynb #5c9e4c24
 def _special_tokens(tokenizer):
     "Special tokens by name, without padding"
     special = {}
@@ -118,6 +124,7 @@ def _special_tokens(tokenizer):
         special[name] = [str(t) for t in token] if isinstance(token, list) else str(token)
     return special
 
+# %% ../../nbs/models/12_identity.ipynb #6134ed12
 def _tokenizer_pieces(tokenizer): # → name → hash
     "A short hash of each piece of a tokenizer"
     fast = getattr(tokenizer, 'backend_tokenizer', None)
@@ -131,13 +138,14 @@ def _tokenizer_pieces(tokenizer): # → name → hash
     pieces['special_tokens'] = _special_tokens(tokenizer)
     return {name: _short_hash(piece) for name, piece in pieces.items()}
 
-# %% ../../nbs/models/12_identity.ipynb #2932c8c8
+# %% ../../nbs/models/12_identity.ipynb #14f00f31
 def tokenizer_identity(
     tokenizer # of a base
 )->dict: # tokenizer, template
     "What a base reads and writes with"
     return dict(tokenizer=_tokenizer_pieces(tokenizer), template=_short_hash(tokenizer.chat_template))
 
+# %% ../../nbs/models/12_identity.ipynb #e7c97ec3
 def identity(
     model, # with its config and generation_config
     tokenizer # that comes with it
@@ -162,7 +170,7 @@ def _tokenizer_differences(then, now):
         if now.get(piece, hashed)!=hashed:
             yield f"tokenizer: its {piece.replace('_', ' ')} differs from what the experts were trained with"
 
-# %% ../../nbs/models/12_identity.ipynb #17ef9a18
+# %% ../../nbs/models/12_identity.ipynb #dc324184
 def differences(
     then:dict, # an identity, or some of its parts
     now:dict # another

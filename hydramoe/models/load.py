@@ -31,6 +31,7 @@ def _split_hub_id(id): # → owner/name, revision or None
     raise HydraError(f"base {str(id)[:200]!r} is neither 'smollm2' nor 'gemma3', nor a directory that exists, "
                      "nor a Hub id 'org/name' or 'org/name@revision'")
 
+# %% ../../nbs/models/15_load.ipynb #1f5fb56b
 def _find_folder(id): # → Path or None
     "The folder that a name means, or None"
     if not str(id): return None
@@ -39,7 +40,7 @@ def _find_folder(id): # → Path or None
         return folder if folder.is_dir() else None
     except (OSError, ValueError, RuntimeError): return None # too long, or no name of a file at all
 
-# %% ../../nbs/models/15_load.ipynb #b7d4158e
+# %% ../../nbs/models/15_load.ipynb #2f80e836
 def base_id(
     id:str # 'smollm2', 'gemma3', 'tiny', the path of a transformers checkpoint, or a Hub id with optional '@revision'
 )->str: # the same; of a Hub id, 'org/name@COMMIT'
@@ -48,6 +49,7 @@ def base_id(
     name, revision = _split_hub_id(id)
     return f'{name}@{hub_commit(name, revision)}'
 
+# %% ../../nbs/models/15_load.ipynb #002123b2
 def base_dir(
     id:str # as for `base_id`, except 'tiny', which has no files
 )->Path: # its checkpoint
@@ -59,7 +61,7 @@ def base_dir(
     if (folder/'config.json').is_file(): return folder
     raise HydraError(f"{folder} holds no base: it has no config.json; give the folder of a transformers checkpoint")
 
-# %% ../../nbs/models/15_load.ipynb #da2f23e4
+# %% ../../nbs/models/15_load.ipynb #b73f97f8
 def embedding_rows(
     id:str # 'tiny', or as for `base_dir`
 )->int|None: # tokens; None if its configuration does not say
@@ -70,7 +72,7 @@ def embedding_rows(
         return config.get_text_config().vocab_size
     except (OSError, ValueError, AttributeError): return None
 
-# %% ../../nbs/models/15_load.ipynb #167fe82a
+# %% ../../nbs/models/15_load.ipynb #556a7671
 def _chatml_for(tokenizer): # → a template
     "ChatML, ended and begun as this tokenizer can"
     template = chatml
@@ -81,7 +83,7 @@ def _chatml_for(tokenizer): # → a template
     begins = tokenizer.bos_token and tokenizer('a')['input_ids'][:1]==[tokenizer.bos_token_id]
     return '{{ bos_token }}'+template if begins else template
 
-# %% ../../nbs/models/15_load.ipynb #30cac7c0
+# %% ../../nbs/models/15_load.ipynb #9c7f24f4
 def _listed_ends(path): # → ids
     "The ends that a checkpoint's files list"
     ids = []
@@ -89,6 +91,7 @@ def _listed_ends(path): # → ids
         if (path/name).is_file(): ids += id_list(read_json(path/name).get('eos_token_id'))
     return ids
 
+# %% ../../nbs/models/15_load.ipynb #ce404be8
 def _make_special(tokenizer, ids):
     "Tokens that are left out of decoded text"
     added = tokenizer.added_tokens_decoder
@@ -96,6 +99,7 @@ def _make_special(tokenizer, ids):
         kept = {name: getattr(token, name) for name in ('single_word', 'lstrip', 'rstrip', 'normalized')}
         tokenizer.add_tokens([AddedToken(token.content, special=True, **kept)], special_tokens=True)
 
+# %% ../../nbs/models/15_load.ipynb #21646015
 def _complete_tokenizer(tokenizer, path):
     "Give a tokenizer the end of text and the template that it lacks"
     listed = _listed_ends(path)
@@ -105,7 +109,7 @@ def _complete_tokenizer(tokenizer, path):
     if tokenizer.chat_template is None: tokenizer.chat_template = _chatml_for(tokenizer)
     _make_special(tokenizer, {*end_ids(tokenizer), *listed})
 
-# %% ../../nbs/models/15_load.ipynb #47836705
+# %% ../../nbs/models/15_load.ipynb #58d09e52
 def _set_padding(tokenizer, rows, enders):
     "A token to pad with: the tokenizer's own, else any that the embedding has and no text is made of"
     pad = tokenizer.pad_token_id
@@ -114,7 +118,7 @@ def _set_padding(tokenizer, rows, enders):
     fits = [i for i in (tokenizer.eos_token_id, *enders, *special) if i is not None and i<rows]
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fits[0] if fits else 0)
 
-# %% ../../nbs/models/15_load.ipynb #acca6957
+# %% ../../nbs/models/15_load.ipynb #95e5158d
 def _try_template(tokenizer, id): # → text of a question, text of its answer
     "What the template makes of a question and its answer"
     question = [dict(role='user', content='Hi')]
@@ -122,6 +126,7 @@ def _try_template(tokenizer, id): # → text of a question, text of its answer
     try: return render_split(tokenizer, question, answer)
     except Refused as e: raise HydraError(f"base {id}: it cannot write even one question and its answer: {e}") from None
 
+# %% ../../nbs/models/15_load.ipynb #927587db
 def _check_embedding(tokenizer, ids, rows, id):
     "Refuse a template that writes tokens without an embedding"
     for i in ids:
@@ -132,7 +137,7 @@ def _check_embedding(tokenizer, ids, rows, id):
                          "enlarge it with model.resize_token_embeddings(len(tokenizer)) and save both again, "
                          "or use a template without that token")
 
-# %% ../../nbs/models/15_load.ipynb #30d6f187
+# %% ../../nbs/models/15_load.ipynb #bf81620b
 def check_base(
     tokenizer, # with a chat template; a padding token that is missing or has no embedding is replaced
     rows:int|None=None, # of the embedding; None: not known
@@ -149,11 +154,12 @@ def check_base(
         behind = rest.partition('Ho')[2]
         raise HydraError(f"base {id}: nothing says where an answer ends: its tokenizer has no eos_token, "
                          f"and its chat template closes an answer with {behind!r}, which is no special token; "
-                         "set tokenizer.eos_token, let the template write it after an answer, and save the tokenizer again")
+                         "set tokenizer.eos_token, let the template write it after an answer, "
+                         "and save the tokenizer again")
     _set_padding(tokenizer, rows, enders)
     return tokenizer
 
-# %% ../../nbs/models/15_load.ipynb #e5183177
+# %% ../../nbs/models/15_load.ipynb #269dd8de
 def base_tokenizer(
     id:str # as for `base_dir`
 ): # a transformers tokenizer with a chat template
@@ -164,7 +170,7 @@ def base_tokenizer(
     rows = None if str(id) in PACKAGED else embedding_rows(path)
     return check_base(t, rows, id)
 
-# %% ../../nbs/models/15_load.ipynb #0776e3b9
+# %% ../../nbs/models/15_load.ipynb #93136e87
 def base_fingerprint(
     id:str # as for `base_dir`
 )->str: # as `fingerprint` of the loaded model
@@ -173,6 +179,7 @@ def base_fingerprint(
     files = [f.resolve() for f in (path/'config.json', *weight_files(path))]
     return remember_hash('fingerprints', files, lambda: checkpoint_fingerprint(path))
 
+# %% ../../nbs/models/15_load.ipynb #eb95abe5
 def base_identity(
     id:str # as for `base_dir`
 )->dict: # as `identity` of the loaded base
@@ -184,7 +191,7 @@ def base_identity(
     model = SimpleNamespace(config=config, generation_config=generation)
     return identity(model, base_tokenizer(path))
 
-# %% ../../nbs/models/15_load.ipynb #ec25ab2f
+# %% ../../nbs/models/15_load.ipynb #79ff88e6
 @lru_cache(16)
 def _folder_key(path, stamped): # read again when any file was touched
     "Weights and identity of a checkpoint"
@@ -201,7 +208,7 @@ def base_key(
     files = sorted(f for f in path.rglob('*') if f.is_file())
     return _folder_key(path, stamp(*files))
 
-# %% ../../nbs/models/15_load.ipynb #30012a92
+# %% ../../nbs/models/15_load.ipynb #05470826
 def _place_file(path): # → Path
     "Where a folder is noted as known"
     absolute = str(Path(path).absolute())
@@ -220,7 +227,7 @@ def is_known(
     "Has the user of this cache opened a base here before? What a stranger's file names is opened only then"
     return _place_file(path).is_file()
 
-# %% ../../nbs/models/15_load.ipynb #e4628a7f
+# %% ../../nbs/models/15_load.ipynb #dab07821
 def load_base(
     id:str='smollm2', # 'tiny' (the toy of tests and lessons, on the CPU), or as for `base_id`
     quant:str='fp32', # 'fp32', 'bf16' or 'nf4'

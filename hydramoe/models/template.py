@@ -41,14 +41,17 @@ def id_list(
     if ids is None: return []
     return [ids] if isinstance(ids, int) else list(ids)
 
+# %% ../../nbs/models/10_template.ipynb #72d4f9ec
 def mark_tokens(
     tokenizer # of a base
 )->dict[int,str]: # id → as it is written
     "Tokens that are no piece of a text"
-    marks = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
-    return marks | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+    added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
+    visible = {i: text for i, text in added.items() if text.strip()}
+    special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens)
+    return visible | dict(special)
 
-# %% ../../nbs/models/10_template.ipynb #3889c362
+# %% ../../nbs/models/10_template.ipynb #ed72162f
 @dataclass
 class _Ending:
     "What a template writes behind an answer"
@@ -64,7 +67,7 @@ def _text_behind(tokenizer):
     except Exception: return '' # a template is a program, and can raise anything
     return text.partition(answer)[2].rstrip()
 
-# %% ../../nbs/models/10_template.ipynb #725fae80
+# %% ../../nbs/models/10_template.ipynb #b91b9b14
 def _find_ending(tokenizer): # → _Ending
     "Look for the first mark behind an answer"
     text = _text_behind(tokenizer)
@@ -77,7 +80,7 @@ def _find_ending(tokenizer): # → _Ending
     is_last = bool(ids) and ids[-1] in ends
     return _Ending(tokenizer.decode(ids[:first]).strip(), ends, is_last)
 
-# %% ../../nbs/models/10_template.ipynb #9d704461
+# %% ../../nbs/models/10_template.ipynb #bc80c3b0
 _ENDINGS = WeakKeyDictionary() # tokenizer → (what decides, its ending)
 
 def _ending(tokenizer): # → _Ending
@@ -89,7 +92,7 @@ def _ending(tokenizer): # → _Ending
         _ENDINGS[tokenizer] = known
     return known[1]
 
-# %% ../../nbs/models/10_template.ipynb #d37cfe54
+# %% ../../nbs/models/10_template.ipynb #2ad202ce
 @functools.cache
 def _default_ends(config_class):
     "The ends that a class of configurations has when nobody gave any"
@@ -105,7 +108,7 @@ def _configured_ends(tokenizer, model):
     no_marks = default-set(mark_tokens(tokenizer))
     return in_config | (in_generation-no_marks)
 
-# %% ../../nbs/models/10_template.ipynb #5a280ae2
+# %% ../../nbs/models/10_template.ipynb #90759e3e
 def end_ids(
     tokenizer, # with a chat template
     model=None # whose generation_config and config are asked too
@@ -115,7 +118,7 @@ def end_ids(
     if model is None: return sorted(ends)
     return sorted(ends | _configured_ends(tokenizer, model))
 
-# %% ../../nbs/models/10_template.ipynb #ba370a3c
+# %% ../../nbs/models/10_template.ipynb #bfa10a53
 def answer_text(
     tokenizer, # of the base
     ids, # (T,) what was generated
@@ -127,7 +130,7 @@ def answer_text(
     text = tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
     return text.removesuffix(_ending(tokenizer).text).strip()
 
-# %% ../../nbs/models/10_template.ipynb #4c764573
+# %% ../../nbs/models/10_template.ipynb #cbab72ba
 def end_suffix(
     tokenizer # with a chat template
 )->str: # '' if the template's last token ends an answer already, as in most
@@ -153,7 +156,7 @@ def thought_key(
     "The key under which a base's chat template takes what an assistant thought"
     return _find_thought_key(tokenizer, str(tokenizer.chat_template))
 
-# %% ../../nbs/models/10_template.ipynb #8b7a0364
+# %% ../../nbs/models/10_template.ipynb #fbe048ab
 def with_thoughts(
     tokenizer, # with a chat template
     msgs:list[dict] # perhaps with `reasoning_content`
@@ -178,7 +181,7 @@ def _apply_template(tokenizer, msgs, tools, begin_answer):
         raise Refused(f"the base's chat template refuses a conversation of {roles} ({said}): "
                       "give turns that it takes, or a base whose template takes them") from None
 
-# %% ../../nbs/models/10_template.ipynb #bdf40e5e
+# %% ../../nbs/models/10_template.ipynb #e677656e
 def _add_tools(tokenizer, msgs, tools): # → messages, tools
     "Messages and tools as this tokenizer's template can show them"
     if not tools or 'tools' in str(tokenizer.chat_template or ''): return msgs, tools
@@ -189,7 +192,7 @@ def _add_tools(tokenizer, msgs, tools): # → messages, tools
         return [extended, *msgs[1:]], None
     return [{'role': 'system', 'content': text}, *msgs], None
 
-# %% ../../nbs/models/10_template.ipynb #9761ae36
+# %% ../../nbs/models/10_template.ipynb #fc1f5f76
 def _fold(msgs):
     "Each system turn at the head of the user turn that follows it"
     out = []
@@ -203,7 +206,7 @@ def _fold(msgs):
         else: out.append(m)
     return out+[dict(role='system', content=s) for s in waiting]
 
-# %% ../../nbs/models/10_template.ipynb #6ad82ce1
+# %% ../../nbs/models/10_template.ipynb #c2f5dee5
 def _shows_all(tokenizer, msgs, tools, texts): # → bool; None if the template refuses the conversation
     "Does the template write each of these texts?"
     try: written = _apply_template(tokenizer, msgs, tools, True)
@@ -227,7 +230,7 @@ def fold_system_turns(
         return msgs
     return folded
 
-# %% ../../nbs/models/10_template.ipynb #e6d63a29
+# %% ../../nbs/models/10_template.ipynb #4e12c88e
 def render(
     tokenizer, # with a chat template
     prompt_msgs:list[dict], # [{role, content}, …], ends before the answer
@@ -253,7 +256,7 @@ def _around_answer(tokenizer, prompt_msgs, completion_msgs, tools): # → before
     raise Refused("the base's chat template does not write the answer as it is, so nothing can be learned from it: "
                   "use a template that does")
 
-# %% ../../nbs/models/10_template.ipynb #3387cf31
+# %% ../../nbs/models/10_template.ipynb #86db405c
 def render_split(
     tokenizer, # with a chat template
     prompt_msgs:list[dict], # [{role, content}, …], ends before the answer
