@@ -17,7 +17,7 @@ from hydramoe.hydra.model import BundleError, Hydra
 from hydramoe.hydra.route import similarity
 from hydramoe.experts.stack import LoraSpec, gated, hidden, in_line, line_plan, one_hot, using
 
-from test_base import LAYOUTS, TALKS, laid_out, last_label
+from test_template import LAYOUTS, TALKS, laid_out, last_label
 from test_hydra import scripted
 
 NAMES = ['law', 'sea', 'sum']

@@ -423,7 +423,7 @@ def test_the_base_is_bit_equal_before_with_and_after(quant):
 
 # --- where an answer ends -------------------------------------------------------------------------------------------
 
-from test_base import LAYOUTS, TALKS, laid_out, last_label
+from test_template import LAYOUTS, TALKS, laid_out, last_label
 
 @contextlib.contextmanager
 def scripted(model, says):
