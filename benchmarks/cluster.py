@@ -138,7 +138,8 @@ def records(most):
     "MiniLM embeddings of training records, or why not"
     from hydramoe.domains.cluster import embed, prompt_text
     from hydramoe.foundations.core import cache_dir
-    from hydramoe.data.records import card_names, load
+    from hydramoe.data.cards import card_names
+    from hydramoe.data.load import load
     texts = {}
     for name in card_names(use='train'):
         try: texts |= {prompt_text(r): None for r in load(name)}

@@ -19,7 +19,9 @@ from hydramoe.models.base import load_base
 from hydramoe.models.hidden import hidden_mean
 from hydramoe.domains.cluster import Domains, embed, prompt_text
 from hydramoe.foundations.core import cache_dir, machine
-from hydramoe.data.records import DOMAINS, card_names, load
+from hydramoe.data.records import DOMAINS
+from hydramoe.data.cards import card_names
+from hydramoe.data.load import load
 from hydramoe.hydra.route import Router, calibrated, cascade, choose_margin, classifier, distil_tokens, knn, lead, on_hidden, on_static, ridge, similarity, static_vectors
 
 def dealt(args):

@@ -45,7 +45,8 @@ def rows_of(a, base):
     "Training and held-out rows of each domain: records of the data cards, or made in code for the tiny base"
     from hydramoe.foundations.core import read_jsonl
     from hydramoe.models.encode import encode
-    from hydramoe.data.records import DOMAINS, cards_digest
+    from hydramoe.data.records import DOMAINS
+    from hydramoe.data.cards import cards_digest
     from hydramoe.foundations.store import stage
     from hydramoe.data.unify import toy_unify, unify
     toy = a.base=='tiny'

@@ -7,7 +7,11 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from hydramoe.data import unify as U
 from hydramoe.models.base import byte_tokenizer, tiny_base
 from hydramoe.foundations.core import HydraError, read_json, read_jsonl
-from hydramoe.data.records import card_names, cards_digest, grams, load, load_card, prompt_key, record, toy_records
+from hydramoe.data.records import record
+from hydramoe.data.splits import ngrams, prompt_key
+from hydramoe.data.toy import toy_records
+from hydramoe.data.cards import card_names, cards_digest, load_card
+from hydramoe.data.load import load
 from hydramoe.foundations.store import stage
 
 TOK = byte_tokenizer()
@@ -99,7 +103,7 @@ def test_held_out_runs_are_those_of_grams(text, pad):
     "A row is a leak wherever data.grams, the reference, sees one"
     if not text.strip(): return
     row, held = record('well then '*pad + text, 'x', 'web'), record(text, 'y', 'exam')
-    if grams(row['prompt'][0]['content']) & grams(held['prompt'][0]['content']): assert U.leaks([row], [held]) == ['prompt']
+    if ngrams(row['prompt'][0]['content']) & ngrams(held['prompt'][0]['content']): assert U.leaks([row], [held]) == ['prompt']
 
 
 def test_another_process_makes_the_same_bytes(in_two_processes):

@@ -11,7 +11,10 @@ import json, logging, re
 from pathlib import Path
 import yaml
 from ..foundations.core import HydraError, file_sha256, one_of, write_bytes, write_json, write_jsonl
-from .records import DOMAINS, card_names, cards_digest, load, load_card, row_records
+from .records import DOMAINS
+from .rows import row_records
+from .cards import card_names, cards_digest, load_card
+from .load import load
 from .formats import read_records
 from ..foundations.store import stage
 from .unify import SIZES, size_category

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from ..foundations.core import HydraError, one_of, _fsync_dir
 from ..foundations.core import THOUGHTS
-from .records import FORM_COLUMNS, ROLES, WISHES, detected, plain_message, row_records, row_wishes
-from .records import weight_of, _fields, _filled
+from .records import ROLES, plain_message
+from .rows import FORM_COLUMNS, recognize_form, row_records, row_weights, template_columns
+from .records import WEIGHT_KEYS, weight_of, has_text
 
 # %% ../../nbs/data/26_formats.ipynb #cell9
 MARKS = {b'\xef\xbb\xbf':'utf-8-sig', b'\xff\xfe\0\0':'utf-32', b'\0\0\xfe\xff':'utf-32', b'\xff\xfe':'utf-16', b'\xfe\xff':'utf-16'} # byte-order marks
@@ -277,7 +278,7 @@ def form_of(
     form:str=None # what it must be; None: by its columns
 )->str: # one of `FORM_COLUMNS`
     "The form of a row, or a ValueError that says what it lacks"
-    if form is None: return _named(row) or detected(row)
+    if form is None: return _named(row) or recognize_form(row)
     lost = [c for c in FORM_COLUMNS[form] if c not in row]
     if lost: raise ValueError(f"has the fields {', '.join(map(str, sorted(row))) or 'none'}; as {form} it needs {lost[0]}")
     return form
@@ -426,8 +427,8 @@ def _renamed(row, columns):
     if not all(row.get(c) for c in FORM_COLUMNS['preference']) or row.get('prompt') not in (None, ''): return row
     for c in ('messages','conversations'):
         if isinstance(talk := row.get(c), list) and not _answered(talk): return {k:v for k,v in row.items() if k!=c} | dict(prompt=talk)
-    if _filled(row.get('instruction')) and not row.get('output'):
-        asked = [row['instruction'], *([row['input']] if _filled(row.get('input')) else [])]
+    if has_text(row.get('instruction')) and not row.get('output'):
+        asked = [row['instruction'], *([row['input']] if has_text(row.get('input')) else [])]
         return {k:v for k,v in row.items() if k not in ('instruction','input','output')} | dict(prompt='\n\n'.join(asked))
     return row
 
@@ -440,7 +441,7 @@ def _ours(row, columns, form, mended):
     if not isinstance(row, dict): raise ValueError(f'is a {type(row).__name__}; need an object in braces')
     row = _renamed(row, columns)
     name = form_of(row, form)
-    wishes = row_wishes(row, name, READ[name]); _weighed(wishes.values(), mended)
+    wishes = row_weights(row, name, READ[name]); _weighed(wishes.values(), mended)
     row = {k:v for k,v in row.items() if k in READ[name] or k in wishes or k in EXTRAS and v not in (None, '')}
     if raw := [k for k,v in row.items() if isinstance(v, bytes)]: mended.add('bytes read as UTF-8 text')
     return name, row | {k:row[k].decode('utf-8') for k in raw}
@@ -488,7 +489,7 @@ def _mapped(row, form, domain, mended):
     "(form, records) of a row's value, or a ValueError"
     source = Path(form.path).name
     if template := _template(form.columns):
-        if isinstance(row, dict): _weighed(row_wishes(row, None, _fields(template)).values(), mended)
+        if isinstance(row, dict): _weighed(row_weights(row, None, template_columns(template)).values(), mended)
         name,found = 'template', row_records(row, source, domain, template)
     else:
         name,row = _ours(row, form.columns, form.form, mended)
@@ -511,7 +512,7 @@ def _of(what, d, read): return [f"{what}' {k[:60]}" if what else (str(k)[:60] or
 def _unread_turn(m, turn):
     "What is not read of a message, of its parts and of its calls"
     role = ROLES.get(str(m.get('role', m.get('from'))).strip().casefold())
-    told = (*(k for k in THOUGHTS if isinstance(m.get(k), str)), *WISHES, 'masked') if role=='assistant' else [k for k in WISHES if not m.get(k)]
+    told = (*(k for k in THOUGHTS if isinstance(m.get(k), str)), *WEIGHT_KEYS, 'masked') if role=='assistant' else [k for k in WEIGHT_KEYS if not m.get(k)]
     calls = _dicts(m.get('tool_calls')) + _dicts(m.get('function_call'))
     out = _of('messages', m, {*turn, *told, 'tool_calls', 'function_call', *(['name'] if role=='tool' else [])})
     for p in _dicts(m.get('content')): out += _of('parts', p, ('type','text',*THOUGHTS))
@@ -520,9 +521,9 @@ def _unread_turn(m, turn):
 
 def _unread(row, form, name):
     "Every key of a row that holds something and is not read, in words"
-    if template := _template(form.columns): return list(dict.fromkeys(_of('', row, {*_fields(template), 'domain', 'license', *row_wishes(row)})))
+    if template := _template(form.columns): return list(dict.fromkeys(_of('', row, {*template_columns(template), 'domain', 'license', *row_weights(row)})))
     row, turn = _renamed(row, form.columns), (*TURN, *(t for o,t in form.columns.items() if o in TURN))
-    out = _of('', row, {*READ[name], *EXTRAS[1:], *row_wishes(row, name, READ[name])})
+    out = _of('', row, {*READ[name], *EXTRAS[1:], *row_weights(row, name, READ[name])})
     for k in READ[name]:
         talk = row.get(k)
         if name in ('messages','sharegpt') and isinstance(talk, str): talk = _cell(k, talk)

@@ -25,7 +25,10 @@ from scipy.sparse.csgraph import connected_components
 from ..models.base import Refused, base_tokenizer, byte_tokenizer
 from ..foundations.core import HydraError, canonical, digest, one_of, progress, read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from ..models.encode import encode
-from .records import card_names, draw, grams, load, load_card, prompt_key, toy_records
+from .splits import draw_evenly, ngrams, prompt_key
+from .toy import toy_records
+from .cards import card_names, load_card
+from .load import load
 from ..foundations.report import markdown_table
 from ..foundations.store import SEAL, open_sealed
 
@@ -171,7 +174,7 @@ def far_apart(
 def _exact(r):
     "What makes a prompt's last message equal to a held-out one"
     text = r['prompt'][-1]['content']
-    return (grams(text) if len(re.findall(r'\w+', text))<13 else set()) | {prompt_key(dict(prompt=r['prompt'][-1:]))}
+    return (ngrams(text) if len(re.findall(r'\w+', text))<13 else set()) | {prompt_key(dict(prompt=r['prompt'][-1:]))}
 
 def _thirteen(messages):
     "Every run of thirteen words in any of the messages, as numbers"
@@ -260,7 +263,7 @@ def _budgeted(rows, part, amount, sizes, seed):
     if amount is None: return rows
     pools,out = defaultdict(lambda: defaultdict(list)),[]
     for r in sorted(rows, key=lambda r: digest([seed, 'draw', r['id']])): pools[r['domain']][r['source']].append((r, sizes[r['id']][0]))
-    for d,ps in sorted(pools.items()): out += draw({s:iter(x) for s,x in sorted(ps.items())}, amount, 'tokens' if part=='experts' else 'rows')
+    for d,ps in sorted(pools.items()): out += draw_evenly({s:iter(x) for s,x in sorted(ps.items())}, amount, 'tokens' if part=='experts' else 'rows')
     return out
 
 def _enough(rows, part, amount, domains, shares):

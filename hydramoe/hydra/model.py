@@ -36,7 +36,7 @@ from ..foundations.fetch import package
 from ..models.base import HUB_ID, PACKAGED, Base, Refused, answer_text, base_dir, base_fingerprint, base_id, base_tokenizer, blocks, byte_tokenizer
 from ..models.base import compute_dtype, differences, embedding_rows, heard, is_known, keep_place, load_base, render, tiny_base, tokenizer_identity
 from ..models.encode import encode
-from ..data.records import sides
+from ..data.splits import sides
 from ..data.formats import Tally, detect, stream_records
 from ..foundations.core import check_names
 from ..models.hidden import given_to, hidden_mean, mean_state

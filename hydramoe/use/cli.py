@@ -499,7 +499,7 @@ def reproduce(a):
          arg('--verified', choices=['data', 'schema', 'unverified', 'all'], default='data', help='how far a card is verified: data is fetched and counted here, schema is a Hub set whose mapping is tested (default %(default)s)'))
 def data_list(a):
     "One line a card"
-    from hydramoe.data.records import card_names, load_card
+    from hydramoe.data.cards import card_names, load_card
     cards = [load_card(n) for n in card_names(a.domain, a.use, None if a.verified=='all' else a.verified)]
     rows = [{k: c.get(k) for k in ('name', 'domain', 'use', 'verified', 'rows', 'license')} for c in cards]
     text = [f"{r['name']:30} {r['domain']:13} {r['use']:9} {r['verified']:10} {r['rows']:>9} rows  {r['license']}" for r in rows]
@@ -509,7 +509,8 @@ def data_list(a):
          arg('name', help='of a card, as `hydramoe data list` shows it'), arg('--rows', type=int, default=2, metavar='N', help='records to show; 0 fetches nothing (default %(default)s)'))
 def data_show(a):
     "The card's own words, and what a record looks like"
-    from hydramoe.data.records import load, load_card
+    from hydramoe.data.cards import load_card
+    from hydramoe.data.load import load
     card = load_card(a.name)
     records = load(a.name, limit=a.rows) if a.rows>0 and card['verified']=='data' else []
     shown = ['\n'.join(f"{m['role']}: {m['content']}" for m in r['prompt']+r['completion']) for r in records]
@@ -530,7 +531,7 @@ def data_prepare(a):
 def data_check(a):
     "Every fault of every card; an error if there is one"
     from hydramoe.data.describe import check_card
-    from hydramoe.data.records import card_names
+    from hydramoe.data.cards import card_names
     found = [check_card(n, not a.no_fetch) for n in a.names or card_names(verified=None)]
     text = [f"{c['name']:30} {c['verified']:10} " + ('; '.join(c['faults']) or 'fine') for c in found]
     if bad := [c for c in found if c['faults']]: raise HydraError(f"{len(bad)} of {len(found)} cards have faults: " + ' | '.join(f"{c['name']}: {'; '.join(c['faults'])}" for c in bad))
