@@ -32,12 +32,16 @@ def _own_cards():
                          'name the one that holds your cards, or unset it')
     return Path(folder)
 
-# %% ../../nbs/data/22_cards.ipynb #58163ddb
+# %% ../../nbs/data/22_cards.ipynb #a50446b6
+def _cards_in(folder):
+    "The cards of a folder by name; none if there is no folder"
+    if folder is None: return {}
+    return {p.name.removesuffix('.md'): p for p in folder.iterdir() if p.name.endswith('.md')}
+
 def card_files(
 )->dict: # name → its file, sorted by name
     "Every card's file, from the wheel or the checkout, and from `$HYDRAMOE_CARDS`"
-    packaged, own = [{p.name[:-3]: p for p in folder.iterdir() if p.name.endswith('.md')} if folder else {}
-                     for folder in (_packaged_cards(), _own_cards())]
+    packaged, own = _cards_in(_packaged_cards()), _cards_in(_own_cards())
     both = set(packaged) & set(own)
     if both: raise HydraError(f"$HYDRAMOE_CARDS has a card {min(both)!r}, and so has hydramoe; give yours another name")
     return dict(sorted((packaged | own).items()))
@@ -56,11 +60,13 @@ def _parse_card(name, text):
         raise HydraError(f"card {name}: cannot be read ({why}); it must begin with YAML between two lines of ---, "
                          "with a key `hydramoe`") from None
 
+# %% ../../nbs/data/22_cards.ipynb #f6c74246
 def read_card(
     name:str # of a file in `card_files`
 )->dict: # front matter, with the keys under `hydramoe` lifted up, and `prose`
     "Read one card without checking what it says"
-    return copy.deepcopy(_parse_card(name, card_files()[name].read_text(encoding='utf-8')))
+    text = card_files()[name].read_text(encoding='utf-8')
+    return copy.deepcopy(_parse_card(name, text))
 
 # %% ../../nbs/data/22_cards.ipynb #cell30
 VERIFIED = ('data', 'schema', 'unverified')
@@ -78,7 +84,7 @@ def _check_keys(card, me):
     raise HydraError(f"{me}: has no {missing[0]!r} in its front matter; "
                      f"a card with `verified: {state}` needs {', '.join(CARD_KEYS[state])}")
 
-# %% ../../nbs/data/22_cards.ipynb #90c8a877
+# %% ../../nbs/data/22_cards.ipynb #852c5446
 def is_fetched(
     card:dict # from `read_card`
 )->bool: # can its rows be had here?
@@ -91,11 +97,13 @@ def _check_use(card, me):
     one_of(card['domain'], DOMAINS if packaged else (*DOMAINS, 'general'), f'{me}: domain')
     one_of(card['use'], ('train', 'evaluate'), f'{me}: use')
     if card['canary'] and card['use']=='train':
-        raise HydraError(f"{me}: its authors ask that it never be trained on (canary), so its use can only be 'evaluate'")
+        raise HydraError(f"{me}: its authors ask that it never be trained on (canary), "
+                         "so its use can only be 'evaluate'")
     if is_fetched(card)==(card['verified']=='data'): return
     raise HydraError(f"{me}: `verified: {card['verified']}` does not fit; 'data' is for a card with `package`, "
                      "`generator` or `file`, which is fetched and counted here, and for no other")
 
+# %% ../../nbs/data/22_cards.ipynb #80ddefc7
 def _check_pin(card, me):
     "Does the card name the release that is pinned?"
     package = card.get('package', '').split('==')[0]
@@ -117,6 +125,7 @@ def required_columns(
     optional = dict(alpaca={'input'}, preference={'prompt'})
     return set(columns.values()) - optional.get(form, set())
 
+# %% ../../nbs/data/22_cards.ipynb #03106649
 def sample_pairs(
     card:dict, # of a set on the Hub
     row:dict # of its layout
@@ -129,7 +138,7 @@ def sample_pairs(
         pairs.append((asked[-1], r['completion'][0]['content']))
     return pairs
 
-# %% ../../nbs/data/22_cards.ipynb #cdd3318a
+# %% ../../nbs/data/22_cards.ipynb #838a99a1
 HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+') # owner/name
 
 def _check_layout(card, me):
@@ -141,9 +150,12 @@ def _check_layout(card, me):
         raise HydraError(f"{me}: layout is {card['layout']!r}; need the repository (owner/name) "
                          "and the path where the columns are published")
 
+# %% ../../nbs/data/22_cards.ipynb #4d80994d
 def _is_sample(sample):
     "Is this a row, and what the map must make of it?"
-    return isinstance(sample, dict) and {'row', 'prompt', 'completion'}<=set(sample) and isinstance(sample['row'], dict)
+    if not isinstance(sample, dict): return False
+    if not {'row', 'prompt', 'completion'}<=set(sample): return False
+    return isinstance(sample['row'], dict)
 
 def _check_columns(card, me):
     "Has the card a sample, and are all columns that the map needs among its columns?"
@@ -179,7 +191,7 @@ def _check_public(card, me):
     _check_columns(card, me)
     for i, sample in enumerate(card['sample']): _check_sample(card, sample, f'{me}: sample {i}')
 
-# %% ../../nbs/data/22_cards.ipynb #18d28d5f
+# %% ../../nbs/data/22_cards.ipynb #5b52738a
 def validate_card(
     card:dict # from `read_card`
 )->dict: # `card`
@@ -191,11 +203,13 @@ def validate_card(
     else: _check_public(card, me)
     return card
 
+# %% ../../nbs/data/22_cards.ipynb #984e4322
 def load_card(
     name:str # of the file in `data_cards/`, without `.md`
 )->dict: # front matter, with the keys under `hydramoe` lifted up, and `prose`
     "Read one card, and refuse it if it is incomplete"
-    return validate_card(read_card(one_of(name, list(card_files()), 'card')))
+    known = list(card_files())
+    return validate_card(read_card(one_of(name, known, 'card')))
 
 # %% ../../nbs/data/22_cards.ipynb #cell33
 def card_names(
@@ -204,7 +218,8 @@ def card_names(
     verified:str|None='data' # 'data': what can be fetched here; 'schema', 'unverified'; all if None
 )->list[str]: # sorted
     "The cards there are"
-    wanted = {key: value for key, value in dict(domain=domain, use=use, verified=verified).items() if value is not None}
+    wanted = dict(domain=domain, use=use, verified=verified)
+    wanted = {key: value for key, value in wanted.items() if value is not None}
     names = []
     for name in card_files():
         card = read_card(name)
@@ -217,8 +232,10 @@ def cards_digest(
     names:str='' # cards, separated by commas; all if empty
 )->str: # 64 hex digits
     "The hash of the cards' text, for the key of what is made from them"
-    wanted = names.split(',') if names else card_files()
-    return digest({n: p.read_text(encoding='utf-8') for n, p in card_files().items() if n in wanted})
+    files = card_files()
+    wanted = names.split(',') if names else list(files)
+    texts = {name: path.read_text(encoding='utf-8') for name, path in files.items() if name in wanted}
+    return digest(texts)
 
 # %% ../../nbs/data/22_cards.ipynb #cell40
 def sha256_of(
@@ -227,6 +244,7 @@ def sha256_of(
     "SHA-256 of bytes in memory"
     return hashlib.sha256(data).hexdigest()
 
+# %% ../../nbs/data/22_cards.ipynb #c2cd3b7c
 def _fetch_matching(package, pattern):
     "The files of an archive that a pattern names, by path, and the hash that the card should give"
     if '*' not in pattern:
@@ -236,7 +254,7 @@ def _fetch_matching(package, pattern):
     files = {path: fetch.member(package, path) for path in paths}
     return files, digest({path: sha256_of(data) for path, data in files.items()})
 
-# %% ../../nbs/data/22_cards.ipynb #a2a3f9b7
+# %% ../../nbs/data/22_cards.ipynb #b2a75cce
 def _own_file(card):
     "The JSON lines beside a card of one's own"
     path = card_files()[card['name']].parent/card['file']
@@ -248,6 +266,7 @@ def _own_file(card):
                          "put the file back, or make the card again")
     return {path.name: path.read_bytes()}
 
+# %% ../../nbs/data/22_cards.ipynb #830e3da2
 def open_files(
     card:dict # from `load_card`
 )->dict: # path → content; empty for a set that is generated
@@ -273,6 +292,7 @@ def decode_file(
     if path.endswith('.gz'): data = gzip.decompress(data)
     return data.decode('utf-8')
 
+# %% ../../nbs/data/22_cards.ipynb #83d44216
 def rows_of(
     path:str, # decides how the bytes are read: .json, .jsonl, .csv, .gz around any
     data:bytes # content of the file
@@ -280,8 +300,10 @@ def rows_of(
     "The rows of a file of JSON, JSON lines or CSV"
     text = decode_file(path, data)
     if '.csv' in path: return list(csv.DictReader(io.StringIO(text)))
-    if '.jsonl' not in path and text.lstrip()[:1]=='[': return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    is_list = text.lstrip().startswith('[')
+    if '.jsonl' not in path and is_list: return json.loads(text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    return [json.loads(line) for line in lines]
 
 # %% ../../nbs/data/22_cards.ipynb #62401cb2
 def rows_of_files(

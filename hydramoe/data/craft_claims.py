@@ -90,12 +90,14 @@ def share_nothing(
     "Do two values share no word and no number?"
     return not _parts(a) & _parts(b)
 
-# %% ../../nbs/data/24b_craft_claims.ipynb #e3055551
+# %% ../../nbs/data/24b_craft_claims.ipynb #5df2a665
 def _safe_note(description):
     "The first two sentences of a description that have no figures, isotopes or discoveries"
     sentences = re.split(r'(?<=[a-z)]\.) ', description)
-    return ' '.join([s for s in sentences if not re.search(r'\d|sotope|iscover', s)][:2])
+    safe = [s for s in sentences if not re.search(r'\d|sotope|iscover', s)]
+    return ' '.join(safe[:2])
 
+# %% ../../nbs/data/24b_craft_claims.ipynb #30348e43
 def _draw_claim(facts, kind, notes, truth, g):
     "A claim of one kind, true or false as asked, and the answer to it"
     rows = facts[kind]
@@ -108,7 +110,7 @@ def _draw_claim(facts, kind, notes, truth, g):
     answer = f'{truth}. {fact.format(**slots)} {note}'.strip()
     return f'True or false? {claim.format(**slots)} Give the facts.', answer, None, f'{kind} {subject}'
 
-# %% ../../nbs/data/24b_craft_claims.ipynb #51e6b1f1
+# %% ../../nbs/data/24b_craft_claims.ipynb #183876c3
 def fact_claims(
     files:dict, # mendeleev's database
     size:int, # claims to draw, half of them true
@@ -122,22 +124,28 @@ def fact_claims(
     notes = {name: _safe_note(description) for name, description in described}
     def draw_half(truth):
         "Half of the claims, all true or all false"
-        def draw(g, i): return _draw_claim(facts, kinds[i%len(kinds)], notes, truth, g)
+        def draw(g, i):
+            kind = kinds[i%len(kinds)]
+            return _draw_claim(facts, kind, notes, truth, g)
         return draw_distinct(draw, size//2, rng(seed, 'fact_claims', truth))
-    pairs = zip(draw_half(True), draw_half(False))
-    return [claim for pair in pairs for claim in pair]
+    claims = []
+    for pair in zip(draw_half(True), draw_half(False)): claims += pair
+    return claims
 
 # %% ../../nbs/data/24b_craft_claims.ipynb #cell85
 COMMON_WORDS = set('''
-    the and for are that this with from which what when where who how why does did was were has have can its their called
-    known term name type kind many most some other than into about they these those been also one two used use'''.split())
+    the and for are that this with from which what when where who how why does did was were has have can its their
+    called known term name type kind many most some other than into about they these those been also one two used
+    use'''.split())
 
 def content_words(
     text:str # any
 )->set[str]: # stems of five letters
     "The words of a text that carry its content"
-    return {word[:5] for word in re.findall(r'[a-z]{3,}', text.lower()) if word not in COMMON_WORDS}
+    words = set(re.findall(r'[a-z]{3,}', text.lower()))
+    return {word[:5] for word in words - COMMON_WORDS}
 
+# %% ../../nbs/data/24b_craft_claims.ipynb #b8bdd270
 def key_sentence(
     question:str, # what is asked
     answer:str, # the right answer
@@ -150,20 +158,29 @@ def key_sentence(
     for sentence in re.split(r'(?<=[a-z)\s]\.)\s+', support):
         mentions = len(re.findall(rf'\b{re.escape(answer)}\b', sentence, re.I))
         shared = len(asked & content_words(sentence))
-        if mentions==1 and shared>=share*len(asked) and 40<=len(sentence)<=300: return sentence.strip()
+        if mentions!=1 or shared<share*len(asked): continue
+        if 40<=len(sentence)<=300: return sentence.strip()
     return None
 
-# %% ../../nbs/data/24b_craft_claims.ipynb #c84cbe65
+# %% ../../nbs/data/24b_craft_claims.ipynb #0311804b
 def _wrong_answers(doc):
     "Wrong answers of an exam question that are surely wrong and not in its paragraph"
     answers = [doc[f'distractor{i}'] for i in (1, 2, 3)]
-    clear = [a for a in answers if share_nothing(a, doc['correct_answer'])]
-    return [a for a in clear if not re.search(rf'\b{re.escape(a)}\b', doc['support'], re.I)]
+    usable = []
+    for answer in answers:
+        mentioned = re.search(rf'\b{re.escape(answer)}\b', doc['support'], re.I)
+        if share_nothing(answer, doc['correct_answer']) and not mentioned: usable.append(answer)
+    return usable
 
+# %% ../../nbs/data/24b_craft_claims.ipynb #cbae640e
 def _replace_answer(sentence, right, wrong):
     "The sentence with another answer in it, capitalised as the right one was"
-    def same_case(m): return wrong.capitalize() if m[0][0].isupper() else wrong
-    return re.sub(rf'\b{re.escape(right)}\b', same_case, sentence, flags=re.I)
+    def same_case(m):
+        "The wrong answer in the place of this match"
+        begins_large = m[0][0].isupper()
+        return wrong.capitalize() if begins_large else wrong
+    word = rf'\b{re.escape(right)}\b'
+    return re.sub(word, same_case, sentence, flags=re.I)
 
 # %% ../../nbs/data/24b_craft_claims.ipynb #cell87
 def support_claims(

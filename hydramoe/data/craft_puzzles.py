@@ -61,19 +61,22 @@ def _count_legs(metadata):
     terms = ' + '.join(str(n*ANIMALS[animal]) for animal, n in counts)
     return '\n'.join([*products, f"{terms} = {metadata['total_legs']}"])
 
+# %% ../../nbs/data/24d_craft_puzzles.ipynb #b6745943
 def _count_letters(metadata):
     "How often a letter is in each word, and their sum"
     counts = [(word, word.lower().count(metadata['target_letter'])) for word in metadata['span']]
-    found = [f'{word}: {n}' for word, n in counts if n]
-    return '\n'.join([*found, f"Together: {sum(n for _, n in counts)}"])
+    lines = [f'{word}: {n}' for word, n in counts if n]
+    total = sum(n for _, n in counts)
+    return '\n'.join([*lines, f'Together: {total}'])
 
-# %% ../../nbs/data/24d_craft_puzzles.ipynb #20f12976
+# %% ../../nbs/data/24d_craft_puzzles.ipynb #bb6f0110
 def _press(button, value):
     "The value after a button was pressed"
     if button['type']=='add': return value+button['value']
     if button['type']=='subtract': return value-button['value']
     return value*button['value']
 
+# %% ../../nbs/data/24d_craft_puzzles.ipynb #1aa49e63
 def _open_lock(metadata):
     "The value and the light after each button"
     value, light = metadata['initial_value'], metadata['initial_state']
@@ -85,7 +88,7 @@ def _open_lock(metadata):
         steps.append(f'{name}: {value} ({light})')
     return '\n'.join(steps)
 
-# %% ../../nbs/data/24d_craft_puzzles.ipynb #b516e65c
+# %% ../../nbs/data/24d_craft_puzzles.ipynb #096ed588
 def _unmet_needs(prerequisites):
     "What each course needs, for those courses that can never be taken"
     needs = defaultdict(set)
@@ -95,6 +98,7 @@ def _unmet_needs(prerequisites):
         if not free: return needs
         for course in free: del needs[course]
 
+# %% ../../nbs/data/24d_craft_puzzles.ipynb #1300e982
 def _order_courses(metadata):
     "An order that works, or a cycle that shows there is none"
     if metadata['solvable']:
@@ -106,7 +110,7 @@ def _order_courses(metadata):
     cycle = path[path.index(path[-1]):]
     return f"There is a circle: {' needs '.join(map(str, cycle))}."
 
-# %% ../../nbs/data/24d_craft_puzzles.ipynb #ed9183be
+# %% ../../nbs/data/24d_craft_puzzles.ipynb #e0c51979
 def _check_islanders(metadata):
     "Why the solution of a puzzle of knights and knaves is consistent"
     names = [str(name) for name in metadata['names']]
@@ -119,6 +123,7 @@ def _check_islanders(metadata):
         lines.append(f"What {name} says is then {truth}, as it must be for a {kind}.")
     return '\n'.join(lines)
 
+# %% ../../nbs/data/24d_craft_puzzles.ipynb #b1a39168
 def _state_rule(metadata):
     "The rule of a sequence of numbers"
     return f"The rule: {metadata['rule']}."

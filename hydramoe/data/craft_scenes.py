@@ -43,6 +43,7 @@ def _scene_start(run, i, first, room):
         if run[start][0]!=speaker and size<=room: return start
     return i
 
+# %% ../../nbs/data/24e_craft_scenes.ipynb #b1fc86b7
 def windows(
     run:list[tuple], # (speaker, speech)
     longest:int=5, # speeches before the last
@@ -83,6 +84,7 @@ def _persona(name, described, title):
     (full,) = fitting
     return f'You are {string.capwords(full)}, {described[full]}, in {title}, by Shakespeare.'
 
+# %% ../../nbs/data/24e_craft_scenes.ipynb #8c072b5a
 def scenes(
     files:dict, # plays by path
     back:int=5 # speeches before the one to be spoken, at most

@@ -66,7 +66,7 @@ FILTER_SHAPES = dict(
          'By {noun}, one element has the {most} figure. Which comes next?'],
         'SELECT name FROM elements WHERE {col} IS NOT NULL ORDER BY {col} {dir}, name LIMIT 1 OFFSET 1'))
 
-# %% ../../nbs/data/24a_craft_sql.ipynb #c1f1567d
+# %% ../../nbs/data/24a_craft_sql.ipynb #2dcecf74
 COLUMN_SHAPES = dict(
     count=Shape(
         'elements(name, {col})',
@@ -88,15 +88,17 @@ COLUMN_SHAPES = dict(
         'ORDER BY discovery_year, name'),
     ending=Shape(
         'elements(name, symbol, period)',
-        ['Which elements have a name that ends in "{ending}"?', 'Symbols of the elements whose names end in "{ending}"?'],
+        ['Which elements have a name that ends in "{ending}"?',
+         'Symbols of the elements whose names end in "{ending}"?'],
         "SELECT name, symbol FROM elements WHERE name LIKE '%{ending}' ORDER BY name"),
     distinct=Shape(
         'elements(name, lattice_structure, period)',
-        ['Which crystal lattices occur in period {period}?', 'List the different lattice structures of period {period}.'],
+        ['Which crystal lattices occur in period {period}?',
+         'List the different lattice structures of period {period}.'],
         'SELECT DISTINCT lattice_structure FROM elements WHERE period = {period} AND lattice_structure IS NOT NULL '
         'ORDER BY lattice_structure'))
 
-# %% ../../nbs/data/24a_craft_sql.ipynb #a6222fa4
+# %% ../../nbs/data/24a_craft_sql.ipynb #c5c1dc13
 GROUP_SHAPES = dict(
     mean_by_block=Shape(
         'elements(name, block, {col})',
@@ -120,39 +122,44 @@ GROUP_SHAPES = dict(
         'elements(name, {col})',
         ['Call each element "high" if its {noun} is above {x}, else "low".',
          'Label every element with a known {noun} as high (above {x}) or low.'],
-        "SELECT name, CASE WHEN {col} > {x} THEN 'high' ELSE 'low' END FROM elements WHERE {col} IS NOT NULL ORDER BY name"))
+        "SELECT name, CASE WHEN {col} > {x} THEN 'high' ELSE 'low' END FROM elements "
+        "WHERE {col} IS NOT NULL ORDER BY name"))
 
-# %% ../../nbs/data/24a_craft_sql.ipynb #45cd8671
+# %% ../../nbs/data/24a_craft_sql.ipynb #390c9dc9
 SUBQUERY_SHAPES = dict(
     beyond=Shape(
         'elements(name, {col})',
         ['Which elements have a {noun} {above} that of {element}?',
          'Compared with {element}, which elements have a {noun} {above} its own?'],
-        "SELECT name FROM elements WHERE {col} {op} (SELECT {col} FROM elements WHERE name = '{element}') ORDER BY name"),
+        "SELECT name FROM elements WHERE {col} {op} "
+        "(SELECT {col} FROM elements WHERE name = '{element}') ORDER BY name"),
     above_mean=Shape(
         'elements(name, {col})',
         ['Which elements have a {noun} {above} the average?', 'Whose {noun} is {above} the mean of all?'],
         'SELECT name FROM elements WHERE {col} {op} (SELECT AVG({col}) FROM elements) ORDER BY name'),
     best_in_block=Shape(
         'elements(name, block, {col})',
-        ['Which element has the {most} {noun} in each block?', 'For each block, give the element with the {most} {noun}.'],
+        ['Which element has the {most} {noun} in each block?',
+         'For each block, give the element with the {most} {noun}.'],
         'SELECT block, name, {agg}({col}) FROM elements GROUP BY block ORDER BY block'))
 
-# %% ../../nbs/data/24a_craft_sql.ipynb #d9b8ad42
+# %% ../../nbs/data/24a_craft_sql.ipynb #6d1904b9
 _STATES = 'elements(atomic_number, name); oxidationstates(atomic_number, oxidation_state)'
 
 JOIN_SHAPES = dict(
     group_name=Shape(
         'elements(name, group_id); groups(group_id, name)',
         ['Which elements are among the {group}?', 'Name the {group} in the table.'],
-        "SELECT e.name FROM elements e JOIN groups g ON g.group_id = e.group_id WHERE g.name = '{group}' ORDER BY e.name"),
+        "SELECT e.name FROM elements e JOIN groups g ON g.group_id = e.group_id "
+        "WHERE g.name = '{group}' ORDER BY e.name"),
     per_series=Shape(
         'elements(name, series_id); series(id, name)',
         ['How many elements belong to each series?', 'Count the elements of every series, by its name.'],
         'SELECT s.name, COUNT(*) FROM elements e JOIN series s ON s.id = e.series_id GROUP BY s.name ORDER BY s.name'),
     mean_series=Shape(
         'elements(name, series_id, {col}); series(id, name)',
-        ['Which series has the {most} average {noun}?', 'Rank the series by average {noun} and give the one that is {most}.'],
+        ['Which series has the {most} average {noun}?',
+         'Rank the series by average {noun} and give the one that is {most}.'],
         'SELECT s.name, ROUND(AVG(e.{col}), 3) AS mean FROM elements e JOIN series s ON s.id = e.series_id '
         'WHERE e.{col} IS NOT NULL GROUP BY s.name ORDER BY mean {dir}, s.name LIMIT 1'),
     states=Shape(
@@ -167,11 +174,12 @@ JOIN_SHAPES = dict(
         'WHERE o.oxidation_state = {state} ORDER BY e.name', few=True),
     most_states=Shape(
         _STATES,
-        ['Which element has the most oxidation states?', 'Count the oxidation states of each element and name the first by that count.'],
+        ['Which element has the most oxidation states?',
+         'Count the oxidation states of each element and name the first by that count.'],
         'SELECT e.name, COUNT(*) AS n FROM elements e JOIN oxidationstates o USING (atomic_number) '
         'GROUP BY e.name ORDER BY n DESC, e.name LIMIT 1', few=True))
 
-# %% ../../nbs/data/24a_craft_sql.ipynb #5117e238
+# %% ../../nbs/data/24a_craft_sql.ipynb #57524a09
 _ISOTOPES = 'elements(atomic_number, name); isotopes(atomic_number, mass_number, abundance)'
 _MELTING = 'elements(atomic_number, name); phasetransitions(atomic_number, melting_point, boiling_point)'
 _IONIZATION = 'elements(atomic_number, name); ionizationenergies(atomic_number, ion_charge, ionization_energy)'
@@ -179,7 +187,8 @@ _IONIZATION = 'elements(atomic_number, name); ionizationenergies(atomic_number, 
 ISOTOPE_SHAPES = dict(
     isotope=Shape(
         _ISOTOPES,
-        ['Which isotope of {element} is the most abundant?', 'Give the mass number of the commonest isotope of {element}.'],
+        ['Which isotope of {element} is the most abundant?',
+         'Give the mass number of the commonest isotope of {element}.'],
         "SELECT i.mass_number FROM isotopes i JOIN elements e USING (atomic_number) WHERE e.name = '{element}' "
         "ORDER BY i.abundance DESC LIMIT 1", few=True),
     n_isotopes=Shape(
@@ -193,7 +202,7 @@ ISOTOPE_SHAPES = dict(
         'SELECT name FROM elements e WHERE NOT EXISTS '
         '(SELECT 1 FROM isotopes i WHERE i.atomic_number = e.atomic_number) ORDER BY name', few=True))
 
-# %% ../../nbs/data/24a_craft_sql.ipynb #1a7b0e64
+# %% ../../nbs/data/24a_craft_sql.ipynb #8419866f
 ENERGY_SHAPES = dict(
     melting=Shape(
         _MELTING,
@@ -202,22 +211,26 @@ ENERGY_SHAPES = dict(
         'WHERE p.melting_point > {kelvin} ORDER BY e.name'),
     liquid=Shape(
         _MELTING,
-        ['Over how many kelvin is each element liquid?', 'For each element, how far apart are melting and boiling point?'],
+        ['Over how many kelvin is each element liquid?',
+         'For each element, how far apart are melting and boiling point?'],
         'SELECT e.name, ROUND(p.boiling_point - p.melting_point, 1) FROM elements e '
         'JOIN phasetransitions p USING (atomic_number) '
         'WHERE p.boiling_point IS NOT NULL AND p.melting_point IS NOT NULL ORDER BY e.name', few=True),
     ionization=Shape(
         _IONIZATION,
-        ['What does it take, in eV, to remove the first electron from {element}?', 'First ionization energy of {element}, in eV?'],
+        ['What does it take, in eV, to remove the first electron from {element}?',
+         'First ionization energy of {element}, in eV?'],
         "SELECT i.ionization_energy FROM ionizationenergies i JOIN elements e USING (atomic_number) "
         "WHERE e.name = '{element}' AND i.ion_charge = 0", few=True),
     easiest=Shape(
         _IONIZATION,
-        ['Which element gives up its first electron most easily?', 'Which neutral atom has the lowest ionization energy?'],
+        ['Which element gives up its first electron most easily?',
+         'Which neutral atom has the lowest ionization energy?'],
         'SELECT e.name FROM elements e JOIN ionizationenergies i USING (atomic_number) '
         'WHERE i.ion_charge = 0 ORDER BY i.ionization_energy, e.name LIMIT 1', few=True))
 
-SHAPES = FILTER_SHAPES | COLUMN_SHAPES | GROUP_SHAPES | SUBQUERY_SHAPES | JOIN_SHAPES | ISOTOPE_SHAPES | ENERGY_SHAPES
+SHAPES = (FILTER_SHAPES | COLUMN_SHAPES | GROUP_SHAPES | SUBQUERY_SHAPES
+          | JOIN_SHAPES | ISOTOPE_SHAPES | ENERGY_SHAPES)
 
 # %% ../../nbs/data/24a_craft_sql.ipynb #cell16
 LINKS = dict( # table → which of its rows belong to the elements in the braces
@@ -248,15 +261,19 @@ def excerpt(
     small = sqlite3.connect(':memory:')
     listed = ', '.join(map(str, numbers))
     for name, columns in re.findall(r'(\w+)\(([^)]*)\)', tables):
-        rows = con.execute(f"SELECT {columns} FROM {name} WHERE {LINKS[name].format(listed)} ORDER BY rowid").fetchall()
-        fill_table(small, name, columns.split(', '), [[round_figure(v) for v in row] for row in rows])
+        sql = f"SELECT {columns} FROM {name} WHERE {LINKS[name].format(listed)} ORDER BY rowid"
+        rows = [[round_figure(v) for v in row] for row in con.execute(sql)]
+        fill_table(small, name, columns.split(', '), rows)
     return small
 
-# %% ../../nbs/data/24a_craft_sql.ipynb #a2ef07d2
+# %% ../../nbs/data/24a_craft_sql.ipynb #cdf3e1e7
 def _tables_of(con):
     "Names of tables and of their columns"
-    names = [name for name, in con.execute("SELECT name FROM sqlite_master ORDER BY rowid")]
-    return {name: [column[1] for column in con.execute(f'pragma table_info({name})')] for name in names}
+    tables = {}
+    for name, in con.execute("SELECT name FROM sqlite_master ORDER BY rowid"):
+        described = con.execute(f'pragma table_info({name})')
+        tables[name] = [column[1] for column in described]
+    return tables
 
 def show_tables(
     con:sqlite3.Connection, # a small database
@@ -265,7 +282,10 @@ def show_tables(
     "The tables of a database as CSV, or only their heads"
     tables = _tables_of(con)
     if not with_rows: return '\n'.join(f"{name}({', '.join(columns)})" for name, columns in tables.items())
-    shown = [f"{name}:\n{as_csv(columns, con.execute(f'SELECT * FROM {name}'))}" for name, columns in tables.items()]
+    shown = []
+    for name, columns in tables.items():
+        rows = con.execute(f'SELECT * FROM {name}')
+        shown.append(f'{name}:\n{as_csv(columns, rows)}')
     return '\n\n'.join(shown)
 
 # %% ../../nbs/data/24a_craft_sql.ipynb #cell19
@@ -273,23 +293,32 @@ WAYS = [dict(above='above', op='>', most='highest', dir='DESC', agg='MAX'),
         dict(above='below', op='<', most='lowest', dir='ASC', agg='MIN')]
 
 FACTS_SQL = '''
-    SELECT e.name AS element, e.block, e.period, g.name AS "group", o.oxidation_state AS state, e.discovery_year AS year,
-           CAST(.9*p.melting_point AS INTEGER) AS kelvin, substr(e.name, -2) AS ending, e.{col} AS value
+    SELECT e.name AS element, e.block, e.period, g.name AS "group", o.oxidation_state AS state,
+           e.discovery_year AS year, CAST(.9*p.melting_point AS INTEGER) AS kelvin,
+           substr(e.name, -2) AS ending, e.{col} AS value
     FROM elements e LEFT JOIN groups g USING (group_id) LEFT JOIN oxidationstates o USING (atomic_number)
                     LEFT JOIN phasetransitions p USING (atomic_number)
     WHERE e.atomic_number IN ({numbers}) ORDER BY e.atomic_number, o.id, p.id''' # what can fill a slot
 
+def _facts_about(con, column, numbers):
+    "Rows that slots can be filled from, as dicts"
+    listed = ', '.join(map(str, numbers))
+    found = con.execute(FACTS_SQL.format(col=column, numbers=listed))
+    names = [c[0] for c in found.description]
+    return [dict(zip(names, row)) for row in found]
+
+# %% ../../nbs/data/24a_craft_sql.ipynb #e7a0716f
 def _draw_slots(con, column, numbers, g):
     "Values for all slots, from one row but for the threshold; None if too few figures are known"
-    found = con.execute(FACTS_SQL.format(col=column, numbers=', '.join(map(str, numbers))))
-    names = [c[0] for c in found.description]
-    rows = found.fetchall()
-    slots = dict(zip(names, rows[g.integers(len(rows))]))
-    known = sorted({row[-1] for row in rows if row[-1] is not None})
+    facts = _facts_about(con, column, numbers)
+    slots = dict(facts[g.integers(len(facts))])
+    known = sorted({fact['value'] for fact in facts if fact['value'] is not None})
     if len(known)<3: return None
     i = g.integers(len(known)-1)
     slots |= WAYS[g.integers(2)]
-    slots |= dict(col=column, noun=MEASURES[column], n=int(g.integers(2, 4)), x=round_figure((known[i]+known[i+1])/2))
+    slots |= dict(col=column, noun=MEASURES[column])
+    slots['n'] = int(g.integers(2, 4))
+    slots['x'] = round_figure((known[i]+known[i+1])/2)
     slots['later'] = (slots['year'] or 0) + int(g.integers(20, 120))
     return {name: value for name, value in slots.items() if value is not None}
 
@@ -302,8 +331,10 @@ def _fill_slots(text, slots):
 def _draw_numbers(shape, g):
     "Atomic numbers of the elements to show"
     size = 4 if shape.few else g.integers(6, 10)
-    return sorted((1+g.choice(103, size, replace=False)).tolist())
+    numbers = 1+g.choice(103, size, replace=False)
+    return sorted(numbers.tolist())
 
+# %% ../../nbs/data/24a_craft_sql.ipynb #a03e930a
 def _draw_question(con, g, i):
     "One question of shape `i`, with its SQL and what that returns; None if it is no good"
     shape = list(SHAPES.values())[i%len(SHAPES)]
@@ -315,8 +346,10 @@ def _draw_question(con, g, i):
     sql = _fill_slots(shape.sql, slots)
     if sql is None: return None
     small = excerpt(con, shape.tables.format(col=column), numbers)
-    rows = (small if with_rows else con).execute(sql).fetchall()
-    if not rows or rows[0][-1] is None or (with_rows and len(rows)>9): return None
+    asked = small if with_rows else con
+    rows = asked.execute(sql).fetchall()
+    if not rows or rows[0][-1] is None: return None
+    if with_rows and len(rows)>9: return None
     ask = shape.asks[g.integers(len(shape.asks))].format(**slots)
     shown = show_tables(small, with_rows)
     if not with_rows: return f'{ask} Write the SQL.\n\nTables:\n{shown}', f'{sql};'
@@ -341,6 +374,7 @@ def _parse_value(text):
         except ValueError: pass
     return text or None
 
+# %% ../../nbs/data/24a_craft_sql.ipynb #9df7918f
 def _read_tables(text):
     "The database that a prompt shows, built again from its text"
     con = sqlite3.connect(':memory:')
@@ -349,6 +383,7 @@ def _read_tables(text):
         fill_table(con, name, head, [[_parse_value(v) for v in row] for row in rows])
     return con
 
+# %% ../../nbs/data/24a_craft_sql.ipynb #e96fed38
 def answer_holds(
     prompt:str, # of `element_sql`
     answer:str, # SQL, and its result if the prompt shows rows
@@ -358,4 +393,5 @@ def answer_holds(
     sql, _, result = answer.partition(';\n\n')
     if 'Tables:\n' in prompt: return bool(con.execute(sql.rstrip(';')).fetchone())
     _, _, shown = prompt.partition('\n\n')
-    return as_csv(None, _read_tables(shown).execute(sql).fetchall())==result
+    rows = _read_tables(shown).execute(sql).fetchall()
+    return as_csv(None, rows)==result

@@ -28,9 +28,11 @@ def name_work(
     path:str # of a book
 )->str: # as a task names it
     "What book this is"
-    return next((name for part, name in WORKS.items() if part in path), 'the book')
+    for part, name in WORKS.items():
+        if part in path: return name
+    return 'the book'
 
-# %% ../../nbs/data/24f_craft_writing.ipynb #a4d299c9
+# %% ../../nbs/data/24f_craft_writing.ipynb #d2aa6ba2
 def _is_verse(line):
     "Is this a line of a poem, and no heading, note or page number?"
     text = line.strip()
@@ -38,6 +40,7 @@ def _is_verse(line):
     if text[0] not in string.ascii_uppercase+'\'"(': return False
     return not re.search(r'[\[\]_*]|^\W*(BOOK|CANTO|Page)', line)
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #4e4bc8a9
 def verse_runs(
     data:bytes, # a book of poems
     shortest:int=8 # lines
@@ -54,15 +57,18 @@ def verse_runs(
 # %% ../../nbs/data/24f_craft_writing.ipynb #cell95
 def _continue_verse(lines, work, g):
     "The first six lines → the rest"
-    request = f'Continue these lines of {work} for {len(lines)-6} more lines.'
-    return request+'\n\n'+'\n'.join(lines[:6]), lines[6:]
+    given, rest = lines[:6], lines[6:]
+    request = f'Continue these lines of {work} for {len(rest)} more lines.'
+    return request+'\n\n'+'\n'.join(given), rest
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #f9c7a0c3
 def _fill_verse(lines, work, g):
     "The first and the last four lines → those between"
-    request = f"From {work}, with {len(lines)-8} lines missing in the middle. Write them."
-    return request+'\n\n'+'\n'.join([*lines[:4], '…', *lines[-4:]]), lines[4:-4]
+    missing = lines[4:-4]
+    given = '\n'.join([*lines[:4], '…', *lines[-4:]])
+    return f"From {work}, with {len(missing)} lines missing in the middle. Write them.\n\n{given}", missing
 
-# %% ../../nbs/data/24f_craft_writing.ipynb #148ccdc2
+# %% ../../nbs/data/24f_craft_writing.ipynb #e17a06e8
 def pick_long_words(
     text:str, # a passage
     n:int, # how many
@@ -72,19 +78,22 @@ def pick_long_words(
     words = sorted(set(re.findall(r"\b[a-z]{6,}\b", text)))
     return sorted(g.permutation(words)[:n].tolist())
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #eb0076d4
 def _verse_with_words(lines, work, g):
     "Given words → ten lines that contain them"
     lines = lines[:10]
     words = ', '.join(pick_long_words(' '.join(lines), 5, g))
     return f"Write {len(lines)} lines of verse in the manner of {work}. Use these words: {words}.", lines
 
-# %% ../../nbs/data/24f_craft_writing.ipynb #f88f600d
+# %% ../../nbs/data/24f_craft_writing.ipynb #9f38d182
 def first_letter(
     line:str # of verse
 )->str: # a capital
     "The first letter of a line, whatever marks come before it"
-    return re.sub('[^A-Za-z]', '', line)[0].upper()
+    letters = re.sub('[^A-Za-z]', '', line)
+    return letters[0].upper()
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #7f46d694
 def _verse_with_letters(lines, work, g):
     "First letters and the first line → eight lines"
     lines = lines[:8]
@@ -92,7 +101,7 @@ def _verse_with_letters(lines, work, g):
     return (f"In the manner of {work}, write {len(lines)} lines that begin with the letters {letters}. "
             f"The first is: {lines[0]}"), lines
 
-# %% ../../nbs/data/24f_craft_writing.ipynb #6293da53
+# %% ../../nbs/data/24f_craft_writing.ipynb #6ec3bf55
 def shuffle_parts(
     parts:list[str], # two or more
     g # numpy generator
@@ -102,19 +111,23 @@ def shuffle_parts(
         order = g.permutation(len(parts)).tolist()
         if order!=sorted(order): return [parts[i] for i in order]
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #c0318882
 def _order_verse(lines, work, g):
     "Eight lines, the last seven out of order → in order"
     lines = lines[:8]
     request = f'These lines of {work} are out of order. The first is right. Put the others in order.'
-    return request+'\n\n'+'\n'.join([lines[0], *shuffle_parts(lines[1:], g)]), lines
+    given = [lines[0], *shuffle_parts(lines[1:], g)]
+    return request+'\n\n'+'\n'.join(given), lines
 
-# %% ../../nbs/data/24f_craft_writing.ipynb #53151f69
+# %% ../../nbs/data/24f_craft_writing.ipynb #0d10322d
 def flatten_text(
     text:str # a passage
 )->str: # lower case, words with a blank between
     "A text without capitals, punctuation and line breaks"
-    return ' '.join(re.findall(r"[a-z']+", text.lower()))
+    words = re.findall(r"[a-z']+", text.lower())
+    return ' '.join(words)
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #754164f6
 def _set_verse(lines, work, g):
     "A running text → nine lines of verse"
     lines = lines[:9]
@@ -167,6 +180,7 @@ def sentences(
     "A passage in sentences"
     return re.split(SENTENCE_END, text)
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #ab723424
 def _cut_passages(text, longest):
     "A paragraph in passages of whole sentences"
     passages, passage = [], ''
@@ -177,12 +191,19 @@ def _cut_passages(text, longest):
         passage += ' '+sentence
     return [*passages, passage.strip()]
 
-# %% ../../nbs/data/24f_craft_writing.ipynb #f60920bc
+# %% ../../nbs/data/24f_craft_writing.ipynb #01e7622d
+def _join_lines(paragraph):
+    "A paragraph on one line, without marks, and with words whole that were divided at the end of a line"
+    undivided = re.sub(r'(?<=[a-z])-\n(?=[a-z])', '', paragraph)
+    unmarked = re.sub('[_~+]', '', undivided)
+    return ' '.join(unmarked.split())
+
 def _is_prose(paragraph, text):
     "Is this a paragraph of prose, and no table, note or list of references?"
     if paragraph.startswith('   ') or len(re.findall(r'\d+', text))>6: return False
     return not re.search(r'[#|=\[\]{}<>*\x80-\xff]|\.\.|comp\.|i\.e\.|Lat\.|\bl\. \d', text)
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #e2b095a2
 def paragraphs(
     data:bytes, # a book of prose
     shortest:int=260, # characters
@@ -191,41 +212,50 @@ def paragraphs(
     "The prose of a book, in passages of whole sentences, without notes and tables"
     passages = []
     for paragraph in re.split(r'\n\s*\n', latin_text(data)):
-        joined = re.sub(r'(?<=[a-z])-\n(?=[a-z])', '', paragraph) # words divided at the end of a line
-        text = ' '.join(re.sub('[_~+]', '', joined).split())
+        text = _join_lines(paragraph)
         if _is_prose(paragraph, text): passages += _cut_passages(text, longest)
-    return [p for p in passages if shortest<=len(p)<=longest and p[:1].isupper() and p[-1:] in '.?!']
+    whole = [p for p in passages if p[:1].isupper() and p[-1:] in '.?!']
+    return [p for p in whole if shortest<=len(p)<=longest]
 
 # %% ../../nbs/data/24f_craft_writing.ipynb #cell103
 def _continue_prose(parts, work, g):
     "The first half of the sentences → the rest"
     half = max(1, len(parts)//2)
-    return f'Continue this passage from {work}.\n\n'+' '.join(parts[:half]), ' '.join(parts[half:])
+    given, rest = ' '.join(parts[:half]), ' '.join(parts[half:])
+    return f'Continue this passage from {work}.\n\n{given}', rest
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #49c1860d
 def _fill_prose(parts, work, g):
     "The first and the last sentence → those between"
-    return f'A part of this passage from {work} is missing. Write it.\n\n{parts[0]} … {parts[-1]}', ' '.join(parts[1:-1])
+    first, *middle, last = parts
+    request = f'A part of this passage from {work} is missing. Write it.'
+    return f'{request}\n\n{first} … {last}', ' '.join(middle)
 
-# %% ../../nbs/data/24f_craft_writing.ipynb #c8a85a46
+# %% ../../nbs/data/24f_craft_writing.ipynb #79e17fce
 def _order_prose(parts, work, g):
     "Sentences out of order → the passage"
     listed = '\n'.join(f'- {s}' for s in shuffle_parts(parts, g))
     return f'Put these sentences from {work} in order and join them to one passage.\n\n{listed}', ' '.join(parts)
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #97c42ba1
 def _restore_prose(parts, work, g):
     "The words alone → the passage with capitals and punctuation"
-    words = ' '.join(re.findall(r"[\w']+", ' '.join(parts).lower()))
-    return f'Restore capitals and punctuation in this passage from {work}.\n\n{words}', ' '.join(parts)
+    passage = ' '.join(parts)
+    words = re.findall(r"[\w']+", passage.lower())
+    return f'Restore capitals and punctuation in this passage from {work}.\n\n'+' '.join(words), passage
 
-# %% ../../nbs/data/24f_craft_writing.ipynb #c0a38f66
+# %% ../../nbs/data/24f_craft_writing.ipynb #1ed0fe20
 def _prose_with_words(parts, work, g):
     "The first five words and some others → the passage"
+    passage = ' '.join(parts)
     plural = 's' if len(parts)>1 else ''
     begin = ' '.join(parts[0].split()[:5])
-    words = ', '.join(pick_long_words(' '.join(parts), 6, g))
-    return (f"Write a passage of {len(parts)} sentence{plural} for {work}. "
-            f"It begins with “{begin}” and contains these words: {words}."), ' '.join(parts)
+    words = ', '.join(pick_long_words(passage, 6, g))
+    request = (f"Write a passage of {len(parts)} sentence{plural} for {work}. "
+               f"It begins with “{begin}” and contains these words: {words}.")
+    return request, passage
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #3b613367
 def _draw_prose_task(passage, work, g):
     "One of the tasks that a passage is long enough for"
     parts = sentences(passage)
@@ -240,8 +270,11 @@ def prose_tasks(
 )->list[tuple]: # (task, passage)
     "A passage of prose asked for in one of five ways → the passage, or its missing part"
     g = rng(seed, 'prose_tasks')
-    passages = [(path, p) for path, data in files.items() for p in dict.fromkeys(paragraphs(data))]
-    return [_draw_prose_task(p, name_work(path), g) for path, p in passages]
+    pairs = []
+    for path, data in files.items():
+        work = name_work(path)
+        for passage in dict.fromkeys(paragraphs(data)): pairs.append(_draw_prose_task(passage, work, g))
+    return pairs
 
 # %% ../../nbs/data/24f_craft_writing.ipynb #cell105
 def gives_back(
@@ -255,16 +288,20 @@ def gives_back(
     if head.startswith('A part'): return given.replace('…', answer)==whole
     if answer!=whole: return False
     if head.startswith('Restore'): return re.findall(r"[\w']+", answer.lower())==given.split()
-    if head.startswith('Put'): return sorted(sentences(answer))==sorted(line[2:] for line in given.split('\n'))
-    words = head.partition('words: ')[2].rstrip('.').split(', ')
-    return all(word in answer for word in words)
+    if head.startswith('Put'):
+        listed = [line.removeprefix('- ') for line in given.split('\n')]
+        return sorted(sentences(answer))==sorted(listed)
+    _, _, words = head.partition('words: ')
+    return all(word in answer for word in words.rstrip('.').split(', '))
 
 # %% ../../nbs/data/24f_craft_writing.ipynb #cell109
 def _split_title(passage):
     "The title of an article, and its paragraph with plain quotation marks and blanks"
     title, _, text = passage.partition(' -- ')
-    return title, ' '.join(text.replace('``', '"').replace("''", '"').split())
+    quoted = text.replace('``', '"').replace("''", '"')
+    return title, ' '.join(quoted.split())
 
+# %% ../../nbs/data/24f_craft_writing.ipynb #9b1df2fc
 def passage_tasks(
     files:dict, # BoolQ's rows, and the held-out rows
     without:str, # path of the held-out rows

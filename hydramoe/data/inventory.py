@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['count_records', 'inventory_stage']
 
-# %% ../../nbs/data/25a_inventory.ipynb #0f8a12c9
+# %% ../../nbs/data/25a_inventory.ipynb #c940c06e
 from pathlib import Path
 import numpy as np
-from transformers import AutoTokenizer
 from ..foundations.core import progress, write_json
 from ..models.base import smollm2_dir
 from .load import load
@@ -16,12 +15,15 @@ from .load import load
 # %% ../../nbs/data/25a_inventory.ipynb #cell107
 def _record_text(record):
     "Everything that is said in a record"
-    return '\n'.join(m['content'] for m in record['prompt']+record['completion'])
+    messages = record['prompt']+record['completion']
+    return '\n'.join(m['content'] for m in messages)
 
 def _record_length(record):
     "Characters of a record, prompt and response"
-    return sum(len(m['content']) for m in record['prompt']+record['completion'])
+    messages = record['prompt']+record['completion']
+    return sum(len(m['content']) for m in messages)
 
+# %% ../../nbs/data/25a_inventory.ipynb #3396c9d9
 def count_records(
     records:list[dict], # of one card
     tokenizer, # which counts
@@ -29,13 +31,18 @@ def count_records(
 )->dict: # domain, rows, usable, tokens, and quantiles of the response's characters
     "How much the records of one card give"
     usable = [_record_text(r) for r in records if _record_length(r)<=longest]
-    ids = tokenizer(usable, add_special_tokens=False)['input_ids'] if usable else []
+    ids = []
+    if usable: ids = tokenizer(usable, add_special_tokens=False)['input_ids']
     lengths = [len(r['completion'][0]['content']) for r in records]
-    quantiles = np.quantile(lengths, [.05, .25, .5, .75, .95]).round().tolist()
-    return dict(domain=records[0]['domain'], rows=len(records), usable=len(usable),
-                tokens=sum(map(len, ids)), response=quantiles)
+    quantiles = np.quantile(lengths, [.05, .25, .5, .75, .95])
+    return dict(
+        domain=records[0]['domain'],
+        rows=len(records),
+        usable=len(usable),
+        tokens=sum(map(len, ids)),
+        response=quantiles.round().tolist())
 
-# %% ../../nbs/data/25a_inventory.ipynb #8987e86a
+# %% ../../nbs/data/25a_inventory.ipynb #5e1c2b7c
 def inventory_stage(
     out:Path, # receives inventory.json: card → domain, rows, usable, tokens, and quantiles of the response's characters
     names:str, # cards, separated by commas
@@ -43,6 +50,7 @@ def inventory_stage(
     longest:int=1800 # characters of a usable record, prompt and response
 ):
     "Stage: how much each card gives"
+    from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
     found = {}
     for name in progress(names.split(','), desc='count cards'):

@@ -47,13 +47,15 @@ def fill_template(
     "Put a row's columns into a template"
     return _RowFormatter().vformat(template, (), row).strip()
 
-# %% ../../nbs/data/20a_rows.ipynb #64855f78
+# %% ../../nbs/data/20a_rows.ipynb #49879a0b
 def template_fields(
     template:str # text with fields in braces
 )->list[str]: # as they are written, with `[inner]` and `?`
     "What stands in the braces of a template"
-    return [field for _, field, _, _ in string.Formatter().parse(template) if field]
+    parsed = string.Formatter().parse(template)
+    return [field for _, field, _, _ in parsed if field]
 
+# %% ../../nbs/data/20a_rows.ipynb #9d9b0aa2
 def template_columns(
     templates:dict # name → template; what is no text is skipped
 )->set[str]: # names of columns
@@ -118,7 +120,7 @@ def _alpaca_pairs(row, instruction, input, output):
         raise ValueError(f'{column} is {json.dumps(row.get(column))[:40]}; need text')
     return [(f'{asked}\n\n{context}'.strip(), answer)]
 
-# %% ../../nbs/data/20a_rows.ipynb #527dac83
+# %% ../../nbs/data/20a_rows.ipynb #a392099b
 def _conversation(row, column, role, content, roles):
     "The messages in a column, under our names for roles and keys"
     messages = row.get(column)
@@ -127,6 +129,7 @@ def _conversation(row, column, role, content, roles):
     try: return [plain_message(m, role, content, roles) for m in messages]
     except ValueError as e: raise ValueError(f'{column}: {e}') from None
 
+# %% ../../nbs/data/20a_rows.ipynb #8587094d
 def _require_turns(messages, start=0):
     "`assistant_turns` that come at `start` or later; a ValueError if there are none"
     turns = [(before, turn) for before, turn in assistant_turns(messages) if len(before)>=start]
@@ -134,7 +137,7 @@ def _require_turns(messages, start=0):
     if any(m.get('weight')==0 for m in messages[start:]): raise ValueError('asks not to be learned, in every answer')
     raise ValueError('has no assistant turn after a user turn')
 
-# %% ../../nbs/data/20a_rows.ipynb #77d89151
+# %% ../../nbs/data/20a_rows.ipynb #8eae0e2b
 def user_message(
     prompt:str|list[dict] # a prompt
 )->list[dict]: # messages
@@ -151,6 +154,7 @@ def _name_plainly(given):
         plain.append(m)
     return plain
 
+# %% ../../nbs/data/20a_rows.ipynb #acbce637
 def _answers(prompt, completion):
     "Every answer in a completion that may be learned, with what came before it"
     check_messages(prompt, 'prompt')
@@ -169,7 +173,7 @@ def _own_pairs(row, prompt, completion):
     weighted = isinstance(answer, list) and any(isinstance(m, dict) and m.get('weight')==0 for m in answer)
     return _answers(asked, answer) if weighted else [(asked, answer)]
 
-# %% ../../nbs/data/20a_rows.ipynb #d03efcd8
+# %% ../../nbs/data/20a_rows.ipynb #62c761f4
 def _shared_start(a, b):
     "How many messages two conversations have in common at their beginning"
     shared = 0
@@ -178,8 +182,10 @@ def _shared_start(a, b):
 
 def _starts_with(messages, prompt):
     "Does a conversation begin with the messages of a prompt, apart from blanks?"
-    said = lambda ms: [(m['role'], m['content'].strip()) for m in ms]
-    return len(messages)>len(prompt) and said(messages[:len(prompt)])==said(prompt)
+    if len(messages)<=len(prompt): return False
+    for m, p in zip(messages, prompt):
+        if m['role']!=p['role'] or m['content'].strip()!=p['content'].strip(): return False
+    return True
 
 # %% ../../nbs/data/20a_rows.ipynb #e5ec1e42
 def _preference_cell(value):
@@ -209,7 +215,8 @@ VERDICT_KEYS = ('label', 'kto_tag', 'chosen', 'loss') # of a row's answer
 
 def _is_verdict(key, value, form):
     "Does this column say whether the row's answer is a good one?"
-    if not form or key not in VERDICT_KEYS or not isinstance(value, (str, int, float)): return False
+    if not form or key not in VERDICT_KEYS: return False
+    if not isinstance(value, (str, int, float)): return False
     said = str(value).strip().casefold()
     if said in ('true', 'false'): return True
     return form=='pairs' and key!='loss' and said in ('0', '1', '0.0', '1.0')

@@ -23,21 +23,26 @@ def eval_docs(
     files:dict # requests.jsonl.gz by path
 )->list[dict]: # one `doc` an item
     "The items of evaluation requests: a file holds one request for every choice, the same up to the request"
-    lines = [line for path, data in files.items() for line in decode_file(path, data).splitlines() if line.strip()]
-    by_item = {line.partition('"request":')[0]: line for line in lines}
+    by_item = {}
+    for path, data in files.items():
+        for line in decode_file(path, data).splitlines():
+            item, _, _ = line.partition('"request":')
+            if line.strip(): by_item[item] = line
     return [json.loads(line)['doc'] for line in by_item.values()]
 
-# %% ../../nbs/data/23_sources.ipynb #11fb1b83
+# %% ../../nbs/data/23_sources.ipynb #499427ae
 def math_problems(
     files:dict, # requests by path, one of them the held-out set
     without:str # path of the held-out set
 ):
     "Problem → worked solution, for every problem that is not in the held-out set"
-    held = {doc['problem'].strip() for doc in eval_docs({without: files[without]})}
+    held_docs = eval_docs({without: files[without]})
+    held = {doc['problem'].strip() for doc in held_docs}
     others = {path: data for path, data in files.items() if path!=without}
     for doc in eval_docs(others):
         if doc['problem'].strip() not in held: yield doc['problem'], doc['solution']
 
+# %% ../../nbs/data/23_sources.ipynb #654ac064
 def champ(
     files:dict # one JSON file of problems
 ):
@@ -54,6 +59,7 @@ def letter_options(
     "Options as `A. …`, `B. …`"
     return '\n'.join(f'{letter}. {option}' for letter, option in zip(string.ascii_uppercase, options))
 
+# %% ../../nbs/data/23_sources.ipynb #6e7735d6
 def medmcqa(
     files:dict # requests by path
 ):
@@ -100,6 +106,7 @@ def knights_knaves(
     for puzzle in reasoning_gym.create_dataset('knights_knaves', size=size, seed=seed):
         yield puzzle['question'], puzzle['answer']
 
+# %% ../../nbs/data/23_sources.ipynb #108026f1
 def legal_support(
     files:dict # rows: claim, two conclusions, which is right
 ):
@@ -189,33 +196,39 @@ def preferred(
         chosen = row['chosen']['value']
         if len(chosen)>=shortest and '```' not in chosen: yield messages, chosen
 
-# %% ../../nbs/data/23_sources.ipynb #a57d19d3
+# %% ../../nbs/data/23_sources.ipynb #51a0a416
 def latin_text(
     data:bytes # a book of Project Gutenberg
 )->str: # with `\n` as line end
     "The text of a file in Latin-1"
     return data.decode('latin-1').replace('\r', '')
 
+# %% ../../nbs/data/23_sources.ipynb #7bb86f1d
 def verse(
     files:dict, # poems as plain text
     lines:int=10 # of a prompt, and of its answer
 ):
     "Some lines of a long poem → the lines after them, no line twice"
     for data in files.values():
-        poem = [line.strip() for line in latin_text(data).splitlines()]
-        poem = [re.sub(r'\s+\d+$', '', line) for line in poem if 20<=len(line)<=75 and not line.isupper()]
-        for i in range(0, len(poem)-2*lines+1, 2*lines):
-            given, following = poem[i:i+lines], poem[i+lines:i+2*lines]
-            yield 'Go on with this poem:\n\n'+'\n'.join(given), '\n'.join(following)
+        stripped = [line.strip() for line in latin_text(data).splitlines()]
+        verses = [line for line in stripped if 20<=len(line)<=75 and not line.isupper()]
+        poem = [re.sub(r'\s+\d+$', '', line) for line in verses] # without line numbers
+        for start in range(0, len(poem)-2*lines+1, 2*lines):
+            middle = start+lines
+            given = '\n'.join(poem[start:middle])
+            yield f'Go on with this poem:\n\n{given}', '\n'.join(poem[middle:middle+lines])
 
+# %% ../../nbs/data/23_sources.ipynb #6d9bfaa3
 def sonnets(
     files:dict # plain text, sonnets under Roman numerals
 ):
     "First quatrain → the other ten lines"
     for data in files.values():
         for sonnet in re.split(r'\n[IVXLC]+\n', latin_text(data))[1:]:
-            lines = [line.strip() for line in sonnet.strip().splitlines() if line.strip()]
-            if len(lines)==14: yield 'Finish this sonnet:\n\n'+'\n'.join(lines[:4]), '\n'.join(lines[4:])
+            lines = [line.strip() for line in sonnet.splitlines() if line.strip()]
+            if len(lines)!=14: continue
+            quatrain = '\n'.join(lines[:4])
+            yield f'Finish this sonnet:\n\n{quatrain}', '\n'.join(lines[4:])
 
 # %% ../../nbs/data/23_sources.ipynb #cell75
 def _passage(row):
@@ -267,7 +280,7 @@ COMPARED = { # column → what more of it is called, unit, noun
     'vdw_radius':('larger, by van der Waals radius,', 'pm', 'van der Waals radius'),
     'thermal_conductivity':('a better conductor of heat', 'W/(m·K)', 'thermal conductivity')}
 
-# %% ../../nbs/data/23_sources.ipynb #47f12839
+# %% ../../nbs/data/23_sources.ipynb #57c22373
 def element_claims(
     files:dict, # the database
     size:int, # how many claims to draw
@@ -279,33 +292,41 @@ def element_claims(
     for _ in range(size):
         column = list(COMPARED)[g.integers(len(COMPARED))]
         more, unit, noun = COMPARED[column]
-        known = con.execute(f'select name, {column} from elements where {column} is not null order by atomic_number').fetchall()
+        sql = f'select name, {column} from elements where {column} is not null order by atomic_number'
+        known = con.execute(sql).fetchall()
         (a, x), (b, y) = [known[i] for i in g.choice(len(known), 2, replace=False)]
         if x==y: continue
         facts = f'The {noun} of {a.lower()} is {x:g} {unit}, that of {b.lower()} {y:g}.'
         yield f'True or false? {a} is {more} than {b.lower()}.', f'{x>y}. {facts}'
 
 # %% ../../nbs/data/23_sources.ipynb #cell85
+def _cell_text(value):
+    "A value in a cell; None is written as nothing"
+    return '' if value is None else str(value)
+
 def as_csv(
     head:list[str], # column names, or none
     rows:list[tuple] # values; None is written as nothing
 )->str: # lines
     "Rows as comma-separated lines"
     lines = [head, *rows] if head else rows
-    return '\n'.join(','.join('' if v is None else str(v) for v in line) for line in lines)
+    return '\n'.join(','.join(_cell_text(v) for v in line) for line in lines)
 
+# %% ../../nbs/data/23_sources.ipynb #ada19cae
 def _as_markdown(head, rows):
     "Rows as a table in Markdown"
     lines = [head, ['---']*len(head), *rows]
-    return '\n'.join('| '+' | '.join('' if v is None else str(v) for v in line)+' |' for line in lines)
+    joined = [' | '.join(_cell_text(v) for v in line) for line in lines]
+    return '\n'.join(f'| {line} |' for line in joined)
 
 def _as_json(head, rows):
     "Rows as a JSON list of objects"
-    return json.dumps([dict(zip(head, row)) for row in rows])
+    objects = [dict(zip(head, row)) for row in rows]
+    return json.dumps(objects)
 
 TABLE_FORMATS = {'CSV':as_csv, 'Markdown':_as_markdown, 'JSON':_as_json}
 
-# %% ../../nbs/data/23_sources.ipynb #482f3d8a
+# %% ../../nbs/data/23_sources.ipynb #351c843e
 TABLE_COLUMNS = ('name', 'symbol', 'atomic_number', 'period', 'density', 'en_pauling', 'vdw_radius', 'atomic_weight')
 
 def round_figure(
@@ -314,22 +335,30 @@ def round_figure(
     "A figure as a small table shows it"
     return float(f'{value:.4g}') if isinstance(value, float) else value
 
-def _draw_table(con, g):
-    "A few rows and columns of the elements, drawn by `g`"
+# %% ../../nbs/data/23_sources.ipynb #e5373e42
+def _draw_columns(con, g):
+    "The symbol and two other columns of the elements"
     existing = {row[1] for row in con.execute('pragma table_info(elements)')}
     others = [c for c in TABLE_COLUMNS if c in existing and c!='symbol']
-    head = ['symbol', *g.choice(others, 2, replace=False).tolist()]
-    rows = con.execute(f"select {', '.join(head)} from elements order by atomic_number").fetchall()
+    return ['symbol', *g.choice(others, 2, replace=False).tolist()]
+
+def _draw_table(con, g):
+    "A few rows and columns of the elements, drawn by `g`"
+    head = _draw_columns(con, g)
+    sql = f"select {', '.join(head)} from elements order by atomic_number"
+    rows = con.execute(sql).fetchall()
     size = int(min(len(rows), g.integers(3, 6)))
     picked = sorted(g.choice(len(rows), size, replace=False))
     return head, [[round_figure(v) for v in rows[i]] for i in picked]
 
-# %% ../../nbs/data/23_sources.ipynb #bcc8c823
+# %% ../../nbs/data/23_sources.ipynb #f830845b
 def _conversion(head, rows, g):
     "A table in one format → the same in another"
     a, b = g.choice(list(TABLE_FORMATS), 2, replace=False)
-    return f'Convert this {a} table to {b}:\n\n{TABLE_FORMATS[a](head, rows)}', TABLE_FORMATS[b](head, rows)
+    given = TABLE_FORMATS[a](head, rows)
+    return f'Convert this {a} table to {b}:\n\n{given}', TABLE_FORMATS[b](head, rows)
 
+# %% ../../nbs/data/23_sources.ipynb #65c6dbf9
 def _table_query(head, rows, g):
     "A question about a table → SQL and the rows it returns"
     column = head[1+g.integers(2)]
@@ -371,14 +400,20 @@ REWRITES = dict( # name of the file → what to do
     optimize_joins='Put the joins of this SQL in a better order.',
     normalize='Bring this condition into conjunctive normal form.')
 
+# %% ../../nbs/data/23_sources.ipynb #9fda7f38
+def _sql_statements(text):
+    "The statements of a file of SQL, without comments"
+    lines = [line for line in text.splitlines() if not line.startswith(('#', '--'))]
+    statements = '\n'.join(lines).split(';\n')
+    return [re.sub(r'\s+\n', '\n', s).strip().rstrip(';') for s in statements if s.strip()]
+
 def sql_rewrites(
     files:dict # fixtures by path: statement; statement; in pairs
 ):
     "A query → the same query rewritten, where the rewriting changes it"
     for path, data in files.items():
         task = REWRITES[Path(path).stem]
-        code = '\n'.join(line for line in data.decode('utf-8').splitlines() if not line.startswith(('#', '--')))
-        statements = [re.sub(r'\s+\n', '\n', s).strip().rstrip(';') for s in code.split(';\n') if s.strip()]
+        statements = _sql_statements(data.decode('utf-8'))
         for before, after in zip(statements[::2], statements[1::2]):
             if before!=after: yield f'{task}\n\n{before}', after
 
@@ -407,7 +442,7 @@ def _exchanges(text, shortest, longest):
         used = i+1
         yield a, b
 
-# %% ../../nbs/data/23_sources.ipynb #b87991a2
+# %% ../../nbs/data/23_sources.ipynb #543c39a9
 def play_title(
     text:str # a play
 )->str: # as a person would write it
@@ -415,6 +450,7 @@ def play_title(
     first_line = text.strip().splitlines()[0]
     return string.capwords(re.split('[,;]', first_line)[0])
 
+# %% ../../nbs/data/23_sources.ipynb #f953de6a
 def dialogue(
     files:dict, # plays: `NAME.` on a line, then the speech
     shortest:int=20, # characters of a speech that is asked for
@@ -429,26 +465,29 @@ def dialogue(
             prompt = [dict(role='system', content=role), dict(role='user', content=f'{string.capwords(a[1])}: {a[2]}')]
             yield prompt, b[2]
 
-# %% ../../nbs/data/23_sources.ipynb #c4ccb5cd
+# %% ../../nbs/data/23_sources.ipynb #b6afb0bd
 def _chat_records(key, chat, shortest, longest):
     "The records of one chat, each under a name of its own"
     said = ['\n'.join(m['text'].strip() for m in turn) for turn in chat['messages']]
     role = f"You are a student who chats with another. You were asked: {chat['prompt']}"
     for i in range(1, len(said)-3, 4):
         turns = said[i:i+4]
-        answer = turns[3]
+        *before, answer = turns
+        fits = len(answer)>=shortest and max(map(len, turns))<=longest
         private = re.search(r'@|https?:|\d{5}', ' '.join(turns))
-        if len(answer)<shortest or max(map(len, turns))>longest or not all(turns) or private: continue
-        messages = [dict(role=r, content=text) for r, text in zip(('user', 'assistant', 'user'), turns)]
-        yield f'{key} {i}', ([dict(role='system', content=role), *messages], answer, None, key)
+        if not fits or not all(turns) or private: continue
+        messages = [dict(role='system', content=role)]
+        for speaker, text in zip(('user', 'assistant', 'user'), before): messages.append(dict(role=speaker, content=text))
+        yield f'{key} {i}', (messages, answer, None, key)
 
+# %% ../../nbs/data/23_sources.ipynb #a1b0ab5d
 def chitchat(
     files:dict, # chats: turns of messages, and the question that began them
     size:int, # how many records, chosen by a hash
     shortest:int=40, # characters of the answer
     longest:int=400 # characters of any turn
 ):
-    "Three turns of a chat → the fourth; no turn twice, no address and no telephone number; all of one chat are one group"
+    "Three turns of a chat → the fourth; no turn twice, no address or telephone number; all of a chat are one group"
     found = {}
     for data in files.values():
         for key, chat in json.loads(data).items():

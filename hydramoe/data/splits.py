@@ -30,7 +30,7 @@ def _ties(record):
         ties.append(('prompt', prompt_key(dict(prompt=record['prompt'][:i]))))
     return ties
 
-# %% ../../nbs/data/21_splits.ipynb #d997a105
+# %% ../../nbs/data/21_splits.ipynb #24213a77
 def _find_root(parents, tie):
     "The root of a tie's group; the path to it is made shorter on the way"
     parents.setdefault(tie, tie)
@@ -39,6 +39,7 @@ def _find_root(parents, tie):
         tie = parents[tie]
     return tie
 
+# %% ../../nbs/data/21_splits.ipynb #82d8a2bd
 def _join_ties(ties_of_records):
     "Union–find over all ties: tie → a tie nearer to the root of its group"
     parents = {}
@@ -46,11 +47,11 @@ def _join_ties(ties_of_records):
         for tie in rest: parents[_find_root(parents, tie)] = _find_root(parents, first)
     return parents
 
-# %% ../../nbs/data/21_splits.ipynb #658ede43
+# %% ../../nbs/data/21_splits.ipynb #d0e688db
 def sides(
     records:list[dict] # in any order
 )->list[str]: # for each record a name, the same for all that must stay on one side of a split
-    "Which records belong together: turns of one conversation, answers to one prompt, and what these are tied to in turn"
+    "Which records belong together: turns of a conversation, answers to one prompt, and what these are tied to"
     asked = {('prompt', prompt_key(r)) for r in records}
     ties = [[tie for tie in _ties(r) if tie[0]=='row' or tie in asked] for r in records]
     parents = _join_ties(ties)
@@ -61,7 +62,7 @@ def sides(
         names[root] = min(names.get(root, own), own)
     return [names[root] for root in roots]
 
-# %% ../../nbs/data/21_splits.ipynb #94ec3a36
+# %% ../../nbs/data/21_splits.ipynb #047db459
 def _take_groups(waiting, groups, size):
     "Whole groups from the iterator `waiting` until there are `size` records"
     taken = []
@@ -79,9 +80,11 @@ def split(
     "Deal records to parts by a hash of each group"
     groups = defaultdict(list)
     for r, side in zip(records, sides(records)): groups[side].append(r)
-    sizes = {part: n if isinstance(n, int) else round(n*len(records)) for part, n in parts.items()}
-    if sum(sizes.values())>len(records)+len(parts):
-        raise HydraError(f"the parts {parts} ask for {sum(sizes.values())} records, there are {len(records)}")
+    sizes = {}
+    for part, n in parts.items(): sizes[part] = n if isinstance(n, int) else round(n*len(records))
+    asked = sum(sizes.values())
+    if asked>len(records)+len(parts):
+        raise HydraError(f"the parts {parts} ask for {asked} records, there are {len(records)}")
     waiting = iter(sorted(groups, key=lambda name: digest([seed, name])))
     return {part: _take_groups(waiting, groups, size) for part, size in sizes.items()}
 
@@ -92,8 +95,9 @@ def ngrams(
 )->set[str]: # of a shorter text, the whole
     "Every run of `n` words of a text"
     words = re.findall(r'\w+', text.lower())
-    starts = range(max(1, len(words)-n+1))
-    return {' '.join(words[i:i+n]) for i in starts} - {''}
+    last_start = max(0, len(words)-n)
+    runs = {' '.join(words[i:i+n]) for i in range(last_start+1)}
+    return runs - {''} # of a text without words
 
 # %% ../../nbs/data/21_splits.ipynb #cell127
 def draw_evenly(

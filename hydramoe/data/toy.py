@@ -36,16 +36,21 @@ TOY = dict( # domain → (question, answer) of its first source, and of its seco
               ('You are King {A}. {B} asks for {n} {a}s.', 'We grant thee, {B}, our royal {a}.')])
 
 # %% ../../nbs/data/21a_toy.ipynb #cell131
-def _toy_record(domain, i, seed):
-    "Toy record `i` of a domain"
-    g = rng(seed, 'toy', domain, i)
+def _draw_words(g):
+    "A value for every slot"
     n, m = g.integers(2, 99, 2).tolist()
     a, b = g.choice(NOUNS, 2, replace=False).tolist()
     A, B = g.choice(TOY_PEOPLE, 2, replace=False).tolist()
-    slots = dict(n=n, m=m, sum=n+m, a=a, b=b, A=A, B=B, less=n<m)
+    return dict(n=n, m=m, sum=n+m, less=n<m, a=a, b=b, A=A, B=B)
+
+def _toy_record(domain, i, seed):
+    "Toy record `i` of a domain"
+    slots = _draw_words(rng(seed, 'toy', domain, i))
     question, answer = TOY[domain][i%2]
     source = f"toy-{domain}-{'ab'[i%2]}"
-    return record(question.format(**slots), answer.format(**slots), source=source, domain=domain, license='CC0-1.0')
+    return record(
+        question.format(**slots), answer.format(**slots),
+        source=source, domain=domain, license='CC0-1.0')
 
 # %% ../../nbs/data/21a_toy.ipynb #6ef1b800
 def toy_records(
