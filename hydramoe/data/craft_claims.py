@@ -78,7 +78,7 @@ ISOTOPE_KINDS = dict(
 KINDS = ELEMENT_KINDS | DISCOVERY_KINDS | SUBSTANCE_KINDS | ISOTOPE_KINDS
 
 # %% ../../nbs/data/24b_craft_claims.ipynb #cell78
-def _parts(value):
+def _words_and_numbers(value):
     "The words and numbers of a value; the value itself if it has none"
     text = str(value).lower()
     return set(re.findall(r'\w{3,}|\d+', text)) or {text}
@@ -88,7 +88,7 @@ def share_nothing(
     b # another
 )->bool: # is the one surely not the other?
     "Do two values share no word and no number?"
-    return not _parts(a) & _parts(b)
+    return not _words_and_numbers(a) & _words_and_numbers(b)
 
 # %% ../../nbs/data/24b_craft_claims.ipynb #5df2a665
 def _safe_note(description):

@@ -13,7 +13,7 @@ from ..foundations.core import one_of
 from .records import assistant_turns, plain_message, read_weight, record
 
 # %% ../../nbs/data/20a_rows.ipynb #cell16
-def _look_up(row, column, path):
+def _inner_value(row, column, path):
     "The value of a column, or of an item inside it as in `[answers][0]`; None if there is none"
     value = row
     try:
@@ -29,7 +29,7 @@ class _RowFormatter(string.Formatter):
         "The value of the field `field_name`, and its column"
         optional = field_name.endswith('?')
         column, path = re.fullmatch(r'([^\[\]]+)((?:\[[^\[\]]+\])*)', field_name.removesuffix('?')).groups()
-        value = _look_up(kwargs, column, path)
+        value = _inner_value(kwargs, column, path)
         if value is None and not optional:
             columns = ', '.join(map(repr, sorted(kwargs)))
             raise ValueError(f"column {field_name!r} is missing or null; the row has {columns}; "
@@ -89,7 +89,7 @@ def resolve_form(
     renamed = map[form] if isinstance(map[form], dict) else map
     return form, {key: renamed.get(key) or column for key, column in FORMS[form].items()}
 
-# %% ../../nbs/data/20a_rows.ipynb #171eacca
+# %% ../../nbs/data/20a_rows.ipynb #a864c227
 def check_unicode(
     text:str # of a row
 ):
@@ -108,7 +108,8 @@ def check_messages(
         if not isinstance(m, dict) or not isinstance(m.get('content'), str):
             raise ValueError(f'{what} holds {json.dumps(m)[:60]}; need {{"role": …, "content": text}}')
         one_of(m.get('role'), ('system', 'user', 'assistant', 'tool'), f'{what}: role')
-        for key in ('content', 'reasoning_content', 'name'): check_unicode(m.get(key) or '')
+        texts = [m.get(key) or '' for key in ('content', 'reasoning_content', 'name')]
+        check_unicode(''.join(texts))
     if not messages[-1]['content'].strip(): raise ValueError(f'{what} is empty')
 
 # %% ../../nbs/data/20a_rows.ipynb #128d3cab

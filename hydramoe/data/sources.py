@@ -465,7 +465,7 @@ def dialogue(
             prompt = [dict(role='system', content=role), dict(role='user', content=f'{string.capwords(a[1])}: {a[2]}')]
             yield prompt, b[2]
 
-# %% ../../nbs/data/23_sources.ipynb #b6afb0bd
+# %% ../../nbs/data/23_sources.ipynb #e5eaf9d4
 def _chat_records(key, chat, shortest, longest):
     "The records of one chat, each under a name of its own"
     said = ['\n'.join(m['text'].strip() for m in turn) for turn in chat['messages']]
@@ -477,7 +477,8 @@ def _chat_records(key, chat, shortest, longest):
         private = re.search(r'@|https?:|\d{5}', ' '.join(turns))
         if not fits or not all(turns) or private: continue
         messages = [dict(role='system', content=role)]
-        for speaker, text in zip(('user', 'assistant', 'user'), before): messages.append(dict(role=speaker, content=text))
+        for speaker, text in zip(('user', 'assistant', 'user'), before):
+            messages.append(dict(role=speaker, content=text))
         yield f'{key} {i}', (messages, answer, None, key)
 
 # %% ../../nbs/data/23_sources.ipynb #a1b0ab5d

@@ -12,14 +12,14 @@ from .cards import rows_of, rows_of_files
 from .records import ROLES, assistant_turns
 
 # %% ../../nbs/data/23a_tools.ipynb #cell91
-def _parameter(name, schema, required):
+def _describe_parameter(name, schema, required):
     "A parameter as `name: type`, or `name?: type` if it may be left out"
     kind = str(schema.get('type', 'any'))
     if schema.get('enum'): kind = '|'.join(map(str, schema['enum']))
     mark = '' if required else '?'
     return f"{name}{mark}: {kind}"
 
-# %% ../../nbs/data/23a_tools.ipynb #f1bbdc02
+# %% ../../nbs/data/23a_tools.ipynb #6a1c8937
 def signature(
     function:dict # name, description, parameters as a JSON schema
 )->str: # `name(a: integer, b?: string): what it does`
@@ -27,7 +27,7 @@ def signature(
     schema = function.get('parameters') or {}
     required = schema.get('required') or []
     properties = schema.get('properties') or {}
-    parameters = ', '.join(_parameter(name, p, name in required) for name, p in properties.items())
+    parameters = ', '.join(_describe_parameter(name, p, name in required) for name, p in properties.items())
     return f"{function['name']}({parameters}): {function.get('description', '')}"
 
 # %% ../../nbs/data/23a_tools.ipynb #590d8590
