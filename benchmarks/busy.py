@@ -37,7 +37,8 @@ def prepared(a):
     import torch
     from train import rows_of
     from hydramoe.models.base import open_base
-    from hydramoe.experts.stack import LoraSpec, gated
+    from hydramoe.experts.stack import LoraSpec
+    from hydramoe.experts.model import gated
     torch.set_num_threads(a.threads)
     a.held = 1
     base = open_base(a.base, a.quant)
@@ -74,7 +75,7 @@ def train(a):
 def answer(a):
     "Seconds for the tokens of one answer, after the prompt was read"
     import torch
-    from hydramoe.experts.stack import one_hot
+    from hydramoe.experts.plan import one_hot
     model, rows = prepared(a)
     ids = torch.tensor([next(iter(rows.values()))[0].ids[:32]])
     def tokens(n): model.generate(ids, attention_mask=torch.ones_like(ids), gates=one_hot([0], len(rows)), do_sample=False, min_new_tokens=n, max_new_tokens=n)

@@ -14,7 +14,10 @@ import torch
 from transformers import DynamicCache
 from hydramoe.models.base import open_base
 from hydramoe.experts.train import Optimizers, TrainSpec, cache_trunk, fit_step, plan_steps, training
-from hydramoe.experts.stack import LoraSpec, at_fork, gated, logits, one_hot, refill
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import one_hot
+from hydramoe.experts.model import gated, logits
+from hydramoe.experts.trunk import run_trunk, rebuild_cache
 from forward import in_turn, seconds
 from train import rows_of
 
@@ -62,9 +65,9 @@ def filled(a, model, router):
     ids = torch.randint(3, model.config.vocab_size, (1, a.context), generator=torch.Generator().manual_seed(0))
     g, cache = [one_hot([e], model.stack.slots) for e in (0, 1)], DynamicCache(config=model.config)
     model(input_ids=ids, gates=g[0], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    h = at_fork(model, ids)
+    h = run_trunk(model, ids)
     return {'full': lambda: model(input_ids=ids, gates=g[1], past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1),
-            'refill': lambda: logits(model, refill(model, h, cache, g[1])[:,-1:]), 'router': lambda: router(h)}
+            'refill': lambda: logits(model, rebuild_cache(model, h, cache, g[1])[:,-1:]), 'router': lambda: router(h)}
 
 def ridge(states, rows, strength=1e-2):
     "A router from the mean of the trunk's states to the experts, by ridge regression"

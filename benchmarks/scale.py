@@ -14,7 +14,9 @@ import json, resource, statistics, sys, tempfile, warnings
 from pathlib import Path
 import torch
 from hydramoe.foundations.core import rng
-from hydramoe.experts.stack import LoraSpec, gated, make_plan, one_hot
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import make_plan, one_hot
+from hydramoe.experts.model import gated
 from hydramoe.experts.pool import Shelf
 sys.path.insert(0, str(Path(__file__).parent))
 from forward import decode, in_turn, opened, options, seconds, top2

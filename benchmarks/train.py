@@ -75,7 +75,7 @@ def lora(a):
 
 def start(a, base, names):
     "Fresh adapters, the same for both sides"
-    from hydramoe.experts.stack import gated
+    from hydramoe.experts.model import gated
     if (Path(a.work)/'start').exists(): return
     model = gated(base, slots=1, spec=lora(a))
     for n in names:
@@ -90,7 +90,7 @@ def tokens(rows): return sum(len(x.ids) for x in rows)
 def ours(a):
     "All experts fused"
     from hydramoe.experts.train import Optimizers, fit_step, training
-    from hydramoe.experts.stack import gated
+    from hydramoe.experts.model import gated
     base, spec, rows, _, steps = prepared(a)
     names = list(rows)
     start(a, base, names)
@@ -111,7 +111,9 @@ def bare(a):
     import torch
     from hydramoe.experts.train import in_lanes, lanes, pack, share, using_threads
     from hydramoe.experts.score import token_losses
-    from hydramoe.experts.stack import Plan, gated, in_line, using
+    from hydramoe.experts.plan import Plan
+    from hydramoe.experts.model import gated, using
+    from hydramoe.experts.packing import packed_attention
     base, spec, _, _, steps = prepared(a)
     base.model.enable_input_require_grads()
     model, seconds = gated(base, 1, lora(a)), []
@@ -119,7 +121,7 @@ def bare(a):
     def lane(step, passes):
         for b,_ in passes:
             with using(Plan('none', model.stack)): token_losses(model, [step[i][1] for i in b], line=True).sum().backward()
-    with in_line(model), ThreadPoolExecutor(n) as pool:
+    with packed_attention(model), ThreadPoolExecutor(n) as pool:
         for step in steps:
             t, lengths = clock(a), [len(x.ids) for _,x in step]
             dealt = in_lanes(share(pack([e for e,_ in step], lengths, spec.micro_tokens//n, n)), lengths, n)

@@ -11,7 +11,10 @@ from hydramoe.domains.cluster import Domains, embed
 from hydramoe.foundations.core import HydraError, derive_seed, read_json, rng, write_json
 from hydramoe.hydra.model import BundleError, Hydra
 from hydramoe.hydra.route import similarity
-from hydramoe.experts.stack import LoraSpec, gated, hidden, in_line, line_plan, one_hot, using
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import one_hot
+from hydramoe.experts.model import gated, hidden, using
+from hydramoe.experts.packing import packed_attention, packed_plan
 
 from test_base import LAYOUTS, TALKS, laid_out, last_label
 from test_hydra import scripted
@@ -286,7 +289,7 @@ def test_rows_in_a_line_are_what_they_are_alone(kind, quant, tmp_path):
     g, lengths, who = torch.Generator().manual_seed(0), [40, 25, 3, 60], [2, 2, 0, 1]
     m.stack.theta.normal_(0, .05, generator=g)
     ids = torch.randint(3, 259, (1, sum(lengths)), generator=g)
-    with torch.no_grad(), in_line(m), using(line_plan(who, lengths, m.stack)):
+    with torch.no_grad(), packed_attention(m), using(packed_plan(who, lengths, m.stack)):
         assert m.lines
         laid = hidden(m, ids, line=lengths)[0].split(lengths)
     for row,e,h in zip(ids[0].split(lengths), who, laid):

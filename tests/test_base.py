@@ -142,7 +142,8 @@ def on_the_hub(monkeypatch, tmp_path, folder):
 def test_a_hub_base_is_known_by_its_commit(tiny, tmp_path, monkeypatch):
     from hydramoe.hydra.model import BuildSpec, Hydra, base_uri, pinned
     from hydramoe.hydra.route import uniform
-    from hydramoe.experts.stack import LoraSpec, gated
+    from hydramoe.experts.stack import LoraSpec
+    from hydramoe.experts.model import gated
     main = on_the_hub(monkeypatch, tmp_path, saved(tiny, tmp_path/'files'))
     b = load_base('org/model', device='cpu')
     assert b.id=='org/model@'+'a'*40==hb.base_id('hub:org/model@main') and pinned(BuildSpec(base='org/model')).base==b.id

@@ -12,7 +12,8 @@ from hydramoe.domains.cluster import Domains, embed, fit_tfidf
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra.model import FORMAT, BundleError, Hydra, UnlearntWarning, add_expert, adapters_base, check, check_adapter, explain_bundle, model_card, seal_bundle, unlearnt, uri_id
 from hydramoe.hydra.route import on_hidden, ridge, similarity, uniform
-from hydramoe.experts.stack import LoraSpec, gated
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.model import gated
 from test_hydra import put, spots
 
 DATA = Path(__file__).parent/'data'

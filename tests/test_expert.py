@@ -8,7 +8,9 @@ from hydramoe.models.base import tiny_base
 from hydramoe.foundations.core import HydraError, read_json, rng, write_jsonl
 from hydramoe.models.encode import Example
 from hydramoe.experts.train import TrainSpec, cache_trunk, fit, fit_trl, gradients, plan_steps, start_expert, train_experts, train_seed
-from hydramoe.experts.stack import LoraSpec, gated, one_hot
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import one_hot
+from hydramoe.experts.model import gated
 from hydramoe.foundations.store import open_sealed, sealing, stage
 
 NAMES, LORA = ['large', 'middle', 'small'], LoraSpec(rank=4)

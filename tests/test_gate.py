@@ -11,7 +11,10 @@ from hydramoe.use.cli import main
 from hydramoe.foundations.core import HydraError, read_json, write_json
 from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
 from hydramoe.hydra.model import Chat, BundleError, Hydra, adopt, adopted, check, remove_expert, seal_bundle
-from hydramoe.experts.stack import LoraSpec, at_fork, from_fork, gated, hidden, make_plan, one_hot
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import make_plan, one_hot
+from hydramoe.experts.model import gated, hidden
+from hydramoe.experts.trunk import run_trunk, run_above
 from hydramoe.experts.adapters import with_adapters
 
 KINDS = list(GATES)
@@ -294,7 +297,7 @@ def test_below_a_fork_the_trunk_is_all_there_is():
     m.stack.trunk.add_(.05*torch.randn(m.stack.trunk.shape, generator=rand(5)))
     gate,args = arrow(m.stack, 2),(x['input_ids'], x['attention_mask'])
     assert all('.1.' in n for n in gate.layers)
-    with torch.no_grad(): torch.testing.assert_close(from_fork(m, at_fork(m, *args), args[1], gate), hidden(m, *args, gate), atol=1e-4, rtol=1e-4)
+    with torch.no_grad(): torch.testing.assert_close(run_above(m, run_trunk(m, *args), args[1], gate), hidden(m, *args, gate), atol=1e-4, rtol=1e-4)
 
 @pytest.mark.parametrize('quant', ['bf16', 'nf4'])
 def test_other_precisions(quant):

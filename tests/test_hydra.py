@@ -12,7 +12,9 @@ from hydramoe.domains.cluster import lesson_texts, prompt_text
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra.model import BundleError, Chat, Draw, Hydra, check, drawing, seal_bundle
 from hydramoe.hydra.route import uniform
-from hydramoe.experts.stack import LoraSpec, gated, one_hot
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import one_hot
+from hydramoe.experts.model import gated
 
 NAMES = ['law', 'sea', 'sum']
 

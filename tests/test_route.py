@@ -318,7 +318,8 @@ def test_far_prompts_go_to_the_base_and_the_others_where_they_went(make, tmp_pat
 def test_a_row_of_zeros_is_a_gate():
     import torch
     from hydramoe.models.base import tiny_base
-    from hydramoe.experts.stack import LoraSpec, gated
+    from hydramoe.experts.stack import LoraSpec
+    from hydramoe.experts.model import gated
     b = tiny_base()
     ids = torch.randint(3, 90, (2,6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

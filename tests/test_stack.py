@@ -6,8 +6,12 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from hydramoe.models.base import Base, byte_tokenizer, tiny_base
 from hydramoe.foundations.core import HydraError
-from hydramoe.experts.stack import GatedLinear, LoraSpec, Stack, gated, hidden, in_line, line_plan, logits, make_plan
-from hydramoe.experts.stack import one_hot, using
+from hydramoe.experts.stack import LoraSpec, Stack
+from hydramoe.experts.plan import make_plan
+from hydramoe.experts.model import GatedLinear, gated, hidden, logits
+from hydramoe.experts.packing import packed_attention, packed_plan
+from hydramoe.experts.plan import one_hot
+from hydramoe.experts.model import using
 from hydramoe.experts.adapters import ADAPTER_FIELDS, adapter_config, with_adapters
 from hydramoe.foundations.store import sealing
 
@@ -586,7 +590,7 @@ def test_forks_that_cannot_be(fork):
     with pytest.raises(HydraError, match='fork='): Stack(tiny_base(layers=4).model, 2, LoraSpec(2, fork=fork))
 
 def test_below_the_fork_all_rows_compute_the_same():
-    from hydramoe.experts.stack import at_fork
+    from hydramoe.experts.trunk import run_trunk
     m,x = forked(),{k: v[:1].expand(3,-1) for k,v in batch(pads=(0,)).items()}
     seen = []
     for b in m.base.model.layers: b.register_forward_hook(lambda _,i,o: seen.append(o[0] if isinstance(o, tuple) else o))
@@ -595,33 +599,33 @@ def test_below_the_fork_all_rows_compute_the_same():
         m(**x, gates=g)
         assert all(torch.equal(h[0], h[1]) and torch.equal(h[0], h[2]) for h in seen[:2])
         assert g.sum()==0 or not torch.equal(seen[2][0], seen[2][1])
-        torch.testing.assert_close(at_fork(m, **x), seen[1] if len(seen)>1 else None)
+        torch.testing.assert_close(run_trunk(m, **x), seen[1] if len(seen)>1 else None)
     base = tiny_base(layers=4).model(**x).logits
     assert torch.equal(m(**x).logits, base) and not torch.equal(m(**x, gates=torch.zeros(3,3)).logits, base)
 
 @pytest.mark.parametrize('make', [None, neox, qwen2, gemma2, granite, cohere])
 def test_trunk_and_branches_make_the_whole(make):
-    from hydramoe.experts.stack import at_fork, from_fork
+    from hydramoe.experts.trunk import run_trunk, run_above
     m,x = forked(make=make),batch()
     for g in (one_hot([0,1,2],3), torch.rand(3,3, generator=torch.Generator().manual_seed(0)), torch.zeros(3,3)):
-        torch.testing.assert_close(from_fork(m, at_fork(m, **x), x['attention_mask'], g), hidden(m, **x, gates=g))
+        torch.testing.assert_close(run_above(m, run_trunk(m, **x), x['attention_mask'], g), hidden(m, **x, gates=g))
 
 @pytest.mark.parametrize('configured', [False, True], ids=['a plain cache', "a cache of the model's own layers"])
 @pytest.mark.parametrize('make', [None, neox, qwen2, gemma2, granite, cohere])
 def test_a_cache_is_read_on_and_changes_hands(make, configured):
     "Piece by piece by expert 0, then filled again for expert 2: what a single pass of expert 2 leaves; and the states are those of the trunk"
     from transformers import DynamicCache
-    from hydramoe.experts.stack import at_fork, read_on, refill
+    from hydramoe.experts.trunk import run_trunk, extend_cache, rebuild_cache
     m,x = forked(make=make),batch(pads=(0,0,0))['input_ids']
     def new(): return DynamicCache(config=m.config) if configured else DynamicCache()
     def kv(cache): return [t for l in cache.layers for t in (l.keys, l.values)]
     with torch.no_grad():
         mine,whole = new(),new()
-        h = torch.cat([read_on(m, part, mine, one_hot([0]*3,3)) for part in (x[:,:3], x[:,3:4], x[:,4:])], 1)
-        torch.testing.assert_close(h, at_fork(m, x), atol=1e-4, rtol=1e-4)
-        read_on(m, x, whole, one_hot([2]*3,3))
+        h = torch.cat([extend_cache(m, part, mine, one_hot([0]*3,3)) for part in (x[:,:3], x[:,3:4], x[:,4:])], 1)
+        torch.testing.assert_close(h, run_trunk(m, x), atol=1e-4, rtol=1e-4)
+        extend_cache(m, x, whole, one_hot([2]*3,3))
         assert (kv(mine)[-1]-kv(whole)[-1]).abs().max()>1e-3
-        refill(m, h, mine, one_hot([2]*3,3))
+        rebuild_cache(m, h, mine, one_hot([2]*3,3))
     for a,b in zip(kv(mine), kv(whole), strict=True): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 def test_an_expert_of_a_forked_stack_loads_in_peft_and_again(tmp_path):
@@ -653,16 +657,16 @@ def test_an_expert_of_another_seed_expert_is_refused(tmp_path):
 
 @pytest.mark.parametrize('checkpoint', [False, True])
 def test_training_above_a_fork_equals_training_from_the_cached_trunk(checkpoint):
-    from hydramoe.experts.stack import at_fork, from_fork
+    from hydramoe.experts.trunk import run_trunk, run_above
     m,x = forked(),batch()
     m.stack.trainable()
     m.checkpointing(checkpoint)
-    with torch.no_grad(): h = at_fork(m, **x)
+    with torch.no_grad(): h = run_trunk(m, **x)
     def gradient(run):
         m.stack.zero_grad()
         with m.stack.bind(make_plan(one_hot([0,2,2],3), m.stack)): run().square().sum().backward()
         return m.stack.grad.clone()
-    whole,cached = gradient(lambda: hidden(m, **x)),gradient(lambda: from_fork(m, h, x['attention_mask']))
+    whole,cached = gradient(lambda: hidden(m, **x)),gradient(lambda: run_above(m, h, x['attention_mask']))
     torch.testing.assert_close(cached, whole, atol=1e-5*whole.abs().max().item(), rtol=1e-4)
     assert whole[1].abs().sum()==0 and whole[0].abs().sum()>0 and m.stack.leaves[0][0].grad is None
 
@@ -735,8 +739,8 @@ def test_a_line_trains_as_its_rows_do(how, rank):
         m.stack.zero_grad()
         with m.stack.bind(plan): hidden(m, ids, line=line).pow(3).sum().backward()
         return m.stack.grad.clone()
-    with in_line(m):
-        plan = line_plan(who, lengths, m.stack)
+    with packed_attention(m):
+        plan = packed_plan(who, lengths, m.stack)
         assert m.lines and plan.trains and plan.cuts==[17,20]
         if how=='grouped': plan.cuts = None
         laid = gradient(ids, plan, lengths)
@@ -747,10 +751,10 @@ def test_a_line_trains_as_its_rows_do(how, rank):
 def test_a_base_that_mixes_rows_is_found_out():
     "A block that looks at its neighbour, outside of attention"
     m = gated(tiny_base(), 2, LoraSpec(4))
-    with in_line(m): assert m.lines
+    with packed_attention(m): assert m.lines
     was = m.base.config._attn_implementation
     m.base.model.layers[0].register_forward_hook(lambda block, args, out: out+out.roll(1, 1))
-    with in_line(m): assert not m.lines
+    with packed_attention(m): assert not m.lines
     assert m.base.config._attn_implementation==was
 
 def test_a_grouped_product_serves_inference_as_well(monkeypatch):

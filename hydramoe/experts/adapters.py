@@ -20,8 +20,9 @@ import safetensors.torch
 from ..foundations.core import HydraError, write_json, read_json
 from ..foundations.store import open_sealed
 from ..models.base import Base, target_layers
-from .stack import Stack, GatedCausalLM, _slot, _suffixes, _views, _kinds, gated, LoraSpec
-from .stack import _bare
+from .stack import Stack, check_slot, peft_targets, layer_views, module_kinds, LoraSpec
+from .model import GatedCausalLM, gated
+from ..use.reproduce import _bare
 
 # %% ../../nbs/experts/45_adapters.ipynb #cell107
 def _keys(name): return f'base_model.model.{name}.lora_A.weight', f'base_model.model.{name}.lora_B.weight'
@@ -55,7 +56,7 @@ def save_peft(self:Stack,
     base_id:str|None=None # what the adapter's configuration calls the base
 )->Path: # the directory: adapter_config.json, adapter_model.safetensors
     "Write an expert as a plain PEFT adapter, the same bytes every time"
-    dir,e = Path(dir),_slot(self, slot)
+    dir,e = Path(dir),check_slot(self, slot)
     dir.mkdir(parents=True, exist_ok=True)
     r,tensors,on = self._rank_on_disk(e),{},self.adapted(e)
     for i in on:
@@ -63,7 +64,7 @@ def save_peft(self:Stack,
         tensors.update(zip(_keys(s.name), (t.detach().cpu().contiguous() for t in (A[of,:r], B[of,:,:r]))))
     save_file({k: tensors[k] for k in sorted(tensors)}, dir/'adapter_model.safetensors', metadata={'format': 'pt'})
     write_json(dir/'adapter_config.json', dict(peft_type='LORA', task_type='CAUSAL_LM', r=r, lora_alpha=_alpha(self.scale[e].item(), r),
-        lora_dropout=0.0, bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=_suffixes([self.spots[i].name for i in on], self.linear), base_model_name_or_path=base_id))
+        lora_dropout=0.0, bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=peft_targets([self.spots[i].name for i in on], self.linear), base_model_name_or_path=base_id))
     return dir
 
 # %% ../../nbs/experts/45_adapters.ipynb #cell109
@@ -281,7 +282,7 @@ def load_peft(self:Stack,
     name:str|None=None # what to call the expert; by default the directory's name
 )->int: # the slot
     "Read a PEFT adapter into a slot, strictly: nothing missing, extra, misshapen or not finite"
-    e,(row,scale,r) = _slot(self, slot),self._read(Path(dir))
+    e,(row,scale,r) = check_slot(self, slot),self._read(Path(dir))
     self.theta[e],self.scale[e],self.ranks[e],self.names[e] = row,scale,r,name or Path(dir).name
     return e
 
@@ -312,7 +313,7 @@ def _share(self:Stack, path, trunk, r, scale):
 def _row_of(self:Stack, path, tensors, own, scale):
     "One expert's trunk and row of `theta`, from the tensors of an adapter"
     trunk,row,n = torch.zeros(self.trunk.shape),torch.zeros(1, self.theta.shape[1]),self.below
-    for s,views in zip(self.spots, [*_views(trunk, self.spots[:n], self.spec.rank), *_views(row, self.spots[n:], self.spec.rank)]):
+    for s,views in zip(self.spots, [*layer_views(trunk, self.spots[:n], self.spec.rank), *layer_views(row, self.spots[n:], self.spec.rank)]):
         if s.name not in own: continue
         r,mine = own[s.name]
         for k,view,by in zip(_keys(s.name), (views[0][0,:r], views[1][0,:,:r]), (1., mine)):
@@ -330,7 +331,7 @@ def factors_of(
 )->tuple[dict[int,tuple],float]: # number of a layer in `stack.own` -> A (r,in), B (out,r), zero where it adapts nothing; its scale
     "Read a PEFT adapter beside the experts of a stack, as strictly as into a slot"
     row,scale,_ = stack._read(Path(dir))
-    views = _views(row[None].to(stack.theta.device), stack.spots[stack.below:], stack.spec.rank)
+    views = layer_views(row[None].to(stack.theta.device), stack.spots[stack.below:], stack.spec.rank)
     return {i: (a[0], b[0]) for i,(a,b) in zip(stack.own, views)},scale
 
 # %% ../../nbs/experts/45_adapters.ipynb #widen-c1
@@ -342,10 +343,10 @@ def with_adapters(
     "Put plain PEFT adapters onto a base: the largest rank, every layer that any of them adapts"
     if not adapters: raise HydraError("no adapters were given: name at least one")
     _bare(base)
-    layers,kinds = {n: (m.in_features, m.out_features) for n,m in target_layers(base.model).items()},_kinds(base.model)
+    layers,kinds = {n: (m.in_features, m.out_features) for n,m in target_layers(base.model).items()},module_kinds(base.model)
     own = [_matched(Path(f), layers, kinds) for f in adapters.values()]
     r,scale = max(x for o in own for x in o.values())
-    model = gated(base, len(adapters), LoraSpec(r, r*scale, ','.join(_suffixes(set().union(*own), list(layers))), fork))
+    model = gated(base, len(adapters), LoraSpec(r, r*scale, ','.join(peft_targets(set().union(*own), list(layers))), fork))
     try:
         for e,(name,folder) in enumerate(adapters.items()): model.stack.load_peft(Path(folder), e, name)
     except HydraError: model.detach(); raise

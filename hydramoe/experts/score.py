@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from ..foundations.core import HydraError, progress, read_json, rng, write_json
-from .stack import from_fork, hidden, logits
+from .model import hidden, logits
+from .trunk import run_above
 
 # %% ../../nbs/experts/47_score.ipynb #cell8
 def micro_batches(
@@ -45,14 +46,14 @@ def _batches(order, cut):
 def collate(
     examples:list, # of `hydramoe.data.records.Example`
     device='cpu', # where the tensors go
-    line:bool=False # one row behind the other
+    packed:bool=False # one row behind the other
 )->tuple[Tensor,Tensor,Tensor]: # ids (B,T) padded right with 0, or (1,T) · flat positions (L,) that predict a label · labels (L,)
     "Rows as one rectangle, or as one line, with where the response tokens are predicted"
     for x in examples:
         if not 1 <= x.n_prompt < len(x.ids): raise HydraError(f"row {x.id!r}: {x.n_prompt} prompt tokens of {len(x.ids)}; a row needs at least one prompt token and one response token")
     rows = [torch.tensor(x.ids) for x in examples]
-    ids = torch.cat(rows)[None] if line else pad_sequence(rows, batch_first=True)
-    begin = accumulate([len(r) if line else ids.shape[1] for r in rows[:-1]], initial=0)
+    ids = torch.cat(rows)[None] if packed else pad_sequence(rows, batch_first=True)
+    begin = accumulate([len(r) if packed else ids.shape[1] for r in rows[:-1]], initial=0)
     at = torch.cat([torch.arange(x.n_prompt-1, len(x.ids)-1) + b for x,b in zip(examples, begin)])
     return ids.to(device), at.to(device), ids.flatten()[at+1].to(device)
 
@@ -61,12 +62,12 @@ def token_losses(
     examples:list, # of `hydramoe.data.records.Example`
     gates:Tensor|None=None, # (B,E), or None: the base, or the plan that is bound
     chunk:int=256, # logits made at a time
-    below:Tensor|None=None, # (B,T,d) of `at_fork`, if it is at hand: go on from there
-    line:bool=False # rows lie in one line, for which a plan is bound
+    below:Tensor|None=None, # (B,T,d) of `run_trunk`, if it is at hand: go on from there
+    packed:bool=False # rows are packed into one, for which a plan is bound
 )->Tensor: # (L,) nll of all response tokens, row after row; differentiable
     "Loss of each response token of one batch"
-    (ids, at, labels), how = collate(examples, model.device, line), dict(gates=gates, line=[len(x.ids) for x in examples] if line else None)
-    h = (hidden(model, ids, **how) if below is None else from_fork(model, below, **how)).flatten(0, 1)[at]
+    (ids, at, labels), how = collate(examples, model.device, packed), dict(gates=gates, lengths=[len(x.ids) for x in examples] if packed else None)
+    h = (hidden(model, ids, **how) if below is None else run_above(model, below, **how)).flatten(0, 1)[at]
     return torch.cat([F.cross_entropy(logits(model, x).float(), y, reduction='none') for x,y in zip(h.split(chunk), labels.split(chunk))])
 
 # %% ../../nbs/experts/47_score.ipynb #cell18

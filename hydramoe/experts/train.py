@@ -30,7 +30,11 @@ from ..models.base import base_dir, load_base, tiny_base
 from ..foundations.core import HydraError, digest, number, one_of, progress, read_json, read_jsonl, rng, versions, write_json
 from ..models.encode import encode
 from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, record_sums, response_losses, save_losses, token_losses
-from .stack import LoraSpec, at_fork, gated, in_line, line_plan, one_hot, using
+from .stack import LoraSpec
+from .plan import one_hot
+from .model import gated, using
+from .packing import packed_attention, packed_plan
+from .trunk import run_trunk
 from .adapters import unfit, with_adapters
 from ..foundations.store import SealError, open_sealed, sealing, source_hash, stage, work_dir
 from ..data.unify import DevRows, ExpertRows
@@ -139,7 +143,7 @@ def pass_through(
     for b,counts in passes:
         xs = [step[i][1] for i in b]
         of = who[b].repeat_interleave(torch.tensor([len(x.ids)-x.n_prompt for x in xs])).to(model.device)
-        with under(line_plan(who[b].tolist(), [len(x.ids) for x in xs], stack)):
+        with under(packed_plan(who[b].tolist(), [len(x.ids) for x in xs], stack)):
             nll = token_losses(model, xs, below=cached and cached(xs), line=True)*counts
             (nll/labels[of]).sum().backward()
         total.index_add_(0, of, nll.detach())
@@ -469,7 +473,7 @@ def training(
     model.stack.trainable(True)
     model.checkpointing(checkpointing)
     try:
-        with in_line(model): yield
+        with packed_attention(model): yield
     finally:
         model.checkpointing(False)
         model.stack.trainable(was)
@@ -542,7 +546,7 @@ def _write_trunk(model, rows, out, max_tokens):
     with open(Path(out)/'trunk.bin', 'wb') as f, progress(total=sum(len(x.ids) for x in rows), desc='trunk', unit='tok') as bar:
         for b in micro_batches([len(x.ids) for x in rows], max_tokens):
             xs = [rows[i] for i in b]
-            for x,h in zip(xs, at_fork(model, collate(xs, model.device)[0])):
+            for x,h in zip(xs, run_trunk(model, collate(xs, model.device)[0])):
                 f.write(_bytes(h[:len(x.ids)]))
                 at[_row_key(x)], n = n, n+len(x.ids)
             bar.update(sum(len(x.ids) for x in xs))

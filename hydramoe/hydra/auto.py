@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..foundations.core import HydraError, cache_dir
 from ..foundations.fetch import hub, hub_commit
 from ..models.base import render
-from ..experts.stack import GatedCausalLM
+from ..experts.model import GatedCausalLM
 from .model import BundleError, Hydra, _hydra_config, bundle_tokenizer, wants_base
 
 # %% ../../nbs/hydra/68_auto.ipynb #cell10

@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from ..foundations.core import HydraError, file_sha256, one_of
 from ..foundations.core import check_names
 from ..foundations.arrays import load_arrays, save_arrays
-from ..experts.stack import GatedCausalLM, Stack, by_expert, hidden, make_plan
+from ..experts.stack import Stack
+from ..experts.plan import by_expert, make_plan
+from ..experts.model import GatedCausalLM, hidden
 from ..experts.adapters import factors_of, with_adapters
 from ..experts.score import Losses, loss_matrix, save_losses
 from ..models.base import open_base

@@ -42,7 +42,10 @@ from ..foundations.core import check_names
 from ..models.hidden import given_to, hidden_mean, mean_state
 from ..domains.cluster import Domains, describe, discover, edit_domains, embed_stage, encoder_id, load_embeddings
 from ..domains.cluster import prompt_text, write_domains_yaml
-from ..experts.stack import GatedCausalLM, LoraSpec, Plan, Stack, at_fork, read_on, refill, using
+from ..experts.stack import LoraSpec, Stack
+from ..experts.plan import Plan
+from ..experts.model import GatedCausalLM, using
+from ..experts.trunk import run_trunk, extend_cache, rebuild_cache
 from ..experts.adapters import adapter_config, adapter_shapes, unfit, with_adapters
 from ..experts.score import response_losses
 from ..models.base import open_base
@@ -161,10 +164,10 @@ def _passes(self:Hydra, expert, x, kwargs):
 def _read_and_route(self:Hydra, input_ids, attention_mask):
     "Gates of prompts that are equally long, and a cache of all but their last token"
     cache, layer = DynamicCache(), self.router.params['layer']
-    with given_to(blocks(self.model.base.base_model), [layer]) as seen: h = at_fork(self.model, input_ids, past_key_values=cache)
+    with given_to(blocks(self.model.base.base_model), [layer]) as seen: h = run_trunk(self.model, input_ids, past_key_values=cache)
     gates = self._in_slots(self.router(x=mean_state(seen.get(layer, h), attention_mask))) # at the fork itself: what came out
     _cut(cache, input_ids.shape[1]-1)
-    if gates.any(1).all(): refill(self.model, h[:, :-1], cache, gates.to(h.device))
+    if gates.any(1).all(): rebuild_cache(self.model, h[:, :-1], cache, gates.to(h.device))
     return gates, dict(past_key_values=cache)
 
 # %% ../../nbs/hydra/63_model.ipynb #asked-c
@@ -382,8 +385,8 @@ def _read(self:Chat, ids, known, again, cache, gates):
     "Under a fork: fill the cache again above it if that is due, read on up to the last token, and keep what passes the fork"
     model, device = self.hydra.model, self.hydra.base.device
     states, gates = [self.states[:, :known]] if known else [], gates.to(device)
-    if known and again: refill(model, *states, cache, gates)
-    if known<len(ids)-1: states.append(read_on(model, torch.tensor([ids[known:-1]], device=device), cache, gates))
+    if known and again: rebuild_cache(model, *states, cache, gates)
+    if known<len(ids)-1: states.append(extend_cache(model, torch.tensor([ids[known:-1]], device=device), cache, gates))
     return torch.cat(states, 1) if states else None
 
 @patch
