@@ -32,6 +32,7 @@ def using(
     try: yield
     finally: _CURRENT.reset(token)
 
+# %% ../../nbs/experts/42_model.ipynb #8431a58a
 @patch
 @contextmanager
 def bind(self:Stack,
@@ -43,7 +44,7 @@ def bind(self:Stack,
     try: yield
     finally: self.bound = None
 
-# %% ../../nbs/experts/42_model.ipynb #5671ebdd
+# %% ../../nbs/experts/42_model.ipynb #e939eba0
 def current_plan(
     stack:Stack # whose layers ask
 )->Plan|None: # None: the base alone
@@ -52,6 +53,7 @@ def current_plan(
     if plan is None or plan.stack.theta is not stack.theta: plan = stack.bound
     return None if isinstance(plan, BasePlan) else plan
 
+# %% ../../nbs/experts/42_model.ipynb #c3dc569f
 class GatedLinear(nn.Module):
     "A frozen linear layer and the experts' part: the one patch that is made to a model"
     def __init__(self,
@@ -86,12 +88,10 @@ def _replace(model, path, new):
     parent, _, name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, new)
 
+# %% ../../nbs/experts/42_model.ipynb #cefdc83b
 class GatedCausalLM(PreTrainedModel, GenerationMixin):
     "A base and the stack of its experts; `forward` and `generate` take `gates=`"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     supports_gradient_checkpointing = True
     main_input_name = 'input_ids'
     keep = ContextVar('hydramoe_keep', default=None) # the generation under way in this thread: its gates and their plan
@@ -110,11 +110,11 @@ class GatedCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, gates=None, logits_to_keep=None, **kwargs):
         "As the base's forward; `gates` (B,E), (B,1,E), (B,T,E) or a gate, None for the base or the bound plan"
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        length = input_ids.shape[1] if input_ids is not None else kwargs['inputs_embeds'].shape[1]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = kwargs['inputs_embeds'] if input_ids is None else input_ids
         if logits_to_keep is not None: kwargs['logits_to_keep'] = logits_to_keep
-        with using(self.plan_for(gates, past, length)):
-            return self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
+        kwargs.update(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
+        with using(self.plan_for(gates, past, inputs.shape[1])): return self.base(**kwargs)
 
     def detach(self):
         "Give the base back as it was"
@@ -122,7 +122,7 @@ class GatedCausalLM(PreTrainedModel, GenerationMixin):
             _replace(self.base, layer.name, self.base.get_submodule(layer.name).base_layer)
         return self.base
 
-# %% ../../nbs/experts/42_model.ipynb #0a1302cb
+# %% ../../nbs/experts/42_model.ipynb #f1f0621e
 @patch
 def get_input_embeddings(self:GatedCausalLM):
     "The base's"
@@ -136,12 +136,8 @@ def get_output_embeddings(self:GatedCausalLM):
 @patch
 def prepare_inputs_for_generation(self:GatedCausalLM, input_ids, gates=None, **kwargs):
     "The base's own way of cutting its inputs for a step, and the gates"
-    return {**self.base.prepare_inputs_for_generation(input_ids, **kwargs), 'gates': gates}
-
-@patch(as_prop=True)
-def checkpoints(self:GatedCausalLM):
-    "Do some layers repeat their forward during backward?"
-    return any(getattr(m, 'gradient_checkpointing', False) and m.training for m in self.base.modules())
+    inputs = self.base.prepare_inputs_for_generation(input_ids, **kwargs)
+    return {**inputs, 'gates': gates}
 
 # %% ../../nbs/experts/42_model.ipynb #cell67
 @patch
@@ -152,6 +148,7 @@ def generate(self:GatedCausalLM, *args, gates=None, **kw):
     try: return super(GatedCausalLM, self).generate(*args, **kw)
     finally: self.keep.reset(token)
 
+# %% ../../nbs/experts/42_model.ipynb #2ffe1410
 @patch
 def _kept_plan(self:GatedCausalLM, gates):
     "The plan of the generation under way, made when its gates are first seen"
@@ -161,7 +158,14 @@ def _kept_plan(self:GatedCausalLM, gates):
         kept['plan'] = make_plan(gates, self.stack).keep()
     return kept['plan']
 
-# %% ../../nbs/experts/42_model.ipynb #8322b7af
+# %% ../../nbs/experts/42_model.ipynb #653a084d
+@patch(as_prop=True)
+def checkpoints(self:GatedCausalLM):
+    "Do some layers repeat their forward during backward?"
+    repeats = [m for m in self.base.modules() if getattr(m, 'gradient_checkpointing', False)]
+    return any(m.training for m in repeats)
+
+# %% ../../nbs/experts/42_model.ipynb #bebb283d
 @patch
 def plan_for(self:GatedCausalLM,
     gates:Tensor|Callable|None, # as `forward` takes them
@@ -177,7 +181,8 @@ def plan_for(self:GatedCausalLM,
     if gates.dim()==3 and gates.shape[1]>1:
         positions = (past+torch.arange(length)).clamp(max=gates.shape[1]-1)
         return make_plan(gates[:,positions], self.stack)
-    return make_plan(gates, self.stack) if self.keep.get() is None else self._kept_plan(gates)
+    if self.keep.get() is None: return make_plan(gates, self.stack)
+    return self._kept_plan(gates)
 
 # %% ../../nbs/experts/42_model.ipynb #cell69
 def check_bare(
@@ -187,6 +192,7 @@ def check_bare(
     if any(isinstance(m, GatedLinear) for m in base.model.modules()):
         raise HydraError(f"the base {base.id} carries a stack already: call `detach()` on its GatedCausalLM first")
 
+# %% ../../nbs/experts/42_model.ipynb #be25f46a
 def gated(
     base:Base, # from `load_base` or `tiny_base`
     slots:int, # E, how many experts
@@ -207,6 +213,7 @@ def packed_inputs(
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])
     return dict(position_ids=positions[None], packed_lengths=lengths)
 
+# %% ../../nbs/experts/42_model.ipynb #fb2d1b48
 def hidden(
     model:GatedCausalLM, # base and experts
     input_ids:Tensor, # (B,T)
@@ -216,18 +223,20 @@ def hidden(
 )->Tensor: # (B,T,d) the last hidden state, after the final norm
     "Everything but the logits"
     packed = packed_inputs(lengths, input_ids.device)
-    with using(model.plan_for(gates, 0, input_ids.shape[1])):
-        return model.base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed).last_hidden_state
+    plan = model.plan_for(gates, 0, input_ids.shape[1])
+    with using(plan):
+        out = model.base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)
+    return out.last_hidden_state
 
-# %% ../../nbs/experts/42_model.ipynb #3d5d44ff
+# %% ../../nbs/experts/42_model.ipynb #f465aafa
 def logits(
     model:GatedCausalLM, # base and experts
     h:Tensor # (…,d) any selection of hidden states
 )->Tensor: # (…,V), in the base's precision
     "The base's head, with the caps and scales that some architectures put behind it"
     config = model.config.get_text_config()
-    flat = model.get_output_embeddings()(h.reshape(-1, h.shape[-1]))
-    y = flat.view(*h.shape[:-1], -1)
+    head = model.get_output_embeddings()
+    y = head(h.reshape(-1, h.shape[-1])).view(*h.shape[:-1], -1)
     factor = getattr(config, 'logit_scale', None)
     divisor = getattr(config, 'logits_scaling', None) or 1
     y = y*factor if factor else y/divisor
@@ -242,8 +251,9 @@ def checkpointing(self:GatedCausalLM,
     "Recompute each block in `backward` instead of keeping its activations"
     word = 'enable' if on else 'disable'
     switch = getattr(self.base, f'activation_checkpointing_{word}', None) or getattr(self.base, f'gradient_checkpointing_{word}')
-    options = next(iter(inspect.signature(switch).parameters)) if on else None # the name differs between versions
-    switch(**({options: {'use_reentrant': False}} if on else {}))
+    options = list(inspect.signature(switch).parameters) # their name differs between versions of transformers
+    if on: switch(**{options[0]: {'use_reentrant': False}})
+    else: switch()
     for m in self.base.modules():
         if isinstance(m, GradientCheckpointingLayer): m.training = on
     return self

@@ -24,15 +24,17 @@ def _attend_by_row(attend):
         "As transformers calls it; `packed_lengths`: the tokens of each row"
         f = attend(module)
         if packed_lengths is None: return f(module, query, key, value, attention_mask, **kw)
-        masks = [None]*len(packed_lengths)
-        if attention_mask is not None: masks = _cut_mask(attention_mask, packed_lengths)
-        parts = zip(*(t.split(packed_lengths, 2) for t in (query, key, value)), masks)
-        return torch.cat([f(module, *row, **kw)[0] for row in parts], 1), None
+        queries, keys, values = (t.split(packed_lengths, 2) for t in (query, key, value))
+        masks = _cut_mask(attention_mask, packed_lengths)
+        outputs = [f(module, *row, **kw)[0] for row in zip(queries, keys, values, masks)]
+        return torch.cat(outputs, 1), None
     return attention
 
 def _cut_mask(mask, lengths):
-    "Each row's own square of a mask (B,1,T,T)"
-    return [mask[:,:,end-n:end,end-n:end] for n, end in zip(lengths, accumulate(lengths))]
+    "Each row's own square of a mask (B,1,T,T); None for each if there is none"
+    if mask is None: return [None]*len(lengths)
+    spans = [slice(end-n, end) for n, end in zip(lengths, accumulate(lengths))]
+    return [mask[:,:,span,span] for span in spans]
 
 # %% ../../nbs/experts/43_packing.ipynb #d9649eb3
 def _eager(module): return sys.modules[type(module).__module__].eager_attention_forward
@@ -50,7 +52,8 @@ def _distance(a, b): return (a-b).norm()/b.norm()
 def _keeps_rows_apart(model):
     "Does a packed row come out as it does alone, whatever is packed before it?"
     ids = torch.arange(2, 10, device=model.device)[None]
-    other_ids = torch.cat([ids[:,:5]+8, ids[:,5:]], 1)
+    other_ids = ids.clone()
+    other_ids[:,:5] += 8
     with using(base_plan(model.stack)):
         alone = hidden(model, ids[:,5:])
         try:
@@ -59,6 +62,7 @@ def _keeps_rows_apart(model):
         except (TypeError, AttributeError): return False # not told of `packed_lengths`, or without a function of that name
     return bool(_distance(one, other)<1e-3 and _distance(one, alone)<.2) # in bf16 another shape alone makes a difference
 
+# %% ../../nbs/experts/43_packing.ipynb #d2fc657d
 @contextmanager
 def packed_attention(
     model:GatedCausalLM # base and experts
@@ -81,11 +85,16 @@ def packed_plan(
 )->Plan: # to be used for one input (1,T), T the sum of the lengths
     "How packed rows are computed, each by its one expert"
     device = stack.theta.device
-    runs = [(e, sum(n for _, n in rows)) for e, rows in groupby(zip(who, lengths), key=lambda row: row[0])]
-    index = torch.tensor([e for e, _ in runs], device=device)
-    if len(runs)==1: return make_plan(one_hot(index, stack.slots), stack)
-    ends = list(accumulate(n for _, n in runs))
+    experts = []
+    tokens = []
+    for expert, rows in groupby(zip(who, lengths), key=lambda row: row[0]):
+        experts.append(expert)
+        tokens.append(sum(n for _, n in rows))
+    index = torch.tensor(experts, device=device)
+    if len(experts)==1: return make_plan(one_hot(index, stack.slots), stack)
+    ends = list(accumulate(tokens))
     cuts = None if stack.theta.is_cuda and grouped_pays(stack) else ends[:-1]
     ends = torch.tensor(ends, dtype=torch.int32, device=device)
     weight = stack.scale[index][:,None,None]
-    return with_trunk(RowsPlan(stack, Runs(index[:,None], weight, rows=1, ends=ends, cuts=cuts, packed=True)))
+    runs = Runs(index[:,None], weight, rows=1, ends=ends, cuts=cuts, packed=True)
+    return with_trunk(RowsPlan(stack, runs))

@@ -60,26 +60,32 @@ class BasePlan(Plan):
         "y as it is"
         return y
 
-# %% ../../nbs/experts/41_plan.ipynb #01ce767d
+# %% ../../nbs/experts/41_plan.ipynb #95cb627e
 class Factors(NamedTuple):
     "What the n layers of a group are computed with; the k experts in use are side by side"
     A:Tensor # (…,in,n·k·r) of the whole group
     Bs:list # (…,k·r,out) of each layer
     weight:Tensor|None # (…,n·k·r) to be multiplied in between A and B; None if nothing is
 
+# %% ../../nbs/experts/41_plan.ipynb #5d837b46
 class GroupProduct(NamedTuple):
     "An input times a group's A"
     x:Tensor # the input
     group:int # number of the group
     parts:tuple # for each layer its part (…,k·r)
 
-# %% ../../nbs/experts/41_plan.ipynb #daa7df26
+def _serves(made, x, group):
+    "Is this the product of `x`, the very same tensor, with this group's A?"
+    return made is not None and made.x is x and made.group==group
+
+# %% ../../nbs/experts/41_plan.ipynb #561c33d5
 class FactorPlan(Plan):
     "Two thin products a layer, the first made once for all layers of a group"
     rows = None # B of the inputs it's for; None: any
     tokens = 1 # T of the inputs it's for; 1: any
     alpha = 1 # number that the second product is multiplied with
     one_expert_a_row = False # then its experts can be trained, see below
+    has_equal_runs = True # then factors can be looked up, see below
     def __init__(self, stack):
         super().__init__(stack)
         self.made = None # the GroupProduct that was made last
@@ -104,44 +110,55 @@ class FactorPlan(Plan):
         "A layer's part of its group's product with A; `product(x, g)` makes it if it's not made"
         layer = self.stack.layers[i]
         made = self.made
-        if made is None or made.x is not x or made.group!=layer.group:
-            made = GroupProduct(x, layer.group, product(x, layer.group))
+        if not _serves(made, x, layer.group): made = GroupProduct(x, layer.group, product(x, layer.group))
         is_last = i==self.stack.groups[layer.group].layers[-1]
         self.made = None if is_last else made
         return made.parts[layer.index]
 
-# %% ../../nbs/experts/41_plan.ipynb #c75c229a
+# %% ../../nbs/experts/41_plan.ipynb #b15d3f7a
+def _flat(x):
+    "x (B,T,n) as (tokens,n)"
+    return x.reshape(-1, x.shape[-1])
+
+def _part_for_each(z, n):
+    "z (…,n·m) cut into a part (…,m) for each of n layers"
+    if n==1: return (z,)
+    return z.split(z.shape[-1]//n, -1)
+
+# %% ../../nbs/experts/41_plan.ipynb #cd228a41
 @patch
 def first(self:FactorPlan, x, A):
     "x (B,T,in) times A (in,m): (B,T,m)"
-    return (x.reshape(-1, x.shape[-1])@A).view(*x.shape[:-1], -1)
+    z = _flat(x)@A
+    return z.view(*x.shape[:-1], -1)
 
 @patch
 def second(self:FactorPlan, y, z, B):
     "y (B,T,out) plus z (B,T,k·r) times B (k·r,out)"
     flat = y.view(-1, y.shape[-1])
-    z = z.flatten(0, -2)
-    if torch.is_grad_enabled(): return flat.addmm(z, B, alpha=self.alpha).view_as(y)
-    return flat.addmm_(z, B, alpha=self.alpha).view_as(y)
+    add = flat.addmm if torch.is_grad_enabled() else flat.addmm_
+    return add(z.flatten(0, -2), B, alpha=self.alpha).view_as(y)
 
+# %% ../../nbs/experts/41_plan.ipynb #18d764db
 @patch
 def inner(self:FactorPlan, x, g):
     "The product of x with a group's A, weighted: a part (…,k·r) for each layer"
     A, _, weight = self.factors(g, x.dtype)
     z = self.first(x, A)
-    if weight is not None: z = z*weight if torch.is_grad_enabled() else z.mul_(weight)
-    n = len(self.stack.groups[g].layers)
-    return z.split(z.shape[-1]//n, -1) if n>1 else (z,)
+    if weight is not None:
+        times = z.mul if torch.is_grad_enabled() else z.mul_
+        z = times(weight)
+    return _part_for_each(z, len(self.stack.groups[g].layers))
 
 @patch
 def add_by_products(self:FactorPlan, y, x, i):
     "Two products: the general way"
     z = self.shared(x, i, self.inner)
     layer = self.stack.layers[i]
-    B = self.factors(layer.group, x.dtype).Bs[layer.index]
-    return self.second(y, z, B)
+    factors = self.factors(layer.group, x.dtype)
+    return self.second(y, z, factors.Bs[layer.index])
 
-# %% ../../nbs/experts/41_plan.ipynb #b11e3641
+# %% ../../nbs/experts/41_plan.ipynb #8a0491a4
 class ExpertViews:
     "Views of one expert, the same for all plans that use it; made once, safe among threads"
     def __init__(self, n_layers):
@@ -156,6 +173,7 @@ def _views_of(stack, slot):
         found = stack.expert_views[slot] = ExpertViews(len(stack.layers))
     return found
 
+# %% ../../nbs/experts/41_plan.ipynb #437af526
 class OnePlan(FactorPlan):
     "Every row uses one expert, with one weight"
     one_expert_a_row = True
@@ -171,39 +189,50 @@ class OnePlan(FactorPlan):
     def gather(self, g, dtype):
         "Views of the stack, in fp32"
         views = _views_of(self.stack, self.slot).groups
-        if g not in views:
-            A = self.stack.grouped[g][self.slot].flatten(0, 1).mT
-            Bs = [self.stack.leaves[i][1].detach().mT[self.slot] for i in self.stack.groups[g].layers]
-            views[g] = A, Bs
+        if g not in views: views[g] = self._view(g)
         A, Bs = views[g]
-        if A.dtype==dtype: return Factors(A, Bs, None)
-        return Factors(A.to(dtype), [B.to(dtype) for B in Bs], None)
+        if A.dtype!=dtype:
+            A = A.to(dtype)
+            Bs = [B.to(dtype) for B in Bs]
+        return Factors(A, Bs, None)
 
-# %% ../../nbs/experts/41_plan.ipynb #0f3ab9cd
+    def _view(self, g):
+        "A group's A (in,n·r), and B (r,out) of each of its layers"
+        A = self.stack.grouped[g][self.slot] # (n,r,in)
+        Bs = [self.stack.leaves[i][1].detach().mT for i in self.stack.groups[g].layers]
+        return A.flatten(0, 1).mT, [B[self.slot] for B in Bs]
+
+# %% ../../nbs/experts/41_plan.ipynb #8226cad7
 def _stored_factors(stack, g):
     "A group's A (E,n,r,in) and each of its layers' B (E,r,out): views, or parts of autograd's graph while experts train"
     pairs = [stack.leaves[i] for i in stack.groups[g].layers]
-    in_graph = stack.is_trainable and torch.is_grad_enabled()
-    A = torch.stack([a for a, _ in pairs], 1) if in_graph else stack.grouped[g]
+    A = stack.grouped[g]
+    if stack.is_trainable and torch.is_grad_enabled(): A = torch.stack([a for a, _ in pairs], 1)
     return A, [b.mT for _, b in pairs]
 
 def _gather(stack, g, index, dtype):
     "The factors of the experts `index` (…,k) side by side: A (…,in,n·k·r), B (…,k·r,out) of each of the n layers"
     A, Bs = _stored_factors(stack, g)
-    layer = torch.arange(len(Bs), device=A.device)[:,None]
-    A = A[index[...,None,:],layer].flatten(-4, -2).to(dtype).mT
-    return A, [B[index].flatten(-3, -2).to(dtype) for B in Bs]
+    layers = torch.arange(len(Bs), device=A.device)
+    chosen = A[index[...,None,:],layers[:,None]] # (…,n,k,r,in)
+    A = chosen.flatten(-4, -2).to(dtype).mT
+    Bs = [B[index].flatten(-3, -2).to(dtype) for B in Bs]
+    return A, Bs
 
-# %% ../../nbs/experts/41_plan.ipynb #60e18a3a
+# %% ../../nbs/experts/41_plan.ipynb #2410d506
 def _repeat_weight(weight, rank, n, dtype):
     "Weights (…,k) repeated over an expert's rank and over n layers: (…,n·k·r)"
-    return weight.to(dtype).repeat_interleave(rank, -1).repeat(1, 1, n)
+    over_rank = weight.to(dtype).repeat_interleave(rank, -1)
+    return over_rank.repeat(1, 1, n)
 
 def _fold_weight(weight, rank, Bs):
     "Multiply the weights (S,1,k) into each B (S,k·r,out), in place"
-    for B in Bs: B.mul_(_repeat_weight(weight, rank, 1, B.dtype).mT.view(*B.shape[:-1], 1))
+    for B in Bs:
+        wide = _repeat_weight(weight, rank, 1, B.dtype)
+        B.mul_(wide.mT.view(*B.shape[:-1], 1))
     return Bs
 
+# %% ../../nbs/experts/41_plan.ipynb #5d605f26
 class DensePlan(FactorPlan):
     "All experts in use, for all rows"
     def __init__(self,
@@ -237,7 +266,7 @@ def check_shape(self:FactorPlan, x):
     raise HydraError(f"gates for {self.rows} rows{tokens} met an input of shape {tuple(x.shape)}; "
                      "give one row of gates for each row of input_ids")
 
-# %% ../../nbs/experts/41_plan.ipynb #ad43bc04
+# %% ../../nbs/experts/41_plan.ipynb #fa113ec6
 @dataclass(eq=False)
 class Runs:
     "Neighbouring rows that use the same experts"
@@ -255,26 +284,40 @@ class Runs:
 
     def each_row(self, t):
         "From one entry (S,1,·) for each run one for each row (B,1,·), in a packed input for each token (1,T,·)"
-        counts = self.rows//len(t) if self.ends is None else self.ends.diff(prepend=self.ends.new_zeros(1))
+        if self.ends is None: counts = self.rows//len(t)
+        else: counts = self.ends.diff(prepend=self.ends.new_zeros(1))
         t = t.repeat_interleave(counts, 0)
         return t.transpose(0, 1) if self.packed else t
 
-    def _token_ends(self, x): return self.ends if self.packed else self.ends*x.shape[1]
+# %% ../../nbs/experts/41_plan.ipynb #17835365
+@patch
+def as_batch(self:Runs, x):
+    "Tokens of runs that are equally long: (S,·,n)"
+    return _flat(x).view(len(self.index), -1, x.shape[-1])
 
-# %% ../../nbs/experts/41_plan.ipynb #de01e9fd
+@patch
+def as_parts(self:Runs, x):
+    "Tokens of each run (·,n), cut"
+    return _flat(x).tensor_split(self.cuts)
+
+@patch
+def token_ends(self:Runs, x):
+    "The token at which each run ends, for `grouped_mm`"
+    return self.ends if self.packed else self.ends*x.shape[1]
+
+# %% ../../nbs/experts/41_plan.ipynb #4f3946af
 @patch
 def times(self:Runs,
     x:Tensor, # (B,T,in)
     M:Tensor # (S,in,out) a matrix for each run
 )->Tensor: # (B,T,out)
     "Each run's tokens times its matrix"
-    flat = x.reshape(-1, x.shape[-1])
-    if self.ends is None: y = flat.view(len(M), -1, x.shape[-1]).bmm(M)
-    elif self.cuts: y = torch.cat([part@m for part, m in zip(flat.tensor_split(self.cuts), M)])
-    else: y = nn.functional.grouped_mm(flat, M, offs=self._token_ends(x))
+    if self.ends is None: y = self.as_batch(x).bmm(M)
+    elif self.cuts: y = torch.cat([part@m for part, m in zip(self.as_parts(x), M)])
+    else: y = nn.functional.grouped_mm(_flat(x), M, offs=self.token_ends(x))
     return y.view(*x.shape[:-1], -1)
 
-# %% ../../nbs/experts/41_plan.ipynb #119e08a6
+# %% ../../nbs/experts/41_plan.ipynb #993ab27c
 class RowsPlan(FactorPlan):
     "Each row uses few of many experts"
     def __init__(self,
@@ -285,6 +328,7 @@ class RowsPlan(FactorPlan):
         self.runs = runs
         self.rows = runs.rows
         self.one_expert_a_row = runs.index.shape[1]==1
+        self.has_equal_runs = runs.ends is None
 
     def gather(self, g, dtype):
         "The experts of each run, side by side"
@@ -300,25 +344,28 @@ class RowsPlan(FactorPlan):
 
     def second(self, y, z, B):
         "y plus each run's rows times its B"
-        added = self.runs.times(z, B)
-        return y+added if torch.is_grad_enabled() else y.add_(added)
+        add = y.add if torch.is_grad_enabled() else y.add_
+        return add(self.runs.times(z, B))
 
-# %% ../../nbs/experts/41_plan.ipynb #bcf1bd02
+# %% ../../nbs/experts/41_plan.ipynb #1c40dd0a
 def grouped_pays(
     stack:Stack # its layers' sizes and its device decide
 )->bool:
     "Can runs of unequal length be one kernel, and is that better than a run for each row?"
-    sizes = {stack.spec.rank, *(n for s in stack.layers for n in (s.n_in, s.n_out))}
-    if any(n%8 for n in sizes) or not hasattr(nn.functional, 'grouped_mm'): return False
+    if not hasattr(nn.functional, 'grouped_mm'): return False
+    sizes = [stack.spec.rank]
+    for s in stack.layers: sizes += [s.n_in, s.n_out]
+    if any(n%8 for n in sizes): return False # it wants rows of 16 bytes
     return stack.compute==torch.bfloat16 if stack.theta.is_cuda else stack.is_trainable
 
+# %% ../../nbs/experts/41_plan.ipynb #d33e11ab
 def _find_runs(g, lengths, k, stack):
     "Runs from gates (S,E), the lengths (S,) of the runs, and how many experts a row uses at most"
     rows = int(lengths.sum())
-    is_uneven = bool((lengths!=lengths[0]).any())
     ends = None
-    if is_uneven and k==1 and grouped_pays(stack): ends = lengths.cumsum(0).to(torch.int32)
-    elif is_uneven: g = g.repeat_interleave(lengths, 0)
+    if (lengths!=lengths[0]).any():
+        if k==1 and grouped_pays(stack): ends = lengths.cumsum(0).to(torch.int32)
+        else: g = g.repeat_interleave(lengths, 0)
     on = (g!=0).float()
     chosen = on.topk(k).indices.sort().values # for a row with fewer than k experts also some that it doesn't use
     weight = g.gather(1, chosen) # zero for those
@@ -326,7 +373,7 @@ def _find_runs(g, lengths, k, stack):
     index = torch.where(on.gather(1, chosen)>0, chosen, own)
     return Runs(index, (weight*stack.scale[index])[:,None], rows, ends)
 
-# %% ../../nbs/experts/41_plan.ipynb #306b3113
+# %% ../../nbs/experts/41_plan.ipynb #8a6a738c
 class Lookup(NamedTuple):
     "What one layer needs in a decode step"
     A:Tensor # of its group
@@ -337,6 +384,7 @@ class Lookup(NamedTuple):
     members:int # layers in the group
     is_last:bool # of the group?
 
+# %% ../../nbs/experts/41_plan.ipynb #f1f30994
 @patch
 def keep(self:FactorPlan)->FactorPlan: # self
     "Gather each group's factors once and keep them: for plans that outlive a forward"
@@ -350,28 +398,31 @@ def look_up(self:FactorPlan, i, dtype):
     layer = self.stack.layers[i]
     members = self.stack.groups[layer.group].layers
     A, Bs, weight = self.factors(layer.group, dtype)
+    B = Bs[layer.index]
     if isinstance(self, OnePlan) and dtype==self.stack.theta.dtype: self.lookups = _views_of(self.stack, self.slot).lookups
-    self.lookups[i] = Lookup(A, Bs[layer.index], weight, layer.group, layer.index, len(members), i==members[-1])
+    self.lookups[i] = Lookup(A, B, weight, layer.group, layer.index, len(members), i==members[-1])
     return self.lookups[i]
 
-# %% ../../nbs/experts/41_plan.ipynb #42d60cfb
+# %% ../../nbs/experts/41_plan.ipynb #86556e43
 def _multiply(x, A):
     "x (B,T,in) times A (in,m), or with a matrix for each of S runs A (S,in,m): z flat, or flat in each run"
-    if A.dim()==3: return x.view(len(A), -1, x.shape[-1]).bmm(A)
-    return x.view(-1, x.shape[-1]).mm(A)
+    n_in = x.shape[-1]
+    if A.dim()==3: return x.view(len(A), -1, n_in).bmm(A)
+    return x.view(-1, n_in).mm(A)
 
 def _add_product(y, z, B, alpha):
     "Add z times B to y, in place; shapes as in `_multiply`"
-    if B.dim()==3: y.view(len(B), -1, y.shape[-1]).baddbmm_(z, B)
-    else: y.view(-1, y.shape[-1]).addmm_(z, B, alpha=alpha)
+    n_out = y.shape[-1]
+    if B.dim()==3: y.view(len(B), -1, n_out).baddbmm_(z, B)
+    else: y.view(-1, n_out).addmm_(z, B, alpha=alpha)
 
-# %% ../../nbs/experts/41_plan.ipynb #be8ee58e
+# %% ../../nbs/experts/41_plan.ipynb #e52c3b1d
 @patch
 def add_by_lookup(self:FactorPlan, y, x, i):
     "What `add_by_products` computes, without a gradient, for a plan that is kept; y is written to"
     found = self.lookups[i] or self.look_up(i, x.dtype)
     made = self.made
-    if found.index==0 or made is None or made.x is not x or made.group!=found.group:
+    if found.index==0 or not _serves(made, x, found.group):
         self.check_shape(x)
         made = GroupProduct(x, found.group, self._parts_by_lookup(x, found))
     self.made = None if found.is_last else made
@@ -382,23 +433,21 @@ def add_by_lookup(self:FactorPlan, y, x, i):
 def _parts_by_lookup(self:FactorPlan, x, found):
     "A group's product with A, a part for each of its layers"
     z = _multiply(x, found.A)
-    if found.weight is not None: z.view(x.shape[0], -1, z.shape[-1]).mul_(found.weight)
-    return z.split(z.shape[-1]//found.members, -1) if found.members>1 else (z,)
+    if found.weight is not None:
+        by_row = z.view(x.shape[0], -1, z.shape[-1])
+        by_row.mul_(found.weight)
+    return _part_for_each(z, found.members)
 
-# %% ../../nbs/experts/41_plan.ipynb #a2adae4d
+# %% ../../nbs/experts/41_plan.ipynb #0983e3eb
 @patch
 def outer(self:Runs,
     u:Tensor, # (B,T,a)
     v:Tensor # (B,T,b)
 )->Tensor: # (S,a,b)
     "Sum over each run's tokens of u vᵀ"
-    S = len(self.index)
-    a = u.reshape(-1, u.shape[-1])
-    b = v.reshape(-1, v.shape[-1])
-    if self.ends is None: return a.view(S, -1, a.shape[-1]).mT.bmm(b.view(S, -1, b.shape[-1]))
-    if not self.cuts: return nn.functional.grouped_mm(a.t(), b, offs=self._token_ends(u))
-    parts = zip(a.tensor_split(self.cuts), b.tensor_split(self.cuts))
-    return torch.stack([p.mT@q for p, q in parts])
+    if self.ends is None: return self.as_batch(u).mT.bmm(self.as_batch(v))
+    if self.cuts: return torch.stack([p.mT@q for p, q in zip(self.as_parts(u), self.as_parts(v))])
+    return nn.functional.grouped_mm(_flat(u).t(), _flat(v), offs=self.token_ends(u))
 
 # %% ../../nbs/experts/41_plan.ipynb #cell43
 class TrainedInner(torch.autograd.Function):
@@ -406,7 +455,8 @@ class TrainedInner(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, stack, runs, g, leaf):
         "x (B,T,in) to z (B,T,n·r)"
-        A = (stack.grouped[g][runs.experts].flatten(1, 2)*runs.weight).to(x.dtype)
+        A = stack.grouped[g][runs.experts].flatten(1, 2) # (S,n·r,in)
+        A = (A*runs.weight).to(x.dtype)
         ctx.save_for_backward(x, A)
         ctx.stack = stack
         ctx.runs = runs
@@ -420,18 +470,30 @@ class TrainedInner(torch.autograd.Function):
         x, A = ctx.saved_tensors
         runs = ctx.runs
         grad = ctx.stack.grouped_grad[ctx.g]
-        dA = (runs.outer(dz, x)*runs.weight).view(len(A), *grad.shape[1:])
+        dA = runs.outer(dz, x)*runs.weight
+        dA = dA.view(len(A), *grad.shape[1:]) # (S,n,r,in)
         grad.index_add_(0, runs.experts, dA.to(grad.dtype))
         dx = runs.times(dz, A) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None
 
-# %% ../../nbs/experts/41_plan.ipynb #f303856f
+# %% ../../nbs/experts/41_plan.ipynb #7ce5005b
+@patch
+def add_product(self:Runs, y, z, B):
+    "Add each run's tokens of z times its B to y, in place"
+    flat = y.view(-1, y.shape[-1]) # a view, because it's written to
+    if self.ends is None: self.as_batch(flat).baddbmm_(self.as_batch(z), B)
+    elif self.cuts:
+        for part, a, b in zip(self.as_parts(flat), self.as_parts(z), B): part.addmm_(a, b)
+    else: y.add_(self.times(z, B))
+
+# %% ../../nbs/experts/41_plan.ipynb #3683e4f4
 class TrainedOuter(torch.autograd.Function):
     "y + zBᵀ for a layer, in place"
     @staticmethod
     def forward(ctx, y, z, stack, runs, i, leaf):
         "y (B,T,out) and z (B,T,r) to y, changed in place"
-        B = stack.leaves[i][1].detach().mT[runs.experts].to(z.dtype)
+        stored = stack.leaves[i][1].detach().mT # (E,r,out)
+        B = stored[runs.experts].to(z.dtype)
         ctx.save_for_backward(z, B)
         ctx.stack = stack
         ctx.runs = runs
@@ -447,20 +509,12 @@ class TrainedOuter(torch.autograd.Function):
         z, B = ctx.saved_tensors
         runs = ctx.runs
         grad = ctx.stack.leaves[ctx.i][1].grad.mT
-        grad.index_add_(0, runs.experts, runs.outer(z, dy).to(grad.dtype))
-        return dy, runs.times(dy, B.mT), None, None, None, None
+        dB = runs.outer(z, dy)
+        grad.index_add_(0, runs.experts, dB.to(grad.dtype))
+        dz = runs.times(dy, B.mT)
+        return dy, dz, None, None, None, None
 
-@patch
-def add_product(self:Runs, y, z, B):
-    "Add each run's rows of z times its B to y, in place"
-    flat = y.view(-1, y.shape[-1])
-    z_flat = z.reshape(-1, z.shape[-1])
-    if self.ends is None: flat.view(len(B), -1, y.shape[-1]).baddbmm_(z_flat.view(len(B), -1, z.shape[-1]), B)
-    elif self.cuts:
-        for part, a, b in zip(flat.tensor_split(self.cuts), z_flat.tensor_split(self.cuts), B): part.addmm_(a, b)
-    else: y.add_(self.times(z_flat.view(*y.shape[:-1], -1), B))
-
-# %% ../../nbs/experts/41_plan.ipynb #bd7746a7
+# %% ../../nbs/experts/41_plan.ipynb #d16ce24a
 @patch(as_prop=True)
 def trains(self:FactorPlan):
     "Does each row have one expert, and does `backward` reach it?"
@@ -470,14 +524,17 @@ def trains(self:FactorPlan):
 def runs(self:OnePlan):
     "All rows as one run"
     device = self.stack.theta.device
-    return Runs(torch.full((1,1), self.slot, device=device), torch.full((1,1,1), self.alpha, device=device), rows=None)
+    index = torch.full((1,1), self.slot, device=device)
+    weight = torch.full((1,1,1), self.alpha, device=device)
+    return Runs(index, weight, rows=None)
 
-# %% ../../nbs/experts/41_plan.ipynb #37b8e8a0
+# %% ../../nbs/experts/41_plan.ipynb #6987ed24
 @patch
 def trained_inner(self:FactorPlan, x, g):
     "As `inner`, with a gradient for the experts"
-    first = self.stack.groups[g].layers[0]
-    z = TrainedInner.apply(x, self.stack, self.runs, g, self.stack.leaves[first][0])
+    members = self.stack.groups[g].layers
+    leaf, _ = self.stack.leaves[members[0]]
+    z = TrainedInner.apply(x, self.stack, self.runs, g, leaf)
     return z.split(self.stack.spec.rank, -1)
 
 @patch
@@ -485,14 +542,15 @@ def add_for_training(self:FactorPlan, y, x, i):
     "Two products whose gradient goes into `stack.grad`"
     z = self.shared(x, i, self.trained_inner)
     if y._is_view(): y = y.clone()
-    return TrainedOuter.apply(y, z, self.stack, self.runs, i, self.stack.leaves[i][1])
+    _, leaf = self.stack.leaves[i]
+    return TrainedOuter.apply(y, z, self.stack, self.runs, i, leaf)
 
-# %% ../../nbs/experts/41_plan.ipynb #f3ad0105
+# %% ../../nbs/experts/41_plan.ipynb #488d3d77
 @patch
 def _may_look_up(self:FactorPlan, x):
     "Is `add_by_lookup` right for this input?"
-    if self.lookups is None or torch.is_grad_enabled() or not x.is_contiguous(): return False
-    return not isinstance(self, RowsPlan) or self.runs.ends is None
+    if self.lookups is None or torch.is_grad_enabled(): return False
+    return self.has_equal_runs and x.is_contiguous()
 
 @patch
 def add(self:FactorPlan, y, x, i):
@@ -511,7 +569,7 @@ def by_expert(
         tokens, choice = (index==e).nonzero(as_tuple=True)
         yield e, tokens, choice
 
-# %% ../../nbs/experts/41_plan.ipynb #6c95df86
+# %% ../../nbs/experts/41_plan.ipynb #d2efa8fa
 class GatePlan(Plan):
     "A gate chooses experts for each token, from what the layer reads"
     def __init__(self,
@@ -524,43 +582,51 @@ class GatePlan(Plan):
     def add(self, y, x, i):
         "Add to each token the experts that the gate chooses for it"
         layer = self.stack.layers[i]
-        index, weight = (t.flatten(0, -2) for t in self.gate(x, layer.name))
-        flat = x.reshape(-1, layer.n_in)
-        out = y.reshape(-1, layer.n_out)
+        index, weight = self.gate(x, layer.name)
+        index = index.flatten(0, -2)
+        weight = weight.flatten(0, -2)
         used = index.unique()
         if not len(used): return y
-        if len(used)<=4*index.shape[1]: return self.side_by_side(out, flat, i, index, weight, used).view_as(y)
-        return self.one_by_one(out, flat, i, index, weight).view_as(y)
+        way = self.side_by_side if len(used)<=4*index.shape[1] else self.one_by_one
+        out = way(y.reshape(-1, layer.n_out), _flat(x), i, index, weight)
+        return out.view_as(y)
 
-# %% ../../nbs/experts/41_plan.ipynb #9c4afa8b
+# %% ../../nbs/experts/41_plan.ipynb #221283be
 @patch
-def side_by_side(self:GatePlan, out, x, i, index, weight, used):
+def side_by_side(self:GatePlan, out, x, i, index, weight):
     "One product for all experts in use; a token's weight is zero for those that it didn't choose"
     A, B = self.stack.leaves[i]
-    g = weight.new_zeros(len(x), self.stack.slots).scatter_add(1, index, weight)[:,used]*self.stack.scale[used]
-    inner = (x@A[used].flatten(0, 1).mT.to(x.dtype)).unflatten(1, (len(used), -1))
-    z = (inner*g.to(x.dtype)[...,None]).flatten(1)
+    used = index.unique()
+    g = weight.new_zeros(len(x), self.stack.slots).scatter_add(1, index, weight)
+    g = g[:,used]*self.stack.scale[used]
+    A = A[used].flatten(0, 1).mT.to(x.dtype)
+    B = B.mT[used].flatten(0, 1).to(x.dtype)
+    inner = (x@A).unflatten(1, (len(used), -1)) # (tokens,experts,r)
+    z = inner*g.to(x.dtype)[...,None]
     add = out.addmm if torch.is_grad_enabled() else out.addmm_
-    return add(z, B.mT[used].flatten(0, 1).to(x.dtype))
+    return add(z.flatten(1), B)
 
+# %% ../../nbs/experts/41_plan.ipynb #fb58a669
 @patch
 def one_by_one(self:GatePlan, out, x, i, index, weight):
     "Each expert reads the tokens that chose it, and adds to them"
     A, B = self.stack.leaves[i]
     for e, tokens, choice in by_expert(index):
         g = (weight[tokens,choice]*self.stack.scale[e]).to(x.dtype)
-        z = x[tokens]@A[e].mT.to(x.dtype)*g[:,None]
+        inner = x[tokens]@A[e].mT.to(x.dtype)
+        added = (inner*g[:,None])@B[e].mT.to(x.dtype)
         add = out.index_add if torch.is_grad_enabled() else out.index_add_
-        out = add(0, tokens, z@B[e].mT.to(x.dtype))
+        out = add(0, tokens, added)
     return out
 
-# %% ../../nbs/experts/41_plan.ipynb #704c8895
+# %% ../../nbs/experts/41_plan.ipynb #d2645b43
 class TrunkPlan(OnePlan):
     "The single expert that all rows share below the fork"
     one_expert_a_row = False # it isn't trained
     def __init__(self, stack):
         super().__init__(stack, 0, stack.trunk_scale.item())
 
+# %% ../../nbs/experts/41_plan.ipynb #7fa7ad4b
 class ForkedPlan(Plan):
     "The trunk below the fork, another plan above it"
     def __init__(self,
@@ -603,18 +669,21 @@ def _check_gates(gates, slots):
     if not torch.isfinite(gates).all(): raise HydraError("gates hold NaN or infinity; every weight must be a finite number")
     return gates if gates.dim()==3 else gates[:,None]
 
+# %% ../../nbs/experts/41_plan.ipynb #27997603
 def _check_gate(gate, stack):
     "The gate, if it's made for the experts of this stack"
     names = getattr(gate, 'names', stack.names)
     if names==stack.names: return gate
-    raise HydraError(f"a gate for the experts {', '.join(map(str, names))} met a stack of {', '.join(map(str, stack.names))}: make it for this stack")
+    theirs = ', '.join(map(str, names))
+    ours = ', '.join(map(str, stack.names))
+    raise HydraError(f"a gate for the experts {theirs} met a stack of {ours}: make it for this stack")
 
-# %% ../../nbs/experts/41_plan.ipynb #4517f55e
+# %% ../../nbs/experts/41_plan.ipynb #6a53358b
 def _dense_plan(g, stack, used):
     "A plan for all experts in use; rows that are all equal share one row of weights"
     rows = len(g)
-    all_equal = not g.requires_grad and bool((g==g[:1,:1]).all())
-    if all_equal: g = g[:1,:1]
+    first = g[:1,:1]
+    if not g.requires_grad and (g==first).all(): g = first
     return DensePlan(stack, used, g[...,used]*stack.scale[used], rows)
 
 def _choose_plan(g, stack, kind):
@@ -623,16 +692,17 @@ def _choose_plan(g, stack, kind):
     on = g!=0
     used = on.flatten(0, 1).any(0).nonzero()[:,0]
     if not len(used): return BasePlan(stack)
-    if kind is None and len(used)==1 and (g[...,used]==g[0,0,used]).all():
-        return OnePlan(stack, used.item(), (g[0,0,used]*stack.scale[used]).item())
+    if kind is None and len(used)==1:
+        weights = g[...,used]
+        if (weights==weights[0,0]).all(): return OnePlan(stack, used.item(), (weights[0,0]*stack.scale[used]).item())
     if kind=='dense' or g.shape[1]>1: return _dense_plan(g, stack, used)
     runs, lengths = torch.unique_consecutive(g[:,0], dim=0, return_counts=True)
-    k = on.sum(-1).max().item()
+    k = on.sum(-1).max().item() # experts that a row uses, at most
     few_of_many = len(runs)*k<=2*len(used) and k<len(used)
     if kind=='rows' or k==1 or few_of_many: return RowsPlan(stack, _find_runs(runs, lengths, k, stack))
     return _dense_plan(g, stack, used)
 
-# %% ../../nbs/experts/41_plan.ipynb #c0dd7295
+# %% ../../nbs/experts/41_plan.ipynb #1162abed
 def make_plan(
     gates:Tensor|Callable, # (B,E) or (B,1,E) for each row, (B,T,E) for each token, or a gate that makes them inside
     stack:Stack, # E slots
@@ -643,11 +713,13 @@ def make_plan(
     g = _check_gates(gates, stack.slots).to(stack.theta.device, torch.float32)
     return with_trunk(_choose_plan(g, stack, kind))
 
+# %% ../../nbs/experts/41_plan.ipynb #2a39412b
 def one_hot(
     index, # (B,) slot of each row: a list or an integer tensor
     E:int # number of slots
 )->Tensor: # (B,E) fp32
     "Gates that give each row one expert"
     index = torch.as_tensor(index)
-    if ((index<0)|(index>=E)).any(): raise HydraError(f"expert {index.tolist()} of {E}: use 0 to {E-1}")
+    is_odd = (index<0)|(index>=E)
+    if is_odd.any(): raise HydraError(f"expert {index.tolist()} of {E}: use 0 to {E-1}")
     return nn.functional.one_hot(index.long(), E).float()

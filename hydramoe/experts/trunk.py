@@ -31,13 +31,14 @@ class _Tap(_Skip):
         if self.h is None: self.h = h
         return self.h
 
-# %% ../../nbs/experts/44_trunk.ipynb #38b18e55
+# %% ../../nbs/experts/44_trunk.ipynb #cad27637
 def _model_blocks(model): return list(blocks(model.base.base_model))
 
 def _with_blocks(model, new):
     "The base without its head, with other blocks; the original stays as it is"
     m = copy(model.base.base_model)
-    name = next(n for n, c in m.named_children() if isinstance(c, nn.ModuleList) and len(c)==len(new))
+    lists = {n: c for n, c in m.named_children() if isinstance(c, nn.ModuleList)}
+    name = next(n for n, c in lists.items() if len(c)==len(new))
     m._modules = {**m._modules, name: nn.ModuleList(new)}
     return m
 
@@ -55,10 +56,11 @@ def run_trunk(
     tap = _Tap()
     skipped = [_Skip()]*(len(old)-fork-1)
     m = _with_blocks(model, old[:fork]+[tap]+skipped)
-    with using(base_plan(model.stack)):
-        m(input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=past_key_values is not None)
+    cache = dict(past_key_values=past_key_values, use_cache=past_key_values is not None)
+    with using(base_plan(model.stack)): m(input_ids=input_ids, attention_mask=attention_mask, **cache)
     return tap.h
 
+# %% ../../nbs/experts/44_trunk.ipynb #7069d852
 def run_above(
     model:GatedCausalLM, # the same
     h:Tensor, # (B,T,d) of `run_trunk`
@@ -72,8 +74,9 @@ def run_above(
     skipped = [_Skip()]*(fork-1)
     m = _with_blocks(model, skipped+[_Tap(h)]+_model_blocks(model)[fork:])
     packed = packed_inputs(lengths, h.device)
+    cache = dict(past_key_values=past_key_values, use_cache=past_key_values is not None)
     with using(model.plan_for(gates, 0, h.shape[1])):
-        out = m(inputs_embeds=h, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=past_key_values is not None, **packed)
+        out = m(inputs_embeds=h, attention_mask=attention_mask, **cache, **packed)
     return out.last_hidden_state
 
 # %% ../../nbs/experts/44_trunk.ipynb #cell82
@@ -104,6 +107,7 @@ class _Through(nn.Module):
         self.h = h
         return self.block(h, *args, **kw)
 
+# %% ../../nbs/experts/44_trunk.ipynb #6495f638
 def extend_cache(
     model:GatedCausalLM, # whose stack forks
     input_ids:Tensor, # (B,T) what follows the tokens in the cache
