@@ -111,7 +111,7 @@ def bare(a):
     import torch
     from hydramoe.experts.train import in_lanes, lanes, pack, share, using_threads
     from hydramoe.experts.score import token_losses
-    from hydramoe.experts.plan import Plan
+    from hydramoe.experts.plan import base_plan
     from hydramoe.experts.model import gated, using
     from hydramoe.experts.packing import packed_attention
     base, spec, _, _, steps = prepared(a)
@@ -120,7 +120,7 @@ def bare(a):
     n = lanes(model, spec)
     def lane(step, passes):
         for b,_ in passes:
-            with using(Plan('none', model.stack)): token_losses(model, [step[i][1] for i in b], line=True).sum().backward()
+            with using(base_plan(model.stack)): token_losses(model, [step[i][1] for i in b], packed=True).sum().backward()
     with packed_attention(model), ThreadPoolExecutor(n) as pool:
         for step in steps:
             t, lengths = clock(a), [len(x.ids) for _,x in step]

@@ -290,8 +290,8 @@ def test_rows_in_a_line_are_what_they_are_alone(kind, quant, tmp_path):
     m.stack.theta.normal_(0, .05, generator=g)
     ids = torch.randint(3, 259, (1, sum(lengths)), generator=g)
     with torch.no_grad(), packed_attention(m), using(packed_plan(who, lengths, m.stack)):
-        assert m.lines
-        laid = hidden(m, ids, line=lengths)[0].split(lengths)
+        assert m.supports_packing
+        laid = hidden(m, ids, lengths=lengths)[0].split(lengths)
     for row,e,h in zip(ids[0].split(lengths), who, laid):
         alone, other = (hidden(m, row[None], None, one_hot([f], 3))[0] for f in (e, (e+1)%3))
         assert (h-alone).norm() < (1e-4 if quant=='fp32' else .02)*alone.norm() < (other-alone).norm()

@@ -88,10 +88,10 @@ def test_an_expert_stays_in_one_pass_where_it_fits():
     assert all(i^1 in b for b in passes for i in b)
 
 def test_a_base_that_mixes_rows_trains_them_one_by_one(monkeypatch):
-    import hydramoe.experts.stack as hs
+    import hydramoe.experts.packing as hs
     whole, _ = trained()
     seen, losses = [], expert.token_losses
-    monkeypatch.setattr(hs, '_apart', lambda model: False)
+    monkeypatch.setattr(hs, 'keeps_rows_apart', lambda model: False)
     monkeypatch.setattr(expert, 'token_losses', lambda model, xs, **kw: seen.append(len(xs)) or losses(model, xs, **kw))
     alone, _ = trained()
     assert set(seen)=={1} and far(alone.stack.theta, whole.stack.theta, fresh().stack.theta) < 1e-3
@@ -408,10 +408,10 @@ def test_with_the_same_batches_the_cached_trunk_gives_the_same_bits(tmp_path):
 
 def test_the_trunk_is_not_computed_again(tmp_path, monkeypatch):
     "Once for all epochs and experts: then the blocks below the fork are never run, but to ask whether rows keep apart"
-    import hydramoe.experts.stack as hs
+    import hydramoe.experts.packing as hs
     model = forked()
     states = cached(model, tmp_path)
-    monkeypatch.setattr(hs, '_apart', lambda model: True)
+    monkeypatch.setattr(hs, 'keeps_rows_apart', lambda model: True)
     for block in model.base.model.layers[:model.stack.fork]: monkeypatch.setattr(block, 'forward', None)
     monkeypatch.setattr(model.base.model.embed_tokens, 'forward', None)
     assert len(fit(model, ROWS, SPEC, cached=states))==len(fit(forked(), ROWS, SPEC))

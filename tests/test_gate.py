@@ -30,7 +30,7 @@ def filled(slots=4, rank=4, seed=0, quant='fp32', **kw):
 def uneven():
     "Experts of rank 1, 2, 4: on all layers, the attention, the MLP of the first block"
     m = filled(3)
-    for i,s in enumerate(m.stack.spots):
+    for i,s in enumerate(m.stack.layers):
         A,B = m.stack.leaves[i]
         for e,here in enumerate([True, 'attn' in s.name, '.0.mlp' in s.name]):
             r = (4 if here else 0, 2*here, 1*here)[e]
@@ -89,8 +89,8 @@ def by_hand(stack, name, x, kind, k, T, c):
 def test_a_gate_is_its_formula_whatever_ranks_and_targets(kind, make):
     m = make()
     gate = make_gate(m.stack, kind, top_k=2, temperature=.8, **({'candidates': 2} if kind=='lag' else {}))
-    for s in m.stack.spots:
-        x = torch.randn(6, s.inp, generator=rand(3))
+    for s in m.stack.layers:
+        x = torch.randn(6, s.n_in, generator=rand(3))
         index,weight = gate(x, s.name)
         told = torch.zeros(6, m.stack.slots).scatter(-1, index, weight)
         torch.testing.assert_close(told, by_hand(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
@@ -115,8 +115,8 @@ def test_a_gate_since_a_seed_is_the_gate_of_dense_differences(kind, make, tmp_pa
     whole = m.stack.delta
     def difference(name, g): return whole(name, g)-one.delta(name, torch.ones(1)) if (d := whole(name, g)).abs().max()>0 else d # who has no factors here takes no part
     monkeypatch.setattr(m.stack, 'delta', difference)
-    for s in m.stack.spots:
-        x = torch.randn(6, s.inp, generator=rand(3))
+    for s in m.stack.layers:
+        x = torch.randn(6, s.n_in, generator=rand(3))
         index,weight = gate(x, s.name)
         told = torch.zeros(6, m.stack.slots).scatter(-1, index, weight)
         torch.testing.assert_close(told, by_hand(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
@@ -136,10 +136,10 @@ def branched(tmp_path, own=.02):
     m = gated(tiny_base(), 3, LoraSpec(4, 8))
     for e in range(3): m.stack.init_expert(e, 0, f'expert{e}')
     Q = {}
-    for i,s in enumerate(m.stack.spots):
+    for i,s in enumerate(m.stack.layers):
         A,B = m.stack.leaves[i]
-        Q[s.name] = torch.linalg.qr(torch.randn(s.inp,6, generator=rand(i))).Q.T
-        out = torch.linalg.qr(torch.randn(s.out,6, generator=rand(99+i))).Q
+        Q[s.name] = torch.linalg.qr(torch.randn(s.n_in,6, generator=rand(i))).Q.T
+        out = torch.linalg.qr(torch.randn(s.n_out,6, generator=rand(99+i))).Q
         A[:,:3],A[:,3] = Q[s.name][:3],Q[s.name][3:]
         B[:,:,:3],B[:,:,3] = out[:,:3],own*out[:,3:].T
     seed = gated(tiny_base(), 1, LoraSpec(4, 8)).stack
@@ -188,8 +188,8 @@ def test_a_bundle_keeps_a_gate_since_a_seed_and_will_not_guess_it_again(theirs, 
 def test_the_plan_is_the_dense_formula_of_the_gates_choice(kind):
     m = uneven()
     gate = make_gate(m.stack, kind, top_k=2)
-    for i,s in enumerate(m.stack.spots):
-        x = torch.randn(2,5,s.inp, generator=rand(i))
+    for i,s in enumerate(m.stack.layers):
+        x = torch.randn(2,5,s.n_in, generator=rand(i))
         told = torch.zeros(2,5,3).scatter(-1, *gate(x, s.name))
         with torch.no_grad():
             base = m.base.get_submodule(s.name).base_layer(x)
@@ -201,8 +201,8 @@ def test_a_layer_that_nobody_adapts_is_the_base():
     A,B = m.stack.leaves[0]
     B[:] = 0.
     for k in KINDS:
-        x,y = torch.randn(2,3,64),torch.randn(2,3,m.stack.spots[0].out)
-        assert make_gate(m.stack, k)(x, m.stack.spots[0].name)[0].shape==(2,3,0)
+        x,y = torch.randn(2,3,64),torch.randn(2,3,m.stack.layers[0].n_out)
+        assert make_gate(m.stack, k)(x, m.stack.layers[0].name)[0].shape==(2,3,0)
         assert torch.equal(make_plan(make_gate(m.stack, k), m.stack).add(y.clone(), x, 0), y)
 
 # ---- PEFT
@@ -264,8 +264,8 @@ class Largest(TorchDispatchMode):
 def test_no_intermediate_of_all_experts_outputs(kind, slots):
     m = filled(slots=slots, rank=2)
     gate,x = make_gate(m.stack, kind, top_k=2),torch.randn(1,200,64, generator=rand(0))
-    i = next(i for i,s in enumerate(m.stack.spots) if 'up_proj' in s.name)
-    y = torch.zeros(1,200,m.stack.spots[i].out)
+    i = next(i for i,s in enumerate(m.stack.layers) if 'up_proj' in s.name)
+    y = torch.zeros(1,200,m.stack.layers[i].n_out)
     with torch.no_grad(), Largest() as seen: make_plan(gate, m.stack).add(y, x, i)
     assert seen.most<=max(200*128, 200*slots*2, slots*2*128)<=200*slots*128/8
     with torch.no_grad(), Largest() as seen: torch.einsum('te,teo->to', torch.ones(200,slots), torch.ones(200,slots,128))
@@ -279,8 +279,8 @@ def test_few_together_and_many_one_by_one_are_one_formula(slots, k, seed):
     index,weight = torch.rand(3,7,slots, generator=g).topk(k).indices,torch.rand(3,7,k, generator=g)
     m.stack.scale = torch.rand(slots, generator=g)+.5
     told = torch.zeros(3,7,slots).scatter(-1, index, weight)
-    y = torch.randn(3,7,m.stack.spots[i].out, generator=g)
-    with torch.no_grad(): torch.testing.assert_close(make_plan(lambda *_: (index, weight), m.stack).add(y.clone(), x, i), y+sum(told[...,e:e+1]*(x@m.stack.delta(m.stack.spots[i].name, one_hot([e], slots)[0]).mT) for e in range(slots)), atol=1e-3, rtol=1e-3)
+    y = torch.randn(3,7,m.stack.layers[i].n_out, generator=g)
+    with torch.no_grad(): torch.testing.assert_close(make_plan(lambda *_: (index, weight), m.stack).add(y.clone(), x, i), y+sum(told[...,e:e+1]*(x@m.stack.delta(m.stack.layers[i].name, one_hot([e], slots)[0]).mT) for e in range(slots)), atol=1e-3, rtol=1e-3)
 
 def test_a_trained_gate_gets_its_gradient_through_the_whole_model():
     m,x = filled(3),batch()

@@ -293,7 +293,7 @@ def test_beams_and_interruptions_under_a_fork(monkeypatch):
     for t, kw in (('law?', {}), ('sea?', dict(num_beams=2)), ('sum?', {}), ('law!', {})):
         assert chat(t, max_new_tokens=5, **kw) == fresh.ask(chat.messages[:-1], expert=t[:3], max_new_tokens=5, **kw)
     with monkeypatch.context() as m:
-        m.setattr(hydramoe.hydra.model, 'read_on', lambda *a: 1/0) # after the refill, before the answer
+        m.setattr(hydramoe.hydra.model, 'extend_cache', lambda *a: 1/0) # after the refill, before the answer
         with pytest.raises(ZeroDivisionError): chat('sea?', max_new_tokens=5)
     assert chat.cache is None and len(chat.turns) == 4
     assert chat('sea?', max_new_tokens=5) == fresh.ask(chat.messages[:-1], expert='sea', max_new_tokens=5)

@@ -29,7 +29,7 @@ def _keys(name): return f'base_model.model.{name}.lora_A.weight', f'base_model.m
 
 @patch
 def _rank_on_disk(self:Stack, e):
-    if not self.below: return self.ranks[e]
+    if not self.n_trunk_layers: return self.ranks[e]
     if self.scale[e]!=self.trunk_scale[0]:
         raise HydraError(f"expert {self.names[e]!r} has scale {self.scale[e].item():g}, the trunk below it {self.trunk_scale.item():g}, and a PEFT adapter "
                          "has one: give experts of a forked stack the seed expert's rank and alpha")
@@ -40,9 +40,9 @@ def adapted(self:Stack,
     e:int # slot
 )->list[int]: # numbers of the layers that its expert has factors in; all of them if the slot is empty
     "Which layers an expert adapts: in the others it is zero"
-    every = range(len(self.spots))
-    on = [i for i in every if i<self.below or self.leaves[i][0][e].any() or self.leaves[i][1][e].any()]
-    return on if len(on)>self.below else list(every)
+    every = range(len(self.layers))
+    on = [i for i in every if i<self.n_trunk_layers or self.leaves[i][0][e].any() or self.leaves[i][1][e].any()]
+    return on if len(on)>self.n_trunk_layers else list(every)
 
 def _alpha(scale, r):
     "The shortest alpha that gives this scale again, to the last bit of fp32"
@@ -60,11 +60,11 @@ def save_peft(self:Stack,
     dir.mkdir(parents=True, exist_ok=True)
     r,tensors,on = self._rank_on_disk(e),{},self.adapted(e)
     for i in on:
-        of,s,(A,B) = (e if i in self.own else 0),self.spots[i],self.leaves[i]
+        of,s,(A,B) = (e if i in self.upper_layers else 0),self.layers[i],self.leaves[i]
         tensors.update(zip(_keys(s.name), (t.detach().cpu().contiguous() for t in (A[of,:r], B[of,:,:r]))))
     save_file({k: tensors[k] for k in sorted(tensors)}, dir/'adapter_model.safetensors', metadata={'format': 'pt'})
     write_json(dir/'adapter_config.json', dict(peft_type='LORA', task_type='CAUSAL_LM', r=r, lora_alpha=_alpha(self.scale[e].item(), r),
-        lora_dropout=0.0, bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=peft_targets([self.spots[i].name for i in on], self.linear), base_model_name_or_path=base_id))
+        lora_dropout=0.0, bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=peft_targets([self.layers[i].name for i in on], self.linear), base_model_name_or_path=base_id))
     return dir
 
 # %% ../../nbs/experts/45_adapters.ipynb #cell109
@@ -290,7 +290,7 @@ def load_peft(self:Stack,
 def _read(self:Stack, dir):
     "An adapter as a row of `theta`, its scale and its rank"
     if (dir/'seal.json').exists(): open_sealed(dir)
-    own = _matched(dir, {s.name: (s.inp, s.out) for s in self.spots}, self.kinds)
+    own = _matched(dir, {s.name: (s.n_in, s.n_out) for s in self.layers}, self.kinds)
     r,scale = max(r for r,_ in own.values()),Counter(x for _,x in own.values()).most_common(1)[0][0]
     if r>self.spec.rank: raise HydraError(f"{dir}/adapter_config.json: rank {r} does not fit a stack of rank {self.spec.rank}")
     path = _tensors_file(dir)
@@ -302,9 +302,9 @@ def _read(self:Stack, dir):
 @patch
 def _share(self:Stack, path, trunk, r, scale):
     "The first adapter of a forked stack brings the trunk; the others must have the same"
-    if not self.below: return
+    if not self.n_trunk_layers: return
     if not self.has_trunk: self.trunk[0],self.trunk_scale[0],self.trunk_rank,self.has_trunk = trunk,scale,r,True
-    odd = [s.name for s in self.spots[:self.below] if not torch.equal(*(t[s.at:s.b+self.spec.rank*s.out] for t in (trunk, self.trunk[0])))]
+    odd = [s.name for s in self.layers[:self.n_trunk_layers] if not torch.equal(*(t[s.a_start:s.b_start+self.spec.rank*s.n_out] for t in (trunk, self.trunk[0])))]
     if odd or scale!=self.trunk_scale.item():
         raise HydraError(f"{path} is of another seed expert: it differs from the trunk in {odd[0] if odd else 'scale'}; below the fork "
                          f"(block {self.fork}) all experts of a stack are one")
@@ -312,8 +312,8 @@ def _share(self:Stack, path, trunk, r, scale):
 @patch
 def _row_of(self:Stack, path, tensors, own, scale):
     "One expert's trunk and row of `theta`, from the tensors of an adapter"
-    trunk,row,n = torch.zeros(self.trunk.shape),torch.zeros(1, self.theta.shape[1]),self.below
-    for s,views in zip(self.spots, [*layer_views(trunk, self.spots[:n], self.spec.rank), *layer_views(row, self.spots[n:], self.spec.rank)]):
+    trunk,row,n = torch.zeros(self.trunk.shape),torch.zeros(1, self.theta.shape[1]),self.n_trunk_layers
+    for s,views in zip(self.layers, [*layer_views(trunk, self.layers[:n], self.spec.rank), *layer_views(row, self.layers[n:], self.spec.rank)]):
         if s.name not in own: continue
         r,mine = own[s.name]
         for k,view,by in zip(_keys(s.name), (views[0][0,:r], views[1][0,:,:r]), (1., mine)):
@@ -328,11 +328,11 @@ def _row_of(self:Stack, path, tensors, own, scale):
 def factors_of(
     stack:Stack, # whose layers the adapter is for; its slots stay as they are
     dir:str|Path # a PEFT adapter on layers of the stack, of its rank or less
-)->tuple[dict[int,tuple],float]: # number of a layer in `stack.own` -> A (r,in), B (out,r), zero where it adapts nothing; its scale
+)->tuple[dict[int,tuple],float]: # number of a layer in `stack.upper_layers` -> A (r,in), B (out,r), zero where it adapts nothing; its scale
     "Read a PEFT adapter beside the experts of a stack, as strictly as into a slot"
     row,scale,_ = stack._read(Path(dir))
-    views = layer_views(row[None].to(stack.theta.device), stack.spots[stack.below:], stack.spec.rank)
-    return {i: (a[0], b[0]) for i,(a,b) in zip(stack.own, views)},scale
+    views = layer_views(row[None].to(stack.theta.device), stack.layers[stack.n_trunk_layers:], stack.spec.rank)
+    return {i: (a[0], b[0]) for i,(a,b) in zip(stack.upper_layers, views)},scale
 
 # %% ../../nbs/experts/45_adapters.ipynb #widen-c1
 def with_adapters(

@@ -144,7 +144,7 @@ def pass_through(
         xs = [step[i][1] for i in b]
         of = who[b].repeat_interleave(torch.tensor([len(x.ids)-x.n_prompt for x in xs])).to(model.device)
         with under(packed_plan(who[b].tolist(), [len(x.ids) for x in xs], stack)):
-            nll = token_losses(model, xs, below=cached and cached(xs), line=True)*counts
+            nll = token_losses(model, xs, below=cached and cached(xs), packed=True)*counts
             (nll/labels[of]).sum().backward()
         total.index_add_(0, of, nll.detach())
     return total
@@ -217,7 +217,7 @@ def side_by_side(
     cached=None # as for `pass_through`
 )->Tensor: # as of `pass_through`
     "Each lane in a thread of its own, with gradients of its own, which are added up in order"
-    stacks = [model.stack, *(model.stack.lane() for _ in dealt[1:])]
+    stacks = [model.stack, *(model.stack.replica() for _ in dealt[1:])]
     with using_threads(max(1, torch.get_num_threads()//len(dealt))), ThreadPoolExecutor(len(dealt)) as pool:
         totals = list(pool.map(lambda passes, stack: pass_through(model, step, passes, stack, using, cached), dealt, stacks))
     for s in stacks[1:]: model.stack.grad.add_(s.grad)
@@ -232,7 +232,7 @@ def gradients(
     "Fill `stack.grad`: row e is the gradient of expert e's mean loss"
     stack, lengths, n = model.stack, [len(x.ids) for _,x in step], lanes(model, spec)
     stack.grad.zero_()
-    passes = pack([e for e,_ in step], lengths, spec.micro_tokens//n if model.lines else 0, n)
+    passes = pack([e for e,_ in step], lengths, spec.micro_tokens//n if model.supports_packing else 0, n)
     dealt = in_lanes(share(passes, *_place(model)), lengths, n)
     with _adding_in_place():
         total = side_by_side(model, step, dealt, cached) if len(dealt)>1 else pass_through(model, step, dealt[0], stack, stack.bind, cached)
@@ -620,7 +620,7 @@ def start_expert(
     found = _adapters(start)
     if len(found)!=1: raise HydraError(f"{start} holds {len(found)} adapters; to branch from it, it must hold one")
     stack.load_peft(found[0], slot, name)
-    if stack.ranks[slot] < stack.spec.rank: stack.widen(slot, seed)
+    if stack.ranks[slot] < stack.spec.rank: stack.raise_rank(slot, seed)
 
 def _adapters(path): return [p.parent for pattern in ('', '*/') for p in sorted(Path(path).glob(f'{pattern}adapter_config.json'))]
 

@@ -122,7 +122,7 @@ def _stacked(stack, i, seed=None):
 def _made(kind, stack, f, since, **params):
     "A gate of a kind: in each layer `f` of the rotated factors"
     seed,scale = factors_of(stack, since) if since else ({},None)
-    layers = {stack.spots[i].name: f(_stacked(stack, i, (*seed[i], scale) if since else None)) for i in stack.own}
+    layers = {stack.layers[i].name: f(_stacked(stack, i, (*seed[i], scale) if since else None)) for i in stack.upper_layers}
     return Gate(kind, list(stack.names), layers, params|(dict(since=file_sha256(Path(since)/'adapter_model.safetensors')[:16]) if since else {}))
 
 def _unit(A):
@@ -199,13 +199,13 @@ def gate_cost(
 )->dict[str,int]: # operations a token: `choose`, `act` (the chosen experts), `base` (the adapted layers themselves)
     "What a gate and its experts cost beside the base"
     out = dict(choose=0, act=0, base=0)
-    for s in (s for s in stack.spots if s.name in gate.layers):
+    for s in (s for s in stack.layers if s.name in gate.layers):
         n,rows = gate.width[s.name],int(gate.layers[s.name].any(-1).sum())
         asked = dict(arrow=n, spectr=rows, lag=n+rows*min(gate.params.get('candidates', n), n)/max(n, 1))[gate.kind]
         ranks = [r for r,a in zip(stack.ranks, gate.absent[s.name].tolist()) if not a]
-        out['choose'] += round(2*s.inp*asked)
-        out['act'] += round(2*min(gate.params['top_k'], n)*sum(ranks)/max(n, 1)*(s.inp+s.out))
-        out['base'] += 2*s.inp*s.out
+        out['choose'] += round(2*s.n_in*asked)
+        out['act'] += round(2*min(gate.params['top_k'], n)*sum(ranks)/max(n, 1)*(s.n_in+s.n_out))
+        out['base'] += 2*s.n_in*s.n_out
     return out
 
 # %% ../../nbs/hydra/61_gate.ipynb #cell42
@@ -215,7 +215,7 @@ def check_gate(
 )->Gate: # the gate
     "Refuse a gate that was made for other experts or layers"
     make_plan(gate, stack)
-    want,have = {stack.spots[i].name: stack.spots[i].inp for i in stack.own},{n: t.shape[-1] for n,t in gate.layers.items()}
+    want,have = {stack.layers[i].name: stack.layers[i].n_in for i in stack.upper_layers},{n: t.shape[-1] for n,t in gate.layers.items()}
     if odd := sorted(n for n in want.keys()|have.keys() if want.get(n)!=have.get(n)):
         raise HydraError(f"the gate's tensor for {odd[0]} reads {have.get(odd[0], 0)} inputs where the stack has {want.get(odd[0], 0)}: make the gate from these adapters")
     return gate

@@ -43,7 +43,6 @@ from ..models.hidden import given_to, hidden_mean, mean_state
 from ..domains.cluster import Domains, describe, discover, edit_domains, embed_stage, encoder_id, load_embeddings
 from ..domains.cluster import prompt_text, write_domains_yaml
 from ..experts.stack import LoraSpec, Stack
-from ..experts.plan import Plan
 from ..experts.model import GatedCausalLM, using
 from ..experts.trunk import run_trunk, extend_cache, rebuild_cache
 from ..experts.adapters import adapter_config, adapter_shapes, unfit, with_adapters
@@ -53,6 +52,7 @@ from ..experts.train import GroupSpec, TrainSpec, collect, group_size, make_jobs
 from ..experts.train import outline, run_jobs, sort_rows, train_experts, train_seed
 from .route import Router, check_width, explain_route, may_change, on_base, on_encoder, on_hidden, on_whole, plot_route, unplaced, reads_base, ridge, route_text, similarity, uniform, with_domain, without_domain
 from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
+from ..experts.plan import base_plan
 
 # %% ../../nbs/hydra/63_model.ipynb #cell8
 class Hydra:
@@ -103,7 +103,7 @@ def reading(
     model:GatedCausalLM # of a Hydra
 ): # a context in which a router may read the base
     "The base as a router finds it: alone; under a fork with what all experts share"
-    return using(Plan('none', model.stack)) if model.stack.fork else contextlib.nullcontext()
+    return using(base_plan(model.stack)) if model.stack.fork else contextlib.nullcontext()
 
 @patch
 def _heard(self:Hydra, prompt):
@@ -1256,7 +1256,7 @@ def experts_outline(
 )->Stack: # on the meta device: sizes without numbers
     "Where the experts of a build part, and how large they are; refuses what the base cannot hold"
     stack = Stack(outline(spec.base), 1, _lora(spec))
-    if spec.rank>(most := max(min(s.inp, s.out) for s in stack.spots)): raise HydraError(f"rank={spec.rank}: no layer of {spec.base} that is adapted has more than {most} dimensions, so an expert can use no more")
+    if spec.rank>(most := max(min(s.n_in, s.n_out) for s in stack.layers)): raise HydraError(f"rank={spec.rank}: no layer of {spec.base} that is adapted has more than {most} dimensions, so an expert can use no more")
     return stack
 
 # %% ../../nbs/hydra/63_model.ipynb #cell94
