@@ -22,7 +22,7 @@ from ..foundations.store import open_sealed
 from ..models.base import Base, target_layers
 from .stack import Stack, check_slot, peft_targets, layer_views, module_kinds, LoraSpec
 from .model import GatedCausalLM, gated
-from ..use.reproduce import _bare
+from .model import check_bare
 
 # %% ../../nbs/experts/45_adapters.ipynb #cell107
 def _keys(name): return f'base_model.model.{name}.lora_A.weight', f'base_model.model.{name}.lora_B.weight'
@@ -342,7 +342,7 @@ def with_adapters(
 )->GatedCausalLM: # with the adapters in its slots, in order
     "Put plain PEFT adapters onto a base: the largest rank, every layer that any of them adapts"
     if not adapters: raise HydraError("no adapters were given: name at least one")
-    _bare(base)
+    check_bare(base)
     layers,kinds = {n: (m.in_features, m.out_features) for n,m in target_layers(base.model).items()},module_kinds(base.model)
     own = [_matched(Path(f), layers, kinds) for f in adapters.values()]
     r,scale = max(x for o in own for x in o.values())
