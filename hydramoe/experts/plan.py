@@ -202,9 +202,9 @@ class OnePlan(FactorPlan):
         Bs = [self.stack.leaves[i][1].detach().mT for i in self.stack.groups[g].layers]
         return A.flatten(0, 1).mT, [B[self.slot] for B in Bs]
 
-# %% ../../nbs/experts/41_plan.ipynb #8226cad7
+# %% ../../nbs/experts/41_plan.ipynb #9ad76f4e
 def _stored_factors(stack, g):
-    "A group's A (E,n,r,in) and each of its layers' B (E,r,out): views, or parts of autograd's graph while experts train"
+    "A group's A (E,n,r,in), B (E,r,out) of each of its layers: views, or parts of autograd's graph while experts train"
     pairs = [stack.leaves[i] for i in stack.groups[g].layers]
     A = stack.grouped[g]
     if stack.is_trainable and torch.is_grad_enabled(): A = torch.stack([a for a, _ in pairs], 1)
@@ -215,9 +215,9 @@ def _gather(stack, g, index, dtype):
     A, Bs = _stored_factors(stack, g)
     layers = torch.arange(len(Bs), device=A.device)
     chosen = A[index[...,None,:],layers[:,None]] # (…,n,k,r,in)
-    A = chosen.flatten(-4, -2).to(dtype).mT
-    Bs = [B[index].flatten(-3, -2).to(dtype) for B in Bs]
-    return A, Bs
+    side_by_side = chosen.flatten(-4, -2).to(dtype) # (…,n·k·r,in)
+    chosen_Bs = [B[index] for B in Bs] # (…,k,r,out)
+    return side_by_side.mT, [B.flatten(-3, -2).to(dtype) for B in chosen_Bs]
 
 # %% ../../nbs/experts/41_plan.ipynb #2410d506
 def _repeat_weight(weight, rank, n, dtype):
@@ -266,14 +266,14 @@ def check_shape(self:FactorPlan, x):
     raise HydraError(f"gates for {self.rows} rows{tokens} met an input of shape {tuple(x.shape)}; "
                      "give one row of gates for each row of input_ids")
 
-# %% ../../nbs/experts/41_plan.ipynb #fa113ec6
+# %% ../../nbs/experts/41_plan.ipynb #1a7fbd90
 @dataclass(eq=False)
 class Runs:
     "Neighbouring rows that use the same experts"
     index:Tensor # (S,k) the experts of each of S runs
     weight:Tensor # (S,1,k) gate times scale
     rows:int # B, rows of the input
-    ends:Tensor|None = None # (S,) the row at which each run ends, in a packed input the token; None: all runs are equally long
+    ends:Tensor|None = None # (S,) the row at which each run ends, of a packed input the token; None: all are equally long
     cuts:list|None = None # to compute run by run: the tokens at which a run begins, but for the first
     packed:bool = False # do all rows lie in one, see 43_packing?
 
@@ -305,16 +305,20 @@ def token_ends(self:Runs, x):
     "The token at which each run ends, for `grouped_mm`"
     return self.ends if self.packed else self.ends*x.shape[1]
 
-# %% ../../nbs/experts/41_plan.ipynb #4f3946af
+# %% ../../nbs/experts/41_plan.ipynb #2949ccb9
 @patch
 def times(self:Runs,
     x:Tensor, # (B,T,in)
     M:Tensor # (S,in,out) a matrix for each run
 )->Tensor: # (B,T,out)
     "Each run's tokens times its matrix"
-    if self.ends is None: y = self.as_batch(x).bmm(M)
-    elif self.cuts: y = torch.cat([part@m for part, m in zip(self.as_parts(x), M)])
-    else: y = nn.functional.grouped_mm(_flat(x), M, offs=self.token_ends(x))
+    if self.ends is None:
+        y = self.as_batch(x).bmm(M)
+    elif self.cuts:
+        products = [part@m for part, m in zip(self.as_parts(x), M)]
+        y = torch.cat(products)
+    else:
+        y = nn.functional.grouped_mm(_flat(x), M, offs=self.token_ends(x))
     return y.view(*x.shape[:-1], -1)
 
 # %% ../../nbs/experts/41_plan.ipynb #993ab27c
@@ -384,7 +388,7 @@ class Lookup(NamedTuple):
     members:int # layers in the group
     is_last:bool # of the group?
 
-# %% ../../nbs/experts/41_plan.ipynb #f1f30994
+# %% ../../nbs/experts/41_plan.ipynb #8d7e31f2
 @patch
 def keep(self:FactorPlan)->FactorPlan: # self
     "Gather each group's factors once and keep them: for plans that outlive a forward"
@@ -399,17 +403,19 @@ def look_up(self:FactorPlan, i, dtype):
     members = self.stack.groups[layer.group].layers
     A, Bs, weight = self.factors(layer.group, dtype)
     B = Bs[layer.index]
-    if isinstance(self, OnePlan) and dtype==self.stack.theta.dtype: self.lookups = _views_of(self.stack, self.slot).lookups
+    if isinstance(self, OnePlan) and dtype==self.stack.theta.dtype:
+        self.lookups = _views_of(self.stack, self.slot).lookups
     self.lookups[i] = Lookup(A, B, weight, layer.group, layer.index, len(members), i==members[-1])
     return self.lookups[i]
 
-# %% ../../nbs/experts/41_plan.ipynb #86556e43
+# %% ../../nbs/experts/41_plan.ipynb #99433612
 def _multiply(x, A):
     "x (B,T,in) times A (in,m), or with a matrix for each of S runs A (S,in,m): z flat, or flat in each run"
     n_in = x.shape[-1]
     if A.dim()==3: return x.view(len(A), -1, n_in).bmm(A)
     return x.view(-1, n_in).mm(A)
 
+# %% ../../nbs/experts/41_plan.ipynb #1f6f9a6b
 def _add_product(y, z, B, alpha):
     "Add z times B to y, in place; shapes as in `_multiply`"
     n_out = y.shape[-1]
@@ -438,16 +444,20 @@ def _parts_by_lookup(self:FactorPlan, x, found):
         by_row.mul_(found.weight)
     return _part_for_each(z, found.members)
 
-# %% ../../nbs/experts/41_plan.ipynb #0983e3eb
+# %% ../../nbs/experts/41_plan.ipynb #f233dccd
 @patch
 def outer(self:Runs,
     u:Tensor, # (B,T,a)
     v:Tensor # (B,T,b)
 )->Tensor: # (S,a,b)
     "Sum over each run's tokens of u vᵀ"
-    if self.ends is None: return self.as_batch(u).mT.bmm(self.as_batch(v))
-    if self.cuts: return torch.stack([p.mT@q for p, q in zip(self.as_parts(u), self.as_parts(v))])
-    return nn.functional.grouped_mm(_flat(u).t(), _flat(v), offs=self.token_ends(u))
+    if self.ends is None:
+        return self.as_batch(u).mT.bmm(self.as_batch(v))
+    if self.cuts:
+        pairs = zip(self.as_parts(u), self.as_parts(v))
+        return torch.stack([p.mT@q for p, q in pairs])
+    ends = self.token_ends(u)
+    return nn.functional.grouped_mm(_flat(u).t(), _flat(v), offs=ends)
 
 # %% ../../nbs/experts/41_plan.ipynb #cell43
 class TrainedInner(torch.autograd.Function):
@@ -476,15 +486,18 @@ class TrainedInner(torch.autograd.Function):
         dx = runs.times(dz, A) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None
 
-# %% ../../nbs/experts/41_plan.ipynb #7ce5005b
+# %% ../../nbs/experts/41_plan.ipynb #ee298618
 @patch
 def add_product(self:Runs, y, z, B):
     "Add each run's tokens of z times its B to y, in place"
     flat = y.view(-1, y.shape[-1]) # a view, because it's written to
-    if self.ends is None: self.as_batch(flat).baddbmm_(self.as_batch(z), B)
+    if self.ends is None:
+        self.as_batch(flat).baddbmm_(self.as_batch(z), B)
     elif self.cuts:
-        for part, a, b in zip(self.as_parts(flat), self.as_parts(z), B): part.addmm_(a, b)
-    else: y.add_(self.times(z, B))
+        for part, a, b in zip(self.as_parts(flat), self.as_parts(z), B):
+            part.addmm_(a, b)
+    else:
+        y.add_(self.times(z, B))
 
 # %% ../../nbs/experts/41_plan.ipynb #3683e4f4
 class TrainedOuter(torch.autograd.Function):
@@ -514,12 +527,13 @@ class TrainedOuter(torch.autograd.Function):
         dz = runs.times(dy, B.mT)
         return dy, dz, None, None, None, None
 
-# %% ../../nbs/experts/41_plan.ipynb #d16ce24a
+# %% ../../nbs/experts/41_plan.ipynb #f928c900
 @patch(as_prop=True)
 def trains(self:FactorPlan):
     "Does each row have one expert, and does `backward` reach it?"
     return self.one_expert_a_row and self.stack.grad is not None and torch.is_grad_enabled()
 
+# %% ../../nbs/experts/41_plan.ipynb #ef1d7ca1
 @patch(as_prop=True)
 def runs(self:OnePlan):
     "All rows as one run"
@@ -591,30 +605,32 @@ class GatePlan(Plan):
         out = way(y.reshape(-1, layer.n_out), _flat(x), i, index, weight)
         return out.view_as(y)
 
-# %% ../../nbs/experts/41_plan.ipynb #221283be
+# %% ../../nbs/experts/41_plan.ipynb #d4980624
 @patch
 def side_by_side(self:GatePlan, out, x, i, index, weight):
     "One product for all experts in use; a token's weight is zero for those that it didn't choose"
     A, B = self.stack.leaves[i]
     used = index.unique()
-    g = weight.new_zeros(len(x), self.stack.slots).scatter_add(1, index, weight)
-    g = g[:,used]*self.stack.scale[used]
+    g = weight.new_zeros(len(x), self.stack.slots)
+    g = g.scatter_add(1, index, weight)[:,used]
+    g = (g*self.stack.scale[used]).to(x.dtype) # (tokens,experts)
     A = A[used].flatten(0, 1).mT.to(x.dtype)
     B = B.mT[used].flatten(0, 1).to(x.dtype)
     inner = (x@A).unflatten(1, (len(used), -1)) # (tokens,experts,r)
-    z = inner*g.to(x.dtype)[...,None]
+    z = inner*g[...,None]
     add = out.addmm if torch.is_grad_enabled() else out.addmm_
     return add(z.flatten(1), B)
 
-# %% ../../nbs/experts/41_plan.ipynb #fb58a669
+# %% ../../nbs/experts/41_plan.ipynb #ea7b9eb8
 @patch
 def one_by_one(self:GatePlan, out, x, i, index, weight):
     "Each expert reads the tokens that chose it, and adds to them"
     A, B = self.stack.leaves[i]
     for e, tokens, choice in by_expert(index):
-        g = (weight[tokens,choice]*self.stack.scale[e]).to(x.dtype)
+        g = weight[tokens,choice]*self.stack.scale[e]
         inner = x[tokens]@A[e].mT.to(x.dtype)
-        added = (inner*g[:,None])@B[e].mT.to(x.dtype)
+        z = inner*g.to(x.dtype)[:,None]
+        added = z@B[e].mT.to(x.dtype)
         add = out.index_add if torch.is_grad_enabled() else out.index_add_
         out = add(0, tokens, added)
     return out
@@ -664,9 +680,10 @@ def base_plan(
 def _check_gates(gates, slots):
     "Gates as (B,T or 1,E), or an error"
     if gates.dim() not in (2,3) or gates.shape[-1]!=slots or not gates.is_floating_point():
-        raise HydraError(f"gates of shape {tuple(gates.shape)} and type {gates.dtype}: a stack of {slots} wants floats of shape "
-                         f"(rows,{slots}) or (rows,tokens,{slots})")
-    if not torch.isfinite(gates).all(): raise HydraError("gates hold NaN or infinity; every weight must be a finite number")
+        raise HydraError(f"gates of shape {tuple(gates.shape)} and type {gates.dtype}: a stack of {slots} "
+                         f"wants floats of shape (rows,{slots}) or (rows,tokens,{slots})")
+    if not torch.isfinite(gates).all():
+        raise HydraError("gates hold NaN or infinity; every weight must be a finite number")
     return gates if gates.dim()==3 else gates[:,None]
 
 # %% ../../nbs/experts/41_plan.ipynb #27997603
@@ -678,7 +695,7 @@ def _check_gate(gate, stack):
     ours = ', '.join(map(str, stack.names))
     raise HydraError(f"a gate for the experts {theirs} met a stack of {ours}: make it for this stack")
 
-# %% ../../nbs/experts/41_plan.ipynb #6a53358b
+# %% ../../nbs/experts/41_plan.ipynb #07f9ff76
 def _dense_plan(g, stack, used):
     "A plan for all experts in use; rows that are all equal share one row of weights"
     rows = len(g)
@@ -686,6 +703,14 @@ def _dense_plan(g, stack, used):
     if not g.requires_grad and (g==first).all(): g = first
     return DensePlan(stack, used, g[...,used]*stack.scale[used], rows)
 
+def _one_plan(g, stack, e):
+    "A plan for expert e, the only one in use, if all its weights are equal; else None"
+    weights = g[...,e]
+    first = weights[0,0]
+    if (weights!=first).any(): return None
+    return OnePlan(stack, e, (first*stack.scale[e]).item())
+
+# %% ../../nbs/experts/41_plan.ipynb #fefdb0d0
 def _choose_plan(g, stack, kind):
     "The plan for gates (B,T or 1,E)"
     if g.requires_grad: return _dense_plan(g, stack, torch.arange(stack.slots, device=g.device))
@@ -693,13 +718,14 @@ def _choose_plan(g, stack, kind):
     used = on.flatten(0, 1).any(0).nonzero()[:,0]
     if not len(used): return BasePlan(stack)
     if kind is None and len(used)==1:
-        weights = g[...,used]
-        if (weights==weights[0,0]).all(): return OnePlan(stack, used.item(), (weights[0,0]*stack.scale[used]).item())
+        one = _one_plan(g, stack, used.item())
+        if one is not None: return one
     if kind=='dense' or g.shape[1]>1: return _dense_plan(g, stack, used)
     runs, lengths = torch.unique_consecutive(g[:,0], dim=0, return_counts=True)
     k = on.sum(-1).max().item() # experts that a row uses, at most
     few_of_many = len(runs)*k<=2*len(used) and k<len(used)
-    if kind=='rows' or k==1 or few_of_many: return RowsPlan(stack, _find_runs(runs, lengths, k, stack))
+    if kind=='rows' or k==1 or few_of_many:
+        return RowsPlan(stack, _find_runs(runs, lengths, k, stack))
     return _dense_plan(g, stack, used)
 
 # %% ../../nbs/experts/41_plan.ipynb #1162abed

@@ -48,29 +48,34 @@ def _cut_at(order, cut):
         end = cut[end]
     return batches[::-1]
 
-# %% ../../nbs/experts/47_score.ipynb #cell12
-def collate(
-    examples:list, # of `hydramoe.models.encode.Example`
-    device='cpu', # where the tensors go
-    packed:bool=False # one row behind the other, see 43_packing
-)->tuple[Tensor,Tensor,Tensor]: # ids (B,T) padded right with 0, or (1,T) · flat positions (L,) that predict a label · labels (L,)
-    "Rows as one rectangle, or packed, with where the response tokens are predicted"
-    for x in examples: _check_response(x)
-    rows = [torch.tensor(x.ids) for x in examples]
-    ids = torch.cat(rows)[None] if packed else pad_sequence(rows, batch_first=True)
-    widths = [len(row) if packed else ids.shape[1] for row in rows]
-    starts = accumulate(widths[:-1], initial=0)
-    at = torch.cat([torch.arange(x.n_prompt-1, len(x.ids)-1)+start for x, start in zip(examples, starts)])
-    labels = ids.flatten()[at+1]
-    return ids.to(device), at.to(device), labels.to(device)
-
+# %% ../../nbs/experts/47_score.ipynb #2b45bc8a
 def _check_response(x):
     "Refuse a row without a prompt or without a response"
     if 1<=x.n_prompt<len(x.ids): return
     raise HydraError(f"row {x.id!r}: {x.n_prompt} prompt tokens of {len(x.ids)}; "
                      "a row needs at least one prompt token and one response token")
 
-# %% ../../nbs/experts/47_score.ipynb #6960e38f
+# %% ../../nbs/experts/47_score.ipynb #cell12
+def collate(
+    examples:list, # of `hydramoe.models.encode.Example`
+    device='cpu', # where the tensors go
+    packed:bool=False # one row behind the other, see 43_packing
+)->tuple[Tensor,Tensor,Tensor]: # ids (B,T), padded right with 0, or (1,T) · flat positions that predict a label (L,) · labels
+    "Rows as one rectangle, or packed, with where the response tokens are predicted"
+    for x in examples: _check_response(x)
+    rows = [torch.tensor(x.ids) for x in examples]
+    ids = torch.cat(rows)[None] if packed else pad_sequence(rows, batch_first=True)
+    widths = [len(row) if packed else ids.shape[1] for row in rows]
+    starts = accumulate(widths[:-1], initial=0)
+    positions = []
+    for x, start in zip(examples, starts):
+        predicting = torch.arange(x.n_prompt-1, len(x.ids)-1)
+        positions.append(start+predicting)
+    at = torch.cat(positions)
+    labels = ids.flatten()[at+1]
+    return ids.to(device), at.to(device), labels.to(device)
+
+# %% ../../nbs/experts/47_score.ipynb #21354cbb
 def token_losses(
     model, # `hydramoe.experts.model.GatedCausalLM`
     examples:list, # of `hydramoe.models.encode.Example`
@@ -84,10 +89,22 @@ def token_losses(
     lengths = [len(x.ids) for x in examples] if packed else None
     if below is None: h = hidden(model, ids, gates=gates, lengths=lengths)
     else: h = run_above(model, below, gates=gates, lengths=lengths)
+    predicting = h.flatten(0, 1)[at] # (L,d)
     losses = []
-    for states, answers in zip(h.flatten(0, 1)[at].split(chunk), labels.split(chunk)):
-        losses.append(F.cross_entropy(logits(model, states).float(), answers, reduction='none'))
+    for states, answers in zip(predicting.split(chunk), labels.split(chunk)):
+        scores = logits(model, states).float()
+        losses.append(F.cross_entropy(scores, answers, reduction='none'))
     return torch.cat(losses)
+
+# %% ../../nbs/experts/47_score.ipynb #edb0bbcd
+def _gate_rows(gates, n):
+    "Gates (n,E), or None for the base"
+    if gates is None: return None
+    g = torch.as_tensor(gates, dtype=torch.float32)
+    if g.ndim==1: g = g.expand(n, -1)
+    if g.ndim==2 and len(g)==n: return g
+    raise HydraError(f"gates of shape {tuple(g.shape)} for {n} examples; "
+                     f"give (E,), one mix for all, or ({n},E), one for each")
 
 # %% ../../nbs/experts/47_score.ipynb #cell18
 def response_losses(
@@ -111,14 +128,6 @@ def response_losses(
             bar.update(sum(len(x.ids) for x in rows))
     return out
 
-def _gate_rows(gates, n):
-    "Gates (n,E), or None for the base"
-    if gates is None: return None
-    g = torch.as_tensor(gates, dtype=torch.float32)
-    if g.ndim==1: g = g.expand(n, -1)
-    if g.ndim==2 and len(g)==n: return g
-    raise HydraError(f"gates of shape {tuple(g.shape)} for {n} examples; give (E,), one mix for all, or ({n},E), one for each")
-
 # %% ../../nbs/experts/47_score.ipynb #cell22
 @dataclass
 class Losses:
@@ -130,7 +139,8 @@ class Losses:
     columns:list # C names
     def __getitem__(self, column:str)->np.ndarray: # (T,)
         "One column's nll"
-        if column not in self.columns: raise HydraError(f"no column {column!r} in the loss matrix; it has {', '.join(self.columns)}")
+        if column not in self.columns:
+            raise HydraError(f"no column {column!r} in the loss matrix; it has {', '.join(self.columns)}")
         return self.nll[self.columns.index(column)]
 
     @property
@@ -138,7 +148,7 @@ class Losses:
         "Response tokens of each record"
         return np.diff(self.offsets)
 
-# %% ../../nbs/experts/47_score.ipynb #dca6a3aa
+# %% ../../nbs/experts/47_score.ipynb #9d775810
 def loss_matrix(
     model, # `hydramoe.experts.model.GatedCausalLM`
     examples:list, # N of `hydramoe.models.encode.Example`
@@ -146,11 +156,17 @@ def loss_matrix(
     max_tokens:int=2048 # most tokens of a padded batch
 )->Losses: # one column a name
     "Score the examples once for each column"
-    rows = [np.concatenate(response_losses(model, examples, g, max_tokens, f'score {name}')) for name, g in columns.items()]
+    rows = []
+    for name, gates in columns.items():
+        losses = response_losses(model, examples, gates, max_tokens, f'score {name}')
+        rows.append(np.concatenate(losses))
     odd = [name for name, row in zip(columns, rows) if not np.isfinite(row).all()]
     if odd: raise HydraError(f"not every loss is finite: {odd}; look at the adapters of these columns")
-    offsets = np.cumsum([0, *(len(x.ids)-x.n_prompt for x in examples)])
-    return Losses(np.stack(rows), offsets, [x.id for x in examples], [x.domain for x in examples], list(columns))
+    sizes = [len(x.ids)-x.n_prompt for x in examples]
+    offsets = np.cumsum([0, *sizes])
+    ids = [x.id for x in examples]
+    domains = [x.domain for x in examples]
+    return Losses(np.stack(rows), offsets, ids, domains, list(columns))
 
 # %% ../../nbs/experts/47_score.ipynb #cell25
 def save_losses(
@@ -165,18 +181,19 @@ def save_losses(
     write_json(out/'losses.json', dict(columns=losses.columns, ids=losses.ids, domains=losses.domains))
     return out
 
-# %% ../../nbs/experts/47_score.ipynb #a35b635c
+# %% ../../nbs/experts/47_score.ipynb #04fb312b
 def load_losses(
     path:str|Path # a directory `save_losses` wrote
 )->Losses: # as it was saved
     "Read a loss matrix, and check that its parts belong together"
     arrays = load_file(Path(path)/'losses.safetensors')
     meta = read_json(Path(path)/'losses.json')
-    n = len(meta['ids'])
-    tokens = arrays['offsets'][-1]
-    fits = (arrays['nll'].shape==(len(meta['columns']), tokens) and arrays['offsets'].shape==(n+1,) and len(meta['domains'])==n)
-    if not fits: raise HydraError(f"{path}: losses.safetensors and losses.json do not belong together; score again")
-    return Losses(**arrays, **meta)
+    losses = Losses(**arrays, **meta)
+    n = len(losses.ids)
+    columns_fit = losses.nll.shape==(len(losses.columns), losses.offsets[-1])
+    records_fit = losses.offsets.shape==(n+1,) and len(losses.domains)==n
+    if columns_fit and records_fit: return losses
+    raise HydraError(f"{path}: losses.safetensors and losses.json do not belong together; score again")
 
 # %% ../../nbs/experts/47_score.ipynb #cell30
 def record_sums(
@@ -184,7 +201,8 @@ def record_sums(
     offsets:np.ndarray # (N+1,)
 )->np.ndarray: # (N,) or (C,N), float64
     "Total nll of each record"
-    return np.add.reduceat(np.asarray(nll, np.float64), offsets[:-1], axis=-1)
+    nll = np.asarray(nll, np.float64)
+    return np.add.reduceat(nll, offsets[:-1], axis=-1)
 
 def record_means(
     nll:np.ndarray, # (T,) or (C,T)
@@ -193,7 +211,7 @@ def record_means(
     "Mean nll of each record's response tokens"
     return record_sums(nll, offsets)/np.diff(offsets)
 
-# %% ../../nbs/experts/47_score.ipynb #fe9eb882
+# %% ../../nbs/experts/47_score.ipynb #6947134a
 def domain_nll(
     sums:np.ndarray, # (N,) total nll of each record
     tokens:np.ndarray, # (N,) response tokens of each
@@ -205,44 +223,52 @@ def domain_nll(
     for d in sorted(set(domains)):
         inside = of==d
         out[str(d)] = float(sums[inside].sum()/tokens[inside].sum())
-    return out | {'macro': float(np.mean(list(out.values())))}
+    mean = np.mean(list(out.values()))
+    return out | {'macro': float(mean)}
 
+# %% ../../nbs/experts/47_score.ipynb #3125455b
 def perplexity(
     sums:np.ndarray, # (N,) total nll of each record
     tokens:np.ndarray, # (N,) response tokens of each
     domains:list # N names
 )->dict[str,float]: # domain → perplexity, and `macro`
     "Token-weighted inside a domain, domains averaged in log space"
-    return {d: float(np.exp(x)) for d, x in domain_nll(sums, tokens, domains).items()}
+    nats = domain_nll(sums, tokens, domains)
+    return {d: float(np.exp(x)) for d, x in nats.items()}
 
 # %% ../../nbs/experts/47_score.ipynb #cell34
 def _matrix(losses, columns): return np.stack([losses[c] for c in columns])
 def _per_token(x, losses): return np.repeat(x, losses.tokens, axis=-1)
 
+# %% ../../nbs/experts/47_score.ipynb #4a5fe956
 def pick(
     losses:Losses, # has the columns
     columns:list[str], # E experts
     which:np.ndarray # (N,) the expert of each record, 0 to E-1
 )->np.ndarray: # (T,) nll of each token under its record's expert
     "Losses when each record goes to one expert"
+    nll = _matrix(losses, columns)
     expert = _per_token(np.asarray(which), losses)
-    return np.take_along_axis(_matrix(losses, columns), expert[None], 0)[0]
+    return np.take_along_axis(nll, expert[None], 0)[0]
 
-# %% ../../nbs/experts/47_score.ipynb #0b7cf381
+# %% ../../nbs/experts/47_score.ipynb #5bacae71
 def hindsight(
     losses:Losses, # has the columns
     columns:list[str] # E experts
 )->np.ndarray: # (N,) the expert of least loss on each record
     "Each record's best expert, known only after the answer: an upper bound"
-    return record_sums(_matrix(losses, columns), losses.offsets).argmin(0)
+    sums = record_sums(_matrix(losses, columns), losses.offsets)
+    return sums.argmin(0)
 
+# %% ../../nbs/experts/47_score.ipynb #10e69fbd
 def recovered(
     uniform:float, # macro nll of the uniform mixture: nothing chosen
     router:float, # of the router
     hindsight:float # of the best expert of each record: everything chosen
 )->float: # 0: no better than uniform, 1: as good as hindsight
     "Share of the way from uniform to hindsight that a router covers"
-    if not hindsight<uniform: raise HydraError(f"hindsight ({hindsight:.4g}) is no better than uniform ({uniform:.4g}): there is nothing to recover")
+    if not hindsight<uniform:
+        raise HydraError(f"hindsight ({hindsight:.4g}) is no better than uniform ({uniform:.4g}): there is nothing to recover")
     return (uniform-router)/(uniform-hindsight)
 
 # %% ../../nbs/experts/47_score.ipynb #cell37
@@ -252,11 +278,15 @@ def ensemble(
     weights:np.ndarray # (N,E), or (E,) for all: rows sum to 1
 )->np.ndarray: # (T,) −log Σ g p
     "Losses of the experts' probabilities averaged with each record's weights"
-    w = np.broadcast_to(np.asarray(weights, np.float64), (len(losses.ids), len(columns)))
-    if (w<0).any() or not np.allclose(w.sum(1), 1, atol=1e-4): raise HydraError('ensemble weights must be at least 0 and sum to 1 for each record')
-    log_w = np.full(w.shape, -np.inf)
+    shape = len(losses.ids), len(columns)
+    w = np.broadcast_to(np.asarray(weights, np.float64), shape)
+    sums_to_one = np.allclose(w.sum(1), 1, atol=1e-4)
+    if (w<0).any() or not sums_to_one:
+        raise HydraError('ensemble weights must be at least 0 and sum to 1 for each record')
+    log_w = np.full(shape, -np.inf)
     np.log(w, out=log_w, where=w>0)
-    return -np.logaddexp.reduce(_per_token(log_w.T, losses)-_matrix(losses, columns), axis=0)
+    log_p = -_matrix(losses, columns)
+    return -np.logaddexp.reduce(_per_token(log_w.T, losses)+log_p, axis=0)
 
 # %% ../../nbs/experts/47_score.ipynb #cell42
 def log_macro_draws(
@@ -274,11 +304,12 @@ def log_macro_draws(
     for d in names:
         at = np.flatnonzero(of==d)
         n = len(at)
-        times = rng(seed, 'bootstrap', d).multinomial(n, np.full(n, 1/n), draws).astype(float) # how often each record is drawn
+        generator = rng(seed, 'bootstrap', d)
+        times = generator.multinomial(n, np.full(n, 1/n), draws).astype(float) # how often each record is drawn
         total = total+sums[:,at]@times.T/(times@tokens[at])
     return total/len(names)
 
-# %% ../../nbs/experts/47_score.ipynb #18018923
+# %% ../../nbs/experts/47_score.ipynb #8356931d
 def paired_bootstrap(
     a:np.ndarray, # (N,) total nll of each record under system a (mean nll if no `tokens`)
     b:np.ndarray, # (N,) the same records under system b
@@ -291,12 +322,21 @@ def paired_bootstrap(
     "Difference of macro perplexity, a against b, with an interval by record within domain (training noise left out)"
     tokens = np.ones(len(domains)) if tokens is None else np.asarray(tokens)
     both = np.stack([a, b])
-    of_a, of_b = (domain_nll(x, tokens, domains)['macro'] for x in both)
+    macro_a, macro_b = (domain_nll(x, tokens, domains)['macro'] for x in both)
     draws_a, draws_b = log_macro_draws(both, tokens, domains, draws, seed)
-    low, high = np.quantile(draws_a-draws_b, [(1-level)/2, (1+level)/2])
-    return tuple(float(100*np.expm1(x)) for x in (of_a-of_b, low, high))
+    ends = [(1-level)/2, (1+level)/2]
+    low, high = np.quantile(draws_a-draws_b, ends)
+    found = macro_a-macro_b, low, high
+    return tuple(float(100*np.expm1(x)) for x in found)
 
 # %% ../../nbs/experts/47_score.ipynb #cell47
+def _domain_scores(sums, tokens, domains, draws, seed):
+    "For each of S systems nll, low and high perplexity of these records, domains averaged"
+    samples = log_macro_draws(sums, tokens, domains, draws, seed)
+    lows, highs = np.exp(np.quantile(samples, [.025, .975], axis=1))
+    nll = [domain_nll(x, tokens, domains)['macro'] for x in sums]
+    return zip(nll, lows, highs)
+
 def score_rows(
     losses:Losses, # records, domains and tokens
     systems:dict[str,np.ndarray], # name → (T,) nll of each token
@@ -304,16 +344,14 @@ def score_rows(
     seed:int=0 # of the resampling
 )->list[dict]: # {system, domain, nll, ppl, lo, hi}, macro last
     "Perplexity of each system on each domain, with a 95 % interval by record"
-    sums = record_sums(np.stack(list(systems.values())), losses.offsets)
+    nll = np.stack(list(systems.values()))
+    sums = record_sums(nll, losses.offsets)
     of = np.asarray(losses.domains)
     rows = {name: [] for name in systems}
     for d in [*sorted(set(losses.domains)), 'macro']:
         at = slice(None) if d=='macro' else of==d
-        tokens = losses.tokens[at]
-        domains = of[at].tolist()
-        lows, highs = np.exp(np.quantile(log_macro_draws(sums[:,at], tokens, domains, draws, seed), [.025, .975], axis=1))
-        for name, x, lo, hi in zip(systems, sums, lows, highs):
-            nll = domain_nll(x[at], tokens, domains)['macro']
+        scores = _domain_scores(sums[:,at], losses.tokens[at], of[at].tolist(), draws, seed)
+        for name, (nll, lo, hi) in zip(systems, scores):
             rows[name].append(dict(system=name, domain=d, nll=nll, ppl=float(np.exp(nll)), lo=float(lo), hi=float(hi)))
     return sum(rows.values(), [])
 
@@ -325,7 +363,10 @@ def _percent_change(rows, against):
     if against not in systems: raise HydraError(f"no system {against!r} in the table; it has {', '.join(systems)}")
     ppl = {(r['system'], r['domain']): r['ppl'] for r in rows}
     systems.remove(against)
-    table = [[100*(ppl[s,d]/ppl[against,d]-1) for d in domains] for s in systems]
+    table = []
+    for s in systems:
+        ratios = [ppl[s,d]/ppl[against,d] for d in domains]
+        table.append([100*(ratio-1) for ratio in ratios])
     return systems, domains, np.array(table)
 
 # %% ../../nbs/experts/47_score.ipynb #31d297ff

@@ -34,7 +34,9 @@ class LoraSpec:
             raise HydraError(f"fork={self.fork}: give a block's number (12), or a share of the depth (0.5); 0 gives experts all blocks")
 
 # %% ../../nbs/experts/40_stack.ipynb #cell13
-_FAMILIES = ('q_proj k_proj v_proj', 'gate_proj up_proj', 'query key value', 'w1 w3', 'wi_0 wi_1') # layers that read one input, as models call them
+_FAMILIES = ( # layers that read one input, as models call them
+    'q_proj k_proj v_proj', 'query key value',
+    'gate_proj up_proj', 'w1 w3', 'wi_0 wi_1')
 
 def _group_layers(layers):
     "Numbers of the layers that read one input, group by group"
@@ -225,7 +227,7 @@ def _make_views(self:Stack, train):
     self.grad = None
     if train: self._make_gradients(experts, groups)
 
-# %% ../../nbs/experts/40_stack.ipynb #81147331
+# %% ../../nbs/experts/40_stack.ipynb #f13080c1
 @patch(as_prop=True)
 def upper_layers(self:Stack):
     "Numbers of the layers in which experts differ: all, or those above the fork"
@@ -234,8 +236,10 @@ def upper_layers(self:Stack):
 @patch
 def extra_repr(self:Stack):
     "Shown by `print(model)`"
-    size = f"{self.slots} experts of rank {self.spec.rank} on {len(self.upper_layers)} layers, {self.theta.shape[1]:,} parameters each"
-    return size+(f"; below block {self.fork} one trunk" if self.n_trunk_layers else "")
+    n = len(self.upper_layers)
+    size = f"{self.slots} experts of rank {self.spec.rank} on {n} layers, {self.theta.shape[1]:,} parameters each"
+    if not self.n_trunk_layers: return size
+    return f"{size}; below block {self.fork} one trunk"
 
 # %% ../../nbs/experts/40_stack.ipynb #8da9851a
 @patch
@@ -297,8 +301,8 @@ def check_slot(
     e:int # 0 to E-1, or from the end as in a list
 )->int: # 0 to E-1
     "The number of a slot, or an error that says which there are"
-    if not -stack.slots<=e<stack.slots: raise HydraError(f"slot {e} of a stack of {stack.slots}: use 0 to {stack.slots-1}")
-    return e%stack.slots
+    if -stack.slots<=e<stack.slots: return e%stack.slots
+    raise HydraError(f"slot {e} of a stack of {stack.slots}: use 0 to {stack.slots-1}")
 
 def _random_A(seed, name, rank, n_in):
     "kaiming_uniform with a=√5, as PEFT begins"
