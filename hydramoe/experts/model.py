@@ -88,7 +88,7 @@ def _replace(model, path, new):
     parent, _, name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, new)
 
-# %% ../../nbs/experts/42_model.ipynb #cefdc83b
+# %% ../../nbs/experts/42_model.ipynb #4a1fa321
 class GatedCausalLM(PreTrainedModel, GenerationMixin):
     "A base and the stack of its experts; `forward` and `generate` take `gates=`"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
@@ -104,7 +104,7 @@ class GatedCausalLM(PreTrainedModel, GenerationMixin):
         self.base = base
         self.stack = stack
         self.generation_config = base.generation_config
-        self.supports_packing = False # may rows of several experts lie in one, see `packed_attention` in 43_packing
+        self.supports_packing = False # may rows of several experts be packed into one, see `packed_attention` in 43_packing
         for i, layer in enumerate(stack.layers):
             _replace(base, layer.name, GatedLinear(base.get_submodule(layer.name), stack, i))
 

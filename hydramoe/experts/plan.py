@@ -202,7 +202,7 @@ class OnePlan(FactorPlan):
         Bs = [self.stack.leaves[i][1].detach().mT for i in self.stack.groups[g].layers]
         return A.flatten(0, 1).mT, [B[self.slot] for B in Bs]
 
-# %% ../../nbs/experts/41_plan.ipynb #9ad76f4e
+# %% ../../nbs/experts/41_plan.ipynb #93c23d8d
 def _stored_factors(stack, g):
     "A group's A (E,n,r,in), B (E,r,out) of each of its layers: views, or parts of autograd's graph while experts train"
     pairs = [stack.leaves[i] for i in stack.groups[g].layers]
@@ -213,8 +213,9 @@ def _stored_factors(stack, g):
 def _gather(stack, g, index, dtype):
     "The factors of the experts `index` (…,k) side by side: A (…,in,n·k·r), B (…,k·r,out) of each of the n layers"
     A, Bs = _stored_factors(stack, g)
-    layers = torch.arange(len(Bs), device=A.device)
-    chosen = A[index[...,None,:],layers[:,None]] # (…,n,k,r,in)
+    layers = torch.arange(len(Bs), device=A.device)[:,None] # (n,1)
+    experts = index[...,None,:] # (…,1,k)
+    chosen = A[experts,layers] # (…,n,k,r,in)
     side_by_side = chosen.flatten(-4, -2).to(dtype) # (…,n·k·r,in)
     chosen_Bs = [B[index] for B in Bs] # (…,k,r,out)
     return side_by_side.mT, [B.flatten(-3, -2).to(dtype) for B in chosen_Bs]
@@ -266,7 +267,7 @@ def check_shape(self:FactorPlan, x):
     raise HydraError(f"gates for {self.rows} rows{tokens} met an input of shape {tuple(x.shape)}; "
                      "give one row of gates for each row of input_ids")
 
-# %% ../../nbs/experts/41_plan.ipynb #1a7fbd90
+# %% ../../nbs/experts/41_plan.ipynb #215fae55
 @dataclass(eq=False)
 class Runs:
     "Neighbouring rows that use the same experts"
@@ -275,7 +276,7 @@ class Runs:
     rows:int # B, rows of the input
     ends:Tensor|None = None # (S,) the row at which each run ends, of a packed input the token; None: all are equally long
     cuts:list|None = None # to compute run by run: the tokens at which a run begins, but for the first
-    packed:bool = False # do all rows lie in one, see 43_packing?
+    packed:bool = False # are all rows packed into one, see 43_packing?
 
     @property
     def experts(self):
@@ -527,11 +528,12 @@ class TrainedOuter(torch.autograd.Function):
         dz = runs.times(dy, B.mT)
         return dy, dz, None, None, None, None
 
-# %% ../../nbs/experts/41_plan.ipynb #f928c900
+# %% ../../nbs/experts/41_plan.ipynb #dd3fa8fd
 @patch(as_prop=True)
 def trains(self:FactorPlan):
     "Does each row have one expert, and does `backward` reach it?"
-    return self.one_expert_a_row and self.stack.grad is not None and torch.is_grad_enabled()
+    if not self.one_expert_a_row: return False
+    return self.stack.grad is not None and torch.is_grad_enabled()
 
 # %% ../../nbs/experts/41_plan.ipynb #ef1d7ca1
 @patch(as_prop=True)
@@ -728,16 +730,19 @@ def _choose_plan(g, stack, kind):
         return RowsPlan(stack, _find_runs(runs, lengths, k, stack))
     return _dense_plan(g, stack, used)
 
-# %% ../../nbs/experts/41_plan.ipynb #1162abed
+# %% ../../nbs/experts/41_plan.ipynb #d2636706
 def make_plan(
     gates:Tensor|Callable, # (B,E) or (B,1,E) for each row, (B,T,E) for each token, or a gate that makes them inside
     stack:Stack, # E slots
     kind:str|None=None # force 'rows' or 'dense'
 )->Plan: # to be used for inputs of B rows
     "Decide how a choice of gates is computed"
-    if callable(gates): return with_trunk(GatePlan(stack, _check_gate(gates, stack)))
-    g = _check_gates(gates, stack.slots).to(stack.theta.device, torch.float32)
-    return with_trunk(_choose_plan(g, stack, kind))
+    if callable(gates):
+        plan = GatePlan(stack, _check_gate(gates, stack))
+    else:
+        g = _check_gates(gates, stack.slots)
+        plan = _choose_plan(g.to(stack.theta.device, torch.float32), stack, kind)
+    return with_trunk(plan)
 
 # %% ../../nbs/experts/41_plan.ipynb #2a39412b
 def one_hot(

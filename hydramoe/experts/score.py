@@ -123,8 +123,9 @@ def response_losses(
             rows = [examples[i] for i in batch]
             g = None if gates is None else gates[batch].to(model.device)
             nll = token_losses(model, rows, g).cpu()
-            parts = nll.split([len(x.ids)-x.n_prompt for x in rows])
-            for i, part in zip(batch, parts): out[i] = part.numpy()
+            sizes = [len(x.ids)-x.n_prompt for x in rows]
+            for i, part in zip(batch, nll.split(sizes)):
+                out[i] = part.numpy()
             bar.update(sum(len(x.ids) for x in rows))
     return out
 
@@ -237,8 +238,14 @@ def perplexity(
     return {d: float(np.exp(x)) for d, x in nats.items()}
 
 # %% ../../nbs/experts/47_score.ipynb #cell34
-def _matrix(losses, columns): return np.stack([losses[c] for c in columns])
-def _per_token(x, losses): return np.repeat(x, losses.tokens, axis=-1)
+def _matrix(losses, columns):
+    "The nll (E,T) of some columns"
+    found = [losses[c] for c in columns]
+    return np.stack(found)
+
+def _per_token(x, losses):
+    "One entry for each token, from one for each record"
+    return np.repeat(x, losses.tokens, axis=-1)
 
 # %% ../../nbs/experts/47_score.ipynb #4a5fe956
 def pick(
@@ -333,10 +340,12 @@ def paired_bootstrap(
 def _domain_scores(sums, tokens, domains, draws, seed):
     "For each of S systems nll, low and high perplexity of these records, domains averaged"
     samples = log_macro_draws(sums, tokens, domains, draws, seed)
-    lows, highs = np.exp(np.quantile(samples, [.025, .975], axis=1))
+    ends = np.quantile(samples, [.025, .975], axis=1)
+    lows, highs = np.exp(ends)
     nll = [domain_nll(x, tokens, domains)['macro'] for x in sums]
     return zip(nll, lows, highs)
 
+# %% ../../nbs/experts/47_score.ipynb #824ed531
 def score_rows(
     losses:Losses, # records, domains and tokens
     systems:dict[str,np.ndarray], # name → (T,) nll of each token
@@ -352,7 +361,8 @@ def score_rows(
         at = slice(None) if d=='macro' else of==d
         scores = _domain_scores(sums[:,at], losses.tokens[at], of[at].tolist(), draws, seed)
         for name, (nll, lo, hi) in zip(systems, scores):
-            rows[name].append(dict(system=name, domain=d, nll=nll, ppl=float(np.exp(nll)), lo=float(lo), hi=float(hi)))
+            row = dict(system=name, domain=d, nll=nll, ppl=float(np.exp(nll)), lo=float(lo), hi=float(hi))
+            rows[name].append(row)
     return sum(rows.values(), [])
 
 # %% ../../nbs/experts/47_score.ipynb #cell50
@@ -369,7 +379,7 @@ def _percent_change(rows, against):
         table.append([100*(ratio-1) for ratio in ratios])
     return systems, domains, np.array(table)
 
-# %% ../../nbs/experts/47_score.ipynb #31d297ff
+# %% ../../nbs/experts/47_score.ipynb #157d4709
 def plot_scores(
     rows:list[dict], # {system, domain, ppl}, of `score_rows`
     against:str='base', # the system the others are compared with
@@ -378,7 +388,9 @@ def plot_scores(
     "Heat map, system × domain, of the change of perplexity in percent"
     import matplotlib.pyplot as plt
     systems, domains, x = _percent_change(rows, against)
-    if ax is None: _, ax = plt.subplots(figsize=(1.2+.75*len(domains), .8+.35*(len(systems)+1)))
+    width = 1.2+.75*len(domains)
+    height = .8+.35*(len(systems)+1)
+    if ax is None: _, ax = plt.subplots(figsize=(width, height))
     top = np.abs(x).max() or 1
     ax.imshow(x, cmap='RdBu_r', vmin=-top, vmax=top, aspect='auto')
     for (i, j), v in np.ndenumerate(x):

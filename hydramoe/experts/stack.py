@@ -185,11 +185,11 @@ class Stack(nn.Module):
         self.layers = layout.layers
         self.groups = layout.groups
         self.n_trunk_layers = layout.n_trunk_layers
-        self._make_room(layout, next(base_model.parameters()).device)
+        self._allocate(layout, next(base_model.parameters()).device)
         self._make_views(train=False)
         self.bound = None # the plan that is computed in all threads, see `bind` in 42_model
 
-# %% ../../nbs/experts/40_stack.ipynb #93044423
+# %% ../../nbs/experts/40_stack.ipynb #a2e87aac
 @patch
 def _describe_base(self:Stack, model):
     "What the stack knows of its base"
@@ -199,7 +199,7 @@ def _describe_base(self:Stack, model):
     self.kinds = module_kinds(model)
 
 @patch
-def _make_room(self:Stack, layout, device):
+def _allocate(self:Stack, layout, device):
     "Empty experts, and an empty trunk"
     rank = self.spec.rank
     self.theta = torch.zeros(self.slots, layout.length, device=device) # the experts, a row each
