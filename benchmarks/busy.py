@@ -60,7 +60,8 @@ def score(a):
 
 def train(a):
     "Seconds for one pass over the rows, all experts fused, after a first step"
-    from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps, training
+    from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps
+    from hydramoe.hydra.model import training
     model, rows = prepared(a)
     names, spec = list(rows), TrainSpec(rows=1., warmup=2)
     steps = plan_steps(list(rows.values()), names, spec)

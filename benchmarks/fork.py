@@ -13,7 +13,9 @@ import argparse, json, statistics, tempfile, warnings
 import torch
 from transformers import DynamicCache
 from hydramoe.models.base import open_base
-from hydramoe.experts.train import Optimizers, TrainSpec, cache_trunk, fit_step, plan_steps, training
+from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps
+from hydramoe.experts.stages import cache_trunk
+from hydramoe.hydra.model import training
 from hydramoe.experts.stack import LoraSpec, at_fork, gated, logits, one_hot, refill
 from forward import in_turn, seconds
 from train import rows_of

@@ -89,7 +89,8 @@ def tokens(rows): return sum(len(x.ids) for x in rows)
 
 def ours(a):
     "All experts fused"
-    from hydramoe.experts.train import Optimizers, fit_step, training
+    from hydramoe.experts.train import Optimizers, fit_step
+    from hydramoe.hydra.model import training
     from hydramoe.experts.stack import gated
     base, spec, rows, _, steps = prepared(a)
     names = list(rows)
@@ -109,20 +110,20 @@ def bare(a):
     "The base alone on the passes of the fused run: forward, loss and the way back to its embeddings, which no training of adapters in all layers can do without"
     from concurrent.futures import ThreadPoolExecutor
     import torch
-    from hydramoe.experts.train import in_lanes, lanes, pack, share, using_threads
+    from hydramoe.experts.train import deal_passes, n_replicas, make_passes, shard_passes, using_threads
     from hydramoe.experts.score import token_losses
     from hydramoe.experts.stack import Plan, gated, in_line, using
     base, spec, _, _, steps = prepared(a)
     base.model.enable_input_require_grads()
     model, seconds = gated(base, 1, lora(a)), []
-    n = lanes(model, spec)
+    n = n_replicas(model, spec)
     def lane(step, passes):
         for b,_ in passes:
             with using(Plan('none', model.stack)): token_losses(model, [step[i][1] for i in b], line=True).sum().backward()
     with in_line(model), ThreadPoolExecutor(n) as pool:
         for step in steps:
             t, lengths = clock(a), [len(x.ids) for _,x in step]
-            dealt = in_lanes(share(pack([e for e,_ in step], lengths, spec.micro_tokens//n, n)), lengths, n)
+            dealt = deal_passes(shard_passes(make_passes([e for e,_ in step], lengths, spec.micro_tokens//n, n)), lengths, n)
             with using_threads(max(1, torch.get_num_threads()//n)): list(pool.map(lambda passes: lane(step, passes), dealt))
             seconds.append(clock(a)-t)
     return dict(tokens=sum(tokens([x for _,x in s]) for s in steps[a.warm:]), seconds=sum(seconds[a.warm:]), memory=peak())

@@ -7,7 +7,8 @@ from hydramoe.experts import train as expert
 from hydramoe.models.base import tiny_base
 from hydramoe.foundations.core import HydraError, read_json, rng, write_jsonl
 from hydramoe.models.encode import Example
-from hydramoe.experts.train import TrainSpec, cache_trunk, fit, fit_trl, gradients, plan_steps, start_expert, train_experts, train_seed
+from hydramoe.experts.train import TrainSpec, fit, fit_trl, gradients, plan_steps
+from hydramoe.experts.stages import cache_trunk, start_expert, train_experts_stage, train_single_stage
 from hydramoe.experts.stack import LoraSpec, gated, one_hot
 from hydramoe.foundations.store import open_sealed, sealing, stage
 
@@ -165,10 +166,10 @@ def test_steps_that_were_skipped_are_counted_in_the_history(tmp_path):
     "One that learnt nothing is on record, and one whose numbers nobody can compute with is not written"
     rows, how = write_rows(tmp_path/'rows'), dict(base='tiny', quant='fp32', lora=dict(rank=4))
     with warnings.catch_warnings(action='ignore'):
-        train_seed(tmp_path/'lost', rows_dir=rows, **how, spec=dict(lr=1e30, steps=9))
+        train_single_stage(tmp_path/'lost', rows_dir=rows, **how, spec=dict(lr=1e30, steps=9))
         lost = read_json(tmp_path/'lost'/'history.json')
-        train_experts(tmp_path/'all', rows_dir=rows, start=tmp_path/'lost', **how, spec=dict(lr=1e-4, steps=9))
-        with pytest.raises(HydraError, match="expert 'seed'.*lower the learning rate"): train_seed(tmp_path/'gone', rows_dir=rows, **how, spec=dict(lr=3e38, steps=9))
+        train_experts_stage(tmp_path/'all', rows_dir=rows, start=tmp_path/'lost', **how, spec=dict(lr=1e-4, steps=9))
+        with pytest.raises(HydraError, match="expert 'seed'.*lower the learning rate"): train_single_stage(tmp_path/'gone', rows_dir=rows, **how, spec=dict(lr=3e38, steps=9))
     assert lost['experts']['seed']['steps']-1==lost['experts']['seed']['skipped']==sum('seed' in h['skipped'] for h in lost['history'])
     assert all(e['skipped']==e['steps']>0 for e in read_json(tmp_path/'all'/'history.json')['experts'].values())
     assert not (tmp_path/'gone'/'seed').exists()
@@ -270,13 +271,13 @@ def test_kill_9_and_again(where, at, tmp_path, whole):
 def test_stages_from_records_to_adapters(tmp_path):
     rows = write_rows(tmp_path/'rows')
     with_seed = dict(JOB, spec=asdict(replace(SPEC, steps=6)))
-    seed = stage(train_seed, with_seed, dict(rows_dir=seal_rows(rows, tmp_path)), root=tmp_path)
-    experts = stage(train_experts, with_seed, dict(rows_dir=seal_rows(rows, tmp_path), start=seed), root=tmp_path)
+    seed = stage(train_single_stage, with_seed, dict(rows_dir=seal_rows(rows, tmp_path)), root=tmp_path)
+    experts = stage(train_experts_stage, with_seed, dict(rows_dir=seal_rows(rows, tmp_path), start=seed), root=tmp_path)
     assert sorted(p.name for p in experts.iterdir())==['a', 'b', 'c', 'history.json', 'seal.json']
     h = read_json(experts/'history.json')
     assert set(h['experts'])=={'a', 'b', 'c'} and all(x['rows'] in (13, 14) and x['steps']>=6 for x in h['experts'].values())
     assert 'second' not in (experts/'history.json').read_text()
-    assert stage(train_experts, with_seed, dict(rows_dir=seal_rows(rows, tmp_path), start=seed), root=tmp_path)==experts
+    assert stage(train_experts_stage, with_seed, dict(rows_dir=seal_rows(rows, tmp_path), start=seed), root=tmp_path)==experts
 
 def seal_rows(rows, root):
     if not (root/'data').exists():
@@ -309,7 +310,7 @@ def test_widened_expert_is_saved_whole(tmp_path):
 @pytest.mark.parametrize('groups,says', [({'x': ['nowhere']}, 'nowhere'), ({'../x': ['r1']}, "cannot name"), ({'x': ['r1'], 'y': []}, 'no rows for expert y')])
 def test_groups_that_make_no_sense_are_refused(groups, says, tmp_path):
     rows = write_rows(tmp_path/'rows')
-    with pytest.raises(HydraError, match=says): train_experts(tmp_path/'out', rows_dir=rows, groups=groups, **JOB)
+    with pytest.raises(HydraError, match=says): train_experts_stage(tmp_path/'out', rows_dir=rows, groups=groups, **JOB)
 
 def test_rows_of_one_token_are_refused():
     model = fresh()
@@ -357,9 +358,9 @@ def test_rows_of_another_part_are_never_trained_on(tmp_path, part):
     from hydramoe.data.unify import open_unified, toy_unify
     d = stage(toy_unify, dict(tokens_per_domain=300, router=1, dev=1, test=1, max_length=200), root=tmp_path)
     how = dict(base='tiny', quant='fp32', lora=LORA, spec=SPEC)
-    with pytest.raises(HydraError, match=f"of the part '{part}'"): train_seed(tmp_path/'x', rows_dir=d, file=f'{part}.jsonl', **how)
+    with pytest.raises(HydraError, match=f"of the part '{part}'"): train_single_stage(tmp_path/'x', rows_dir=d, file=f'{part}.jsonl', **how)
     assert not (tmp_path/'x').exists()
-    with sealing(tmp_path/'y', {}) as out: train_seed(out, rows_dir=d, file='experts.jsonl', **how)
+    with sealing(tmp_path/'y', {}) as out: train_single_stage(out, rows_dir=d, file='experts.jsonl', **how)
     assert (tmp_path/'y'/'seed'/'adapter_model.safetensors').exists() and len(open_unified(d).experts)
 
 # ---- the fork
@@ -449,8 +450,8 @@ def test_experts_above_a_fork_from_records_to_adapters(tmp_path):
     from safetensors.torch import load_file
     rows = seal_rows(write_rows(tmp_path/'rows'), tmp_path)
     plain = dict(base='tiny', quant='fp32', spec=asdict(replace(SPEC, steps=12)))
-    seed = stage(train_seed, dict(plain, lora=dict(rank=4)), dict(rows_dir=rows), root=tmp_path)
-    made = [stage(train_experts, dict(plain, lora=dict(rank=4, fork=.5), cached=c), dict(rows_dir=rows, start=seed), root=tmp_path) for c in (False, True)]
+    seed = stage(train_single_stage, dict(plain, lora=dict(rank=4)), dict(rows_dir=rows), root=tmp_path)
+    made = [stage(train_experts_stage, dict(plain, lora=dict(rank=4, fork=.5), cached=c), dict(rows_dir=rows, start=seed), root=tmp_path) for c in (False, True)]
     of = lambda d, n: load_file(d/n/'adapter_model.safetensors')
     before = of(seed, 'seed')
     for n in 'abc':
@@ -461,7 +462,7 @@ def test_experts_above_a_fork_from_records_to_adapters(tmp_path):
             else: torch.testing.assert_close(a[k], b[k], atol=2e-3, rtol=2e-2)
         assert any(not torch.equal(a[k], before[k]) for k in a if '.layers.1.' in k)
     assert not list(tmp_path.glob('.work-*'))
-    with pytest.raises(HydraError, match='no trunk'): train_experts(tmp_path/'x', rows_dir=rows, cached=True, **JOB)
+    with pytest.raises(HydraError, match='no trunk'): train_experts_stage(tmp_path/'x', rows_dir=rows, cached=True, **JOB)
 
 @pytest.mark.parametrize('epochs', [.4, 1, 1.5, 2.25])
 def test_part_of_an_epoch_is_the_beginning_of_a_whole_one(epochs):
@@ -473,7 +474,7 @@ def test_precision_of_the_base_is_part_of_what_an_adapter_is_worth(tmp_path):
     from hydramoe.experts.score import response_losses
     from hydramoe.experts.adapters import with_adapters
     rows = seal_rows(write_rows(tmp_path/'rows'), tmp_path)
-    made = stage(train_experts, dict(JOB, quant='nf4'), dict(rows_dir=rows), root=tmp_path)
+    made = stage(train_experts_stage, dict(JOB, quant='nf4'), dict(rows_dir=rows), root=tmp_path)
     of = ['abc'[i%3] for i in range(40)]
     table = expert.by_precision(rows, made, 'train', 'nf4', ['fp32', 'bf16'], of=of, root=tmp_path, base='tiny')
     assert [t['scored'] for t in table]==['nf4', 'fp32', 'bf16'] and {t['trained'] for t in table}=={'nf4'} and table[0]['percent']==0

@@ -11,7 +11,9 @@ from hypothesis import given, settings, strategies as st
 from safetensors import SafetensorError
 from hydramoe.experts import train as expert
 from hydramoe.foundations.core import HydraError, read_json, read_jsonl, write_jsonl
-from hydramoe.experts.train import collect, divide, make_jobs, run_jobs, sort_rows, train_experts, using_threads
+from hydramoe.experts.train import using_threads
+from hydramoe.experts.jobs import deal_experts, make_jobs, run_jobs
+from hydramoe.experts.stages import collect_experts_stage, sort_rows, train_experts_stage
 from hydramoe.experts.stack import LoraSpec
 from hydramoe.foundations.store import open_sealed, sealing, stage
 from test_expert import LORA, SPEC, Stop, flipped, missing, stop_at, trained, truncated
@@ -26,7 +28,7 @@ def rows(tmp_path_factory):
     with sealing(root/'data', {}) as d: write_jsonl(d/'train.jsonl', recs)
     return root/'data'
 
-def jobs(rows, root, size=2, make=train_experts, **more):
+def jobs(rows, root, size=2, make=train_experts_stage, **more):
     return make_jobs(make, sort_rows(read_jsonl(rows/'train.jsonl')), size, dict(JOB, **more), dict(rows_dir=rows), root=root)
 
 def files(made): return [open_sealed(m)['files'] for m in made]
@@ -41,30 +43,30 @@ def test_bits_do_not_hang_on_the_callers_threads(threads, rows, tmp_path, whole)
         assert torch.get_num_threads()==threads
 
 def test_threads_are_part_of_the_key(rows, tmp_path):
-    one, two = (stage(train_experts, dict(JOB, threads=n), dict(rows_dir=rows), root=tmp_path) for n in (1, 2))
+    one, two = (stage(train_experts_stage, dict(JOB, threads=n), dict(rows_dir=rows), root=tmp_path) for n in (1, 2))
     assert one!=two
 
 def test_order_of_jobs_and_names_does_not_matter(rows, tmp_path, whole):
     turned = dict(reversed(sort_rows(read_jsonl(rows/'train.jsonl')).items()))
-    made = run_jobs(make_jobs(train_experts, turned, 2, JOB, dict(rows_dir=rows), root=tmp_path)[::-1])[::-1]
+    made = run_jobs(make_jobs(train_experts_stage, turned, 2, JOB, dict(rows_dir=rows), root=tmp_path)[::-1])[::-1]
     assert files(made)==whole
     groups = {n: [r['id'] for r in turned[n]] for n in ('d', 'a')}
-    with sealing(tmp_path/'x', {}) as a: train_experts(a, rows_dir=rows, groups=groups, **JOB)
-    with sealing(tmp_path/'y', {}) as a: train_experts(a, rows_dir=rows, groups=dict(reversed(groups.items())), **JOB)
+    with sealing(tmp_path/'x', {}) as a: train_experts_stage(a, rows_dir=rows, groups=groups, **JOB)
+    with sealing(tmp_path/'y', {}) as a: train_experts_stage(a, rows_dir=rows, groups=dict(reversed(groups.items())), **JOB)
     assert files([tmp_path/'x'])==files([tmp_path/'y'])
 
 @given(rows=st.dictionaries(st.text('abcdef', min_size=1, max_size=4), st.integers(1, 500), min_size=1, max_size=40), size=st.integers(1, 12), r=st.randoms())
 def test_dealing(rows, size, r):
-    groups, turned = divide(rows, size), list(rows.items())
+    groups, turned = deal_experts(rows, size), list(rows.items())
     r.shuffle(turned)
     assert sorted(sum(groups, []))==sorted(rows) and max(map(len, groups))<=size and len(groups)==-(-len(rows)//size)
-    assert max(map(len, groups))-min(map(len, groups))<=1 and divide(dict(turned), size)==groups
+    assert max(map(len, groups))-min(map(len, groups))<=1 and deal_experts(dict(turned), size)==groups
     assert max(sum(rows[n] for n in g) for g in groups)-min(sum(rows[n] for n in g) for g in groups)<=max(rows.values())
 
 def test_collected_jobs_look_like_one(rows, tmp_path):
     parts = run_jobs(jobs(rows, tmp_path))
-    out = stage(collect, {}, {f'p{i}': p for i,p in enumerate(parts)}, root=tmp_path)
-    one = stage(train_experts, JOB, dict(rows_dir=rows), root=tmp_path)
+    out = stage(collect_experts_stage, {}, {f'p{i}': p for i,p in enumerate(parts)}, root=tmp_path)
+    one = stage(train_experts_stage, JOB, dict(rows_dir=rows), root=tmp_path)
     a, b = read_json(out/'history.json'), read_json(one/'history.json')
     assert sorted(a['experts'])==sorted(b['experts']) and a.keys()==b.keys() and a['history'][0].keys()==b['history'][0].keys()
     assert {p.name for p in out.iterdir()}=={p.name for p in one.iterdir()}
@@ -78,7 +80,7 @@ def mortal_experts(out, mark, sig, at, **kw):
         if k==at and 'a' in names and not Path(mark).exists(): Path(mark).touch(); os.kill(os.getpid(), sig)
         return inner(model, opt, step, k, names, cached)
     expert.fit_step = step
-    try: return train_experts(out, **kw)
+    try: return train_experts_stage(out, **kw)
     finally: expert.fit_step = inner
 
 def doomed(out, **kw):
@@ -316,15 +318,15 @@ def _whose_base(out, **how):
 def test_experts_on_a_base_shared_by_processes(rows, tmp_path, whole, tests_importable, monkeypatch):
     "`shards=2`: slices of the base in each process, one set of files, the same experts within the rounding of sums"
     from safetensors.torch import load_file
-    one = stage(train_experts, JOB, dict(rows_dir=rows), root=tmp_path)
-    two = stage(train_experts, dict(JOB, shards=2), dict(rows_dir=rows), root=tmp_path)
+    one = stage(train_experts_stage, JOB, dict(rows_dir=rows), root=tmp_path)
+    two = stage(train_experts_stage, dict(JOB, shards=2), dict(rows_dir=rows), root=tmp_path)
     assert open_sealed(one)['files'].keys()==open_sealed(two)['files'].keys()
-    assert open_sealed(stage(train_experts, dict(JOB, shards=2), dict(rows_dir=rows), root=tmp_path/'again'))['files']==open_sealed(two)['files']
+    assert open_sealed(stage(train_experts_stage, dict(JOB, shards=2), dict(rows_dir=rows), root=tmp_path/'again'))['files']==open_sealed(two)['files']
     for n in 'abcd':
         a, b = (load_file(d/n/'adapter_model.safetensors') for d in (one, two))
         for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-3, rtol=1e-2)
     monkeypatch.setattr(expert, '_train', _whose_base)
-    with sealing(tmp_path/'looked', {}) as out: train_experts(out, rows_dir=rows, shards=2, **JOB)
+    with sealing(tmp_path/'looked', {}) as out: train_experts_stage(out, rows_dir=rows, shards=2, **JOB)
     assert open_sealed(tmp_path/'looked')['files']==open_sealed(two)['files']
     for bad, says in ((dict(lora=dict(rank=0)), 'processes failed.*rank=0'), (dict(quant='nf4'), 'NF4'), (dict(lora=dict(rank=4, fork=.5), cached=True), 'processes failed.*keeps no trunk')):
-        with pytest.raises(HydraError, match=says): train_experts(tmp_path/'x', rows_dir=rows, **dict(JOB, shards=2, **bad))
+        with pytest.raises(HydraError, match=says): train_experts_stage(tmp_path/'x', rows_dir=rows, **dict(JOB, shards=2, **bad))

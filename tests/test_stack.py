@@ -8,7 +8,8 @@ from hydramoe.models.base import Base, byte_tokenizer, tiny_base
 from hydramoe.foundations.core import HydraError
 from hydramoe.experts.stack import GatedLinear, LoraSpec, Stack, gated, hidden, in_line, line_plan, logits, make_plan
 from hydramoe.experts.stack import one_hot, using
-from hydramoe.experts.adapters import ADAPTER_FIELDS, adapter_config, with_adapters
+from hydramoe.experts.adapter_files import ADAPTER_FIELDS, adapter_config
+from hydramoe.experts.adapters import with_adapters
 from hydramoe.foundations.store import sealing
 
 def fill(stack, seed=0):
@@ -682,10 +683,10 @@ def library(tmp_path_factory):
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.lists(st.lists(st.integers(0,5), min_size=1, max_size=2, unique=True), min_size=2, max_size=2), min_size=1, max_size=6), st.integers(4,6), st.integers(0,7))
 def test_outputs_do_not_depend_on_the_shelf(library, requests, slots, rows_in_ram):
-    from hydramoe.experts.pool import Shelf
+    from hydramoe.experts.pool import ExpertPool
     m,folders = library
     few = gated(tiny_base(), slots, LoraSpec(4, 8))
-    shelf,x = Shelf(few.stack, folders, rows_in_ram*few.stack.theta[0].nbytes),batch(rows=2, length=6, pads=(0,))
+    shelf,x = ExpertPool(few.stack, folders, rows_in_ram*few.stack.theta[0].nbytes),batch(rows=2, length=6, pads=(0,))
     for request in requests:
         mixes = [{f'expert{e}': 1/(1+j) for j,e in enumerate(row)} for row in request]
         want = torch.zeros(2, 6)
@@ -695,9 +696,9 @@ def test_outputs_do_not_depend_on_the_shelf(library, requests, slots, rows_in_ra
         assert len(shelf.ram)<=rows_in_ram and not +shelf.held
 
 def test_the_shelf_keeps_what_is_used_and_drops_what_is_not(library):
-    from hydramoe.experts.pool import Shelf
+    from hydramoe.experts.pool import ExpertPool
     s = Stack(tiny_base().model, 2, LoraSpec(4, 8))
-    shelf = Shelf(s, library[1], 0)
+    shelf = ExpertPool(s, library[1], 0)
     for e in (0,1,0,2):
         with shelf.gates([{f'expert{e}': 1.}]): pass
     assert sorted(shelf.placed)==['expert0','expert2'] and shelf.found=={'disk': 3, 'device': 1}
@@ -706,8 +707,8 @@ def test_the_shelf_keeps_what_is_used_and_drops_what_is_not(library):
         with shelf.gates([{'expert3': 1.}]): assert 'expert0' in shelf.placed
 
 def test_a_request_waits_for_slots_that_others_hold(library):
-    from hydramoe.experts.pool import Shelf
-    shelf,seen = Shelf(Stack(tiny_base().model, 1, LoraSpec(4, 8)), library[1]),[]
+    from hydramoe.experts.pool import ExpertPool
+    shelf,seen = ExpertPool(Stack(tiny_base().model, 1, LoraSpec(4, 8)), library[1]),[]
     def ask(e):
         with shelf.gates([{f'expert{e}': 1.}]): seen.append((e, shelf.stack.names[0]))
     with shelf.gates([{'expert0': 1.}]):
@@ -717,9 +718,9 @@ def test_a_request_waits_for_slots_that_others_hold(library):
     assert seen==[(3,'expert3')]
 
 def test_a_damaged_expert_leaves_the_shelf_usable(library, tmp_path):
-    from hydramoe.experts.pool import Shelf
+    from hydramoe.experts.pool import ExpertPool
     (tmp_path/'bad').mkdir()
-    shelf = Shelf(Stack(tiny_base().model, 1, LoraSpec(4, 8)), {**library[1], 'bad': tmp_path/'bad'})
+    shelf = ExpertPool(Stack(tiny_base().model, 1, LoraSpec(4, 8)), {**library[1], 'bad': tmp_path/'bad'})
     with pytest.raises(HydraError, match='not a PEFT adapter'):
         with shelf.gates([{'bad': 1.}]): pass
     with shelf.gates([{'expert0': 1.}]): assert shelf.stack.names==['expert0']

@@ -21,7 +21,7 @@ from ..experts.stack import GatedCausalLM, Stack, by_expert, hidden, make_plan
 from ..experts.adapters import factors_of, with_adapters
 from ..experts.score import Losses, loss_matrix, save_losses
 from ..models.base import open_base
-from ..experts.train import part_examples
+from ..experts.stages import part_examples
 from .route import heard, route_text
 
 # %% ../../nbs/hydra/61_gate.ipynb #cell7

@@ -43,11 +43,15 @@ from ..models.hidden import given_to, hidden_mean, mean_state
 from ..domains.cluster import Domains, describe, discover, edit_domains, embed_stage, encoder_id, load_embeddings
 from ..domains.cluster import prompt_text, write_domains_yaml
 from ..experts.stack import GatedCausalLM, LoraSpec, Plan, Stack, at_fork, read_on, refill, using
-from ..experts.adapters import adapter_config, adapter_shapes, unfit, with_adapters
+from ..experts.adapter_files import adapter_config, adapter_shapes, unfit
+from ..experts.adapters import with_adapters
 from ..experts.score import response_losses
 from ..models.base import open_base
-from ..experts.train import GroupSpec, TrainSpec, collect, group_size, make_jobs
-from ..experts.train import outline, run_jobs, sort_rows, train_experts, train_seed
+from ..experts.train import TrainSpec
+from ..experts.jobs import GroupSpec, group_size, make_jobs
+from ..experts.stages import collect_experts_stage
+from ..experts.jobs import meta_model, run_jobs
+from ..experts.stages import sort_rows, train_experts_stage, train_single_stage
 from .route import Router, check_width, explain_route, may_change, on_base, on_encoder, on_hidden, on_whole, plot_route, unplaced, reads_base, ridge, route_text, similarity, uniform, with_domain, without_domain
 from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
 
@@ -1116,7 +1120,7 @@ def seed_expert(
     **kw # as `train_seed` takes them
 )->None: # seed/
     "A stage: one expert on everything"
-    train_seed(out, rows_dir=rows, **kw)
+    train_single_stage(out, rows_dir=rows, **kw)
 
 def domain_experts(
     out:Path, # the directory to fill
@@ -1126,7 +1130,7 @@ def domain_experts(
     **kw # as `train_experts` takes them
 )->None: # NAME/ for each domain
     "A stage: experts that branch from the seed expert, one a domain"
-    train_experts(out, rows_dir=rows, start=start, **kw)
+    train_experts_stage(out, rows_dir=rows, start=start, **kw)
 
 # %% ../../nbs/hydra/63_model.ipynb #cell85
 TEMPERATURES = dict(similarity=(.02, .05, .1, .2), ridge=(.05, .1, .2), early=(.05, .1, .2)) # of the softmax; in squared distance of unit vectors, and in scores that lie near 0 and 1
@@ -1252,7 +1256,7 @@ def experts_outline(
     spec:BuildSpec # any
 )->Stack: # on the meta device: sizes without numbers
     "Where the experts of a build part, and how large they are; refuses what the base cannot hold"
-    stack = Stack(outline(spec.base), 1, _lora(spec))
+    stack = Stack(meta_model(spec.base), 1, _lora(spec))
     if spec.rank>(most := max(min(s.inp, s.out) for s in stack.spots)): raise HydraError(f"rank={spec.rank}: no layer of {spec.base} that is adapted has more than {most} dimensions, so an expert can use no more")
     return stack
 
@@ -1304,7 +1308,7 @@ def grouped_experts(
     size = group_size(experts_outline(spec).theta.shape[1], GroupSpec(memory=spec.memory))
     rows = sort_rows(read_jsonl(inputs['rows']/'train.jsonl'))
     made = run_jobs(make_jobs(domain_experts, rows, size, params, inputs, spec.threads, **how), **run)
-    return made[0] if len(made)==1 else stage(collect, {}, {f'part{i}': m for i,m in enumerate(made)}, root=how['root'])
+    return made[0] if len(made)==1 else stage(collect_experts_stage, {}, {f'part{i}': m for i,m in enumerate(made)}, root=how['root'])
 
 def _seals(made): return {k: seal_id(p) for k,p in made.items()}
 
@@ -1657,7 +1661,7 @@ def shapes(
     base:str # its name
 )->tuple: # weights, weights of the embedding, the model without its numbers
     "Sizes of a base from its configuration alone"
-    m = outline(base)
+    m = meta_model(base)
     return m.num_parameters(), m.get_input_embeddings().weight.numel(), m
 
 def forecast(
