@@ -21,7 +21,7 @@ def tensor_keys(
     "What a layer's two tensors are called in an adapter's file"
     return f'base_model.model.{name}.lora_A.weight', f'base_model.model.{name}.lora_B.weight'
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #c8eb97d2
+# %% ../../nbs/experts/45_adapter_files.ipynb #7ff86d9e
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -30,9 +30,12 @@ def _is(*types): return lambda x: type(x) in types
 def _equals(value): return lambda x: x==value
 def _is_rank(x): return type(x) is int and x>0
 def _is_alpha(x): return type(x) in (int, float) and _SMALLEST<=x<=_LARGEST
-def _is_name_list(x): return isinstance(x, list) and all(isinstance(name, str) for name in x)
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #50d3a5f6
+def _is_name_list(x):
+    "A list of strings?"
+    return isinstance(x, list) and all(isinstance(name, str) for name in x)
+
+# %% ../../nbs/experts/45_adapter_files.ipynb #b5e952d3
 def _is_expression(x):
     try: return isinstance(x, str) and bool(re.compile(x))
     except (re.error, RecursionError, OverflowError): return False
@@ -41,7 +44,10 @@ def _path_end(pattern): return rf'(.*\.)?({pattern})$' # how PEFT reads a name i
 
 def _is_pattern(ok):
     "Is a value an object of patterns, each with a value that is `ok`?"
-    return lambda x: isinstance(x, dict) and all(_is_expression(_path_end(k)) and ok(v) for k,v in x.items())
+    def check(x):
+        if not isinstance(x, dict): return False
+        return all(_is_expression(_path_end(key)) and ok(value) for key, value in x.items())
+    return check
 
 def _block_expressions(within):
     "How PEFT finds the number of a block in a layer's path; `within` are names of the list of blocks"
@@ -49,7 +55,7 @@ def _block_expressions(within):
     names = [within] if isinstance(within, str) else within
     return [rf'(?:^|.*?\.){name}\.(?P<idx>\d+)\.' for name in names]
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #e3f55974
+# %% ../../nbs/experts/45_adapter_files.ipynb #aed96c00
 def _is_targets(x): return x and (_is_name_list(x) or _is_expression(x))
 def _is_exclusion(x): return _is_name_list(x) or _is_expression(x)
 
@@ -60,13 +66,16 @@ def _is_blocks(x):
 
 def _is_block_list_name(x):
     "A name, or names, that can be part of an expression?"
-    return (_is_name_list(x) or isinstance(x, str)) and all(_is_expression(e) for e in _block_expressions(x))
+    if not (_is_name_list(x) or isinstance(x, str)): return False
+    return all(_is_expression(e) for e in _block_expressions(x))
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #e245aafa
+# %% ../../nbs/experts/45_adapter_files.ipynb #ecb52cf8
 _KEEPS_BASE = 'gaussian', 'eva', 'orthogonal', 'mica' # initialisations that leave the base's weights alone
 _CHANGES_BASE = 'pissa', 'olora', 'corda', 'lora_ga', 'loftq'
 
-def _keeps_base(x): return type(x) is bool or isinstance(x, str) and x.lower() in _KEEPS_BASE
+def _keeps_base(x):
+    "Does an initialisation leave the base's weights alone?"
+    return type(x) is bool or isinstance(x, str) and x.lower() in _KEEPS_BASE
 
 def _why_base_changed(x):
     "What is wrong with the way in which an adapter was initialised"
@@ -78,14 +87,19 @@ def _why_base_changed(x):
     return ("this is not plain LoRA, for this initialisation changed the base's own weights, "
             f"and on the base as it was the adapter says something else: {remedy}")
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #cell109
+# %% ../../nbs/experts/45_adapter_files.ipynb #27911d3d
 _NOT_PLAIN = ("this is not plain LoRA, the only kind that fits a stack: "
               "train the adapter without it, or fold it into the base first")
-_CONV1D = f"{_NOT_PLAIN} (it is for Conv1D, as in GPT-2; layers here are nn.Linear, for which it says nothing: set it to false)"
+_CONV1D = (f"{_NOT_PLAIN} (it is for Conv1D, as in GPT-2; layers here are nn.Linear, "
+           "for which it says nothing: set it to false)")
 _PATTERNS = "give names of layers, or expressions that Python can read, each with a"
 _ALPHA = "number above 0 that fits into float32"
 
-ADAPTER_FIELDS = { # of adapter_config.json → (does a value pass?, what is wrong if not); null is as if the field were absent
+_TARGETS = "give a list of layers' names, an expression that Python can read, or 'all-linear'"
+_EXCLUDED = "give a list of layers' names, or an expression that Python can read"
+
+# %% ../../nbs/experts/45_adapter_files.ipynb #cell109
+ADAPTER_FIELDS = { # of adapter_config.json → (does a value pass?, what is wrong if not); null counts as absent
     'peft_type':           (_equals('LORA'), "only LORA fits a stack"),
     'task_type':           (_equals('CAUSAL_LM'), "experts are for causal language models, CAUSAL_LM"),
     'r':                   (_is_rank, "a rank is a whole number, 1 or more"),
@@ -93,8 +107,8 @@ ADAPTER_FIELDS = { # of adapter_config.json → (does a value pass?, what is wro
     'use_rslora':          (_is(bool), "say true or false"),
     'rank_pattern':        (_is_pattern(_is_rank), f"{_PATTERNS} whole number, 1 or more"),
     'alpha_pattern':       (_is_pattern(_is_alpha), f"{_PATTERNS} {_ALPHA}"),
-    'target_modules':      (_is_targets, "give a list of layers' names, an expression that Python can read, or 'all-linear'"),
-    'exclude_modules':     (_is_exclusion, "give a list of layers' names, or an expression that Python can read"),
+    'target_modules':      (_is_targets, _TARGETS),
+    'exclude_modules':     (_is_exclusion, _EXCLUDED),
     'layers_to_transform': (_is_blocks, "give the number of a block, or a list of numbers"),
     'layers_pattern':      (_is_block_list_name, "give the name of the list of blocks, such as 'layers'"),
     'init_lora_weights':   (_keeps_base, _why_base_changed),
@@ -102,21 +116,22 @@ ADAPTER_FIELDS = { # of adapter_config.json → (does a value pass?, what is wro
     'fan_in_fan_out':      (_is_off, _CONV1D),
 }
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #e1b90e92
-_MUST_BE_OFF = ('use_dora', 'use_qalora', 'lora_bias', 'modules_to_save', 'target_parameters', 'trainable_token_indices',
-                'layer_replication', 'megatron_config', 'alora_invocation_tokens')
+# %% ../../nbs/experts/45_adapter_files.ipynb #81f01ab1
+_MUST_BE_OFF = ('use_dora', 'use_qalora', 'lora_bias', 'modules_to_save', 'target_parameters',
+                'trainable_token_indices', 'layer_replication', 'megatron_config', 'alora_invocation_tokens')
 _MUST_BE_NULL = 'use_bdlora', 'arrow_config', 'kasa_config', 'velora_config', 'monteclora_config'
 _SAYS_NOTHING = { # what to give → types, and fields
     "the base is a name": ([str], ['base_model_name_or_path']),
     "dropout is a number": ([int, float], ['lora_dropout']),
     "say true or false": ([bool], ['inference_mode', 'ensure_weight_tying']),
     "give a string": ([str], ['revision', 'peft_version', 'megatron_core']),
-    "give an object": ([dict], ['auto_mapping', 'runtime_config', 'loftq_config', 'eva_config', 'corda_config', 'lora_ga_config']),
+    "give an object": ([dict], ['auto_mapping', 'runtime_config', 'loftq_config', 'eva_config',
+                                'corda_config', 'lora_ga_config']),
     "give a whole number": ([int], ['qalora_group_size']),
 }
 ADAPTER_FIELDS |= {field: (_is_off, _NOT_PLAIN) for field in _MUST_BE_OFF}
 ADAPTER_FIELDS |= {field: (_is(type(None)), _NOT_PLAIN) for field in _MUST_BE_NULL}
-ADAPTER_FIELDS |= {field: (_is(*types), what) for what,(types,fields) in _SAYS_NOTHING.items() for field in fields}
+ADAPTER_FIELDS |= {field: (_is(*types), what) for what, (types, fields) in _SAYS_NOTHING.items() for field in fields}
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #1831d04e
 _UNKNOWN = ("a field that this hydramoe does not know, so it cannot tell what the tensors mean; "
@@ -128,7 +143,7 @@ def _why_refused(field, value):
     if ok(value): return ''
     return why(value) if callable(why) else why
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #dc8ea227
+# %% ../../nbs/experts/45_adapter_files.ipynb #4199cb66
 def _excerpt(x):
     "The beginning of a value, for a message"
     try: return repr(x)[:60]
@@ -143,11 +158,10 @@ def _check_block_fields(path, config):
         raise HydraError(f"{path}: {named[0]}={_excerpt(config[named[0]])} goes with a list of target_modules; "
                          f"the expression {_excerpt(targets)} says itself which blocks")
     if 'layers_to_transform' not in named:
-        raise HydraError(f"{path}: layers_pattern={_excerpt(config['layers_pattern'])} says nothing without layers_to_transform")
+        raise HydraError(f"{path}: layers_pattern={_excerpt(config['layers_pattern'])} says nothing "
+                         "without layers_to_transform")
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #8a661606
-_REQUIRED = 'peft_type', 'r', 'lora_alpha', 'target_modules'
-
+# %% ../../nbs/experts/45_adapter_files.ipynb #a6539857
 def _read_object(path):
     "The JSON object in a file"
     try: config = read_json(path)
@@ -155,21 +169,26 @@ def _read_object(path):
     if isinstance(config, dict): return config
     raise HydraError(f"{path} holds {_excerpt(config)}, where an object should be: it is no adapter's configuration")
 
+# %% ../../nbs/experts/45_adapter_files.ipynb #3cdf38a4
+_REQUIRED = 'peft_type', 'r', 'lora_alpha', 'target_modules'
+
 def adapter_config(
     dir:str|Path # a PEFT adapter
 )->dict: # what its adapter_config.json says, of plain LoRA
     "Read an adapter's configuration; what would make its tensors mean something else is refused by name"
     path = Path(dir)/'adapter_config.json'
     if not path.is_file(): raise HydraError(f"{path} does not exist: {dir} is not a PEFT adapter")
-    config = {field: value for field,value in _read_object(path).items() if value is not None}
-    for field in _REQUIRED:
-        if field not in config:
-            raise HydraError(f"{path} lacks {field}, without which nobody knows what its tensors are: copy it from where the adapter was trained")
+    config = {field: value for field, value in _read_object(path).items() if value is not None}
+    missing = [field for field in _REQUIRED if field not in config]
+    if missing:
+        raise HydraError(f"{path} lacks {missing[0]}, without which nobody knows what its tensors are: "
+                         "copy it from where the adapter was trained")
     known = [field for field in ADAPTER_FIELDS if field in config]
     unknown = [field for field in config if field not in ADAPTER_FIELDS]
     for field in known+unknown:
-        why = _why_refused(field, config[field])
-        if why: raise HydraError(f"{path}: {field[:60]}={_excerpt(config[field])}: {why}")
+        value = config[field]
+        why = _why_refused(field, value)
+        if why: raise HydraError(f"{path}: {field[:60]}={_excerpt(value)}: {why}")
     _check_block_fields(path, config)
     return config
 
@@ -177,7 +196,8 @@ def adapter_config(
 def _is_named(names, layer):
     "Is a layer among these: an expression, or a list of ends of paths?"
     if isinstance(names, str): return bool(re.fullmatch(names, layer))
-    return any(layer==name or layer.endswith('.'+name) for name in names or ())
+    if not names: return False
+    return any(layer==name or layer.endswith('.'+name) for name in names)
 
 def is_adapted(
     config:dict, # from `adapter_config`
@@ -192,9 +212,10 @@ def is_adapted(
     matches = [re.match(e, layer) for e in _block_expressions(config.get('layers_pattern'))]
     block = next((m['idx'] for m in matches if m), None)
     if not block: return False
-    return int(block) in ([blocks] if isinstance(blocks, int) else blocks)
+    if isinstance(blocks, int): blocks = [blocks]
+    return int(block) in blocks
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #9e3b19a7
+# %% ../../nbs/experts/45_adapter_files.ipynb #743407f3
 def layer_rank_scale(
     config:dict, # from `adapter_config`
     layer:str # path of a layer that it adapts
@@ -202,13 +223,17 @@ def layer_rank_scale(
     "An adapter's rank and scale in one layer: its own by a pattern, or the adapter's"
     def of_layer(patterns, key):
         "What a pattern gives this layer, or what the adapter gives all"
-        own = [value for pattern,value in (config.get(patterns) or {}).items() if re.match(_path_end(pattern), layer)]
-        return own[0] if own else config[key]
-    r, alpha = of_layer('rank_pattern', 'r'), of_layer('alpha_pattern', 'lora_alpha')
-    return r, alpha/(r**.5 if config.get('use_rslora') else r)
+        for pattern, value in (config.get(patterns) or {}).items():
+            if re.match(_path_end(pattern), layer): return value
+        return config[key]
+    r = of_layer('rank_pattern', 'r')
+    alpha = of_layer('alpha_pattern', 'lora_alpha')
+    if config.get('use_rslora'): return r, alpha/r**.5
+    return r, alpha/r
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #fields-c2
-ADAPTER_DTYPES = dict(F32='float32', F16='float16', BF16='bfloat16') # as safetensors calls them, all that an adapter's tensors may be
+# all that an adapter's tensors may be, as safetensors calls them
+ADAPTER_DTYPES = dict(F32='float32', F16='float16', BF16='bfloat16')
 
 def tensors_path(
     dir:str|Path # a PEFT adapter
@@ -228,7 +253,7 @@ def refuse_damaged(
     try: yield
     except SafetensorError as e: raise HydraError(f"{path} is damaged: {e}") from None
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #2c5e0eaa
+# %% ../../nbs/experts/45_adapter_files.ipynb #ea190210
 def adapter_shapes(
     dir:str|Path # a PEFT adapter
 )->dict[str,tuple]: # tensor → its shape
@@ -239,11 +264,12 @@ def adapter_shapes(
             header = f.get_slice(key)
             shapes[key] = header.get_dtype(), tuple(header.get_shape())
     if not shapes: raise HydraError(f"{path} holds no tensor")
-    for key,(dtype,_) in shapes.items():
+    for key, (dtype, _) in shapes.items():
         if dtype not in ADAPTER_DTYPES:
-            raise HydraError(f"{path}: {key} is of type {dtype}, and an expert of {', '.join(ADAPTER_DTYPES.values())}: "
+            allowed = ', '.join(ADAPTER_DTYPES.values())
+            raise HydraError(f"{path}: {key} is of type {dtype}, and an expert of {allowed}: "
                              "convert it with PEFT or safetensors, and look whether its numbers fit")
-    return {key: shape for key,(_,shape) in shapes.items()}
+    return {key: shape for key, (_, shape) in shapes.items()}
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #632adc8a
 def unfit(
@@ -259,16 +285,25 @@ def unfit(
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #fields-c3
 _STRAY_KEYS = { # part of a key → what such a tensor is
-    r'\.lora_magnitude_vector': "a magnitude of DoRA, which is not plain LoRA",
-    r'\.lora_embedding_[AB]': "it adapts an embedding, and experts leave embeddings and head alone: train the adapter without it",
-    r'\.lora_[AB]\.(.*\.)?bias$': "a trained bias (lora_bias), which is not plain LoRA",
-    r'\.base_layer\.': "the weights of the base itself: save the adapter alone, with PEFT's save_pretrained",
-    r'\.(modules_to_save|original_module)\.': "a layer that was trained whole (modules_to_save), which is not plain LoRA",
-    r'\.lora_[AB]\.[^.]+\.weight$': "the name of an adapter stands in its key, which PEFT's save_pretrained leaves out: save it with that"}
+    r'\.lora_magnitude_vector':
+        "a magnitude of DoRA, which is not plain LoRA",
+    r'\.lora_embedding_[AB]':
+        "it adapts an embedding, and experts leave embeddings and head alone: train the adapter without it",
+    r'\.lora_[AB]\.(.*\.)?bias$':
+        "a trained bias (lora_bias), which is not plain LoRA",
+    r'\.base_layer\.':
+        "the weights of the base itself: save the adapter alone, with PEFT's save_pretrained",
+    r'\.(modules_to_save|original_module)\.':
+        "a layer that was trained whole (modules_to_save), which is not plain LoRA",
+    r'\.lora_[AB]\.[^.]+\.weight$':
+        "the name of an adapter stands in its key, which PEFT's save_pretrained leaves out: save it with that"}
 
-def _why_stray_key(key): return next((why for part,why in _STRAY_KEYS.items() if re.search(part, key)), None)
+def _why_stray_key(key):
+    "The reason that a tensor's key shows, or None"
+    for part, why in _STRAY_KEYS.items():
+        if re.search(part, key): return why
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #63f369fd
+# %% ../../nbs/experts/45_adapter_files.ipynb #fc6458f0
 def _why_other_name(layer, kinds):
     "A layer under another name, or of another base"
     parts = layer.split('.')
@@ -277,8 +312,10 @@ def _why_other_name(layer, kinds):
         numbered = any(p.isdigit() for p in parts[i:-1])
         full = next((n for n in kinds if n==rest or numbered and n.endswith('.'+rest)), None)
         if full:
-            got, want = layer.removesuffix(rest), 'base_model.model.'+full.removesuffix(rest)
-            return f"its keys begin with {got!r} where PEFT's save_pretrained writes {want!r}: save it with that, or rename them"
+            got = layer.removesuffix(rest)
+            want = 'base_model.model.'+full.removesuffix(rest)
+            return (f"its keys begin with {got!r} where PEFT's save_pretrained writes {want!r}: "
+                    "save it with that, or rename them")
     return f"this base has no {layer.removeprefix('base_model.model.')}, so it was trained on another one that has"
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #466ab18c
@@ -298,13 +335,15 @@ def _why_stray(key, kinds):
         return f"it adapts {name}, and experts leave embeddings and head alone: train the adapter without it"
     return f"{name} is {kinds[name]}, and experts adapt linear layers"
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #4f932017
+# %% ../../nbs/experts/45_adapter_files.ipynb #326a50b2
 def name_first(
     names:list[str] # at least one
 )->str: # for a message
     "The first of some names, and how many more there are"
-    return names[0]+(f" and {len(names)-1} more" if names[1:] else "")
+    if len(names)==1: return names[0]
+    return f"{names[0]} and {len(names)-1} more"
 
+# %% ../../nbs/experts/45_adapter_files.ipynb #2a9a1e32
 def _check_strays(path, strays, kinds):
     "Refuse tensors that are for none of the layers that we have"
     if not strays: return
@@ -316,7 +355,7 @@ def _check_strays(path, strays, kinds):
                          "make the stack with the adapter's targets, see `with_adapters`")
     raise HydraError(f"{path} holds {name_first(strays)}, for no linear layer of this base: {_why_stray(first, kinds)}")
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #3cd63957
+# %% ../../nbs/experts/45_adapter_files.ipynb #aeef7954
 def _check_present(path, want, shapes, n_layers):
     "Refuse an adapter whose tensors are not those that its configuration names"
     missing = sorted(want.keys()-shapes)
@@ -327,8 +366,10 @@ def _check_present(path, want, shapes, n_layers):
         if twin in shapes: why = f"{twin} is there, and is nothing without it"
         raise HydraError(f"{path} lacks {name_first(missing)}: {why}")
     extra = sorted(shapes.keys()-want)
-    if extra: raise HydraError(f"{path} holds {name_first(extra)}, and its adapter_config.json does not name that layer")
+    if not extra: return
+    raise HydraError(f"{path} holds {name_first(extra)}, and its adapter_config.json does not name that layer")
 
+# %% ../../nbs/experts/45_adapter_files.ipynb #4ea6b5c9
 def _check_shape(path, key, got, want, layer, rank):
     "Refuse a tensor of another shape, and say whether rank or base differs"
     if got==want: return
@@ -338,7 +379,7 @@ def _check_shape(path, key, got, want, layer, rank):
     if len(got)==2 and got[width]==want[width]: why = f"the configuration says rank {rank}"
     raise HydraError(f"{path}: {key} has shape {got}, this base and rank need {want}: {why}")
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #8f114e2d
+# %% ../../nbs/experts/45_adapter_files.ipynb #bdd7b607
 def match_adapter(
     dir:Path, # a PEFT adapter
     layers:dict[str,tuple], # of a stack, or of a base → numbers it reads, numbers it gives
@@ -348,7 +389,7 @@ def match_adapter(
     path, config, shapes = Path(dir)/'adapter_model.safetensors', adapter_config(dir), adapter_shapes(dir)
     own = {name: layer_rank_scale(config, name) for name in layers if is_adapted(config, name)}
     want = {}
-    for name,(r,_) in own.items():
+    for name, (r, _) in own.items():
         key_a, key_b = tensor_keys(name)
         n_in, n_out = layers[name]
         want[key_a] = name, (r, n_in)
@@ -356,5 +397,5 @@ def match_adapter(
     possible = {key for name in layers for key in tensor_keys(name)}
     _check_strays(path, [key for key in shapes if key not in possible], kinds)
     _check_present(path, want, shapes, len(own))
-    for key,(name,shape) in want.items(): _check_shape(path, key, shapes[key], shape, name, own[name][0])
+    for key, (name, shape) in want.items(): _check_shape(path, key, shapes[key], shape, name, own[name][0])
     return own

@@ -19,31 +19,48 @@ from .stack import GatedCausalLM, LoraSpec, Stack, gated
 from .stack import _bare, _kinds, _slot, _suffixes, _views
 from .adapter_files import match_adapter, refuse_damaged, tensor_keys, tensors_path, unfit
 
-# %% ../../nbs/experts/46_adapters.ipynb #f4d262ef
+# %% ../../nbs/experts/46_adapters.ipynb #2eb6336c
 @patch
 def adapted(self:Stack,
     e:int # slot
 )->list[int]: # numbers of the layers that its expert has factors in; all of them if the slot is empty
     "Which layers an expert adapts: in the others it is zero"
-    trunk = list(range(self.below))
-    own = [i for i in self.own if self.leaves[i][0][e].any() or self.leaves[i][1][e].any()]
-    return trunk+own if own else list(range(len(self.spots)))
+    own = []
+    for i in self.own:
+        A, B = self.leaves[i]
+        if A[e].any() or B[e].any(): own.append(i)
+    if not own: return list(range(len(self.spots)))
+    return [*range(self.below), *own]
 
-# %% ../../nbs/experts/46_adapters.ipynb #fac57df4
+# %% ../../nbs/experts/46_adapters.ipynb #cc995f16
 def _alpha_of(scale, rank):
     "The shortest alpha that gives this scale again, to the last bit of fp32"
-    candidates = [round(scale*rank, digits) for digits in (6, 9, 12)]+[scale*rank]
-    alpha = next(x for x in candidates if Tensor([x/rank])==Tensor([scale]))
+    exact = scale*rank
+    for alpha in (round(exact, 6), round(exact, 9), round(exact, 12), exact):
+        if Tensor([alpha/rank])==Tensor([scale]): break
     return int(alpha) if alpha==int(alpha) else alpha
 
-# %% ../../nbs/experts/46_adapters.ipynb #c09c757f
+# %% ../../nbs/experts/46_adapters.ipynb #89473e99
 def _saved_rank(stack, e):
     "The rank of an expert's file, the trunk below it included"
     if not stack.below: return stack.ranks[e]
     if stack.scale[e]!=stack.trunk_scale[0]:
-        raise HydraError(f"expert {stack.names[e]!r} has scale {stack.scale[e].item():g}, the trunk below it {stack.trunk_scale.item():g}, "
-                         "and a PEFT adapter has one: give experts of a forked stack the seed expert's rank and alpha")
+        own, below = stack.scale[e].item(), stack.trunk_scale.item()
+        raise HydraError(f"expert {stack.names[e]!r} has scale {own:g}, the trunk below it {below:g}, and a PEFT adapter "
+                         "has one: give experts of a forked stack the seed expert's rank and alpha")
     return max(stack.ranks[e], stack.trunk_rank)
+
+# %% ../../nbs/experts/46_adapters.ipynb #063e93a2
+def _peft_tensors(stack, e, layers, rank):
+    "An expert's factors in these layers by their keys, sorted"
+    tensors = {}
+    for i in layers:
+        A, B = stack.leaves[i]
+        row = e if i in stack.own else 0 # the trunk is one row
+        key_a, key_b = tensor_keys(stack.spots[i].name)
+        tensors[key_a] = A[row,:rank].detach().cpu().contiguous()
+        tensors[key_b] = B[row,:,:rank].detach().cpu().contiguous()
+    return {key: tensors[key] for key in sorted(tensors)}
 
 # %% ../../nbs/experts/46_adapters.ipynb #cell107
 @patch
@@ -53,35 +70,42 @@ def save_peft(self:Stack,
     base_id:str|None=None # what the adapter's configuration calls the base
 )->Path: # the directory: adapter_config.json, adapter_model.safetensors
     "Write an expert as a plain PEFT adapter, the same bytes every time"
-    dir, e = Path(dir), _slot(self, slot)
+    dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
-    r, layers, tensors = _saved_rank(self, e), self.adapted(e), {}
-    for i in layers:
-        A, B = self.leaves[i]
-        row = e if i in self.own else 0 # the trunk is one row
-        key_a, key_b = tensor_keys(self.spots[i].name)
-        tensors[key_a] = A[row,:r].detach().cpu().contiguous()
-        tensors[key_b] = B[row,:,:r].detach().cpu().contiguous()
-    save_file({k: tensors[k] for k in sorted(tensors)}, dir/'adapter_model.safetensors', metadata={'format': 'pt'})
-    targets = _suffixes([self.spots[i].name for i in layers], self.linear)
-    config = dict(peft_type='LORA', task_type='CAUSAL_LM', r=r, lora_alpha=_alpha_of(self.scale[e].item(), r), lora_dropout=0.0,
-                  bias='none', fan_in_fan_out=False, inference_mode=True, target_modules=targets, base_model_name_or_path=base_id)
+    e = _slot(self, slot)
+    rank = _saved_rank(self, e)
+    layers = self.adapted(e)
+    tensors = _peft_tensors(self, e, layers, rank)
+    save_file(tensors, dir/'adapter_model.safetensors', metadata={'format': 'pt'})
+    config = dict(
+        peft_type='LORA',
+        task_type='CAUSAL_LM',
+        r=rank,
+        lora_alpha=_alpha_of(self.scale[e].item(), rank),
+        lora_dropout=0.0,
+        bias='none',
+        fan_in_fan_out=False,
+        inference_mode=True,
+        target_modules=_suffixes([self.spots[i].name for i in layers], self.linear),
+        base_model_name_or_path=base_id)
     write_json(dir/'adapter_config.json', config)
     return dir
 
-# %% ../../nbs/experts/46_adapters.ipynb #5bee69b3
+# %% ../../nbs/experts/46_adapters.ipynb #f0ba8609
 def _copy_checked(path, key, tensor, scale, view):
     "Copy a tensor into a row, if its numbers can be computed with"
     why = unfit(tensor, scale)
     if why: raise HydraError(f"{path}: {key} {why}")
     view.copy_(tensor)
 
+# %% ../../nbs/experts/46_adapters.ipynb #83f1c124
 def _fill_row(stack, path, tensors, own, scale):
     "One expert's trunk and row of `theta`, from the tensors of an adapter"
-    trunk, row = torch.zeros(stack.trunk.shape), torch.zeros(1, stack.theta.shape[1])
     n, rank = stack.below, stack.spec.rank
+    trunk = torch.zeros(stack.trunk.shape)
+    row = torch.zeros(1, stack.theta.shape[1])
     views = [*_views(trunk, stack.spots[:n], rank), *_views(row, stack.spots[n:], rank)]
-    for spot,(A,B) in zip(stack.spots, views):
+    for spot, (A, B) in zip(stack.spots, views):
         if spot.name not in own: continue
         r, layer_scale = own[spot.name]
         key_a, key_b = tensor_keys(spot.name)
@@ -89,10 +113,11 @@ def _fill_row(stack, path, tensors, own, scale):
         _copy_checked(path, key_b, tensors[key_b], layer_scale, B[0,:,:r])
         if layer_scale!=scale: B.mul_(layer_scale/scale)
         why = unfit(B, scale)
-        if why: raise HydraError(f"{path}: {key_b} {why}: the scale of this layer, {layer_scale:g}, is too far from that of the others")
+        if why: raise HydraError(f"{path}: {key_b} {why}: the scale of this layer, {layer_scale:g}, "
+                                 "is too far from that of the others")
     return trunk[0].to(stack.theta.device), row[0]
 
-# %% ../../nbs/experts/46_adapters.ipynb #9b62dd2f
+# %% ../../nbs/experts/46_adapters.ipynb #038ae294
 def _share_trunk(stack, path, trunk, rank, scale):
     "The first adapter of a forked stack brings the trunk; the others must have the same"
     if not stack.below: return
@@ -106,9 +131,10 @@ def _share_trunk(stack, path, trunk, rank, scale):
         if not torch.equal(trunk[part], stack.trunk[0][part]): different.append(s.name)
     if scale!=stack.trunk_scale.item(): different.append('scale')
     if different:
-        raise HydraError(f"{path} is of another seed expert: it differs from the trunk in {different[0]}; below the fork "
-                         f"(block {stack.fork}) all experts of a stack are one")
+        raise HydraError(f"{path} is of another seed expert: it differs from the trunk in {different[0]}; "
+                         f"below the fork (block {stack.fork}) all experts of a stack are one")
 
+# %% ../../nbs/experts/46_adapters.ipynb #50eea4f6
 def read_adapter(
     stack:Stack, # whose layers the adapter is for
     dir:str|Path # a PEFT adapter on layers of the stack, of its rank or less
@@ -116,17 +142,19 @@ def read_adapter(
     "Read an adapter strictly: nothing missing, extra, misshapen or not finite"
     dir = Path(dir)
     if (dir/'seal.json').exists(): open_sealed(dir)
-    own = match_adapter(dir, {s.name: (s.inp, s.out) for s in stack.spots}, stack.kinds)
-    rank = max(r for r,_ in own.values())
-    scale = Counter(s for _,s in own.values()).most_common(1)[0][0]
-    if rank>stack.spec.rank: raise HydraError(f"{dir}/adapter_config.json: rank {rank} does not fit a stack of rank {stack.spec.rank}")
+    layers = {s.name: (s.inp, s.out) for s in stack.spots}
+    own = match_adapter(dir, layers, stack.kinds)
+    rank = max(r for r, _ in own.values())
+    scale = Counter(s for _, s in own.values()).most_common(1)[0][0]
+    if rank>stack.spec.rank:
+        raise HydraError(f"{dir}/adapter_config.json: rank {rank} does not fit a stack of rank {stack.spec.rank}")
     path = tensors_path(dir)
     with refuse_damaged(path): tensors = safetensors.torch.load_file(path)
     trunk, row = _fill_row(stack, path, tensors, own, scale)
     _share_trunk(stack, path, trunk, rank, scale)
     return row, scale, rank
 
-# %% ../../nbs/experts/46_adapters.ipynb #d41021d0
+# %% ../../nbs/experts/46_adapters.ipynb #dabea84e
 @torch.no_grad()
 def put_expert(
     stack:Stack, # changed
@@ -142,6 +170,7 @@ def put_expert(
     stack.ranks[slot] = rank
     stack.names[slot] = name
 
+# %% ../../nbs/experts/46_adapters.ipynb #275d20bb
 @patch
 @torch.no_grad()
 def load_peft(self:Stack,
@@ -159,11 +188,14 @@ def load_peft(self:Stack,
 def factors_of(
     stack:Stack, # whose layers the adapter is for; its slots stay as they are
     dir:str|Path # a PEFT adapter on layers of the stack, of its rank or less
-)->tuple[dict[int,tuple],float]: # number of a layer in `stack.own` → A (r,in), B (out,r), zero where it adapts nothing; its scale
+)->tuple[dict[int,tuple],float]: # number of an own layer → A (r,in), B (out,r), zero where it adapts nothing; its scale
     "Read a PEFT adapter beside the experts of a stack, as strictly as into a slot"
     row, scale, _ = read_adapter(stack, dir)
-    views = _views(row[None].to(stack.theta.device), stack.spots[stack.below:], stack.spec.rank)
-    return {i: (A[0], B[0]) for i,(A,B) in zip(stack.own, views)}, scale
+    row = row[None].to(stack.theta.device)
+    views = _views(row, stack.spots[stack.below:], stack.spec.rank)
+    factors = {}
+    for i, (A, B) in zip(stack.own, views): factors[i] = A[0], B[0]
+    return factors, scale
 
 # %% ../../nbs/experts/46_adapters.ipynb #widen-c1
 def with_adapters(
@@ -174,23 +206,26 @@ def with_adapters(
     "Put plain PEFT adapters onto a base: the largest rank, every layer that any of them adapts"
     if not adapters: raise HydraError("no adapters were given: name at least one")
     _bare(base)
-    layers = {name: (m.in_features, m.out_features) for name,m in target_layers(base.model).items()}
+    layers = {name: (m.in_features, m.out_features) for name, m in target_layers(base.model).items()}
     kinds = _kinds(base.model)
     own = [match_adapter(Path(folder), layers, kinds) for folder in adapters.values()]
     rank, scale = max(rank_scale for found in own for rank_scale in found.values())
     targets = _suffixes(set().union(*own), list(layers))
-    model = gated(base, len(adapters), LoraSpec(rank, rank*scale, ','.join(targets), fork))
+    spec = LoraSpec(rank, rank*scale, ','.join(targets), fork)
+    model = gated(base, len(adapters), spec)
     try:
-        for e,(name,folder) in enumerate(adapters.items()): model.stack.load_peft(Path(folder), e, name)
+        for e, (name, folder) in enumerate(adapters.items()):
+            model.stack.load_peft(Path(folder), e, name)
     except HydraError:
         model.detach()
         raise
     return model
 
-# %% ../../nbs/experts/46_adapters.ipynb #2ccb15e5
+# %% ../../nbs/experts/46_adapters.ipynb #6ab5172d
 def find_adapters(
     dir:str|Path # an adapter, or a folder of adapters
 )->list[Path]: # folders with an adapter_config.json: itself, then those in it by name
     "Adapters in a folder"
-    configs = [*Path(dir).glob('adapter_config.json'), *sorted(Path(dir).glob('*/adapter_config.json'))]
-    return [path.parent for path in configs]
+    own = list(Path(dir).glob('adapter_config.json'))
+    inside = sorted(Path(dir).glob('*/adapter_config.json'))
+    return [path.parent for path in own+inside]

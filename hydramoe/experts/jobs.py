@@ -24,7 +24,7 @@ from ..models.base import base_dir, tiny_base
 class GroupSpec:
     "Which experts share a job, and with how many threads it computes: part of the result"
     size:int|None=None # experts trained fused in one job; None: as many as `memory` holds
-    memory:float=8. # GB that a job's experts may take: factors, gradients, AdamW's moments; base and activations come on top
+    memory:float=8. # GB for a job's experts: factors, gradients, AdamW's moments; base and activations come on top
     threads:int=1 # of torch inside a job
 
 # %% ../../nbs/experts/49_jobs.ipynb #cell72
@@ -69,7 +69,7 @@ def make_jobs(
     **how # as `stage` takes them: libs, device, dtype, root
 )->list[Callable]: # called, each returns its sealed directory
     "Deal experts into jobs"
-    n_rows = {name: len(own) for name,own in rows.items()}
+    n_rows = {name: len(own) for name, own in rows.items()}
     jobs = []
     for names in deal_experts(n_rows, size):
         groups = {name: [r['id'] for r in rows[name]] for name in names}
@@ -81,13 +81,14 @@ def _run_here(jobs, retries, workers=None):
     "In this process, one after the other"
     return [job() for job in jobs]
 
-# %% ../../nbs/experts/49_jobs.ipynb #dd6b6c59
+# %% ../../nbs/experts/49_jobs.ipynb #4edac411
 def job_slots(
     workers:int|None=None # processes at a time; None: one a GPU, or one in all
 )->list[str]: # for each worker the GPU that it sees, '' for none
     "Places for jobs on this machine"
-    every_gpu = ','.join(map(str, range(torch.cuda.device_count())))
-    gpus = [gpu for gpu in os.environ.get('CUDA_VISIBLE_DEVICES', every_gpu).split(',') if gpu]
+    every_gpu = ','.join(str(i) for i in range(torch.cuda.device_count()))
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', every_gpu)
+    gpus = [gpu for gpu in visible.split(',') if gpu]
     if workers is not None and workers<1: raise HydraError(f"workers={workers}: give 1 or more, or None for one a GPU")
     n = workers or len(gpus) or 1
     return [gpus[i%len(gpus)] if gpus else '' for i in range(n)]
@@ -109,7 +110,8 @@ def _run_in_process(job, slot, retries):
     "Run a job in a process of its own, and again if that is killed"
     for left in reversed(range(retries+1)):
         try:
-            with ProcessPoolExecutor(1, get_context('spawn'), _start_worker, (slot,)) as pool: return pool.submit(job).result()
+            with ProcessPoolExecutor(1, get_context('spawn'), _start_worker, (slot,)) as pool:
+                return pool.submit(job).result()
         except (BrokenProcessPool, SystemExit):
             if not left:
                 raise HydraError(f"a worker was killed {retries+1} times over the same job: is memory short? "
@@ -129,10 +131,11 @@ def _run_local(jobs, retries, workers=None):
         finally: free.put(slot)
     with ThreadPoolExecutor(len(slots)) as pool: return list(pool.map(run, jobs))
 
-# %% ../../nbs/experts/49_jobs.ipynb #d69ab440
+# %% ../../nbs/experts/49_jobs.ipynb #9658d8ea
 def _import_ray(address):
     "Ray, told before it is imported to stay on this machine if that is all it is for"
-    if not address or address.startswith(('127.', 'localhost')): os.environ.setdefault('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER', '0')
+    here = not address or address.startswith(('127.', 'localhost'))
+    if here: os.environ.setdefault('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER', '0')
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     try: import ray
     except ImportError: raise HydraError("the executor 'ray' needs Ray: pip install 'hydramoe[ray]'") from None

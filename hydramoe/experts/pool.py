@@ -54,7 +54,7 @@ class ExpertPool:
         self.found['disk'] += 1
         expert = read_adapter(self.stack, self.folders[name])
         self.ram[name] = expert
-        while sum(row.nbytes for row,*_ in self.ram.values())>self.budget: self.ram.popitem(last=False)
+        while sum(row.nbytes for row, *_ in self.ram.values())>self.budget: self.ram.popitem(last=False)
         return expert
 
 # %% ../../nbs/experts/51_pool.ipynb #c6bd2b5f
@@ -77,18 +77,21 @@ def _place(self:ExpertPool, name):
     self.placed.move_to_end(name)
     return self.placed[name]
 
-# %% ../../nbs/experts/51_pool.ipynb #71d4405c
+# %% ../../nbs/experts/51_pool.ipynb #43045901
 def _gates_of_mixes(mixes, slots, n_slots):
     "(B,E) weights of mixes by name, for experts in these slots"
     gates = torch.zeros(len(mixes), n_slots)
-    for row,mix in zip(gates, mixes):
-        for name,weight in mix.items(): row[slots[name]] = weight
+    for row, mix in zip(gates, mixes):
+        for name, weight in mix.items(): row[slots[name]] = weight
     return gates
 
+# %% ../../nbs/experts/51_pool.ipynb #3c2ccf6c
 @patch
 def _hold(self:ExpertPool, names):
     "Wait until these experts fit, and place them"
-    def fits(): return len({name for name,count in self.held.items() if count}|set(names))<=self.stack.slots
+    def fits():
+        held = {name for name, count in self.held.items() if count}
+        return len(held|set(names))<=self.stack.slots
     self.change.wait_for(fits)
     self.held.update(names)
     try: return {name: self._place(name) for name in names}
@@ -96,6 +99,7 @@ def _hold(self:ExpertPool, names):
         self.held.subtract(names)
         raise
 
+# %% ../../nbs/experts/51_pool.ipynb #f1d9b518
 @patch
 @contextmanager
 def gates(self:ExpertPool,
@@ -106,7 +110,8 @@ def gates(self:ExpertPool,
     missing = [name for name in names if name not in self.folders]
     if missing: raise HydraError(f"no expert {missing[0]!r}; there are {name_first(sorted(self.folders))}")
     if len(names)>self.stack.slots:
-        raise HydraError(f"{len(names)} experts in one batch, {self.stack.slots} slots: split the batch, or give the stack more slots")
+        raise HydraError(f"{len(names)} experts in one batch, {self.stack.slots} slots: "
+                         "split the batch, or give the stack more slots")
     with self.change: slots = self._hold(names)
     try: yield _gates_of_mixes(mixes, slots, self.stack.slots)
     finally:

@@ -14,6 +14,7 @@ import hashlib, math, os, re, shutil, signal, tempfile, threading, warnings, tor
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fastcore.basics import patch
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -37,10 +38,12 @@ class TrainSpec:
     seed:int=0 # of the order of rows
     micro_tokens:int=900 # most tokens of a pass; a longer row gets a pass of its own
     def __post_init__(self):
-        for name in ('lr', 'rows', 'epochs', 'clip'): number(getattr(self, name), name, above=0) # under one epoch, rows are left out
-        for name,least in dict(steps=1, warmup=0, micro_tokens=1).items():
+        for name in ('lr', 'rows', 'epochs', 'clip'): # under one epoch, some rows are left out
+            number(getattr(self, name), name, above=0)
+        for name, least in dict(steps=1, warmup=0, micro_tokens=1).items():
             value = getattr(self, name)
-            if value is not None: number(value, name, whole=True, least=least)
+            if value is None: continue
+            number(value, name, whole=True, least=least)
 
 # %% ../../nbs/experts/48_train.ipynb #cell10
 def n_steps(
@@ -52,14 +55,14 @@ def n_steps(
     rows_a_step = len(n_rows)*spec.rows
     return max(spec.steps or 1, math.ceil(rows_seen/rows_a_step))
 
-# %% ../../nbs/experts/48_train.ipynb #b185bf56
+# %% ../../nbs/experts/48_train.ipynb #801327c2
 def spread_rows(
     n_rows:list[int], # rows of each expert
     steps:int # of the run
 )->list[list[tuple[int,int]]]: # for each step the (expert, row) pairs it trains on
     "Each expert's rows, in order, spread evenly over all steps"
     out = [[] for _ in range(steps)]
-    for e,n in enumerate(n_rows):
+    for e, n in enumerate(n_rows):
         for i in range(n):
             step = (2*i+1)*steps//(2*n) # the middle of the row's share of the steps
             out[step].append((e, i))
@@ -78,10 +81,13 @@ def lr_factor(
     if schedule == 'constant': return 1.
     return (n-k)/(n+1-warmup)
 
-# %% ../../nbs/experts/48_train.ipynb #a0fc1ce8
+# %% ../../nbs/experts/48_train.ipynb #087cdc64
 def _row_order(n, name, spec):
     "Numbers of an expert's n rows in the order it sees them: shuffled anew in each epoch"
-    epochs = [rng(spec.seed, 'rows', name, k).permutation(n) for k in range(math.ceil(spec.epochs))]
+    epochs = []
+    for k in range(math.ceil(spec.epochs)):
+        generator = rng(spec.seed, 'rows', name, k)
+        epochs.append(generator.permutation(n))
     n_seen = max(1, round(n*spec.epochs))
     return np.concatenate(epochs)[:n_seen]
 
@@ -92,22 +98,28 @@ def plan_steps(
     spec:TrainSpec # gives seed, epochs, steps
 )->list[list[tuple]]: # for each step its (expert, example) pairs
     "Shuffle each expert's rows by its name, epoch by epoch, and spread them over the steps"
-    empty = [name for name,own in zip(names, rows) if not own]
+    empty = [name for name, own in zip(names, rows) if not own]
     if empty:
-        raise HydraError(f"no rows for expert {', '.join(empty)}: every expert needs at least one; leave it out or give it rows")
-    orders = [_row_order(len(own), name, spec) for name,own in zip(names, rows)]
-    steps = n_steps([len(own) for own in rows], spec)
-    plan = spread_rows([len(order) for order in orders], steps)
-    return [[(e, rows[e][orders[e][i]]) for e,i in step] for step in plan]
+        raise HydraError(f"no rows for expert {', '.join(empty)}: every expert needs at least one; "
+                         "leave it out or give it rows")
+    orders = [_row_order(len(own), name, spec) for name, own in zip(names, rows)]
+    n_shown = [len(order) for order in orders]
+    plan = spread_rows(n_shown, n_steps([len(own) for own in rows], spec))
+    steps = []
+    for pairs in plan:
+        examples = [(e, rows[e][orders[e][i]]) for e, i in pairs]
+        steps.append(examples)
+    return steps
 
 # %% ../../nbs/experts/48_train.ipynb #pack-c1
 def _units(expert_ids, lengths, fair_share):
     "Rows that stay together: all of an expert, or each alone if they are more than a fair share of the tokens"
     units = []
     for e in sorted(set(expert_ids)):
-        rows = [i for i,f in enumerate(expert_ids) if f==e]
+        rows = [i for i, f in enumerate(expert_ids) if f==e]
         tokens = sum(lengths[i] for i in rows)
-        units += [rows] if tokens<=fair_share else [[i] for i in rows]
+        if tokens<=fair_share: units.append(rows)
+        else: units += [[i] for i in rows]
     return units
 
 # %% ../../nbs/experts/48_train.ipynb #d9e16951
@@ -122,7 +134,7 @@ def _deal_units(units, lengths, n):
         tokens[shortest] += size(unit)
     return passes
 
-# %% ../../nbs/experts/48_train.ipynb #50f666ca
+# %% ../../nbs/experts/48_train.ipynb #657cca9d
 def make_passes(
     expert_ids:list[int], # expert of each row of a step
     lengths:list[int], # its tokens
@@ -132,11 +144,13 @@ def make_passes(
     "Deal rows into as few passes as hold them, of similar size"
     total = sum(lengths)
     fewest = multiple*math.ceil(total/max(1, max_tokens*multiple))
-    def fits(rows): return len(rows)==1 or sum(lengths[i] for i in rows)<=max_tokens
+    def tokens(rows): return sum(lengths[i] for i in rows)
+    def by_expert(i): return expert_ids[i], i
     for n in range(fewest, len(expert_ids), multiple):
         units = _units(expert_ids, lengths, fair_share=total/n)
-        passes = [rows for rows in _deal_units(units, lengths, n) if rows]
-        if all(fits(rows) for rows in passes): return [sorted(rows, key=lambda i: (expert_ids[i], i)) for rows in passes]
+        passes = _deal_units(units, lengths, n)
+        longest = max((tokens(rows) for rows in passes if len(rows)>1), default=0)
+        if longest<=max_tokens: return [sorted(rows, key=by_expert) for rows in passes if rows]
     return [[i] for i in range(len(expert_ids))]
 
 # %% ../../nbs/experts/48_train.ipynb #30ef452c
@@ -150,7 +164,7 @@ def shard_passes(
     missing = math.ceil(len(passes)/world)-len(own)
     return own + [(passes[0], 0.)]*missing
 
-# %% ../../nbs/experts/48_train.ipynb #68c388e1
+# %% ../../nbs/experts/48_train.ipynb #6c33dfbb
 def _n_response(x): return len(x.ids)-x.n_prompt
 
 def response_tokens(
@@ -159,9 +173,10 @@ def response_tokens(
     device # where the result goes
 )->Tensor: # (E,) as floats
     "Response tokens of each expert in a step"
-    expert_ids = torch.tensor([e for e,_ in step])
-    counts = torch.tensor([_n_response(x) for _,x in step])
-    return torch.bincount(expert_ids, counts, slots).float().to(device)
+    expert_ids = torch.tensor([e for e, _ in step])
+    counts = torch.tensor([_n_response(x) for _, x in step])
+    per_expert = torch.bincount(expert_ids, counts, slots)
+    return per_expert.float().to(device)
 
 # %% ../../nbs/experts/48_train.ipynb #cell19
 def forward_backward(
@@ -175,14 +190,17 @@ def forward_backward(
     "Forward and backward of some passes of a step; their gradients are added to `stack.grad`"
     n_tokens = response_tokens(step, stack.slots, model.device)
     total = torch.zeros(stack.slots, device=model.device)
-    for rows,counts in passes:
+    for rows, counts in passes:
         examples = [step[i][1] for i in rows]
         expert_ids = [step[i][0] for i in rows]
+        lengths = [len(x.ids) for x in examples]
+        below = cached(examples) if cached else None
         repeats = torch.tensor([_n_response(x) for x in examples])
         token_experts = torch.tensor(expert_ids).repeat_interleave(repeats).to(model.device)
-        with bind(line_plan(expert_ids, [len(x.ids) for x in examples], stack)):
-            nll = token_losses(model, examples, below=cached and cached(examples), line=True)*counts
-            (nll/n_tokens[token_experts]).sum().backward()
+        with bind(line_plan(expert_ids, lengths, stack)):
+            nll = token_losses(model, examples, below=below, line=True)*counts
+            loss = (nll/n_tokens[token_experts]).sum()
+            loss.backward()
         total.index_add_(0, token_experts, nll.detach())
     return total
 
@@ -206,8 +224,11 @@ def n_replicas(
     spec:TrainSpec # gives `micro_tokens`, which all replicas together hold
 )->int: # 1 on a GPU, and for a base in slices
     "How many passes of a step run in parallel"
-    if torch.device(model.device).type!='cpu' or getattr(model, 'mesh', None): return 1
-    return max(1, min(torch.get_num_threads(), spec.micro_tokens//MIN_REPLICA_TOKENS))
+    on_cpu = torch.device(model.device).type=='cpu'
+    in_slices = getattr(model, 'mesh', None)
+    if in_slices or not on_cpu: return 1
+    n_worthwhile = spec.micro_tokens//MIN_REPLICA_TOKENS
+    return max(1, min(torch.get_num_threads(), n_worthwhile))
 
 # %% ../../nbs/experts/48_train.ipynb #e6bff670
 def deal_passes(
@@ -226,7 +247,7 @@ def deal_passes(
         load[least] += tokens(p)
     return [own for own in dealt if own]
 
-# %% ../../nbs/experts/48_train.ipynb #1eea9f8e
+# %% ../../nbs/experts/48_train.ipynb #503e0ac8
 def run_replicas(
     model, # `hydramoe.experts.stack.GatedCausalLM`
     step:list[tuple], # (expert, example) pairs
@@ -234,28 +255,32 @@ def run_replicas(
     cached=None # as for `forward_backward`
 )->Tensor: # as of `forward_backward`
     "Each replica in a thread of its own, with gradients of its own, which are added up in order"
-    stacks = [model.stack]
-    for _ in dealt[1:]: stacks.append(model.stack.lane())
-    def run(passes, stack): return forward_backward(model, step, passes, stack, using, cached)
+    replicas = [model.stack.lane() for _ in dealt[1:]]
+    stacks = [model.stack, *replicas] # the first one is the stack itself
     threads_each = max(1, torch.get_num_threads()//len(dealt))
+    def run(passes, stack):
+        return forward_backward(model, step, passes, stack, using, cached)
     with using_threads(threads_each), ThreadPoolExecutor(len(dealt)) as pool:
         totals = list(pool.map(run, dealt, stacks))
-    for replica in stacks[1:]: model.stack.grad.add_(replica.grad)
+    for replica in replicas: model.stack.grad.add_(replica.grad)
     return sum(totals)
 
-# %% ../../nbs/experts/48_train.ipynb #e3ae5951
+# %% ../../nbs/experts/48_train.ipynb #e328e1d9
 def mesh_place(
     model # `hydramoe.experts.stack.GatedCausalLM`, perhaps sharded
 )->tuple[int,int]: # (0, 1) where there is one process
     "Which of the processes that share the base this is, and how many there are"
     mesh = getattr(model, 'mesh', None)
-    return (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
+    if not mesh: return 0, 1
+    return mesh.get_local_rank(), mesh.size()
 
+# %% ../../nbs/experts/48_train.ipynb #06711d76
 def _sum_over_processes(model, total):
     "Add up gradients and losses of all processes that share the base"
     mesh = getattr(model, 'mesh', None)
     if not mesh: return
-    for x in (model.stack.grad, total): torch.distributed.all_reduce(x, group=mesh.get_group())
+    for x in (model.stack.grad, total):
+        torch.distributed.all_reduce(x, group=mesh.get_group())
 
 @contextmanager
 def _adding_in_place():
@@ -264,7 +289,7 @@ def _adding_in_place():
         warnings.filterwarnings('ignore', message='grad and param do not obey')
         yield
 
-# %% ../../nbs/experts/48_train.ipynb #bd7190d9
+# %% ../../nbs/experts/48_train.ipynb #4003aac4
 def gradients(
     model, # `hydramoe.experts.stack.GatedCausalLM`
     step:list[tuple], # (expert, example) pairs
@@ -273,10 +298,10 @@ def gradients(
 )->Tensor: # (E,) mean loss of each expert's response tokens; nan for an expert without rows
     "Fill `stack.grad`: row e is the gradient of expert e's mean loss"
     stack = model.stack
-    lengths = [len(x.ids) for _,x in step]
+    lengths = [len(x.ids) for _, x in step]
     n = n_replicas(model, spec)
     max_tokens = spec.micro_tokens//n if model.lines else 0
-    passes = make_passes([e for e,_ in step], lengths, max_tokens, n)
+    passes = make_passes([e for e, _ in step], lengths, max_tokens, n)
     dealt = deal_passes(shard_passes(passes, *mesh_place(model)), lengths, n)
     stack.grad.zero_()
     with _adding_in_place():
@@ -285,10 +310,13 @@ def gradients(
     _sum_over_processes(model, total)
     return total/response_tokens(step, stack.slots, model.device)
 
-# %% ../../nbs/experts/48_train.ipynb #d020b472
+# %% ../../nbs/experts/48_train.ipynb #77fadace
 def _new_state(p):
     "AdamW's state of a parameter that was never stepped"
-    return dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return dict(
+        step=torch.zeros((), device=p.device),
+        exp_avg=torch.zeros_like(p),
+        exp_avg_sq=torch.zeros_like(p))
 
 # %% ../../nbs/experts/48_train.ipynb #cell23
 class Optimizers:
@@ -299,50 +327,63 @@ class Optimizers:
         spec:TrainSpec, # gives learning rate, clipping, schedule
         stopping=None # an `EarlyStopping`, saved with the rest
     ):
-        self.stack, self.totals, self.spec, self.stopping = stack, totals, spec, stopping
-        self.clock = [0]*len(totals)
-        self.params = [nn.Parameter(stack.theta.detach()[e]) for e in range(len(totals))]
+        self.stack = stack
+        self.totals = totals
+        self.spec = spec
+        self.stopping = stopping
+        self.clock = [0]*len(totals) # steps each expert has taken
+        self.params = [nn.Parameter(row) for row in stack.theta.detach()[:len(totals)]]
         groups = [dict(params=[p]) for p in self.params]
         self.adamw = torch.optim.AdamW(groups, lr=spec.lr, weight_decay=0., fused=True)
 
-    def step(self,
-        present:set # experts that have rows in this step
-    )->tuple[dict,list]: # gradient norm of each present expert · those skipped
-        "Clip and step the present experts; skip, alone, one whose gradient is not finite"
-        all_norms = self.stack.grad.norm(dim=1).tolist()
-        norms = {e: all_norms[e] for e in sorted(present)}
-        skipped = [e for e,norm in norms.items() if not math.isfinite(norm)]
-        for e,(param,group) in enumerate(zip(self.params, self.adamw.param_groups)):
-            param.grad = None
-            if e not in present: continue
-            group['lr'] = self.spec.lr*lr_factor(self.clock[e], self.totals[e], self.spec)
-            self.clock[e] += 1
-            if e not in skipped: param.grad = self._clipped(e, norms[e])
-        self.adamw.step()
-        return norms, skipped
+# %% ../../nbs/experts/48_train.ipynb #78b45e0b
+@patch
+def _clipped(self:Optimizers, e, norm):
+    "The gradient of an expert, scaled down in place if it is too long"
+    factor = self.spec.clip/(norm+1e-6)
+    grad = self.stack.grad[e]
+    return grad.mul_(factor) if factor<1 else grad
 
-    def _clipped(self, e, norm):
-        factor = self.spec.clip/(norm+1e-6)
-        grad = self.stack.grad[e]
-        return grad.mul_(factor) if factor<1 else grad
+@patch
+def step(self:Optimizers,
+    present:set # experts that have rows in this step
+)->tuple[dict,list]: # gradient norm of each present expert · those skipped
+    "Clip and step the present experts; skip, alone, one whose gradient is not finite"
+    all_norms = self.stack.grad.norm(dim=1).tolist()
+    norms = {e: all_norms[e] for e in sorted(present)}
+    skipped = [e for e, norm in norms.items() if not math.isfinite(norm)]
+    for e, (param, group) in enumerate(zip(self.params, self.adamw.param_groups)):
+        param.grad = None
+        if e not in present: continue
+        group['lr'] = self.spec.lr*lr_factor(self.clock[e], self.totals[e], self.spec)
+        self.clock[e] += 1
+        if e not in skipped: param.grad = self._clipped(e, norms[e])
+    self.adamw.step()
+    return norms, skipped
 
-    def state(self)->dict[str,Tensor]: # experts, both moments, steps taken, clocks
-        "All that a run needs to go on, as tensors"
-        states = [self.adamw.state.get(p) or _new_state(p) for p in self.params]
-        moments = {k: torch.stack([s[k] for s in states]) for k in _new_state(self.params[0])}
-        stopping = self.stopping.state() if self.stopping else {}
-        theta = self.stack.theta.detach()[:len(states)]
-        return dict(theta=theta, clock=torch.tensor(self.clock), **stopping, **moments)
+# %% ../../nbs/experts/48_train.ipynb #de2946af
+@patch
+def state(self:Optimizers)->dict[str,Tensor]: # experts, both moments, steps taken, clocks
+    "All that a run needs to go on, as tensors"
+    saved = dict(theta=self.stack.theta.detach()[:len(self.params)], clock=torch.tensor(self.clock))
+    if self.stopping: saved |= self.stopping.state()
+    states = [self.adamw.state.get(p) or _new_state(p) for p in self.params]
+    for name in _new_state(self.params[0]):
+        saved[name] = torch.stack([state[name] for state in states])
+    return saved
 
-    def load(self,
-        state:dict[str,Tensor] # of `state`
-    ):
-        "Go on from a saved state"
-        self.clock = state['clock'].tolist()
-        if self.stopping: self.stopping.load(state)
-        for e,p in enumerate(self.params):
-            p.data.copy_(state['theta'][e])
-            self.adamw.state[p] = {k: state[k][e].clone().to(x.device) for k,x in _new_state(p).items()}
+@patch
+def load(self:Optimizers,
+    saved:dict[str,Tensor] # of `state`
+):
+    "Go on from a saved state"
+    self.clock = saved['clock'].tolist()
+    if self.stopping: self.stopping.load(saved)
+    for e, p in enumerate(self.params):
+        p.data.copy_(saved['theta'][e])
+        state = _new_state(p)
+        for name, tensor in state.items(): tensor.copy_(saved[name][e])
+        self.adamw.state[p] = state
 
 # %% ../../nbs/experts/48_train.ipynb #60a1451d
 @dataclass(frozen=True)
@@ -359,32 +400,23 @@ class EarlyStopping:
         dev:list[list], # for each expert its development examples; one without any never stops
         stop:EarlyStopSpec # patience
     ):
-        self.stack, self.dev, self.stop = stack, dev, stop
+        self.stack = stack
+        self.dev = dev
+        self.stop = stop
         self.best = stack.theta.detach()[:len(dev)].clone()
-        self.least = torch.full((len(dev),), torch.inf)
-        self.stale = torch.zeros(len(dev), dtype=torch.long)
+        self.least = torch.full((len(dev),), torch.inf) # loss of the best state
+        self.stale = torch.zeros(len(dev), dtype=torch.long) # evaluations since then
 
     def active(self,
         step:list[tuple] # (expert, example) pairs
     )->list[tuple]: # those of experts that have not stopped
         "What is left of a step"
-        return [(e, x) for e,x in step if self.stale[e] < self.stop.patience]
+        return [(e, x) for e, x in step if self.stale[e] < self.stop.patience]
 
-    def evaluate(self,
-        model # `hydramoe.experts.stack.GatedCausalLM`
-    )->dict[int,float]: # expert → mean loss of its development tokens
-        "Score the experts that have not stopped, each on its own rows"
-        step = self.active([(e, x) for e,examples in enumerate(self.dev) for x in examples])
-        expert_ids = [e for e,_ in step]
-        nll = response_losses(model, [x for _,x in step], one_hot(expert_ids, self.stack.slots), desc='development rows')
-        losses = {}
-        for e in sorted(set(expert_ids)):
-            tokens = np.concatenate([n for n,f in zip(nll, expert_ids) if f==e])
-            losses[e] = float(tokens.mean())
-        for e,loss in losses.items(): self._note(e, loss)
-        return losses
-
-    def _note(self, e, loss):
+    def note(self,
+        e:int, # expert
+        loss:float # of its development rows
+    ):
         "Lower than ever: keep the state. Otherwise, NaN included, the expert is one evaluation staler"
         if loss < self.least[e]:
             self.best[e] = self.stack.theta.detach()[e]
@@ -392,27 +424,48 @@ class EarlyStopping:
             self.stale[e] = 0
         else: self.stale[e] += 1
 
-    @torch.no_grad()
-    def restore(self):
-        "Put the best state of each expert back that was ever evaluated"
-        for e in range(len(self.dev)):
-            if self.least[e] < torch.inf: self.stack.theta[e] = self.best[e]
-
     def state(self)->dict[str,Tensor]: # best, least, stale
         "What must be known to go on"
         return dict(best=self.best, least=self.least, stale=self.stale)
 
     def load(self,
-        state:dict[str,Tensor] # of `state`
+        saved:dict[str,Tensor] # of `state`
     ):
         "Go on from a saved state"
-        for name,tensor in self.state().items(): tensor.copy_(state[name])
+        for name, tensor in self.state().items(): tensor.copy_(saved[name])
 
-# %% ../../nbs/experts/48_train.ipynb #5606c4a4
+# %% ../../nbs/experts/48_train.ipynb #fe0e1e77
+@patch
+def evaluate(self:EarlyStopping,
+    model # `hydramoe.experts.stack.GatedCausalLM`
+)->dict[int,float]: # expert → mean loss of its development tokens
+    "Score the experts that have not stopped, each on its own rows"
+    step = self.active([(e, x) for e, own in enumerate(self.dev) for x in own])
+    expert_ids = [e for e, _ in step]
+    gates = one_hot(expert_ids, self.stack.slots)
+    nll = response_losses(model, [x for _, x in step], gates, desc='development rows')
+    losses = {}
+    for e in sorted(set(expert_ids)):
+        tokens = np.concatenate([row for row, f in zip(nll, expert_ids) if f==e])
+        losses[e] = float(tokens.mean())
+        self.note(e, losses[e])
+    return losses
+
+# %% ../../nbs/experts/48_train.ipynb #f333c017
+@patch
+@torch.no_grad()
+def restore(self:EarlyStopping):
+    "Put the best state of each expert back that was ever evaluated"
+    for e in range(len(self.dev)):
+        if self.least[e] < torch.inf: self.stack.theta[e] = self.best[e]
+
+# %% ../../nbs/experts/48_train.ipynb #de0edba4
 def tensor_bytes(x:Tensor)->bytes:
     "The numbers of a tensor as they are in memory"
-    return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    numbers = x.detach().cpu().contiguous()
+    return numbers.view(torch.uint8).numpy().tobytes()
 
+# %% ../../nbs/experts/48_train.ipynb #f0777418
 def job_id(
     stack, # `hydramoe.experts.stack.Stack`, as it is before the first step
     rows:list[list], # for each expert its examples
@@ -424,11 +477,16 @@ def job_id(
     "What a checkpoint belongs to: start, trunk, rows, names and specs"
     dev = stopping.dev if stopping else []
     h = hashlib.sha256()
-    for tensor in (stack.theta[:len(names)], stack.trunk, stack.trunk_scale): h.update(tensor_bytes(tensor))
-    for x in sum([*rows, *dev], []): h.update(np.array([x.n_prompt, *x.ids], '<i8').tobytes())
+    for tensor in (stack.theta[:len(names)], stack.trunk, stack.trunk_scale):
+        h.update(tensor_bytes(tensor))
+    for x in sum([*rows, *dev], []):
+        numbers = np.array([x.n_prompt, *x.ids], '<i8')
+        h.update(numbers.tobytes())
     parts = [h.hexdigest(), stack.fork, [len(own) for own in rows], names, spec]
-    if stopping: parts += [[len(own) for own in dev], stopping.stop]
-    if cached: parts += ['cached']
+    if stopping:
+        parts.append([len(own) for own in dev])
+        parts.append(stopping.stop)
+    if cached: parts.append('cached')
     return digest(parts)
 
 # %% ../../nbs/experts/48_train.ipynb #cell30
@@ -437,10 +495,12 @@ def disk_errors():
     "What safetensors says of a full disk, as the OSError that `sealing` explains"
     try: yield
     except SafetensorError as e:
-        code = re.search(r'os error (\d+)', str(e))
-        if not code: raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from e
+        found = re.search(r'os error (\d+)', str(e))
+        if not found: raise
+        code = int(found[1])
+        raise OSError(code, os.strerror(code)) from e
 
+# %% ../../nbs/experts/48_train.ipynb #a9848aec
 def save_checkpoint(
     work:Path, # directory of the run's checkpoints
     opt:Optimizers, # what is saved
@@ -449,7 +509,7 @@ def save_checkpoint(
 )->Path: # the sealed checkpoint
     "Seal the state after `len(history)` steps; keep the last two"
     path = Path(work)/f'step-{len(history):06d}'
-    state = {k: v.contiguous().cpu() for k,v in opt.state().items()}
+    state = {k: v.contiguous().cpu() for k, v in opt.state().items()}
     with sealing(path, dict(job=job)) as folder, disk_errors():
         save_file(state, folder/'state.safetensors')
         write_json(folder/'history.json', history)
@@ -476,10 +536,16 @@ def load_checkpoint(
         return read_json(path/'history.json')
     return []
 
-# %% ../../nbs/experts/48_train.ipynb #fba90af9
-def _n_tokens(step): return sum(len(x.ids) for _,x in step)
-def _finite_or_none(x): return x if math.isfinite(x) else None # JSON has no NaN
+# %% ../../nbs/experts/48_train.ipynb #c1288a55
+def _n_tokens(step):
+    "Tokens of a step, prompts included"
+    return sum(len(x.ids) for _, x in step)
 
+def _finite_or_none(x):
+    "JSON has no NaN"
+    return x if math.isfinite(x) else None
+
+# %% ../../nbs/experts/48_train.ipynb #999a515e
 def fit_step(
     model, # `hydramoe.experts.stack.GatedCausalLM`
     opt:Optimizers, # of its experts
@@ -492,12 +558,16 @@ def fit_step(
     if opt.stopping: step = opt.stopping.active(step)
     if not step: return dict(step=k, tokens=0, skipped=[], loss={}, norm={})
     losses = gradients(model, step, opt.spec, cached).tolist()
-    norms, skipped = opt.step({e for e,_ in step})
+    norms, skipped = opt.step({e for e, _ in step})
     for e in skipped:
-        warnings.warn(f"step {k}: the gradient of expert {names[e]!r} is not finite; it is not stepped, the others go on")
-    return dict(step=k, tokens=_n_tokens(step), skipped=[names[e] for e in skipped],
-                loss={names[e]: _finite_or_none(losses[e]) for e in norms},
-                norm={names[e]: _finite_or_none(norm) for e,norm in norms.items()})
+        warnings.warn(f"step {k}: the gradient of expert {names[e]!r} is not finite; "
+                      "it is not stepped, the others go on")
+    return dict(
+        step=k,
+        tokens=_n_tokens(step),
+        skipped=[names[e] for e in skipped],
+        loss={names[e]: _finite_or_none(losses[e]) for e in norms},
+        norm={names[e]: _finite_or_none(norms[e]) for e in norms})
 
 # %% ../../nbs/experts/48_train.ipynb #f9baee5f
 @contextmanager
@@ -527,6 +597,26 @@ def _catch_sigterm():
     try: yield asked
     finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
+# %% ../../nbs/experts/48_train.ipynb #a5f55749
+def _slot_names(stack, n):
+    "Names of the first n experts of a stack"
+    return [name or f'expert{e}' for e, name in enumerate(stack.names[:n])]
+
+def _steps_of_each(steps, n):
+    "In how many steps each of n experts has rows"
+    return [sum(any(f==e for f, _ in step) for step in steps) for e in range(n)]
+
+def _evaluate_if_due(stopping, model, history, names, last):
+    "Every few steps, and after the last, note each active expert's development loss"
+    if not last and len(history)%stopping.stop.every: return
+    losses = stopping.evaluate(model)
+    history[-1]['dev'] = {names[e]: _finite_or_none(loss) for e, loss in losses.items()}
+
+def _train_bar(steps, names):
+    "A progress bar that counts tokens"
+    total = sum(_n_tokens(step) for step in steps)
+    return progress(total=total, desc=f'train {", ".join(names)}'[:30], unit='tok')
+
 # %% ../../nbs/experts/48_train.ipynb #cell33
 def fit(
     model, # `hydramoe.experts.stack.GatedCausalLM`, its first E slots at their start
@@ -541,19 +631,17 @@ def fit(
     cached=None # `TrunkStates` of the rows, from `cache_trunk`: train from the fork on
 )->list[dict]: # for each step {step, tokens, loss, norm, skipped}, by expert name; where it was evaluated, {dev}
     "Train experts fused, in place, each as if it were alone"
-    if not names: names = [name or f'expert{e}' for e,name in enumerate(model.stack.names[:len(rows)])]
-    names = list(names)
+    names = list(names or _slot_names(model.stack, len(rows)))
     steps = [step for step in plan_steps(rows, names, spec) if step]
     stopping = EarlyStopping(model.stack, dev, stop or EarlyStopSpec()) if dev and any(dev) else None
-    totals = [sum(any(f==e for f,_ in step) for step in steps) for e in range(len(rows))]
-    opt = Optimizers(model.stack, totals, spec, stopping)
+    opt = Optimizers(model.stack, _steps_of_each(steps, len(rows)), spec, stopping)
     job = job_id(model.stack, rows, names, spec, stopping, bool(cached))
     history = load_checkpoint(work, opt, job) if work else []
     todo = steps[len(history):]
-    bar = progress(total=sum(_n_tokens(step) for step in todo), desc=f'train {", ".join(names)}'[:30], unit='tok')
-    with training_mode(model, checkpointing), _catch_sigterm() as asked, bar:
+    with training_mode(model, checkpointing), _catch_sigterm() as asked, _train_bar(todo, names) as bar:
         for step in todo:
-            history.append(fit_step(model, opt, step, len(history), names, cached))
+            entry = fit_step(model, opt, step, len(history), names, cached)
+            history.append(entry)
             last = len(history)==len(steps)
             if stopping: _evaluate_if_due(stopping, model, history, names, last)
             bar.update(_n_tokens(step))
@@ -563,12 +651,6 @@ def fit(
     if stopping: stopping.restore()
     return history
 
-def _evaluate_if_due(stopping, model, history, names, last):
-    "Every few steps, and after the last, note each active expert's development loss"
-    if not last and len(history)%stopping.stop.every: return
-    losses = stopping.evaluate(model)
-    history[-1]['dev'] = {names[e]: _finite_or_none(loss) for e,loss in losses.items()}
-
 # %% ../../nbs/experts/48_train.ipynb #cell36
 def _smooth(y, width=9):
     "Moving average; the ends are padded with the first and last value"
@@ -576,6 +658,7 @@ def _smooth(y, width=9):
     padded = np.pad(y, (w//2, w-1-w//2), mode='edge')
     return np.convolve(padded, np.ones(w)/w, 'valid')
 
+# %% ../../nbs/experts/48_train.ipynb #95d98312
 def plot_history(
     history:list[dict], # of `fit`
     ax=None # matplotlib axes; new ones if None
@@ -585,25 +668,36 @@ def plot_history(
     if ax is None: ax = plt.subplots(figsize=(6, 3))[1]
     for name in sorted({n for h in history for n in h['loss']}):
         entries = [h for h in history if h['loss'].get(name) is not None]
-        ax.plot([h['step'] for h in entries], _smooth([h['loss'][name] for h in entries]), label=name)
+        steps = [h['step'] for h in entries]
+        losses = [h['loss'][name] for h in entries]
+        ax.plot(steps, _smooth(losses), label=name)
     ax.set(xlabel='step', ylabel='nats a response token', ylim=0)
     ax.legend(frameon=False, fontsize=8)
     return ax.figure
 
-# %% ../../nbs/experts/48_train.ipynb #c22837d4
+# %% ../../nbs/experts/48_train.ipynb #2abd0d37
 def _trl_rows(batches):
     "Examples as the data set that TRL reads"
     from datasets import Dataset, disable_progress_bars
     disable_progress_bars()
-    def row(x): return dict(input_ids=x.ids, completion_mask=[0]*x.n_prompt+[1]*_n_response(x))
-    return Dataset.from_list([row(x) for batch in batches for x in batch])
+    rows = []
+    for x in sum(batches, []):
+        mask = [0]*x.n_prompt+[1]*_n_response(x)
+        rows.append(dict(input_ids=x.ids, completion_mask=mask))
+    return Dataset.from_list(rows)
 
 def _on_batches(Trainer, batches):
     "A trainer whose batches are the given ones, collated by its own collator"
-    ends = np.cumsum([0]+[len(b) for b in batches])
-    parts = [range(a, b) for a,b in zip(ends, ends[1:])]
-    def loader(self): return torch.utils.data.DataLoader(self.train_dataset, batch_sampler=parts, collate_fn=self.data_collator)
-    return type('OnBatches', (Trainer,), dict(get_train_dataloader=loader))
+    ends = np.cumsum([len(b) for b in batches])
+    parts = [range(end-len(b), end) for b, end in zip(batches, ends)]
+    class OnBatches(Trainer):
+        def get_train_dataloader(self):
+            "Rows in the order of the batches"
+            return torch.utils.data.DataLoader(
+                self.train_dataset,
+                batch_sampler=parts,
+                collate_fn=self.data_collator)
+    return OnBatches
 
 # %% ../../nbs/experts/48_train.ipynb #cell95
 def fit_trl(
@@ -620,16 +714,18 @@ def fit_trl(
     from peft import PeftModel
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
-    cuda = torch.device(base.device).type=='cuda'
     n = len(batches)
     with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # TRL's own calls
         model = PeftModel.from_pretrained(base.model, str(start), is_trainable=True)
-        opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=spec.lr, weight_decay=0.)
+        params = [p for p in model.parameters() if p.requires_grad]
+        opt = torch.optim.AdamW(params, lr=spec.lr, weight_decay=0.)
         clock = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: lr_factor(min(k, n-1), n, spec))
-        args = SFTConfig(tmp, max_steps=n, max_grad_norm=spec.clip, bf16=bf16, use_cpu=not cuda,
-                         activation_checkpointing=checkpointing, max_length=None, completion_only_loss=True, logging_steps=1,
-                         save_strategy='no', report_to='none', disable_tqdm=True, seed=spec.seed)
+        args = SFTConfig(
+            tmp, max_steps=n, max_grad_norm=spec.clip, seed=spec.seed,
+            bf16=bf16, use_cpu=torch.device(base.device).type!='cuda', activation_checkpointing=checkpointing,
+            max_length=None, completion_only_loss=True,
+            logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True)
         trainer = _on_batches(SFTTrainer, batches)(
             model, args, train_dataset=_trl_rows(batches), processing_class=base.tokenizer,
             optimizers=(opt, clock), callbacks=list(callbacks))
