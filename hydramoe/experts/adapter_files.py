@@ -69,7 +69,7 @@ def _is_block_list_name(x):
     if not (_is_name_list(x) or isinstance(x, str)): return False
     return all(_is_expression(e) for e in _block_expressions(x))
 
-# %% ../../nbs/experts/45_adapter_files.ipynb #ecb52cf8
+# %% ../../nbs/experts/45_adapter_files.ipynb #86e0eeb0
 _KEEPS_BASE = 'gaussian', 'eva', 'orthogonal', 'mica' # initialisations that leave the base's weights alone
 _CHANGES_BASE = 'pissa', 'olora', 'corda', 'lora_ga', 'loftq'
 
@@ -84,7 +84,7 @@ def _why_base_changed(x):
         return f"no initialisation that is known to leave the base's weights alone, as true, false, {known} do"
     remedy = "convert it where it was trained, with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
     if x.lower()=='loftq': remedy = "fold it into the base that it left"
-    return ("this is not plain LoRA, for this initialisation changed the base's own weights, "
+    return ("this is not plain LoRA, because this initialisation changed the base's own weights, "
             f"and on the base as it was the adapter says something else: {remedy}")
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #27911d3d

@@ -40,14 +40,14 @@ def _alpha_of(scale, rank):
         if Tensor([alpha/rank])==Tensor([scale]): break
     return int(alpha) if alpha==int(alpha) else alpha
 
-# %% ../../nbs/experts/46_adapters.ipynb #89473e99
+# %% ../../nbs/experts/46_adapters.ipynb #772716c4
 def _saved_rank(stack, e):
     "The rank of an expert's file, the trunk below it included"
     if not stack.below: return stack.ranks[e]
     if stack.scale[e]!=stack.trunk_scale[0]:
         own, below = stack.scale[e].item(), stack.trunk_scale.item()
-        raise HydraError(f"expert {stack.names[e]!r} has scale {own:g}, the trunk below it {below:g}, and a PEFT adapter "
-                         "has one: give experts of a forked stack the seed expert's rank and alpha")
+        raise HydraError(f"expert {stack.names[e]!r} has scale {own:g}, the trunk below it {below:g}, "
+                         "and a PEFT adapter has one: give experts of a forked stack the seed expert's rank and alpha")
     return max(stack.ranks[e], stack.trunk_rank)
 
 # %% ../../nbs/experts/46_adapters.ipynb #063e93a2

@@ -153,8 +153,8 @@ def _start_ray(ray, workers, address):
     raise HydraError("Ray was imported before hydramoe could keep it to this machine, and would listen to the network: "
                      "call this in a new process, or start Ray yourself")
 
-# %% ../../nbs/experts/49_jobs.ipynb #5a68344b
-def _call(job): return job()
+# %% ../../nbs/experts/49_jobs.ipynb #57ddd11c
+def _run_job(job): return job()
 
 def _run_ray(jobs, retries, workers=None, gpus=0., address=None):
     "Ray tasks; a killed worker's task is sent again"
@@ -162,7 +162,7 @@ def _run_ray(jobs, retries, workers=None, gpus=0., address=None):
     ours = not ray.is_initialized()
     if ours: _start_ray(ray, workers, address)
     try:
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(_call)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(_run_job)
         return ray.get([task.remote(job) for job in jobs])
     except ray.exceptions.RayTaskError as e: raise e.cause from None
     except ray.exceptions.WorkerCrashedError:

@@ -429,7 +429,7 @@ def mix_gates(
     gates[:,used] = weights
     return gates
 
-# %% ../../nbs/experts/50_stages.ipynb #4122a1f2
+# %% ../../nbs/experts/50_stages.ipynb #2f93b28f
 def score_adapters_stage(
     out:Path, # the directory to fill: a stage's
     *,
@@ -448,10 +448,10 @@ def score_adapters_stage(
     found = {}
     if adapters: found = {path.name: path for path in find_adapters(adapters)}
     model = with_adapters(b, found) if found else gated(b, 1, LoraSpec(1))
-    losses = loss_matrix(model, rows, _columns(list(found), mixes))
+    losses = loss_matrix(model, rows, _gate_columns(list(found), mixes))
     return save_losses(losses, out)
 
-def _columns(names, mixes):
+def _gate_columns(names, mixes):
     "The gates of each column: of each mix, of each adapter, or of the base alone"
     if mixes: return {name: mix_gates(mix, names) for name, mix in mixes.items()}
     if names: return dict(zip(names, torch.eye(len(names))))
@@ -481,8 +481,10 @@ def by_precision(
     _check_routes(adapters, of)
     params = dict(part=part, mixes=dict(routed=one_each(of)) if of else None, **how)
     inputs = dict(rows_dir=rows_dir, adapters=adapters)
-    losses = {quant: _score_on(quant, params, inputs, root) for quant in dict.fromkeys([trained, *others])}
-    sums = {quant: record_sums(own.nll[0], own.offsets) for quant, own in losses.items()}
+    losses, sums = {}, {}
+    for quant in dict.fromkeys([trained, *others]):
+        losses[quant] = _score_on(quant, params, inputs, root)
+        sums[quant] = record_sums(losses[quant].nll[0], losses[quant].offsets)
     domains, tokens = losses[trained].domains, losses[trained].tokens
     table = []
     for quant, own in sums.items():

@@ -361,11 +361,12 @@ def step(self:Optimizers,
     self.adamw.step()
     return norms, skipped
 
-# %% ../../nbs/experts/48_train.ipynb #de2946af
+# %% ../../nbs/experts/48_train.ipynb #d84fa64c
 @patch
 def state(self:Optimizers)->dict[str,Tensor]: # experts, both moments, steps taken, clocks
     "All that a run needs to go on, as tensors"
-    saved = dict(theta=self.stack.theta.detach()[:len(self.params)], clock=torch.tensor(self.clock))
+    theta = self.stack.theta.detach()[:len(self.params)]
+    saved = dict(theta=theta, clock=torch.tensor(self.clock))
     if self.stopping: saved |= self.stopping.state()
     states = [self.adamw.state.get(p) or _new_state(p) for p in self.params]
     for name in _new_state(self.params[0]):
@@ -597,14 +598,17 @@ def _catch_sigterm():
     try: yield asked
     finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
-# %% ../../nbs/experts/48_train.ipynb #a5f55749
+# %% ../../nbs/experts/48_train.ipynb #3a93b4d5
 def _slot_names(stack, n):
     "Names of the first n experts of a stack"
     return [name or f'expert{e}' for e, name in enumerate(stack.names[:n])]
 
 def _steps_of_each(steps, n):
     "In how many steps each of n experts has rows"
-    return [sum(any(f==e for f, _ in step) for step in steps) for e in range(n)]
+    counts = [0]*n
+    for step in steps:
+        for e in {e for e, _ in step}: counts[e] += 1
+    return counts
 
 def _evaluate_if_due(stopping, model, history, names, last):
     "Every few steps, and after the last, note each active expert's development loss"
