@@ -10,7 +10,8 @@ __all__ = ['INSTEAD', 'NUMBERS', 'OTHERS', 'MIN_TEMPERATURE', 'WARPERS', 'OFF_AT
 from typing import NamedTuple
 import torch
 from transformers import EpsilonLogitsWarper, EtaLogitsWarper, LogitsProcessor, LogitsProcessorList, MinPLogitsWarper
-from transformers import TemperatureLogitsWarper, TopHLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
+from transformers import TemperatureLogitsWarper, TopHLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TypicalLogitsWarper
 from ..foundations.core import HydraError, derive_seed, number, one_of, utf8
 
 # %% ../../nbs/hydra/64_generation.ipynb #ab9cfc21
@@ -22,7 +23,8 @@ def to_messages(
     "A prompt as a conversation; what is no prompt is refused"
     messages = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
     if not isinstance(messages, (list, tuple)) or not messages or not all(map(_is_turn, messages)):
-        raise HydraError(f"{str(prompt)[:60]!r} is no prompt: give a string, or a list of {{'role', 'content'}} of strings")
+        raise HydraError(f"{str(prompt)[:60]!r} is no prompt: give a string, "
+                         "or a list of {'role', 'content'} of strings")
     if not any(t['content'].strip() for t in messages if t['role'] == 'user'):
         raise HydraError("the prompt is empty: say something")
     for t in messages:
@@ -44,9 +46,10 @@ INSTEAD = dict( # keyword that cannot be given → what to say instead
     assistant_model='a Hydra answers by itself',
     inputs=_PROMPT, input_ids=_PROMPT, inputs_embeds=_PROMPT, attention_mask=_PROMPT, position_ids=_PROMPT,
     eos_token_id=_END, pad_token_id=_END, bos_token_id=_END, decoder_start_token_id=_END,
-    return_dict_in_generate=_TEXT, output_scores=_TEXT, output_logits=_TEXT, output_attentions=_TEXT, output_hidden_states=_TEXT)
+    return_dict_in_generate=_TEXT, output_scores=_TEXT, output_logits=_TEXT, output_attentions=_TEXT,
+    output_hidden_states=_TEXT)
 
-# %% ../../nbs/hydra/64_generation.ipynb #d9fc3497
+# %% ../../nbs/hydra/64_generation.ipynb #657af31e
 _INT = dict(whole=True, most=2**31-1)
 
 NUMBERS = dict( # keyword → its range
@@ -64,7 +67,7 @@ NUMBERS = dict( # keyword → its range
     length_penalty=dict(least=-100, most=100),
     max_time=dict(above=0))
 
-# %% ../../nbs/hydra/64_generation.ipynb #8c78e88e
+# %% ../../nbs/hydra/64_generation.ipynb #dec0d791
 def _is_bool(v): return isinstance(v, bool)
 def _is_list(v): return isinstance(v, list)
 def _is_texts(v):
@@ -86,7 +89,7 @@ OTHERS = dict( # keyword → (does it have what is needed?, what to give)
     stop_strings=(_is_texts, 'a string, or a list of strings'),
     tokenizer=(callable, "the base's tokenizer"))
 
-# %% ../../nbs/hydra/64_generation.ipynb #9a48b0a5
+# %% ../../nbs/hydra/64_generation.ipynb #511e200b
 def check_keyword(
     name:str, # of a keyword for transformers
     value # what was given
@@ -102,7 +105,7 @@ def check_keyword(
     if not is_right(value): raise HydraError(f"{name}={str(value)[:60]!r}: give {wanted}")
     return value
 
-# %% ../../nbs/hydra/64_generation.ipynb #92d993c4
+# %% ../../nbs/hydra/64_generation.ipynb #83e755a9
 def check_together(
     n_prompts:int, # of the call
     sampled:bool, # is the temperature above 0?
@@ -112,15 +115,16 @@ def check_together(
     beams = keywords.get('num_beams') or 1
     answers = keywords.get('num_return_sequences') or 1
     if keywords.get('streamer') is not None and max(n_prompts, beams, answers) > 1:
-        raise HydraError("streamer= shows one answer as it grows: give one prompt, without num_beams and num_return_sequences")
+        raise HydraError("streamer= shows one answer as it grows: give one prompt, "
+                         "without num_beams and num_return_sequences")
     drawn = sampled and beams == 1 # each answer is drawn for itself
     if answers > beams and not drawn:
-        raise HydraError(f"num_return_sequences={answers}: {beams} at most come of num_beams={beams}; give num_beams={answers}, "
-                         "or a temperature above 0 without beams")
+        raise HydraError(f"num_return_sequences={answers}: {beams} at most come of num_beams={beams}; "
+                         f"give num_beams={answers}, or a temperature above 0 without beams")
     if keywords.get('stop_strings') and keywords.get('tokenizer') is None:
         raise HydraError("stop_strings= needs tokenizer=hydra.base.tokenizer beside it")
 
-# %% ../../nbs/hydra/64_generation.ipynb #83e755a9
+# %% ../../nbs/hydra/64_generation.ipynb #712e3f1b
 MIN_TEMPERATURE = 1e-3 # above 0
 
 class Request(NamedTuple):
@@ -130,7 +134,7 @@ class Request(NamedTuple):
     seed:int # of the sampling
     keywords:dict # for transformers
 
-# %% ../../nbs/hydra/64_generation.ipynb #4968842a
+# %% ../../nbs/hydra/64_generation.ipynb #1197eabd
 def check_generation(
     prompts:list, # strings or conversations
     max_new_tokens:int, # the longest answer
@@ -140,7 +144,8 @@ def check_generation(
 )->Request: # numbers as Python's own
     "Refuse what `generate` cannot do, before the base is asked"
     if not isinstance(prompts, (list, tuple)) or not prompts:
-        raise HydraError(f"{str(prompts)[:60]!r} is no list of prompts: give one prompt or more, [prompt, …]; ask(prompt) takes one alone")
+        raise HydraError(f"{str(prompts)[:60]!r} is no list of prompts: give one prompt or more, [prompt, …]; "
+                         "ask(prompt) takes one alone")
     max_new_tokens = number(max_new_tokens, 'max_new_tokens', whole=True, least=1, most=10**6)
     warmth = float(number(temperature, 'temperature', least=0))
     if 0 < warmth < MIN_TEMPERATURE:
@@ -149,7 +154,7 @@ def check_generation(
     check_together(len(prompts), warmth > 0, keywords)
     return Request(max_new_tokens, warmth, number(seed, 'seed', whole=True, least=-2**63, most=2**63-1), keywords)
 
-# %% ../../nbs/hydra/64_generation.ipynb #1197eabd
+# %% ../../nbs/hydra/64_generation.ipynb #67f40fc4
 class Draw(LogitsProcessor):
     "Draw one token of each row from a generator of its own, and rule out all others"
     def __init__(self,
@@ -163,9 +168,10 @@ class Draw(LogitsProcessor):
         drawn = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.)
 
-# %% ../../nbs/hydra/64_generation.ipynb #67f40fc4
-WARPERS = dict(top_h=TopHLogitsWarper, top_k=TopKLogitsWarper, top_p=TopPLogitsWarper, min_p=MinPLogitsWarper,
-               typical_p=TypicalLogitsWarper, epsilon_cutoff=EpsilonLogitsWarper, eta_cutoff=EtaLogitsWarper) # in transformers' order
+# %% ../../nbs/hydra/64_generation.ipynb #c3b85f15
+WARPERS = dict( # in transformers' order
+    top_h=TopHLogitsWarper, top_k=TopKLogitsWarper, top_p=TopPLogitsWarper, min_p=MinPLogitsWarper,
+    typical_p=TypicalLogitsWarper, epsilon_cutoff=EpsilonLogitsWarper, eta_cutoff=EtaLogitsWarper)
 OFF_AT_ONE = {'top_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff'} # 1 of these leaves out nothing
 
 def _check_can_draw(temperature, config, keywords):
@@ -173,11 +179,11 @@ def _check_can_draw(temperature, config, keywords):
     for name,off in dict(num_beams=1, watermarking_config=None).items():
         value = keywords.get(name, getattr(config, name, None))
         if value not in (None, off):
-            raise HydraError(f"{name}={value} with temperature={temperature}: transformers draws these from the one generator that "
-                             f"all threads share, where no seed of a call can reach; give temperature=0, or leave {name} out "
-                             "(num_return_sequences gives several answers)")
+            raise HydraError(f"{name}={value} with temperature={temperature}: transformers draws these from the one "
+                             "generator that all threads share, where no seed of a call can reach; give temperature=0, "
+                             f"or leave {name} out (num_return_sequences gives several answers)")
 
-# %% ../../nbs/hydra/64_generation.ipynb #23f80960
+# %% ../../nbs/hydra/64_generation.ipynb #a694f539
 def _warpers(config, keywords, device):
     "The processors that shape the distribution, as the call says, or else the model's configuration"
     made = []
@@ -189,7 +195,7 @@ def _warpers(config, keywords, device):
         made.append(warper(value, device=device) if name == 'eta_cutoff' else warper(value))
     return made
 
-# %% ../../nbs/hydra/64_generation.ipynb #1d2518e2
+# %% ../../nbs/hydra/64_generation.ipynb #aebf40c6
 def sampling_keywords(
     request:Request, # with a temperature above 0
     device, # where scores are

@@ -44,7 +44,8 @@ def uri_id(
         return base_in[one_of(rest.partition('==')[0], tuple(base_in), 'package with a base')]
     if not (is_known(rest) and Path(rest).is_dir()):
         raise BundleError(f"the base {rest} is not on this machine, or nobody opened a base there yet, and a "
-                          "bundle's word opens no folder: give its place yourself, `base=` (`--base` on the command line)")
+                          "bundle's word opens no folder: give its place yourself, "
+                          "`base=` (`--base` on the command line)")
     return rest
 
 # %% ../../nbs/hydra/63b_saving.ipynb #b34cc140
@@ -197,11 +198,13 @@ def bundle_base(
     "The base of a bundle; another one is refused"
     entry = manifest['base']
     quant = quant or entry['quant']
-    if not isinstance(base, Base): base = load_base(base, quant, device) if base else open_uri(entry['id'], quant, device)
+    if not isinstance(base, Base):
+        base = load_base(base, quant, device) if base else open_uri(entry['id'], quant, device)
     expected = entry['fingerprint']
     if base.fingerprint != expected:
-        raise BundleError(f"{path}: its experts were trained on {entry['id']} with the weights {expected[:16]}…, and {base.id} "
-                          f"has {base.fingerprint[:16]}…: experts are noise on another base; give the right one")
+        raise BundleError(f"{path}: its experts were trained on {entry['id']} with the weights {expected[:16]}…, "
+                          f"and {base.id} has {base.fingerprint[:16]}…: experts are noise on another base; "
+                          "give the right one")
     check_same_base(path, manifest, base.identity, base.id)
     return base
 
