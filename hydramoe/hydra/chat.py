@@ -24,13 +24,15 @@ def with_base(
     gates:Tensor # (…,E) weights
 )->Tensor: # (…,E+1)
     "Weights with the base's at the end: what is left of 1"
-    return torch.cat([gates, 1-gates.sum(-1, keepdim=True)], -1)
+    rest = 1-gates.sum(-1, keepdim=True)
+    return torch.cat([gates, rest], -1)
 
 def leader(
     gates:Tensor|Gate # (1,E) weights; or a gate
 )->int|None: # index of an expert, E for the base; None for a gate, which chooses token by token
     "Who has the largest weight"
-    return with_base(gates)[0].argmax().item() if isinstance(gates, Tensor) else None
+    if not isinstance(gates, Tensor): return None
+    return with_base(gates)[0].argmax().item()
 
 # %% ../../nbs/hydra/65_chat.ipynb #dd37b0cc
 class Chat:
@@ -43,7 +45,8 @@ class Chat:
         "Start an empty conversation"
         self.hydra = hydra
         self.margin = number(margin, 'margin', least=0)
-        self.messages = [dict(role='system', content=utf8(system, 'the system turn'))] if system else []
+        self.messages = []
+        if system: self.messages.append(dict(role='system', content=utf8(system, 'the system turn')))
         self.turns = [] # what each turn cost
         self.gates = None # weights of the last turn
         self.cache = None # keys and values of what was read
@@ -58,7 +61,8 @@ def route(self:Chat,
     "Who answers next: the mixture that is there, unless another expert leads by the margin"
     system = [m for m in self.messages if m['role'] == 'system']
     new = self.hydra.gates([system + to_messages(text)])
-    if not isinstance(self.gates, Tensor) or not isinstance(new, Tensor): return new
+    is_routed = isinstance(self.gates, Tensor) and isinstance(new, Tensor)
+    if not is_routed: return new
     weights = with_base(new)[0]
     gain = weights.max()-weights[leader(self.gates)]
     return new if gain > self.margin else self.gates
@@ -88,7 +92,7 @@ def _valid_blocks(self:Chat, gates):
     if _same_gates(gates, self.gates): return stack.depth
     return stack.fork if _uses_experts(gates) and _uses_experts(self.gates) else 0
 
-# %% ../../nbs/hydra/65_chat.ipynb #d3b592f9
+# %% ../../nbs/hydra/65_chat.ipynb #aada7446
 @dataclass
 class Reuse:
     "What a turn may use of what was read before"
@@ -112,17 +116,17 @@ class Reuse:
         "Tokens whose keys and values are kept, in all blocks or in some"
         return self.n_shared if self.n_valid else 0
 
-# %% ../../nbs/hydra/65_chat.ipynb #20ee6cd8
+# %% ../../nbs/hydra/65_chat.ipynb #69250b8f
 @patch
 def _plan_reuse(self:Chat, ids, gates, owns_cache):
     "What may be used of the last turn's cache, for these tokens under these weights"
     depth = self.hydra.model.stack.depth
-    if self.cache is None: return Reuse(len(ids), 0, 0, depth)
-    n_shared = min(shared_prefix(ids, self.ids), len(ids)-1) # the last token is read in any case: what follows it is wanted
+    if self.cache is None: return Reuse(len(ids), n_shared=0, n_valid=0, depth=depth)
+    n_shared = min(shared_prefix(ids, self.ids), len(ids)-1) # the last token is read in any case
     n_valid = self._valid_blocks(gates) if owns_cache and n_shared else 0
     return Reuse(len(ids), n_shared, n_valid, depth)
 
-# %% ../../nbs/hydra/65_chat.ipynb #52a65ac1
+# %% ../../nbs/hydra/65_chat.ipynb #e045b87a
 @patch
 @torch.no_grad()
 def _read_above_fork(self:Chat, ids, reuse, cache, gates):
@@ -138,13 +142,14 @@ def _read_above_fork(self:Chat, ids, reuse, cache, gates):
         states.append(read_on(model, new, cache, gates))
     return torch.cat(states, 1) if states else None
 
-# %% ../../nbs/hydra/65_chat.ipynb #d8f53c75
+# %% ../../nbs/hydra/65_chat.ipynb #57495354
 @patch
 @contextlib.contextmanager
 def _with_cache(self:Chat, turns, gates, keywords):
     "The keywords that give an answer what was read already; afterwards the cache is kept for the next turn"
     tokenizer = self.hydra.base.tokenizer
-    ids = tokenizer(render(tokenizer, self.hydra.fold(turns)), add_special_tokens=False)['input_ids']
+    text = render(tokenizer, self.hydra.fold(turns))
+    ids = tokenizer(text, add_special_tokens=False)['input_ids']
     owns_cache = not keywords.keys() & CACHE_KEYWORDS # else transformers keeps its own
     reuse = self._plan_reuse(ids, gates, owns_cache)
     cache = self.cache if reuse.n_cached else DynamicCache()
@@ -159,17 +164,18 @@ def _with_cache(self:Chat, turns, gates, keywords):
         crop_cache(cache, len(self.ids))
     self._note_turn(gates, reuse)
 
-# %% ../../nbs/hydra/65_chat.ipynb #d629de78
+# %% ../../nbs/hydra/65_chat.ipynb #bd517850
 @patch
 def _note_turn(self:Chat, gates, reuse):
     "Remember who answered, and what it cost"
-    turn = dict(experts=self.hydra.by_name(gates), tokens=reuse.n_tokens, read=reuse.n_read, again=reuse.n_again)
+    turn = dict(experts=self.hydra.by_name(gates))
     turn['took_over'] = self.gates is not None and leader(gates) != leader(self.gates)
+    turn |= dict(tokens=reuse.n_tokens, read=reuse.n_read, again=reuse.n_again)
     if reuse.n_again and reuse.n_valid: turn['above'] = reuse.n_valid # read again only from this block on
     self.turns.append(turn)
     self.gates = gates
 
-# %% ../../nbs/hydra/65_chat.ipynb #57495354
+# %% ../../nbs/hydra/65_chat.ipynb #75aefcbc
 @patch
 def __call__(self:Chat,
     text:str, # what the user says
@@ -178,13 +184,15 @@ def __call__(self:Chat,
 )->str: # the answer, which joins the conversation
     "Say something and get an answer"
     turns = self.messages + to_messages(text)
-    gates = self.route(text) if expert is None else self.hydra.gates([turns], expert)
+    if expert is None: gates = self.route(text)
+    else: gates = self.hydra.gates([turns], expert)
     with self._with_cache(turns, gates, kwargs) as cached:
-        answer = self.hydra.ask(turns, expert=self.hydra.by_name(gates), **cached, **kwargs)
+        weights = self.hydra.by_name(gates)
+        answer = self.hydra.ask(turns, expert=weights, **cached, **kwargs)
     self.messages = turns + [dict(role='assistant', content=answer)]
     return answer
 
-# %% ../../nbs/hydra/65_chat.ipynb #bd517850
+# %% ../../nbs/hydra/65_chat.ipynb #925e2f46
 @patch
 def explain(self:Chat,
     turn:int=-1 # which one

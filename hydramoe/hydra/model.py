@@ -82,12 +82,14 @@ def router_view(
     model:GatedCausalLM # of a Hydra
 ): # a context in which a router may read the base
     "The base as a router finds it: alone; under a fork with what all experts share"
-    return using(Plan('none', model.stack)) if model.stack.fork else contextlib.nullcontext()
+    if model.stack.fork == 0: return contextlib.nullcontext()
+    return using(Plan('none', model.stack))
 
 @patch
 def _weigh(self:Hydra, messages):
     "(B,E) weights of folded prompts, in the order of the router's names"
-    with router_view(self.model): return torch.as_tensor(self.router(messages)).float()
+    with router_view(self.model): weights = self.router(messages)
+    return torch.as_tensor(weights).float()
 
 @patch
 def route(self:Hydra,
@@ -112,8 +114,10 @@ def _by_hand(self:Hydra, expert):
     if unknown:
         known = ', '.join(self.names)
         raise HydraError(f"expert={unknown[0]!r} is not one of this Hydra's: {known}; or 'base' for none")
-    row = [number(weights.get(n, 0), f'the weight of {n}', least=-1000, most=1000) for n in self.names]
-    return torch.tensor([float(w) for w in row])
+    row = torch.zeros(len(self.names))
+    for name,weight in weights.items():
+        row[self.names.index(name)] = float(number(weight, f'the weight of {name}', least=-1000, most=1000))
+    return row
 
 # %% ../../nbs/hydra/64a_model.ipynb #0b6f2f59
 @patch
@@ -143,7 +147,8 @@ def by_name(self:Hydra,
 )->dict|str|None: # name → weight, of those that are not 0; 'base' if all are; None for a gate
     "One row of weights as `expert=` takes it"
     if not isinstance(gates, Tensor): return None
-    return {n: w for n,w in zip(self.names, gates[0].tolist()) if w} or 'base'
+    weights = dict(zip(self.names, gates[0].tolist()))
+    return {name: w for name,w in weights.items() if w} or 'base'
 
 # %% ../../nbs/hydra/64a_model.ipynb #eb469612
 @patch
@@ -186,7 +191,8 @@ def from_bundle(cls:Hydra,
     "A Hydra of a bundle that was checked, on the base it was made for"
     base = bundle_base(path, manifest, base, quant, device)
     about = dict(built=manifest['built'], experts=expert_notes(manifest))
-    return cls.from_adapters(expert_folders(path, manifest), base, router, about, manifest.get('fork', 0))
+    fork = manifest.get('fork', 0)
+    return cls.from_adapters(expert_folders(path, manifest), base, router, about, fork)
 
 @patch(cls_method=True)
 def load(cls:Hydra,
@@ -218,16 +224,17 @@ def _decode(self:Hydra, inputs, gates, request, cache=None):
     keywords = request.keywords
     if request.temperature > 0:
         keywords = sampling_keywords(request, base.device, config)
-        answers = keywords.pop('num_return_sequences', None) or 1
-        inputs = {k: v.repeat_interleave(answers, 0) for k,v in inputs.items()}
-        if isinstance(gates, Tensor): gates = gates.repeat_interleave(answers, 0)
+        n_each = keywords.pop('num_return_sequences', None) or 1
+        inputs = {k: v.repeat_interleave(n_each, 0) for k,v in inputs.items()}
+        if isinstance(gates, Tensor): gates = gates.repeat_interleave(n_each, 0)
     if gates is not None: gates = gates.to(base.device)
     if cache is not None: keywords = dict(keywords, past_key_values=cache)
     ends = base.ends
     out = self.model.generate(**inputs, gates=gates, max_new_tokens=request.max_new_tokens, do_sample=False,
                               eos_token_id=ends or None, pad_token_id=base.tokenizer.pad_token_id, **keywords)
     n_prompt = inputs['input_ids'].shape[1]
-    return [answer_text(base.tokenizer, row, ends) for row in out[:, n_prompt:].tolist()]
+    answers = out[:, n_prompt:].tolist()
+    return [answer_text(base.tokenizer, ids, ends) for ids in answers]
 
 # %% ../../nbs/hydra/64a_model.ipynb #503b06e0
 def wants_base(
@@ -235,23 +242,25 @@ def wants_base(
     gates:Tensor|Gate # (B,E), or a gate
 )->bool: # gates of nothing but 0 are, under a fork, the trunk
     "Does a row ask for the base alone, and cannot say so by its weights?"
-    return stack.fork > 0 and isinstance(gates, Tensor) and not gates.any(1).all().item()
+    if stack.fork == 0 or not isinstance(gates, Tensor): return False
+    return not gates.any(1).all().item()
 
 # %% ../../nbs/hydra/64a_model.ipynb #11a1d3d2
 @patch
 def _decode_apart(self:Hydra, conversations, gates, request):
     "Answers to a batch in two: the base alone, and rows with experts"
-    base_alone = ~gates.any(1)
+    has_expert = gates.any(1)
     found = {}
-    for part,weights in ((base_alone, None), (~base_alone, gates)):
+    for part in (~has_expert, has_expert):
         rows = part.nonzero()[:,0].tolist()
+        weights = gates[rows] if gates[rows].any() else None
         inputs = self._tokenize([conversations[i] for i in rows])
-        answers = self._decode(inputs, None if weights is None else weights[rows], request)
-        each = len(answers)//len(rows) # several, if they were asked for
-        for k,i in enumerate(rows): found[i] = answers[k*each:(k+1)*each]
-    return [a for i in range(len(conversations)) for a in found[i]]
+        answers = self._decode(inputs, weights, request)
+        n_each = len(answers)//len(rows) # several, if they were asked for
+        found |= {row: answers[k*n_each:][:n_each] for k,row in enumerate(rows)}
+    return [answer for row in sorted(found) for answer in found[row]]
 
-# %% ../../nbs/hydra/64a_model.ipynb #f247b53e
+# %% ../../nbs/hydra/64a_model.ipynb #d4bd5f7e
 # with one of these transformers keeps the cache by itself
 CACHE_KEYWORDS = {'num_beams', 'num_return_sequences', 'use_cache', 'cache_implementation', 'past_key_values'}
 
@@ -267,25 +276,29 @@ def crop_cache(
 def _can_route_on_the_way(self:Hydra, inputs, request):
     "Does the trunk, on its way to the answer, pass what the router is to see?"
     params = {} if self.gate else self.router.params
-    if params.get('encoder') != 'hidden' or not params.get('whole', False): return False
-    if params['layer'] > self.model.stack.fork: return False
-    return bool(inputs['attention_mask'].all()) and not request.keywords.keys() & CACHE_KEYWORDS
+    reads_whole_prompt = params.get('encoder') == 'hidden' and params.get('whole', False)
+    if not reads_whole_prompt or params['layer'] > self.model.stack.fork: return False
+    if request.keywords.keys() & CACHE_KEYWORDS: return False
+    return bool(inputs['attention_mask'].all())
 
-# %% ../../nbs/hydra/64a_model.ipynb #d4bd5f7e
+# %% ../../nbs/hydra/64a_model.ipynb #c6da1915
 @patch
 def _route_on_the_way(self:Hydra, inputs):
     "Weights for prompts that are equally long, and a cache of all but their last token"
     input_ids, layer = inputs['input_ids'], self.router.params['layer']
     cache = DynamicCache()
-    with given_to(blocks(self.model.base.base_model), [layer]) as seen:
+    layers = blocks(self.model.base.base_model)
+    with given_to(layers, [layer]) as seen:
         trunk = at_fork(self.model, input_ids, past_key_values=cache)
     state = seen.get(layer, trunk) # a layer at the fork itself is what came out of the trunk
-    gates = self._in_slots(self.router(x=mean_state(state, inputs['attention_mask'])))
+    read = mean_state(state, inputs['attention_mask'])
+    gates = self._in_slots(self.router(x=read))
     crop_cache(cache, input_ids.shape[1]-1) # `generate` begins with a token that is in no cache
-    if gates.any(1).all(): refill(self.model, trunk[:, :-1], cache, gates.to(trunk.device))
+    if gates.any(1).all(): # else the bare base answers, which has no trunk
+        refill(self.model, trunk[:, :-1], cache, gates.to(trunk.device))
     return gates, cache
 
-# %% ../../nbs/hydra/64a_model.ipynb #15d7d0fb
+# %% ../../nbs/hydra/64a_model.ipynb #73d13bde
 @patch
 @torch.no_grad()
 def generate(self:Hydra,
@@ -303,7 +316,8 @@ def generate(self:Hydra,
     if expert is not None or self.gate: gates = self.gates(prompts, expert)
     elif self._can_route_on_the_way(inputs, request): gates, cache = self._route_on_the_way(inputs)
     else: gates = self._in_slots(self._weigh(conversations))
-    if not wants_base(self.model.stack, gates): return self._decode(inputs, gates, request, cache)
+    if not wants_base(self.model.stack, gates):
+        return self._decode(inputs, gates, request, cache)
     if gates.any(): return self._decode_apart(conversations, gates, request)
     return self._decode(inputs, None, request)
 
@@ -315,7 +329,7 @@ def ask(self:Hydra,
     "Answer one prompt"
     return self.generate([prompt], **kwargs)[0]
 
-# %% ../../nbs/hydra/64a_model.ipynb #34cc15d4
+# %% ../../nbs/hydra/64a_model.ipynb #c806c3ce
 @patch
 def explain(self:Hydra,
     prompt:str|list # one prompt or conversation
@@ -324,7 +338,8 @@ def explain(self:Hydra,
     messages, uri = self.fold(prompt), base_uri(self.base)
     if self.gate:
         ids = self._tokenize([messages])['input_ids']
-        return dict(explain_gate(self.model, self.gate, prompt_text(dict(prompt=messages)), ids), base=uri)
+        text = prompt_text(dict(prompt=messages))
+        return dict(explain_gate(self.model, self.gate, text, ids), base=uri)
     with router_view(self.model): found = explain_route(self.router, messages)
     return dict(found, text=route_text(found), base=uri)
 
@@ -336,7 +351,7 @@ def plot(self:Hydra,
     found = self.explain(prompt)
     return plot_gate(found) if self.gate else plot_route(found)
 
-# %% ../../nbs/hydra/64a_model.ipynb #3ea52f11
+# %% ../../nbs/hydra/64a_model.ipynb #66a09ad3
 def explain_bundle(
     path:str|Path, # a bundle
     prompt:str|list, # one prompt or conversation
