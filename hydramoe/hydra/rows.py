@@ -232,7 +232,8 @@ def _deal(records, spec, root):
     marks = {name: str(token) for name,token in tokenizer.special_tokens_map.items()}
     pieces, template = tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template)
     reads = digest([pieces, template, marks, embedding_rows(spec.base)])
-    params = dict(base=spec.base, tokens=spec.tokens, max_length=spec.max_length, dev=spec.dev, seed=spec.seed, reads=reads)
+    params = dict(base=spec.base, tokens=spec.tokens, max_length=spec.max_length)
+    params |= dict(dev=spec.dev, seed=spec.seed, reads=reads)
     inputs = dict(records=keep_records(records, root))
     return stage(deal_stage, params, inputs, libs=('transformers',), root=root)
 
@@ -258,8 +259,8 @@ def run_deal(
     if counts['train']: return dealt, counts
     lost = [f"{r['file']} line {r['line']}: {r['reason']}" for r in _rejects(dealt, records)]
     examples = '; '.join(lost[:3]) + ('; …' if len(lost) > 3 else '')
-    raise HydraError(f"of {counts['rows']} rows none is left to train on: {counts['refused']} are refused by the base's "
-                     f"chat template, {counts['too_long']} are longer than max_length={spec.max_length} tokens, and "
+    raise HydraError(f"of {counts['rows']} rows none is left to train on: {counts['refused']} are refused by the "
+                     f"base's chat template, {counts['too_long']} are longer than max_length={spec.max_length} tokens, and "
                      f"tokens={spec.tokens} must hold at least one; {examples}")
 
 # %% ../../nbs/hydra/66a_rows.ipynb #7215f0e7
