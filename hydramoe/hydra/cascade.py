@@ -27,8 +27,10 @@ def use_static(
 )->VectorRouter: # the same, reading a stored vector a token
     "A router without its encoder"
     encoder = router.params.get('encoder')
-    if encoder!='minilm': raise HydraError(f"tokens were distilled from minilm, and this {router.kind} router reads {encoder}")
-    return replace(router, arrays=dict(router.arrays, **arrays), params=dict(router.params, encoder='static'))
+    if encoder!='minilm':
+        raise HydraError(f"tokens were distilled from minilm, and this {router.kind} router reads {encoder}")
+    params = dict(router.params, encoder='static')
+    return replace(router, arrays=router.arrays|arrays, params=params)
 
 # %% ../../nbs/hydra/60_cascade.ipynb #cell81
 def fit_on_hidden(
@@ -41,16 +43,30 @@ def fit_on_hidden(
 )->VectorRouter: # reads hidden states, which are given as x, or made by the base that it is given
     "A router on the mean hidden state of a layer of the base"
     scale = hidden_scale(x)
-    router = make(domains, standardize(x, scale), labels, encoder='words', **kwargs)
+    z = standardize(x, scale)
+    router = make(domains, z, labels, encoder='words', **kwargs) # until it is told what it reads
     params = dict(router.params, encoder='hidden', layer=int(layer))
-    return replace(router, arrays=dict(router.arrays, **scale), params=params)
+    return replace(router, arrays=router.arrays|scale, params=params)
 
-# %% ../../nbs/hydra/60_cascade.ipynb #ee29dc04
+# %% ../../nbs/hydra/60_cascade.ipynb #40c0e95a
 def needs_base(
     router:Router # any
 )->bool: # for a cascade: does one of its parts?
     "Does a router need the base to read a prompt?"
-    return any(part.params.get('encoder')=='hidden' for part in router.all_parts())
+    encoders = [part.params.get('encoder') for part in router.all_parts()]
+    return 'hidden' in encoders
+
+def _check_base(part, base):
+    "Refuse a base on whose hidden states this router can't have been fitted"
+    cfg = base.model.config.get_text_config()
+    width = len(part.arrays['center'])
+    layer = part.params['layer']
+    if width!=cfg.hidden_size:
+        raise HydraError(f"this router reads hidden states of {width} numbers, {base.id} has {cfg.hidden_size}: "
+                         "it was fitted on another base")
+    if not 0<=layer<=cfg.num_hidden_layers:
+        raise HydraError(f"this router reads layer {layer}, and {base.id} has {cfg.num_hidden_layers}: "
+                         "it was fitted on another base")
 
 def bind_base(
     router:Router, # any
@@ -58,14 +74,8 @@ def bind_base(
 )->Router: # that can be asked texts
     "Give a router the base that it reads; others stay as they are"
     if not needs_base(router): return router
-    cfg = base.model.config.get_text_config()
     for part in router.all_parts():
-        if part.params.get('encoder')!='hidden': continue
-        width, layer = len(part.arrays['center']), part.params['layer']
-        if width!=cfg.hidden_size:
-            raise HydraError(f"this router reads hidden states of {width} numbers, {base.id} has {cfg.hidden_size}: it was fitted on another base")
-        if not 0<=layer<=cfg.num_hidden_layers:
-            raise HydraError(f"this router reads layer {layer}, and {base.id} has {cfg.num_hidden_layers}: it was fitted on another base")
+        if part.params.get('encoder')=='hidden': _check_base(part, base)
     return replace(router, base=base)
 
 # %% ../../nbs/hydra/60_cascade.ipynb #53000e13
@@ -73,20 +83,24 @@ def use_whole_prompt(
     router:VectorRouter # whose vectors were made from whole prompts
 )->VectorRouter: # that is to be asked conversations
     "A router that reads system prompt and earlier turns too, not the user's words alone"
-    if isinstance(router, VectorRouter): return replace(router, params=dict(router.params, whole=True))
-    raise HydraError(f"a {router.kind} router reads no vectors, neither of whole prompts nor of the user's words")
+    if not isinstance(router, VectorRouter):
+        raise HydraError(f"a {router.kind} router reads no vectors, neither of whole prompts nor of the user's words")
+    params = dict(router.params, whole=True)
+    return replace(router, params=params)
 
 # %% ../../nbs/hydra/60_cascade.ipynb #cell85
 def choose_threshold(
     distances:np.ndarray, # (N,) of held-out prompts of known domains
     lose:float=.05 # share of such prompts that may go to the base
 )->float: # a prompt that is farther is far
-    "The distance that a new prompt of a known domain exceeds with probability `lose` at most (conformal, Vovk et al. 2005)"
+    "A distance that a prompt of a known domain exceeds with probability `lose` at most (conformal, Vovk et al. 2005)"
     n = len(distances)
     rank = int(np.ceil((1-lose)*(n+1)))
-    if not 0<lose<1 or rank>n:
-        least = int(np.ceil(1/lose))-1 if 0<lose<1 else 'some'
-        raise HydraError(f"{n} distances cannot tell where {lose:.1%} are lost; give at least {least}, and a share between 0 and 1")
+    is_share = 0<lose<1
+    if not is_share or rank>n:
+        least = int(np.ceil(1/lose))-1 if is_share else 'some'
+        raise HydraError(f"{n} distances cannot tell where {lose:.1%} are lost; "
+                         f"give at least {least}, and a share between 0 and 1")
     return float(np.sort(distances)[rank-1])
 
 # %% ../../nbs/hydra/60_cascade.ipynb #5ac11546
@@ -96,19 +110,21 @@ def with_abstention(
     domains:Domains|None=None # their centroids, where the router keeps neither them nor their sums
 )->VectorRouter: # weights are 0 for a prompt that is farther
     "A router that sends what it does not know to the base"
-    if not isinstance(router, VectorRouter): raise HydraError(f"a {router.kind} router reads no vectors, and nothing is far from it")
+    if not isinstance(router, VectorRouter):
+        raise HydraError(f"a {router.kind} router reads no vectors, and nothing is far from it")
     limit = float('inf') if farthest is None else float(farthest)
-    arrays = dict(router.arrays, **router.domain_arrays(domains))
-    return replace(router, arrays=arrays, params=dict(router.params, farthest=limit))
+    arrays = router.arrays|router.domain_arrays(domains)
+    params = dict(router.params, farthest=limit)
+    return replace(router, arrays=arrays, params=params)
 
 # %% ../../nbs/hydra/60_cascade.ipynb #cell92
 def margin(
     w:np.ndarray # (N,E) weights
 )->np.ndarray: # (N,), 0 to 1
     "By how much the weight of the first expert is above the second's"
-    if w.shape[1]==1: return w[:,0]-np.zeros(len(w))
-    two = np.sort(w, 1)[:,-2:]
-    return two[:,1]-two[:,0]
+    none = np.zeros((len(w), 1)) # so that a single expert has a second
+    ordered = np.sort(w, 1) if w.shape[1]>1 else np.hstack([none, w])
+    return ordered[:,-1]-ordered[:,-2]
 
 # %% ../../nbs/hydra/60_cascade.ipynb #54b92ae3
 def choose_margin(
@@ -120,18 +136,27 @@ def choose_margin(
     gap = margin(w)
     same = w.argmax(1)==np.asarray(chosen)
     for m in [-1., *np.unique(gap)]:
-        if (same|(gap<=m)).mean()>=agree: return m
+        agrees = same|(gap<=m)
+        if agrees.mean()>=agree: return m
     return 1.
 
-# %% ../../nbs/hydra/60_cascade.ipynb #3a54f9f0
+# %% ../../nbs/hydra/60_cascade.ipynb #cbc426a7
 def _join_routers(first, second): # → arrays, params of a cascade
-    parts = dict(first=first, second=second)
-    arrays = {f'{part}.{name}': a for part, router in parts.items() for name, a in router.arrays.items()}
-    params = {part: dict(kind=router.kind, names=router.names, params=router.params) for part, router in parts.items()}
+    "Two routers as one"
+    arrays, params = {}, {}
+    for part, router in dict(first=first, second=second).items():
+        params[part] = dict(kind=router.kind, names=router.names, params=router.params)
+        for name, array in router.arrays.items():
+            arrays[f'{part}.{name}'] = array
     return arrays, params
 
-def _part_arrays(arrays, part): # 'first' → the arrays of the first router, under their own names
-    return {name.partition('.')[2]: a for name, a in arrays.items() if name.startswith(part+'.')}
+def _part_arrays(arrays, part): # 'first' or 'second' → its arrays, under their own names
+    "One router's arrays, out of those of a cascade"
+    found = {}
+    for name, array in arrays.items():
+        prefix, _, own_name = name.partition('.')
+        if prefix==part: found[own_name] = array
+    return found
 
 # %% ../../nbs/hydra/60_cascade.ipynb #99e7ba7e
 class CascadeRouter(Router):
@@ -142,41 +167,53 @@ class CascadeRouter(Router):
         part = ParamRule('a router', lambda v: isinstance(v, dict))
         return dict(margin=NUMBER, first=part, second=part)
 
+    def part(self, name): # 'first' or 'second'
+        "One of its routers"
+        arrays = _part_arrays(self.arrays, name)
+        return make_router(**self.params[name], arrays=arrays, base=self.base, places=self.places)
+
     def parts(self): # → first, second
         "Its two routers"
-        return [make_router(**self.params[part], arrays=_part_arrays(self.arrays, part), base=self.base, places=self.places)
-                for part in ('first', 'second')]
+        return self.part('first'), self.part('second')
 
     def all_parts(self):
         first, second = self.parts()
         return [self, *first.all_parts(), *second.all_parts()]
 
     def check(self):
-        if missing := {'first', 'second', 'margin'}-set(self.params):
-            raise HydraError(f"a cascade router needs the parameter {min(missing)!r}")
-        strange = [n for n in self.arrays if n.partition('.')[0] not in ('first', 'second')]
-        if strange: raise HydraError(f"a cascade router holds an array {strange[0]!r} that belongs to neither of its routers")
+        for needed in ('first', 'margin', 'second'):
+            if needed not in self.params: raise HydraError(f"a cascade router needs the parameter {needed!r}")
+        for name in self.arrays:
+            if name.startswith(('first.', 'second.')): continue
+            raise HydraError(f"a cascade router holds an array {name!r} that belongs to neither of its routers")
         first, second = self.parts()
         if first.names==self.names==second.names: return
-        raise HydraError(f"a cascade of {first.names} and {second.names}: both must weigh the same experts in the same order")
+        raise HydraError(f"a cascade of {first.names} and {second.names}: "
+                         "both must weigh the same experts in the same order")
 
-    def read(self, texts, x): # what its parts are to be asked
+    def read(self, texts, x): # what its two routers are to be asked
         if isinstance(texts, str): texts = [texts]
         if texts is None and x is None: raise HydraError("a router needs prompts: give texts, or their embeddings x")
-        return len(x[0] if texts is None else texts), (texts, x)
+        n = len(x[0]) if texts is None else len(texts)
+        return n, (texts, x)
 
     def weigh(self, n, x):
-        texts, (first_x, second_x) = x[0], x[1] or (None, None)
+        texts, pair = x
+        first_x, second_x = (None, None) if pair is None else pair
         first, second = self.parts()
         w = first(texts, first_x)
         ask = margin(w)<=self.params['margin']
         if not ask.any(): return w
-        ask_texts = None if texts is None else [t for t, again in zip(texts, ask) if again]
-        w[ask] = second(ask_texts, None if second_x is None else second_x[ask])
+        if texts is not None: texts = [t for t, again in zip(texts, ask) if again]
+        if second_x is not None: second_x = second_x[ask]
+        w[ask] = second(texts, second_x)
         return w
 
-    def grow(self, x): raise HydraError("a cascade reads two kinds of vectors; change its two routers, then join them again")
-    def take(self, index): raise HydraError("permute the two routers of a cascade, then join them again")
+    def grow(self, x):
+        raise HydraError("a cascade reads two kinds of vectors; change its two routers, then join them again")
+
+    def take(self, index):
+        raise HydraError("permute the two routers of a cascade, then join them again")
 
 # %% ../../nbs/hydra/60_cascade.ipynb #caf033e4
 ROUTERS = {c.kind: c for c in (SimilarityRouter, ClassifierRouter, RidgeRouter, DistilledRouter, KnnRouter,
@@ -202,8 +239,9 @@ def cascade_router(
 )->CascadeRouter: # kind `cascade`; as x it takes a pair: what the first reads, what the second reads
     "Ask a cheap router, and a good one where the cheap one hesitates"
     arrays, params = _join_routers(first, second)
-    places = {**(first.places or {}), **(second.places or {})} or None
-    return CascadeRouter(list(first.names), arrays, dict(margin=float(margin), **params), places=places)
+    params = dict(margin=float(margin), **params)
+    places = (first.places or {})|(second.places or {})
+    return CascadeRouter(list(first.names), arrays, params, places=places or None)
 
 # %% ../../nbs/hydra/60_cascade.ipynb #41a1be39
 def check_saved_params(
@@ -213,66 +251,87 @@ def check_saved_params(
     rules = router.param_rules()
     for name, value in router.params.items():
         one_of(name, rules, f'parameter of a saved {router.kind} router')
-        if not rules[name].holds(value): raise HydraError(f"{name}={str(value)[:60]} of a saved {router.kind} router; need {rules[name].says}")
+        rule = rules[name]
+        if rule.holds(value): continue
+        raise HydraError(f"{name}={str(value)[:60]} of a saved {router.kind} router; need {rule.says}")
     for name, rule in rules.items():
-        if rule.required and name not in router.params: raise HydraError(f"a {router.kind} router needs the parameter {name!r}")
+        if rule.required and name not in router.params:
+            raise HydraError(f"a {router.kind} router needs the parameter {name!r}")
 
 # %% ../../nbs/hydra/60_cascade.ipynb #2e82aab1
 def _saved_encoder(params, encoder): # the file's parameters; the folder that you gave, or None
     "Parameters whose encoder may be named"
     if 'encoder' not in params: return params
-    said, rule = params['encoder'], VECTOR_PARAMS['encoder']
+    said = params['encoder']
+    rule = VECTOR_PARAMS['encoder']
     if rule.holds(said): return params
-    if not isinstance(said, str): raise HydraError(f"encoder={str(said)[:60]} of a saved router; need {rule.says}")
+    if not isinstance(said, str):
+        raise HydraError(f"encoder={str(said)[:60]} of a saved router; need {rule.says}")
     if encoder is None:
-        raise HydraError(f"it names a folder as its encoder, {said[:200]!r}, and a file opens no place on this machine: "
-                         f"it may name {', '.join(ENCODERS)}; give the place yourself, encoder= (--encoder)")
+        raise HydraError(f"it names a folder as its encoder, {said[:200]!r}, "
+                         f"and a file opens no place on this machine: it may name {', '.join(ENCODERS)}; "
+                         "give the place yourself, encoder= (--encoder)")
     return dict(params, encoder=encoder_id(encoder))
+
+# %% ../../nbs/hydra/60_cascade.ipynb #65b41212
+def _check_meta(meta):
+    "Refuse a description that is not a router's"
+    if not isinstance(meta, dict) or set(meta)!={'kind', 'names', 'params'}:
+        raise HydraError("a saved router tells of kind, names and params, and of nothing else")
+    one_of(meta['kind'], ROUTERS, 'router kind')
+    names, params = meta['names'], meta['params']
+    if not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise HydraError(f"the names of a saved router are {str(names)[:60]}; need a list of names")
+    if not isinstance(params, dict):
+        raise HydraError(f"the params of a saved router are {str(params)[:60]}; need an object")
 
 def _read_meta(meta, encoder, depth=0): # → dict of kind, names, params
     "What a file says of a router, of the right types"
-    if not isinstance(meta, dict) or set(meta)!={'kind', 'names', 'params'}:
-        raise HydraError("a saved router tells of kind, names and params, and of nothing else")
-    kind, names, params = one_of(meta['kind'], ROUTERS, 'router kind'), meta['names'], meta['params']
-    if not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
-        raise HydraError(f"the names of a saved router are {str(names)[:60]}; need a list of names")
-    if not isinstance(params, dict): raise HydraError(f"the params of a saved router are {str(params)[:60]}; need an object")
-    if kind=='cascade':
+    _check_meta(meta)
+    params = dict(meta['params'])
+    if meta['kind']=='cascade':
         if set(params)!={'margin', 'first', 'second'} or depth>3:
             raise HydraError("a saved cascade has margin, first and second, and few others within it")
-        parts = {part: _read_meta(params[part], encoder, depth+1) for part in ('first', 'second')}
-        params = dict(params, **parts)
-    return dict(kind=kind, names=names, params=_saved_encoder(params, encoder))
+        for part in ('first', 'second'):
+            params[part] = _read_meta(params[part], encoder, depth+1)
+    return dict(meta, params=_saved_encoder(params, encoder))
 
-# %% ../../nbs/hydra/60_cascade.ipynb #64cad30b
+# %% ../../nbs/hydra/60_cascade.ipynb #d1ff95ce
 def missing_encoders(
     router:Router # any
 )->list[str]: # `encoder_id` of each
     "The encoders of a router that are folders, and of which nobody said where they are"
+    known = router.places or {}
     encoders = {part.params.get('encoder') for part in router.all_parts()}
-    return [e for e in encoders if e and e.startswith('sha256:') and e not in (router.places or {})]
+    folders = [e for e in encoders if e and e.startswith('sha256:')]
+    return [e for e in folders if e not in known]
 
 def use_encoder(
     router:Router, # any
     encoder:str|Path|None # the folder of its encoder; None: as it is
-)->Router: # the same, which can be asked texts
+)->Router: # the same router, which can be asked texts
     "Say where a router's encoder is; another encoder than its own is refused"
     if encoder is None: return router
     name = encoder_id(encoder)
-    own = sorted({part.params['encoder'] for part in router.all_parts() if part.params.get('encoder')})
-    if name in own: return replace(router, places={**(router.places or {}), name: str(encoder)})
+    encoders = {part.params.get('encoder') for part in router.all_parts()}
+    if name in encoders: return replace(router, places={**(router.places or {}), name: str(encoder)})
+    own = ', '.join(sorted(e[:23] for e in encoders if e)) or 'none'
     raise HydraError(f"the encoder {str(encoder)!r} ({name[:23]}) is not the one that this router was made with "
-                     f"({', '.join(e[:23] for e in own) or 'none'}): its files were exchanged, or it is another; give the right one, encoder= (--encoder)")
+                     f"({own}): its files were exchanged, or it is another; give the right one, encoder= (--encoder)")
 
+# %% ../../nbs/hydra/60_cascade.ipynb #4a757dae
 def check_width(
     router:Router # any
 )->Router: # the router
     "Refuse a router whose vectors are not as wide as its encoder makes them, before the encoder is fetched"
     for part in router.all_parts():
-        said = part.params.get('encoder')
-        wide = WIDTHS.get('minilm' if said=='static' else said)
-        if wide is None or vector_width(part)==wide: continue
-        raise HydraError(f"a {part.kind} router on {said} reads vectors of {wide} numbers, and this one has {vector_width(part)}: it was not made with this encoder")
+        if not isinstance(part, VectorRouter): continue
+        encoder = part.params['encoder']
+        width = vector_width(part)
+        need = WIDTHS.get('minilm' if encoder=='static' else encoder, width)
+        if width==need: continue
+        raise HydraError(f"a {part.kind} router on {encoder} reads vectors of {need} numbers, "
+                         f"and this one has {width}: it was not made with this encoder")
     return router
 
 # %% ../../nbs/hydra/60_cascade.ipynb #93c3d0e8

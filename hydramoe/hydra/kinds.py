@@ -31,8 +31,8 @@ def _gram(x): # (n,d) → ((d+1)(d+2)/2,) upper triangle of ZᵀZ in units of gr
     z = np.c_[z, ones]
     g = z.T@z
     if not g.max()<2**53:
-        raise HydraError(f"{len(x)} prompts with entries up to {np.abs(x).max():.3g} are too many to be summed exactly; "
-                         "scale vectors to unit length, at most two million a domain")
+        raise HydraError(f"{len(x)} prompts with entries up to {np.abs(x).max():.3g} are too many "
+                         "to be summed exactly; scale vectors to unit length, at most two million a domain")
     return g[np.triu_indices(len(g))]
 
 # %% ../../nbs/hydra/59_kinds.ipynb #0015da19
@@ -58,7 +58,8 @@ def _gram_means(gram): # (E,m) → (E,d) fp32
     "The mean vector of each domain's prompts"
     size, _, column = _triangle(gram)
     last = gram[:,column==size-1]
-    return (last[:,:-1]/last[:,-1:]).astype(np.float32)
+    sums, counts = last[:,:-1], last[:,-1:]
+    return (sums/counts).astype(np.float32)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #cell52
 class RidgeRouter(LinearRouter):
@@ -71,18 +72,22 @@ class RidgeRouter(LinearRouter):
 
     def check(self):
         super().check()
-        d, entries = self.arrays['weight'].shape[1], self.arrays['gram'].shape[1]
-        if 2*entries==(d+1)*(d+2): return
-        raise HydraError(f"router array 'gram' has {entries} entries an expert; need {(d+1)*(d+2)//2} for vectors of {d}")
+        d = self.arrays['weight'].shape[1]
+        entries = self.arrays['gram'].shape[1]
+        need = (d+1)*(d+2)//2
+        if entries==need: return
+        raise HydraError(f"router array 'gram' has {entries} entries an expert; need {need} for vectors of {d}")
 
     def grow(self, x):
-        grown = self.refit(dict(gram=np.vstack([self.arrays['gram'], _gram(x)])))
-        if 'centroids' in self.arrays: grown['centroids'] = _gram_means(grown['gram'])
+        gram = np.vstack([self.arrays['gram'], _gram(x)])
+        grown = self.refit(dict(gram=gram))
+        if 'centroids' in self.arrays: grown['centroids'] = _gram_means(gram)
         return grown
 
     def refit(self, arrays):
         "The arrays, with what is solved from the sums"
-        return arrays|_solve_ridge(arrays['gram'], self.params['lam'])
+        solved = _solve_ridge(arrays['gram'], self.params['lam'])
+        return arrays|solved
 
     def domain_arrays(self, domains):
         return dict(centroids=_gram_means(self.arrays['gram']))
@@ -98,10 +103,13 @@ def ridge_router(
 )->RidgeRouter: # kind `ridge`, which keeps what it takes to refit it
     "Route by least squares on the labels, in closed form (as in DUME)"
     names, encoder, x, y = check_training(domains, x, labels, encoder)
-    if not 0<lam<float('inf'): raise HydraError(f"lam={lam}; give a positive number, so that there is one solution")
-    gram = np.stack([_gram(x[y==e]) for e in range(len(names))])
+    if not 0<lam<float('inf'):
+        raise HydraError(f"lam={lam}; give a positive number, so that there is one solution")
+    grams = [_gram(x[y==e]) for e in range(len(names))]
+    gram = np.stack(grams)
+    arrays = dict(gram=gram, **_solve_ridge(gram, lam))
     params = dict(lam=lam, temperature=temperature, top_k=top_k, encoder=encoder)
-    return RidgeRouter(names, dict(gram=gram, **_solve_ridge(gram, lam)), params)
+    return RidgeRouter(names, arrays, params)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #6009d06f
 def renumber_labels(
@@ -110,7 +118,7 @@ def renumber_labels(
     experts:int # how many there were
 )->np.ndarray: # (N,) their new numbers, -1 for an expert that is gone
     "Labels after experts were taken out or shuffled"
-    new_number = np.full(experts, -1)
+    new_number = np.full(experts, -1) # as if all were gone
     new_number[index] = np.arange(len(index))
     return new_number[labels]
 
@@ -132,35 +140,44 @@ class KnnRouter(VectorRouter):
 
     def to_prompts(self, x): # (N,d) → (N,M)
         "Squared distance to every training prompt"
-        d = self.arrays['prompts'].shape[1]
-        if x.ndim!=2 or x.shape[1]!=d: raise HydraError(f"embeddings of shape {x.shape} do not fit this knn router; need (N, {d})")
-        return cdist(x, self.arrays['prompts'], 'sqeuclidean')
+        prompts = self.arrays['prompts']
+        d = prompts.shape[1]
+        if x.ndim!=2 or x.shape[1]!=d:
+            raise HydraError(f"embeddings of shape {x.shape} do not fit this knn router; need (N, {d})")
+        return cdist(x, prompts, 'sqeuclidean')
 
-    def score(self, x): # the nearest prompt of each expert; 4 if it has none
-        distances, labels = self.to_prompts(x), self.arrays['labels']
-        return np.stack([distances[:,labels==e].min(1, initial=4.) for e in range(len(self))], 1)
+    def score(self, x): # the nearest prompt of each expert; 4, the largest possible, if it has none
+        distances = self.to_prompts(x)
+        of_expert = [distances[:,self.arrays['labels']==e] for e in range(len(self))]
+        return np.stack([d.min(1, initial=4.) for d in of_expert], 1)
 
     def weigh(self, n, x):
         distances = self.to_prompts(x)
         nearest = np.argsort(distances, 1, kind='stable')[:,:self.params['k']]
-        votes = softmax(-np.take_along_axis(distances, nearest, 1)/self.params['temperature'])
+        nearness = -np.take_along_axis(distances, nearest, 1)
+        votes = softmax(nearness/self.params['temperature'])
         voters = self.arrays['labels'][nearest]
-        return np.stack([(votes*(voters==e)).sum(1) for e in range(len(self))], 1)
+        for_expert = [votes*(voters==e) for e in range(len(self))]
+        return np.stack([v.sum(1) for v in for_expert], 1)
 
     def how_far(self, x): # the mean over those that vote
-        nearest = np.sort(self.to_prompts(x), 1)[:,:self.params['k']]
-        return nearest.mean(1)
+        nearest = np.sort(self.to_prompts(x), 1)
+        return nearest[:,:self.params['k']].mean(1)
 
-    def domain_arrays(self, domains): return {}
+    def domain_arrays(self, domains):
+        return {}
 
     def grow(self, x):
-        prompts = np.vstack([self.arrays['prompts'], x]).astype(np.float32)
-        return dict(prompts=prompts, labels=np.r_[self.arrays['labels'], np.full(len(x), len(self))])
+        prompts = np.vstack([self.arrays['prompts'], x])
+        its_labels = np.full(len(x), len(self))
+        labels = np.r_[self.arrays['labels'], its_labels]
+        return dict(prompts=prompts.astype(np.float32), labels=labels)
 
     def take(self, index):
-        labels = renumber_labels(self.arrays['labels'], index, len(self))
+        taken = super().take(index)
+        labels = renumber_labels(taken['labels'], index, len(self))
         kept = labels>=0
-        return super().take(index)|dict(prompts=self.arrays['prompts'][kept], labels=labels[kept])
+        return dict(taken, prompts=taken['prompts'][kept], labels=labels[kept])
 
 # %% ../../nbs/hydra/59_kinds.ipynb #646e7769
 def knn_router(
@@ -174,10 +191,13 @@ def knn_router(
 )->KnnRouter: # kind `knn`
     "Route by the labels of the nearest training prompts"
     names, encoder, x, y = check_training(domains, x, labels, encoder)
-    if not (isinstance(k, int) and k>=1): raise HydraError(f"k={k} neighbours; give a whole number, at least 1")
+    if not (isinstance(k, int) and k>=1):
+        raise HydraError(f"k={k} neighbours; give a whole number, at least 1")
     order = np.argsort(y, kind='stable')
-    arrays = dict(prompts=x[order].astype(np.float32), labels=y[order])
-    return KnnRouter(names, arrays, dict(k=k, temperature=temperature, top_k=top_k, encoder=encoder))
+    prompts = x[order].astype(np.float32)
+    arrays = dict(prompts=prompts, labels=y[order])
+    params = dict(k=k, temperature=temperature, top_k=top_k, encoder=encoder)
+    return KnnRouter(names, arrays, params)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #d7faf760
 def check_refittable(
@@ -194,9 +214,11 @@ def with_domain(
 )->Router: # as if fitted with that domain from the start
     "A router that knows one more expert"
     check_refittable(router)
-    if router.params.get('encoder')=='hidden': x = standardize(x, router.arrays)
-    arrays = dict(router.arrays, **router.grow(x))
-    return replace(router, names=[*router.names, name], arrays=arrays)
+    if router.params.get('encoder')=='hidden':
+        x = standardize(x, router.arrays)
+    names = [*router.names, name]
+    arrays = router.arrays|router.grow(x)
+    return replace(router, names=names, arrays=arrays)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #4de3c3cb
 def without_domain(
@@ -208,9 +230,12 @@ def without_domain(
     keep = [i for i, n in enumerate(router.names) if n!=name]
     if not keep: raise HydraError(f"{name!r} is the only expert: a router needs one")
     check_refittable(router)
+    names = [router.names[i] for i in keep]
+    arrays = router.refit(router.take(keep))
     params = dict(router.params)
-    if params.get('top_k'): params['top_k'] = min(params['top_k'], len(keep))
-    return replace(router, names=[router.names[i] for i in keep], arrays=router.refit(router.take(keep)), params=params)
+    k = params.get('top_k')
+    if k: params['top_k'] = min(k, len(keep))
+    return replace(router, names=names, arrays=arrays, params=params)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #cell61
 def with_prompts(
@@ -222,9 +247,12 @@ def with_prompts(
     if not isinstance(router, RidgeRouter):
         raise HydraError(f"a {router.kind} router keeps no sums that prompts can be added to; use ridge")
     y = label_numbers(labels, router.names)
-    x = standardize(x, router.arrays) if router.params['encoder']=='hidden' else np.asarray(x)
-    more = np.stack([_gram(x[y==e]) for e in range(len(router))])
-    arrays = router.refit(dict(router.arrays, gram=router.arrays['gram']+more))
+    x = np.asarray(x)
+    if router.params['encoder']=='hidden':
+        x = standardize(x, router.arrays)
+    more = [_gram(x[y==e]) for e in range(len(router))]
+    gram = router.arrays['gram']+np.stack(more)
+    arrays = router.refit(dict(router.arrays, gram=gram))
     return replace(router, arrays=arrays)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #043734f1
@@ -236,11 +264,12 @@ def _least_kl(z, q, start, l2): # (N,d), (N,E), (E,d) → (E,d)
         scores = z@w.T
         p = softmax(scores)
         shift = w-start
-        kl = (np.logaddexp.reduce(scores, 1)-(q*scores).sum(1)).mean()
+        kl = np.logaddexp.reduce(scores, 1)-(q*scores).sum(1)
+        value = kl.mean()+l2/2*(shift**2).sum()
         gradient = (p-q).T@z/len(z)+l2*shift
-        return kl+l2/2*(shift**2).sum(), gradient.ravel()
-    options = dict(maxiter=2000, maxfun=4000, gtol=1e-8, ftol=1e-13)
-    with threadpool_limits(1): found = minimize(value_and_gradient, start.ravel(), jac=True, method='L-BFGS-B', options=options)
+        return value, gradient.ravel()
+    how = dict(jac=True, method='L-BFGS-B', options=dict(maxiter=2000, maxfun=4000, gtol=1e-8, ftol=1e-13))
+    with threadpool_limits(1): found = minimize(value_and_gradient, start.ravel(), **how)
     return found.x.reshape(start.shape)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #cell64
@@ -248,6 +277,12 @@ class DistilledRouter(LinearRouter):
     "A linear router that was taught by the experts' losses"
     kind = 'distilled'
     own_params = dict(tau=POSITIVE, l2=NOT_NEGATIVE)
+
+def _check_losses(losses, n, experts):
+    "Refuse a loss matrix that is not a finite number for every prompt and expert"
+    if losses.shape==(n, experts) and np.isfinite(losses).all(): return
+    raise HydraError(f"losses of shape {losses.shape}; need ({n}, {experts}), all finite: "
+                     "a row a prompt, a column an expert")
 
 def distilled_router(
     domains:Domains|Sequence[str], # domains, or just the experts' names
@@ -260,19 +295,23 @@ def distilled_router(
 )->DistilledRouter: # kind `distilled`
     "Route by what the experts' losses on held-out answers teach"
     names = list(getattr(domains, 'names', domains))
-    z = np.c_[np.asarray(x, np.float64), np.ones(len(x))]
+    ones = np.ones(len(x))
+    z = np.c_[np.asarray(x, np.float64), ones]
     losses = np.asarray(losses, np.float64)
-    if losses.shape!=(len(z), len(names)) or not np.isfinite(losses).all():
-        raise HydraError(f"losses of shape {losses.shape}; need ({len(z)}, {len(names)}), all finite: a row a prompt, a column an expert")
+    _check_losses(losses, len(z), len(names))
     if not (tau>0 and l2>=0): raise HydraError(f"tau={tau}, l2={l2}: tau must be above 0, l2 at least 0")
-    encoder = getattr(domains, 'encoder', 'minilm')
-    first = np.zeros((len(names), z.shape[1]))
-    if start is not None:
+    if start is None:
+        encoder = getattr(domains, 'encoder', 'minilm')
+        first = np.zeros((len(names), z.shape[1]))
+    else:
         encoder = start.params['encoder']
-        first = np.c_[start.arrays['weight'], start.arrays['bias']]/start.params['temperature']
-    w = _least_kl(z, softmax(-losses/tau), first, l2)
+        first = np.c_[start.arrays['weight'], start.arrays['bias']]
+        first = first/start.params['temperature']
+    q = softmax(-losses/tau)
+    w = _least_kl(z, q, first, l2)
+    arrays = dict(weight=w[:,:-1].copy(), bias=w[:,-1].copy())
     params = dict(tau=tau, l2=l2, temperature=1., top_k=top_k, encoder=encoder)
-    return DistilledRouter(names, dict(weight=w[:,:-1].copy(), bias=w[:,-1].copy()), params)
+    return DistilledRouter(names, arrays, params)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #cell68
 class FixedRouter(Router):
@@ -280,18 +319,25 @@ class FixedRouter(Router):
     kind = 'fixed'
     shapes = dict(weights='E')
 
-    def weigh(self, n, x): return np.tile(self.arrays['weights'], (n, 1))
+    def weigh(self, n, x):
+        return np.tile(self.arrays['weights'], (n, 1))
 
 def fixed_router(
     names:Sequence[str], # E experts
     which:str|int|Sequence[float] # one of them, or E weights
 )->FixedRouter: # kind `fixed`
     "The same expert, or the same mix, whatever the prompt"
-    if isinstance(which, (str, int, np.integer)): w = np.eye(len(names))[label_numbers([which], names)[0]]
+    experts = len(names)
+    if isinstance(which, (str, int, np.integer)):
+        one = label_numbers([which], names)[0]
+        w = np.eye(experts)[one]
     else: w = np.asarray(which, np.float64)
-    allowed = w.shape==(len(names),) and (w>=0).all() and 0<w.sum()<np.inf
-    if not allowed: raise HydraError(f"which={which} does not weigh {len(names)} experts; give one, or a weight each, none negative, not all 0")
-    return FixedRouter(list(names), dict(weights=w/w.sum()), {})
+    total = w.sum()
+    allowed = w.shape==(experts,) and (w>=0).all() and 0<total<np.inf
+    if not allowed:
+        raise HydraError(f"which={which} does not weigh {experts} experts; "
+                         "give one, or a weight each, none negative, not all 0")
+    return FixedRouter(list(names), dict(weights=w/total), {})
 
 # %% ../../nbs/hydra/59_kinds.ipynb #b41f0ddd
 class OracleRouter(Router):
@@ -308,14 +354,17 @@ class OracleRouter(Router):
         if n==len(labels): return np.eye(len(self))[labels]
         raise HydraError(f"this oracle was told the experts of {len(labels)} prompts, in order, and is asked about {n}")
 
-    def take(self, index): return dict(labels=renumber_labels(self.arrays['labels'], index, len(self)))
+    def take(self, index):
+        labels = renumber_labels(self.arrays['labels'], index, len(self))
+        return dict(labels=labels)
 
 def oracle_router(
     names:Sequence[str], # E experts
     labels:Sequence # (N,) the right expert of each prompt, by name or number
 )->OracleRouter: # kind `oracle`; for these N prompts only
     "The right expert, told"
-    return OracleRouter(list(names), dict(labels=label_numbers(labels, names)), {})
+    numbers = label_numbers(labels, names)
+    return OracleRouter(list(names), dict(labels=numbers), {})
 
 # %% ../../nbs/hydra/59_kinds.ipynb #cell71
 def permute_experts(
@@ -331,5 +380,7 @@ def hindsight_router(
     losses:np.ndarray # (N,E) loss of each expert on each answer
 )->OracleRouter: # kind `oracle`; for these N prompts only
     "The expert of least loss, told: an upper bound"
-    if not np.isfinite(losses).all(): raise HydraError("losses hold a value that is not finite; look at the expert that it came from")
-    return oracle_router(names, np.asarray(losses).argmin(1).tolist())
+    if not np.isfinite(losses).all():
+        raise HydraError("losses hold a value that is not finite; look at the expert that it came from")
+    best = np.asarray(losses).argmin(1)
+    return oracle_router(names, best.tolist())

@@ -59,7 +59,8 @@ def _check_array(name, array, axes, experts):
     if array.dtype.kind not in ('iu' if wanted=='whole' else 'f'):
         raise HydraError(f"router array {name!r} is of type {array.dtype}; need {wanted} numbers")
     if array.ndim!=len(axes) or (axes[0]=='E' and len(array)!=experts):
-        raise HydraError(f"router array {name!r} has shape {array.shape} for {experts} experts; need {len(axes)} axes, a row an expert")
+        raise HydraError(f"router array {name!r} has shape {array.shape} for {experts} experts; "
+                         f"need {len(axes)} axes, a row an expert")
     if not np.isfinite(array).all(): raise HydraError(f"router array {name!r} holds a value that is not finite")
 
 def check_arrays(
@@ -69,8 +70,10 @@ def check_arrays(
     kind:str # of router, for the message
 ):
     "Refuse arrays that are not those of a kind of router"
-    if set(arrays)!=set(shapes): raise HydraError(f"a {kind} router holds arrays {sorted(arrays)}; need {sorted(shapes)}")
-    for name, axes in shapes.items(): _check_array(name, arrays[name], axes, experts)
+    if set(arrays)!=set(shapes):
+        raise HydraError(f"a {kind} router holds arrays {sorted(arrays)}; need {sorted(shapes)}")
+    for name, axes in shapes.items():
+        _check_array(name, arrays[name], axes, experts)
 
 # %% ../../nbs/hydra/58_route.ipynb #2e7d6071
 def label_numbers(
@@ -79,10 +82,12 @@ def label_numbers(
 )->np.ndarray: # (N,) numbers from 0 to E-1
     "Labels, by name or number, to numbers"
     known = {n: i for i, n in enumerate(names)}
-    numbers = [known.get(str(l), -1) if isinstance(l, str) else int(l) for l in labels]
-    for label, number in zip(labels, numbers):
+    numbers = []
+    for label in labels:
+        number = known.get(str(label), -1) if isinstance(label, str) else int(label)
         if not 0<=number<len(names):
             raise HydraError(f"label {label!r} is no expert; there are {len(names)}: {', '.join(names)}")
+        numbers.append(number)
     return np.array(numbers, np.int64)
 
 # %% ../../nbs/hydra/58_route.ipynb #told-2
@@ -93,8 +98,24 @@ class ParamRule:
     holds:Callable # value → is it allowed
     required:bool=False # must it be there
 
-def _is_number(v): return type(v) in (int, float) and abs(v)<1e30
-def _is_count(v, least=1): return type(v) is int and least<=v<2**31
+def _is_number(v): # true and false are not
+    return type(v) in (int, float) and abs(v)<1e30
+
+def _is_count(v, least=1):
+    return type(v) is int and least<=v<2**31
+
+def _check_top_k(k, experts):
+    "Refuse a top k that is no number of experts"
+    if k is None or (isinstance(k, int) and 1<=k<=experts): return
+    raise HydraError(f"top_k={k} of {experts} experts; give 1 to {experts}, or None for all")
+
+def _short_params(params): # → 'encoder=minilm, temperature=0.05'
+    "Parameters on a line; without those that are not set, and without the routers of a cascade"
+    shown = []
+    for name, value in sorted(params.items()):
+        if value is None or isinstance(value, dict): continue
+        shown.append(f'{name}={str(value)[:23]}')
+    return ', '.join(shown) or 'no parameters'
 
 TOP_K = ParamRule('a whole number, at least 1, or null', lambda v: v is None or _is_count(v))
 NUMBER = ParamRule('a number', _is_number)
@@ -123,20 +144,25 @@ class Router:
     def check(self):
         "Refuse a router whose parts do not fit each other"
         check_arrays(self.arrays, self.array_shapes(), len(self), self.kind)
-        k = self.params.get('top_k')
-        if k is None or (isinstance(k, int) and 1<=k<=len(self)): return
-        raise HydraError(f"top_k={k} of {len(self)} experts; give 1 to {len(self)}, or None for all")
+        _check_top_k(self.params.get('top_k'), len(self))
 
-    def array_shapes(self): return self.shapes
-    def param_rules(self): return dict(top_k=TOP_K)
-    def all_parts(self): return [self]
+    def array_shapes(self): # array → a letter an axis
+        "Of this router, whose parameters may ask for more arrays than its kind"
+        return self.shapes
 
-    def __len__(self): return len(self.names)
+    def param_rules(self): # parameter → `ParamRule`
+        "What a saved router of this kind may say"
+        return dict(top_k=TOP_K)
+
+    def all_parts(self): # → list
+        "This router, and those that it is made of"
+        return [self]
+
+    def __len__(self):
+        return len(self.names)
 
     def __repr__(self):
-        shown = {k: v for k, v in sorted(self.params.items()) if v is not None and not isinstance(v, dict)}
-        params = ', '.join(f'{k}={str(v)[:23]}' for k, v in shown.items())
-        return f"Router({self.kind}, {len(self)} experts: {', '.join(self.names)}; {params or 'no parameters'})"
+        return f"Router({self.kind}, {len(self)} experts: {', '.join(self.names)}; {_short_params(self.params)})"
 
     def __call__(self,
         texts:str|Sequence[str|list]|None=None, # N prompts: texts, or conversations [{role, content}, …]
@@ -156,19 +182,23 @@ class Router:
 
     def limit(self, w, x): # (N,E) → (N,E) fp32
         "Keep the top k of each row"
-        return top_k(w, self.params.get('top_k')).astype(np.float32)
+        kept = top_k(w, self.params.get('top_k'))
+        return kept.astype(np.float32)
 
     def scores(self, texts=None, x=None): # as for a call → (N,E), or None where a kind has none
         "What the weights are made from"
 
     def distance(self, texts=None, x=None): # as for a call → (N,), squared
         "How far each prompt is from all that the router has seen"
-        raise HydraError(f"this {self.kind} router has no domains to be far from; make one that abstains with `with_abstention`")
+        raise HydraError(f"this {self.kind} router has no domains to be far from; "
+                         "make one that abstains with `with_abstention`")
 
     def take(self, index): # numbers of experts → arrays
         "The arrays of these experts alone, in this order"
-        shapes = self.array_shapes()
-        return {name: a[index] if shapes[name][0]=='E' else a for name, a in self.arrays.items()}
+        taken = dict(self.arrays)
+        for name, axes in self.array_shapes().items():
+            if axes[0]=='E': taken[name] = taken[name][index]
+        return taken
 
     def refit(self, arrays):
         "The arrays, with what is computed from others among them"
@@ -176,21 +206,25 @@ class Router:
 
     def grow(self, x): # (N,d) vectors of another expert's prompts → the arrays that change
         "What one more expert changes"
-        raise HydraError(f"a {self.kind} router is fitted on all prompts at once and cannot be refitted from what it keeps; "
-                         "build it again, or use similarity, ridge, knn, uniform")
+        raise HydraError(f"a {self.kind} router is fitted on all prompts at once and cannot be refitted "
+                         "from what it keeps; build it again, or use similarity, ridge, knn, uniform")
 
     def save(self, path): # a directory, made if missing
         "Write `router.safetensors` and `router.json`"
-        return save_arrays(path, 'router', self.arrays, dict(kind=self.kind, names=self.names, params=self.params))
+        meta = dict(kind=self.kind, names=self.names, params=self.params)
+        return save_arrays(path, 'router', self.arrays, meta)
 
-# %% ../../nbs/hydra/58_route.ipynb #76407622
+# %% ../../nbs/hydra/58_route.ipynb #1e2ec499
 class UniformRouter(Router):
     "All experts alike"
     kind = 'uniform'
     refittable = True
 
-    def weigh(self, n, x): return np.full((n, len(self)), 1/len(self))
-    def grow(self, x): return {}
+    def weigh(self, n, x):
+        return np.full((n, len(self)), 1/len(self))
+
+    def grow(self, x):
+        return {}
 
 def uniform_router(
     names:Sequence[str] # E experts
@@ -198,9 +232,11 @@ def uniform_router(
     "All experts alike, whatever the prompt"
     return UniformRouter(list(names), {}, {})
 
-# %% ../../nbs/hydra/58_route.ipynb #e6b19e45
+# %% ../../nbs/hydra/58_route.ipynb #5259a52e
 ENCODERS = (*WIDTHS, 'static', 'hidden') # what a saved router may name; a folder it names by `encoder_id` alone
-VECTOR_SHAPES = dict(static=dict(seen='V', vectors='Vd', middle='d'), hidden=dict(center='d', spread='d')) # arrays that make vectors
+VECTOR_SHAPES = dict( # arrays that make vectors
+    static=dict(seen='V', vectors='Vd', middle='d'),
+    hidden=dict(center='d', spread='d'))
 
 def encoder_place(
     encoder:str, # as the router names it
@@ -208,17 +244,25 @@ def encoder_place(
 )->str: # what `embed` takes
     "A router's encoder: its name, or its folder, if that still holds what it held"
     place = (places or {}).get(encoder)
-    if place is None or encoder_id(place)==encoder: return place or encoder
+    if place is None: return encoder
+    if encoder_id(place)==encoder: return place
     raise HydraError(f"the encoder in {place} is not the one that this router was made with ({encoder[:23]}…): "
                      "its files were exchanged; restore them, or give the right folder, encoder= (--encoder)")
 
-# %% ../../nbs/hydra/58_route.ipynb #aca64752
+def _name_folder(params, places): # → params, places
+    "An encoder that was given as a folder is named by its content, and where it is goes into `places`"
+    encoder = params.get('encoder')
+    if encoder is None or encoder in ENCODERS or str(encoder).startswith('sha256:'): return params, places
+    name = encoder_id(encoder)
+    return dict(params, encoder=name), {**(places or {}), name: str(encoder)}
+
+# %% ../../nbs/hydra/58_route.ipynb #35271999
 def vector_width(
     router # a `VectorRouter`
 )->int: # numbers a vector
     "How wide the vectors are that a router reads"
-    widths = [router.arrays[name].shape[1] for name, axes in router.shapes.items() if axes[1:]=='d']
-    return widths[0]
+    wide = [name for name, axes in router.shapes.items() if axes[1:]=='d']
+    return router.arrays[wide[0]].shape[1]
 
 def _check_widths(router):
     "Refuse arrays that were not made for vectors of one width"
@@ -234,20 +278,26 @@ def _check_widths(router):
     if 'spread' in arrays and not (arrays['spread']>0).all():
         raise HydraError("router array 'spread' holds a number that is not above 0")
 
-# %% ../../nbs/hydra/58_route.ipynb #0977a32e
+# %% ../../nbs/hydra/58_route.ipynb #68cd3080
 def _check_vector_params(kind, params):
     "Refuse parameters that a router on vectors can't work with"
-    if missing := {'temperature', 'encoder'}-set(params): raise HydraError(f"a {kind} router needs the parameter {min(missing)!r}")
-    temperature, layer, whole = params['temperature'], params.get('layer'), params.get('whole', False)
+    for needed in ('encoder', 'temperature'):
+        if needed not in params: raise HydraError(f"a {kind} router needs the parameter {needed!r}")
+    temperature = params['temperature']
+    layer = params.get('layer')
+    whole = params.get('whole', False)
     if not (isinstance(temperature, (int, float)) and 0<temperature<float('inf')):
-        raise HydraError(f"temperature={temperature}; give a positive number: near 0 chooses the best expert, large mixes all alike")
+        raise HydraError(f"temperature={temperature}; give a positive number: "
+                         "near 0 chooses the best expert, large mixes all alike")
     if params['encoder']=='hidden' and not isinstance(layer, int):
         raise HydraError(f"layer={layer}; a router that reads hidden states names the layer, a whole number")
     if not isinstance(whole, bool):
         raise HydraError(f"whole={whole!r}; give true where whole prompts are read, false where the user's words are")
 
-# %% ../../nbs/hydra/58_route.ipynb #96e11d6f
-def _is_encoder(v): return isinstance(v, str) and (v in ENCODERS or re.fullmatch('sha256:[0-9a-f]{64}', v) is not None)
+# %% ../../nbs/hydra/58_route.ipynb #ad9a7921
+def _is_encoder(v): # a name, or the hash of a folder
+    if not isinstance(v, str): return False
+    return v in ENCODERS or re.fullmatch('sha256:[0-9a-f]{64}', v) is not None
 
 VECTOR_PARAMS = dict(
     temperature=ParamRule('a number from 1e-9 to 1e9', lambda v: _is_number(v) and 1e-9<=v<=1e9),
@@ -265,11 +315,7 @@ class VectorRouter(Router):
     far_shapes = dict(centroids='Ed') # arrays that tell how far a prompt is from all domains
 
     def __post_init__(self):
-        encoder = str(self.params.get('encoder') or 'words')
-        if encoder not in ENCODERS and not encoder.startswith('sha256:'):
-            name = encoder_id(self.params['encoder'])
-            self.params = dict(self.params, encoder=name)
-            self.places = {**(self.places or {}), name: encoder}
+        self.params, self.places = _name_folder(self.params, self.places)
         super().__post_init__()
 
     def check(self):
@@ -278,22 +324,29 @@ class VectorRouter(Router):
         _check_widths(self)
 
     def array_shapes(self):
-        far = {} if self.params.get('farthest') is None else self.far_shapes
-        return self.shapes|VECTOR_SHAPES.get(self.params['encoder'], {})|far
+        shapes = dict(self.shapes)
+        shapes |= VECTOR_SHAPES.get(self.params['encoder'], {})
+        if self.params.get('farthest') is not None: shapes |= self.far_shapes
+        return shapes
 
-    def param_rules(self): return VECTOR_PARAMS|self.own_params
+    def param_rules(self):
+        return VECTOR_PARAMS|self.own_params
 
     def vectors(self, prompts): # N texts or conversations → (N,d)
         "The vectors that this router reads"
         encoder = encoder_place(self.params['encoder'], self.places)
-        return prompt_vectors(prompts, encoder, self.params.get('whole'), self.arrays, self.base, self.params.get('layer'))
+        whole, layer = self.params.get('whole'), self.params.get('layer')
+        return prompt_vectors(prompts, encoder, whole, self.arrays, self.base, layer)
 
-    def read(self, texts, x):
+    def read(self, texts, x): # → N, (N,d)
+        if isinstance(texts, str): texts = [texts]
         n, x = super().read(texts, x)
-        x = self.vectors([texts] if isinstance(texts, str) else texts) if x is None else np.asarray(x)
-        finite = np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+        x = self.vectors(texts) if x is None else np.asarray(x)
+        numbers_of_each = tuple(range(1, x.ndim))
+        finite = np.isfinite(x).all(axis=numbers_of_each)
         if not finite.all(): raise HydraError(f"embedding {finite.argmin()} is not finite")
-        return n, standardize(x, self.arrays) if self.params['encoder']=='hidden' else x
+        if self.params['encoder']=='hidden': x = standardize(x, self.arrays)
+        return n, x
 
     def limit(self, w, x):
         w = super().limit(w, x)
@@ -301,8 +354,13 @@ class VectorRouter(Router):
         if farthest is not None: w[self.how_far(x)>farthest] = 0
         return w
 
-    def scores(self, texts=None, x=None): return self.score(self.read(texts, x)[1])
-    def distance(self, texts=None, x=None): return self.how_far(self.read(texts, x)[1])
+    def scores(self, texts=None, x=None):
+        n, x = self.read(texts, x)
+        return self.score(x)
+
+    def distance(self, texts=None, x=None):
+        n, x = self.read(texts, x)
+        return self.how_far(x)
 
     def how_far(self, x): # (N,d) → (N,), squared
         "Distance of what was read to the nearest centroid"
@@ -320,7 +378,8 @@ def centroid_distances(
     x:np.ndarray # (N,d)
 )->np.ndarray: # (N,E)
     "Squared distance of each vector to each domain's centroid"
-    return Domains(router.arrays['centroids'], router.names, router.params['encoder']).distances(x)
+    domains = Domains(router.arrays['centroids'], router.names, router.params['encoder'])
+    return domains.distances(x)
 
 # %% ../../nbs/hydra/58_route.ipynb #cell22
 class SimilarityRouter(VectorRouter):
@@ -330,12 +389,17 @@ class SimilarityRouter(VectorRouter):
     reads = 'squared distance'
     refittable = True
 
-    def score(self, x): return centroid_distances(self, x)
-    def weigh(self, n, x): return softmax(-self.score(x)/self.params['temperature'])
+    def score(self, x):
+        return centroid_distances(self, x)
+
+    def weigh(self, n, x):
+        nearness = -self.score(x)
+        return softmax(nearness/self.params['temperature'])
 
     def grow(self, x):
         mean = np.asarray(x).mean(0)
-        return dict(centroids=np.vstack([self.arrays['centroids'], mean]).astype(np.float32))
+        centroids = np.vstack([self.arrays['centroids'], mean])
+        return dict(centroids=centroids.astype(np.float32))
 
 def similarity_router(
     domains:Domains, # one expert a domain
@@ -343,30 +407,37 @@ def similarity_router(
     top_k:int|None=None # experts kept a prompt
 )->SimilarityRouter: # kind `similarity`
     "Route by squared distance to the domains' centroids, as in c-BTM"
+    arrays = dict(centroids=domains.centroids)
     params = dict(temperature=temperature, top_k=top_k, encoder=domains.encoder)
-    return SimilarityRouter(list(domains.names), dict(centroids=domains.centroids), params)
+    return SimilarityRouter(list(domains.names), arrays, params)
 
 # %% ../../nbs/hydra/58_route.ipynb #cell29
 def effective_experts(
     w:np.ndarray # (N,E) weights, rows sum to 1
 )->np.ndarray: # (N,), 0 or 1 to E
     "The effective number of experts in each row, 1/Σg²; 0 for the base"
-    s = (np.asarray(w, np.float64)**2).sum(1)
-    return np.divide(1, s, out=np.zeros_like(s), where=s>0)
+    w = np.asarray(w, np.float64)
+    squares = (w**2).sum(1)
+    none = np.zeros_like(squares)
+    return np.divide(1, squares, out=none, where=squares>0)
 
-# %% ../../nbs/hydra/58_route.ipynb #a7921e23
+# %% ../../nbs/hydra/58_route.ipynb #80eab3dc
 class LinearRouter(VectorRouter):
     "Softmax over a linear function of the vector"
     shapes = dict(bias='E', weight='Ed')
     reads = 'log-odds'
 
     def score(self, x):
-        x, weight = np.asarray(x, np.float64), self.arrays['weight']
-        if x.ndim!=2 or x.shape[1]!=weight.shape[1]:
-            raise HydraError(f"embeddings of shape {x.shape} do not fit this {self.kind} router; need (N, {weight.shape[1]})")
+        x = np.asarray(x, np.float64)
+        weight = self.arrays['weight']
+        width = weight.shape[1]
+        if x.ndim!=2 or x.shape[1]!=width:
+            raise HydraError(f"embeddings of shape {x.shape} do not fit this {self.kind} router; need (N, {width})")
         return np.einsum('nd,ed->ne', x, weight) + self.arrays['bias']
 
-    def weigh(self, n, x): return softmax(self.score(x)/self.params['temperature'])
+    def weigh(self, n, x):
+        scores = self.score(x)
+        return softmax(scores/self.params['temperature'])
 
 # %% ../../nbs/hydra/58_route.ipynb #dcd2715a
 def check_training(
@@ -380,9 +451,12 @@ def check_training(
     y = label_numbers(labels, names)
     x = np.asarray(x, np.float64)
     if len(x)!=len(y): raise HydraError(f"{len(x)} embeddings and {len(y)} labels: need one an embedding")
-    if missing := [n for i, n in enumerate(names) if i not in set(y)]:
-        raise HydraError(f"no training prompt is labelled {missing[0]!r}; give each expert at least one")
-    return names, encoder or getattr(domains, 'encoder', 'minilm'), x, y
+    labelled = set(y)
+    for number, name in enumerate(names):
+        if number in labelled: continue
+        raise HydraError(f"no training prompt is labelled {name!r}; give each expert at least one")
+    encoder = encoder or getattr(domains, 'encoder', 'minilm')
+    return names, encoder, x, y
 
 # %% ../../nbs/hydra/58_route.ipynb #cell35
 class ClassifierRouter(LinearRouter):
@@ -434,7 +508,8 @@ def calibration_error(
 )->float: # 0: as often right as it is sure
     "Expected calibration error (Guo et al. 2017)"
     sure, right, n = reliability(w, labels, bins).T
-    return float((n*np.abs(sure-right)).sum()/n.sum())
+    gaps = np.abs(sure-right)
+    return float((n*gaps).sum()/n.sum())
 
 # %% ../../nbs/hydra/58_route.ipynb #cell45
 def calibrate(
@@ -446,11 +521,13 @@ def calibrate(
     y = label_numbers(labels, router.names)
     def at_temperature(log_t, **params):
         "The router at another temperature"
-        return replace(router, params=dict(router.params, temperature=float(np.exp(log_t)), **params))
+        temperature = float(np.exp(log_t))
+        return replace(router, params=dict(router.params, temperature=temperature, **params))
     def nll(log_t):
         "Mean negative log-likelihood of the labels"
-        w = at_temperature(log_t, top_k=None, farthest=None)(x=x)
-        return -np.log(np.maximum(w[np.arange(len(y)),y], 1e-9)).mean()
+        warm = at_temperature(log_t, top_k=None, farthest=None)
+        right = warm(x=x)[np.arange(len(y)),y]
+        return -np.log(np.maximum(right, 1e-9)).mean()
     best = minimize_scalar(nll, bounds=(-9,9), method='bounded', options=dict(xatol=1e-3))
     return at_temperature(best.x)
 
@@ -465,38 +542,51 @@ def explain_route(
     if x is None and reads: x = router.vectors([prompt])
     w = router([prompt], x)[0]
     scores = router.scores([prompt], x)
-    worse = np.zeros(len(w)) # breaks ties between equal weights
-    if scores is not None: worse = scores[0] if reads=='squared distance' else -scores[0]
+    worse = np.zeros(len(w)) # where weights are equal, the better score comes first
+    if scores is not None:
+        worse = scores[0] if reads=='squared distance' else -scores[0]
     experts = []
     for i in np.lexsort((worse, -w)):
         score = None if scores is None else float(scores[0,i])
         experts.append(dict(name=router.names[i], weight=float(w[i]), score=score))
+    text = prompt_text(prompt_record(prompt))
     heard = float(effective_experts(w[None])[0])
-    return dict(prompt=prompt_text(prompt_record(prompt)), kind=router.kind, params=dict(router.params), reads=reads, heard=heard, experts=experts)
+    params = dict(router.params)
+    return dict(prompt=text, kind=router.kind, params=params, reads=reads, heard=heard, experts=experts)
 
-# %% ../../nbs/hydra/58_route.ipynb #6c445354
+# %% ../../nbs/hydra/58_route.ipynb #b6357a44
 def _router_title(e): # an explanation → 'similarity (temperature 0.05, top-k 2)'
-    how = [f"{k.replace('_', '-')} {e['params'][k]:g}" for k in ('temperature', 'top_k') if e['params'].get(k) is not None]
+    how = []
+    for word, name in (('temperature', 'temperature'), ('top-k', 'top_k')):
+        value = e['params'].get(name)
+        if value is not None: how.append(f'{word} {value:g}')
     return f"{e['kind']} ({', '.join(how)})" if how else e['kind']
 
 def _quote(text, most=72): # → in quotation marks, on one line, cut to `most` letters
     text = ' '.join(text.split())
-    return f'"{text}"' if len(text)<=most else f'"{text[:most-1].rstrip()}…"'
+    if len(text)>most: text = text[:most-1].rstrip()+'…'
+    return f'"{text}"'
 
+# %% ../../nbs/hydra/58_route.ipynb #4d2a5ae7
 def route_text(
     explanation:dict, # from `explain_route`
     most:int=9 # experts listed
 )->str: # a few lines, for a terminal
     "An explained route in words"
-    experts, rest = explanation['experts'][:most], explanation['experts'][most:]
-    width = max(len(x['name']) for x in explanation['experts'])
-    to = explanation['experts'][0]['name'] if explanation['heard'] else 'base: far from every domain'
-    lines = [_quote(explanation['prompt']), f"→ {to} by {_router_title(explanation)}; experts heard: {explanation['heard']:.1f}"]
-    for x in experts:
+    experts, heard = explanation['experts'], explanation['heard']
+    rest = experts[most:]
+    width = max(len(x['name']) for x in experts)
+    to = experts[0]['name'] if heard else 'base: far from every domain'
+    lines = [_quote(explanation['prompt'])]
+    lines.append(f"→ {to} by {_router_title(explanation)}; experts heard: {heard:.1f}")
+    for x in experts[:most]:
         bar = '█'*round(20*x['weight'])
-        score = '' if x['score'] is None else f"   {explanation['reads']} {x['score']:.3f}"
-        lines.append(f"  {x['name']:<{width}}  {x['weight']:6.1%}  {bar:<20}{score}".rstrip())
-    if rest: lines.append(f"  … {len(rest)} more, {sum(x['weight'] for x in rest):.1%} together")
+        line = f"  {x['name']:<{width}}  {x['weight']:6.1%}  {bar:<20}"
+        if x['score'] is not None: line += f"   {explanation['reads']} {x['score']:.3f}"
+        lines.append(line.rstrip())
+    if rest:
+        together = sum(x['weight'] for x in rest)
+        lines.append(f"  … {len(rest)} more, {together:.1%} together")
     return '\n'.join(lines)
 
 # %% ../../nbs/hydra/58_route.ipynb #cell97
@@ -506,14 +596,20 @@ def plot_route(
 )->Figure: # one bar an expert
     "An explained route as bars"
     shown = explanation['experts'][:most]
-    fig, ax = plt.subplots(figsize=(6.5, .9+.32*len(shown)), layout='constrained')
+    names = [x['name'] for x in shown]
+    weights = [x['weight'] for x in shown]
     colors = ['#0072B2']+['#9ecae1']*(len(shown)-1)
-    ax.barh([x['name'] for x in shown], [x['weight'] for x in shown], color=colors, height=.7)
+    height = .9+.32*len(shown)
+    fig, ax = plt.subplots(figsize=(6.5, height), layout='constrained')
+    ax.barh(names, weights, color=colors, height=.7)
     for i, x in enumerate(shown):
-        score = '' if x['score'] is None else f"   {explanation['reads']} {x['score']:.2f}"
-        ax.text(x['weight']+.01, i, f"{x['weight']:.0%}{score}", va='center', fontsize=9)
+        text = f"{x['weight']:.0%}"
+        if x['score'] is not None: text += f"   {explanation['reads']} {x['score']:.2f}"
+        ax.text(x['weight']+.01, i, text, va='center', fontsize=9)
     ax.invert_yaxis()
     ax.spines[['top', 'right']].set_visible(False)
-    ax.set(xlim=(0,1.45), xticks=[0,.5,1], xlabel=f"weight by {_router_title(explanation)}", title=_quote(explanation['prompt']))
+    ax.set(xlim=(0,1.45), xticks=[0,.5,1])
+    ax.set_xlabel(f"weight by {_router_title(explanation)}")
+    ax.set_title(_quote(explanation['prompt']))
     plt.close(fig)
     return fig

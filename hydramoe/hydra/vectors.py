@@ -28,24 +28,32 @@ def _wordpiece():
     return tokenizer
 
 def _token_ids(texts): # N texts → for each, a list of ids
-    return [e.ids for e in _wordpiece().encode_batch(list(texts), add_special_tokens=False)]
+    "Texts as ids of tokens"
+    encoded = _wordpiece().encode_batch(list(texts), add_special_tokens=False)
+    return [e.ids for e in encoded]
 
-# %% ../../nbs/hydra/57_vectors.ipynb #658f01ca
+# %% ../../nbs/hydra/57_vectors.ipynb #0ee87677
 def _token_bags(ids, seen): # N lists of ids, (V,) sorted ids → (N,V) sparse, rows of unit length
     "log(1+count) of each seen token"
-    row = np.repeat(np.arange(len(ids)), [len(i) for i in ids])
+    lengths = [len(i) for i in ids]
+    row = np.repeat(np.arange(len(ids)), lengths)
     token = np.array([t for i in ids for t in i], np.int64)
-    column = np.minimum(np.searchsorted(seen, token), len(seen)-1)
+    nearest = np.searchsorted(seen, token)
+    column = np.minimum(nearest, len(seen)-1)
     known = seen[column]==token
-    bags = csr_matrix((np.ones(known.sum()), (row[known], column[known])), shape=(len(ids), len(seen)))
+    ones = np.ones(known.sum())
+    where = row[known], column[known]
+    bags = csr_matrix((ones, where), shape=(len(ids), len(seen)))
     bags.sum_duplicates()
     bags.data = np.log1p(bags.data)
     return normalize(bags)
 
-# %% ../../nbs/hydra/57_vectors.ipynb #f57837f9
+# %% ../../nbs/hydra/57_vectors.ipynb #95a67b8b
 def _token_embeddings(seen): # (V,) ids → (V,d) float64
     "MiniLM's embedding of each token alone"
-    words = [_wordpiece().id_to_token(int(t)).removeprefix('##') for t in seen]
+    tokenizer = _wordpiece()
+    words = [tokenizer.id_to_token(int(t)) for t in seen]
+    words = [w.removeprefix('##') for w in words]
     return embed(words).astype(np.float64)
 
 def _least_squares(z, x, lam): # (N,d), (N,d) → weight (d,d), offset (d,)
@@ -53,7 +61,8 @@ def _least_squares(z, x, lam): # (N,d), (N,d) → weight (d,d), offset (d,)
     z_mean = z.mean(0)
     x_mean = x.mean(0)
     c = z-z_mean
-    weight = solve(c.T@c+lam*np.eye(z.shape[1]), c.T@(x-x_mean), assume_a='pos')
+    penalty = lam*np.eye(z.shape[1])
+    weight = solve(c.T@c+penalty, c.T@(x-x_mean), assume_a='pos')
     return weight, x_mean-z_mean@weight
 
 # %% ../../nbs/hydra/57_vectors.ipynb #93621ade
@@ -74,7 +83,8 @@ def distil_tokens(
         sums = bags@own
         weight, middle = _least_squares(sums, x, lam)
         rest = x-sums@weight-middle
-        corrections = bags.T@solve((bags@bags.T).toarray()+lam*np.eye(len(x)), rest, assume_a='pos')
+        between_prompts = (bags@bags.T).toarray()+lam*np.eye(len(x))
+        corrections = bags.T@solve(between_prompts, rest, assume_a='pos')
         vectors = own@weight+corrections
     return dict(seen=seen, vectors=vectors.astype(np.float16), middle=middle.astype(np.float32))
 
@@ -84,10 +94,12 @@ def static_vectors(
     arrays:dict[str,np.ndarray] # from `distil_tokens`: seen, vectors, middle
 )->np.ndarray: # (N,d) fp32, rows of unit length
     "Stand-ins for MiniLM's embeddings, from a stored vector a token"
-    bags = _token_bags(_token_ids(texts), arrays['seen'])
+    ids = _token_ids(texts)
+    bags = _token_bags(ids, arrays['seen'])
     used = np.unique(bags.indices)
     vectors = arrays['vectors'][used].astype(np.float32)
-    return normalize(bags[:,used]@vectors+arrays['middle']).astype(np.float32)
+    sums = bags[:,used]@vectors+arrays['middle']
+    return normalize(sums).astype(np.float32)
 
 # %% ../../nbs/hydra/57_vectors.ipynb #7f4a528d
 def hidden_scale(
@@ -95,7 +107,8 @@ def hidden_scale(
 )->dict[str,np.ndarray]: # center (d,), spread (d,), above 0
     "Mean and spread of each coordinate"
     x = np.asarray(x, np.float64)
-    return dict(center=x.mean(0), spread=x.std(0)+1e-6*x.std()+1e-12)
+    never_zero = x.std(0)+1e-6*x.std()+1e-12
+    return dict(center=x.mean(0), spread=never_zero)
 
 def standardize(
     x:np.ndarray, # (N,d) hidden states
@@ -103,17 +116,19 @@ def standardize(
 )->np.ndarray: # (N,d) float64, rows of unit length
     "Centre and scale each coordinate, then each row to unit length"
     x = np.asarray(x, np.float64)
-    if x.ndim!=2 or x.shape[1]!=len(arrays['center']):
-        raise HydraError(f"hidden states of shape {x.shape} do not fit this router; need (N, {len(arrays['center'])})")
+    width = len(arrays['center'])
+    if x.ndim!=2 or x.shape[1]!=width:
+        raise HydraError(f"hidden states of shape {x.shape} do not fit this router; need (N, {width})")
     return normalize((x-arrays['center'])/arrays['spread'])
 
-# %% ../../nbs/hydra/57_vectors.ipynb #a623242d
+# %% ../../nbs/hydra/57_vectors.ipynb #5f8a6474
 def prompt_record(
     prompt:str|list # a text, or a conversation [{role, content}, …]
 )->dict: # with `prompt`: the conversation
     "A prompt as a record"
-    if isinstance(prompt, str): return dict(prompt=[dict(role='user', content=prompt)])
-    return dict(prompt=prompt)
+    if not isinstance(prompt, str): return dict(prompt=prompt)
+    turn = dict(role='user', content=prompt)
+    return dict(prompt=[turn])
 
 # %% ../../nbs/hydra/57_vectors.ipynb #ccff1e82
 def prompt_vectors(
