@@ -20,7 +20,10 @@ from hydramoe.models.hidden import hidden_mean
 from hydramoe.domains.cluster import Domains, embed, prompt_text
 from hydramoe.foundations.core import cache_dir, machine
 from hydramoe.data.records import DOMAINS, card_names, load
-from hydramoe.hydra.route import Router, calibrated, cascade, choose_margin, classifier, distil_tokens, knn, lead, on_hidden, on_static, ridge, similarity, static_vectors
+from hydramoe.hydra.vectors import distil_tokens, static_vectors
+from hydramoe.hydra.route import Router, calibrate, classifier_router, similarity_router
+from hydramoe.hydra.kinds import knn_router, ridge_router
+from hydramoe.hydra.cascade import cascade_router, choose_margin, margin, fit_on_hidden, use_static
 
 def dealt(args):
     "part → texts, domains; round-robin over the cards of a domain"
@@ -50,22 +53,22 @@ def fitted(parts, seen, tokens, depths):
     y = parts['train'][1]
     x = {v: a['train'] for v,a in seen.items()}
     means = Domains(np.stack([x['minilm'][np.array(y)==d].mean(0) for d in DOMAINS]), list(DOMAINS))
-    near = similarity(means)
-    out = {'similarity': (near, 'minilm'), 'classifier': (classifier(means, x['minilm'], y), 'minilm'), 'ridge': (ridge(means, x['minilm'], y), 'minilm'),
-           'knn': (knn(means, x['minilm'], y), 'minilm'), 'static, similarity': (on_static(near, tokens), 'static'),
-           'static, classifier': (on_static(classifier(means, x['static'], y), tokens), 'static')}
+    near = similarity_router(means)
+    out = {'similarity': (near, 'minilm'), 'classifier': (classifier_router(means, x['minilm'], y), 'minilm'), 'ridge': (ridge_router(means, x['minilm'], y), 'minilm'),
+           'knn': (knn_router(means, x['minilm'], y), 'minilm'), 'static, similarity': (use_static(near, tokens), 'static'),
+           'static, classifier': (use_static(classifier_router(means, x['static'], y), tokens), 'static')}
     for d in depths:
-        out[f'layer {d}, ridge'] = on_hidden(ridge, list(DOMAINS), x[f'layer {d}'], y, d), f'layer {d}'
-        out[f'layer {d}, classifier'] = on_hidden(classifier, list(DOMAINS), x[f'layer {d}'], y, d), f'layer {d}'
+        out[f'layer {d}, ridge'] = fit_on_hidden(ridge_router, list(DOMAINS), x[f'layer {d}'], y, d), f'layer {d}'
+        out[f'layer {d}, classifier'] = fit_on_hidden(classifier_router, list(DOMAINS), x[f'layer {d}'], y, d), f'layer {d}'
     return out
 
 def with_cascades(routers, parts, seen):
     "The routers, and the static classifier before each good one"
-    cheap = calibrated(routers['static, classifier'][0], seen['static']['dev'], parts['dev'][1])
+    cheap = calibrate(routers['static, classifier'][0], seen['static']['dev'], parts['dev'][1])
     w, out = cheap(x=seen['static']['dev']), dict(routers)
     for n,(r,v) in routers.items():
         if v=='static': continue
-        out[f'static, then {n}'] = cascade(cheap, r, choose_margin(w, r(x=seen[v]['dev']).argmax(1), agree=.98)), v
+        out[f'static, then {n}'] = cascade_router(cheap, r, choose_margin(w, r(x=seen[v]['dev']).argmax(1), agree=.98)), v
     return out
 
 def first_choice(router, view, seen, part):
@@ -103,7 +106,7 @@ def rows(routers, parts, seen, seconds):
         cost, asked = seconds[v]+seconds[alone], 1.
         if r.kind=='cascade':
             cheap = routers['static, classifier'][0]
-            asked = float((lead(calibrated_first(r)(x=seen['static']['test']))<=r.params['margin']).mean())
+            asked = float((margin(calibrated_first(r)(x=seen['static']['test']))<=r.params['margin']).mean())
             cost = seconds['static']+seconds['static, classifier']+asked*cost
         out.append(dict(router=n, share=round(cost/seconds['prefill'], 4), asked=round(asked, 3), dev_right=round(right('dev', choice[n]['dev']), 4),
                         right=round(right('test', choice[n]['test']), 4), agreement=round(float((choice[n]['test']==choice[best]['test']).mean()), 4)))

@@ -10,7 +10,7 @@ from hydramoe.models.base import byte_tokenizer, gemma_chat, load_base, render, 
 from hydramoe.domains.cluster import Domains, embed
 from hydramoe.foundations.core import HydraError, derive_seed, read_json, rng, write_json
 from hydramoe.hydra.model import BundleError, Hydra
-from hydramoe.hydra.route import similarity
+from hydramoe.hydra.route import similarity_router
 from hydramoe.experts.stack import LoraSpec, gated, hidden, in_line, line_plan, one_hot, using
 
 from test_base import LAYOUTS, TALKS, laid_out, last_label
@@ -25,7 +25,7 @@ def hydra_on(base, rank=4, noise=.1):
     model = gated(base, 3, LoraSpec(rank, 2*rank))
     for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
     model.stack.theta += torch.from_numpy(rng(0, 'noise').normal(0, noise, model.stack.theta.shape)).float()
-    return Hydra(base, model, similarity(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .01))
+    return Hydra(base, model, similarity_router(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .01))
 
 def inputs(hydra, prompts, **kw):
     texts = [render(hydra.base.tokenizer, p if isinstance(p, list) else [dict(role='user', content=p)]) for p in prompts]

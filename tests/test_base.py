@@ -141,7 +141,7 @@ def on_the_hub(monkeypatch, tmp_path, folder):
 
 def test_a_hub_base_is_known_by_its_commit(tiny, tmp_path, monkeypatch):
     from hydramoe.hydra.model import BuildSpec, Hydra, base_uri, pinned
-    from hydramoe.hydra.route import uniform
+    from hydramoe.hydra.route import uniform_router
     from hydramoe.experts.stack import LoraSpec, gated
     main = on_the_hub(monkeypatch, tmp_path, saved(tiny, tmp_path/'files'))
     b = load_base('org/model', device='cpu')
@@ -149,7 +149,7 @@ def test_a_hub_base_is_known_by_its_commit(tiny, tmp_path, monkeypatch):
     assert base_uri(b)=='hub:'+b.id
     model = gated(b, 1, LoraSpec(1, 2, 'q_proj'))
     model.stack.init_expert(0, 0, 'law')
-    at = Hydra(b, model, uniform(['law'])).save(tmp_path/'b')
+    at = Hydra(b, model, uniform_router(['law'])).save(tmp_path/'b')
     assert read_json(at/'hydra.json')['base']['id']=='hub:'+b.id and read_json(at/'experts'/'law'/'adapter_config.json')['base_model_name_or_path']=='org/model'
     main[0] = 'nobody asks'
     assert Hydra.load(at, device='cpu').base.id==b.id

@@ -11,7 +11,9 @@ from hydramoe.foundations.arrays import load_arrays, save_arrays
 from hydramoe.domains.cluster import Domains, embed, fit_tfidf
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra.model import FORMAT, BundleError, Hydra, UnlearntWarning, add_expert, adapters_base, check, check_adapter, explain_bundle, model_card, seal_bundle, unlearnt, uri_id
-from hydramoe.hydra.route import on_hidden, ridge, similarity, uniform
+from hydramoe.hydra.route import similarity_router, uniform_router
+from hydramoe.hydra.kinds import ridge_router
+from hydramoe.hydra.cascade import fit_on_hidden
 from hydramoe.experts.stack import LoraSpec, gated
 from test_hydra import put, spots
 
@@ -25,7 +27,7 @@ def golden():
     model = gated(base, 2, LoraSpec(1, 2, 'q_proj,o_proj,down_proj'))
     for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
     model.stack.theta += torch.from_numpy(rng(0, 'golden').normal(0, .3, model.stack.theta.shape)).float()
-    return Hydra(base, model, similarity(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .5))
+    return Hydra(base, model, similarity_router(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .5))
 
 def greedy(h, prompt, expert=None, n=6):
     "Token ids of the greedy answer, the gates, and by how much the likeliest token led at its tightest"
@@ -259,7 +261,7 @@ def split(tmp_path_factory):
     model = gated(base, 3, LoraSpec(4, 8, fork=1))
     for e,n in enumerate(names): model.stack.init_expert(e, e, n)
     for t in (model.stack.theta, model.stack.trunk): t += torch.from_numpy(rng(0, 'split').normal(0, .1, t.shape)).float()
-    h = Hydra(base, model, uniform(names))
+    h = Hydra(base, model, uniform_router(names))
     return h, h.save(tmp_path_factory.mktemp('split')/'b')
 
 def test_a_forked_bundle_opens_forked(split):
@@ -310,13 +312,13 @@ def test_one_expert_under_a_fork_that_the_base_does_not_have(tmp_path):
     base = tiny_base()
     model = gated(base, 1, LoraSpec(2, fork=1))
     model.stack.init_expert(0, 0, 'law')
-    d = Hydra(base, model, uniform(['law'])).save(tmp_path/'d')
+    d = Hydra(base, model, uniform_router(['law'])).save(tmp_path/'d')
     assert Hydra.load(d).model.stack.fork==1
     man = {k: v for k,v in (read_json(d/'hydra.json') | dict(fork=2)).items() if k!='seal'}
     write_json(d/'hydra.json', man | dict(seal=digest(man)))
     base = tiny_base()
     with pytest.raises(HydraError, match='fork=2: a model of 2 blocks can fork at 0 to 1'): Hydra.load(d, base)
-    assert Hydra.from_adapters({'law': d/'experts'/'law'}, base, uniform(['law'])).names==['law'] # the base is as it was
+    assert Hydra.from_adapters({'law': d/'experts'/'law'}, base, uniform_router(['law'])).names==['law'] # the base is as it was
 
 # ---- what a base is
 def edit(file, **kw): write_json(file, read_json(file) | kw)
@@ -325,7 +327,7 @@ def on(base, router=None):
     "A Hydra of two experts on a base"
     model = gated(base, 2, LoraSpec(1, 2, 'q_proj,o_proj'))
     for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
-    return Hydra(base, model, router or uniform(NAMES))
+    return Hydra(base, model, router or uniform_router(NAMES))
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -482,7 +484,7 @@ def test_a_router_that_reads_a_layer_which_the_base_does_not_have(tmp_path):
     import numpy as np
     base = tiny_base()
     x = rng(0, 'states').normal(size=(6, 64))
-    at = on(base, on_hidden(ridge, NAMES, x, NAMES*3, layer=1)).save(tmp_path/'b')
+    at = on(base, fit_on_hidden(ridge_router, NAMES, x, NAMES*3, layer=1)).save(tmp_path/'b')
     assert Hydra.load(at).ask('hi', max_new_tokens=1) is not None
     router_says(at, layer=3)
     with pytest.raises(HydraError, match='reads layer 3'): Hydra.load(at)
@@ -492,7 +494,7 @@ def test_a_router_that_reads_a_layer_which_the_base_does_not_have(tmp_path):
 def test_an_encoder_in_a_folder_is_named_by_what_is_in_it_and_its_place_is_given(tmp_path):
     texts = [*TEXTS, 'a judge in a court', 'the sea and its waves']
     fit_tfidf(texts, tmp_path/'enc')
-    router = similarity(Domains(embed(TEXTS, tmp_path/'enc'), NAMES, str(tmp_path/'enc')), .5)
+    router = similarity_router(Domains(embed(TEXTS, tmp_path/'enc'), NAMES, str(tmp_path/'enc')), .5)
     at = on(tiny_base(), router).save(tmp_path/'b')
     said = read_json(at/'router'/'router.json')['meta']['params']['encoder']
     assert said.startswith('sha256:') and str(tmp_path) not in ''.join(p.read_text() for p in at.rglob('*.json'))

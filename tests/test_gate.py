@@ -9,7 +9,7 @@ from hydramoe.hydra.auto import HydraForCausalLM
 from hydramoe.models.base import byte_tokenizer, tiny_base
 from hydramoe.use.cli import main
 from hydramoe.foundations.core import HydraError, read_json, write_json
-from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
+from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, svd_factors, save_gate, spectr
 from hydramoe.hydra.model import Chat, BundleError, Hydra, adopt, adopted, check, remove_expert, seal_bundle
 from hydramoe.experts.stack import LoraSpec, at_fork, from_fork, gated, hidden, make_plan, one_hot
 from hydramoe.experts.adapters import with_adapters
@@ -48,7 +48,7 @@ def test_rotated_is_the_full_svd_and_the_same_expert(r, inp, out, seed, lost):
     g = rand(seed)
     A,B,s = torch.randn(2,r,inp, generator=g),torch.randn(2,out,r, generator=g),torch.tensor([.3,2.])
     A[:,max(1, r-lost):] = 0.
-    A2,B2 = rotated(A, B, s)
+    A2,B2 = svd_factors(A, B, s)
     D = s[:,None,None]*B@A
     assert (A2.shape, B2.shape)==(A.shape, B.shape)
     torch.testing.assert_close(B2@A2, D, atol=1e-4, rtol=1e-4)
@@ -63,7 +63,7 @@ def test_rotated_is_the_full_svd_and_the_same_expert(r, inp, out, seed, lost):
 
 def test_rotated_of_more_rows_than_the_layer_has_inputs():
     A,B = torch.randn(2,9,6, generator=rand(0)),torch.randn(2,7,9, generator=rand(1))
-    A2,B2 = rotated(A, B)
+    A2,B2 = svd_factors(A, B)
     assert (A2.shape, B2.shape)==((2,6,6), (2,7,6))
     torch.testing.assert_close(B2@A2, B@A, atol=1e-4, rtol=1e-4)
 
@@ -434,7 +434,7 @@ def other_names(b): g = load_gate(b/'gates'); g.names = g.names[::-1]; save_gate
 def other_kind(b): m = Hydra.load(b).model; save_gate(spectr(m.stack), b/'gates')
 def fewer_layers(b): g = load_gate(b/'gates'); g.layers.pop(sorted(g.layers)[0]); save_gate(g, b/'gates')
 def misshapen(b): g = load_gate(b/'gates'); n = sorted(g.layers)[0]; g.layers[n] = g.layers[n][:,:5]; save_gate(g, b/'gates')
-def a_router_too(b): from hydramoe.hydra.route import uniform; uniform(list(MADE)).save(b/'router')
+def a_router_too(b): from hydramoe.hydra.route import uniform_router; uniform_router(list(MADE)).save(b/'router')
 def no_gate(b): [f.unlink() for f in (b/'gates').iterdir()]; (b/'gates').rmdir()
 def a_pickle(b): (b/'gates'/'gate.bin').write_bytes(b'x')
 

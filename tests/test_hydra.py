@@ -11,7 +11,7 @@ from hydramoe.models.base import load_base, tiny_base
 from hydramoe.domains.cluster import lesson_texts, prompt_text
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra.model import BundleError, Chat, Draw, Hydra, check, drawing, seal_bundle
-from hydramoe.hydra.route import uniform
+from hydramoe.hydra.route import uniform_router
 from hydramoe.experts.stack import LoraSpec, gated, one_hot
 
 NAMES = ['law', 'sea', 'sum']
@@ -22,7 +22,7 @@ def by_hand(seed=0, names=NAMES):
     model = gated(base, slots=len(names), spec=LoraSpec(rank=4))
     for e, name in enumerate(names): model.stack.init_expert(e, seed=seed, name=name)
     model.stack.theta += torch.from_numpy(rng(seed, 'noise').normal(0, .1, model.stack.theta.shape)).float()
-    return Hydra(base, model, uniform(names))
+    return Hydra(base, model, uniform_router(names))
 
 def files(root): return {str(p.relative_to(root)): file_sha256(p) for p in sorted(Path(root).rglob('*')) if p.is_file()}
 
@@ -141,7 +141,7 @@ class Fickle:
     def __call__(self, prompts): return np.array([[float(prompt_text(dict(prompt=p)).startswith(n)) for n in NAMES] for p in prompts])
 
 def fickle(base=None):
-    h = by_hand() if base is None else Hydra(base, by_hand_on(base), uniform(NAMES))
+    h = by_hand() if base is None else Hydra(base, by_hand_on(base), uniform_router(NAMES))
     h.router = Fickle()
     return h
 
@@ -237,7 +237,7 @@ def noisy(base, fork):
 
 def forked(base=None, fork=.5, router=None):
     base = base or tiny_base(layers=4)
-    h = Hydra(base, noisy(base, fork), uniform(NAMES))
+    h = Hydra(base, noisy(base, fork), uniform_router(NAMES))
     h.router = router or Fickle()
     return h
 
@@ -314,7 +314,7 @@ def test_a_sliding_window_under_a_fork(tmp_path):
 def test_the_base_alone_has_no_trunk():
     "By hand or because a router abstains, alone or in a batch; beside it, rows answer as ever"
     h, base = forked(), tiny_base(layers=4)
-    bare = Hydra(base, by_hand_on(base), uniform(NAMES))
+    bare = Hydra(base, by_hand_on(base), uniform_router(NAMES))
     want = [bare.ask(p, expert='base', max_new_tokens=8) for p in ('nothing', 'else')]
     assert [h.ask(p, max_new_tokens=8) for p in ('nothing', 'else')] == want
     batch = ['law', 'nothing', 'sea', 'else']
@@ -331,9 +331,10 @@ def seer(h, layer, farthest=None):
     "The same Hydra with a router on what passes a layer; it sends what is far away to the base"
     from hydramoe.models.hidden import hidden_mean
     from hydramoe.hydra.model import as_messages, reading
-    from hydramoe.hydra.route import abstaining, on_hidden, on_whole, ridge
+    from hydramoe.hydra.kinds import ridge_router
+    from hydramoe.hydra.cascade import with_abstention, fit_on_hidden, use_whole_prompt
     with reading(h.model): x = hidden_mean([dict(prompt=as_messages(t)) for t in NAMES], h.base, layer)
-    return Hydra(h.base, h.model, abstaining(on_whole(on_hidden(ridge, NAMES, x, NAMES, layer, temperature=.3)), farthest))
+    return Hydra(h.base, h.model, with_abstention(use_whole_prompt(fit_on_hidden(ridge_router, NAMES, x, NAMES, layer, temperature=.3)), farthest))
 
 @pytest.mark.parametrize('kind', ['llama', 'window'])
 def test_routed_on_the_way_is_routed_first(kind, tmp_path, monkeypatch):
@@ -409,7 +410,7 @@ def test_the_base_is_bit_equal_before_with_and_after(quant):
     with torch.no_grad():
         before, weights = say(base.model), {n: p.clone() for n, p in base.model.named_parameters()}
         model = by_hand_on(base)
-        h = Hydra(base, model, uniform(NAMES))
+        h = Hydra(base, model, uniform_router(NAMES))
         assert torch.equal(say(model), before) and torch.equal(say(model, gates=torch.zeros(1, 3)), before) and torch.equal(say(base.model), before)
         h.generate(['ahoy', 'sum up'], expert=['sea', {'law': .3, 'sum': .7}], max_new_tokens=5)
         assert not torch.equal(say(model, gates=one_hot([1], 3)), before)
@@ -442,7 +443,7 @@ def rambling(tokenizer, end):
 def test_an_answer_ends_where_training_ends_it(name, tmp_path):
     "Asked alone, in a batch, sampled, with beams, in a conversation, by the base: it stops, and no mark is in the answer or in the stream"
     b = laid_out(name, tmp_path)
-    h, t = Hydra(b, by_hand_on(b), uniform(NAMES)), b.tokenizer
+    h, t = Hydra(b, by_hand_on(b), uniform_router(NAMES)), b.tokenizer
     for end in {last_label(t, TALKS[0]), *b.ends}:
         says = [i for i in rambling(t, end) if b.tokenizer.bos_token is None or i != b.tokenizer.bos_token_id]
         for ask in (lambda **kw: h.ask('?', **kw), lambda **kw: h.ask('?', expert='base', **kw), lambda **kw: h.ask('?', temperature=1., **kw), lambda **kw: h.generate(['?', 'What is the law?'], **kw)[1], lambda **kw: Chat(h)('?', **kw)):
@@ -458,7 +459,7 @@ def test_an_answer_ends_where_training_ends_it(name, tmp_path):
 def test_marks_written_as_text_are_no_part_of_the_answer(tmp_path):
     "ChatML on a vocabulary that has its marks as letters: they are said, then the end of text; the answer has neither"
     b = laid_out('pythia-chatml', tmp_path)
-    h, t = Hydra(b, by_hand_on(b), uniform(NAMES)), b.tokenizer
+    h, t = Hydra(b, by_hand_on(b), uniform_router(NAMES)), b.tokenizer
     says = t('Hm.<|im_end|>\n').input_ids + [last_label(t, TALKS[0])] + t('more').input_ids
     with scripted(b.model, says): assert h.ask('?', max_new_tokens=40) == 'Hm.'
     assert h.base.ends == [t.eos_token_id]
@@ -467,7 +468,7 @@ def test_smollm2_with_another_end_of_text_stops_after_its_answer():
     "Laid out as Gemma-it and Phi-3 are: the tokenizer ends texts, generation_config lists both ends"
     b = load_base('smollm2', 'fp32', 'cpu')
     ask, tok = 'What is the capital of France?', b.tokenizer
-    h = Hydra(b, by_hand_on(b), uniform(NAMES))
+    h = Hydra(b, by_hand_on(b), uniform_router(NAMES))
     want = h.ask(ask, expert='base', max_new_tokens=40)
     tok.eos_token, b.model.generation_config.eos_token_id = '<|endoftext|>', [0, 2]
     assert tok.eos_token_id == 0 and h.base.ends == [0, 2]
@@ -703,15 +704,16 @@ def test_one_more_and_one_less(tmp_path, monkeypatch):
     "The others keep every bit; the router is what fitting from scratch on these domains gives; taken out again, nothing is left of it"
     from hydramoe.domains.cluster import Domains, embed, prompt_text
     from hydramoe.hydra.model import add_expert, remove_expert
-    from hydramoe.hydra.route import Router, similarity
+    from hydramoe.hydra.route import similarity_router
+    from hydramoe.hydra.cascade import load_router
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     old = build(tmp_path/'old', epochs=1)
     add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'new')
     before, after = sealed(tmp_path/'old', 'experts/'), sealed(tmp_path/'new', 'experts/')
     assert before.items()<=after.items() and {f.split('/')[1] for f in after.keys()-before}=={'birds'}
-    was, now = (Router.load(tmp_path/b/'router') for b in ('old', 'new'))
+    was, now = (load_router(tmp_path/b/'router') for b in ('old', 'new'))
     domains = {n: was.arrays['centroids'][i] for i,n in enumerate(was.names)} | {'birds': embed([prompt_text(r) for r in BIRDS], 'words').mean(0)}
-    scratch = similarity(Domains(np.stack(list(domains.values())), list(domains), 'words'), was.params['temperature'])
+    scratch = similarity_router(Domains(np.stack(list(domains.values())), list(domains), 'words'), was.params['temperature'])
     assert now.names==scratch.names and now.params==scratch.params and np.allclose(now.arrays['centroids'], scratch.arrays['centroids'], atol=1e-6)
     assert (now.arrays['centroids'][:-1]==was.arrays['centroids']).all()
     remove_expert(tmp_path/'new', 'birds', tmp_path/'back')
@@ -719,7 +721,7 @@ def test_one_more_and_one_less(tmp_path, monkeypatch):
     gone = old.names[1]
     remove_expert(tmp_path/'new', gone, tmp_path/'less')
     left = [n for n in now.names if n!=gone]
-    r = Router.load(tmp_path/'less'/'router')
+    r = load_router(tmp_path/'less'/'router')
     assert r.names==left and (r.arrays['centroids']==np.stack([now.arrays['centroids'][now.names.index(n)] for n in left])).all()
     assert sealed(tmp_path/'less', 'experts/').items()<=after.items()
     again = add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'again')
@@ -730,11 +732,11 @@ def test_one_more_and_one_less(tmp_path, monkeypatch):
 def test_a_router_that_cannot_grow_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
     from hydramoe.domains.cluster import embed, prompt_text
     from hydramoe.hydra.model import add_expert, remove_expert
-    from hydramoe.hydra.route import classifier
+    from hydramoe.hydra.route import classifier_router
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     h = build(tmp_path/'h', epochs=1)
     x = embed([prompt_text(r) for r in rows()], 'words')
-    h.router = classifier(h.names, x, [h.names[i%3] for i in range(len(x))], encoder='words')
+    h.router = classifier_router(h.names, x, [h.names[i%3] for i in range(len(x))], encoder='words')
     h.save(tmp_path/'odd')
     made = set((tmp_path/'cache'/'stages').iterdir())
     for change in (lambda: add_expert(tmp_path/'odd', BIRDS, 'birds', tmp_path/'x'), lambda: remove_expert(tmp_path/'odd', h.names[0], tmp_path/'x')):
@@ -784,7 +786,8 @@ def test_whichever_router_a_build_keeps_experts_join_and_leave(which, tmp_path, 
     "The one of least perplexity is kept, saved and named on the card; one expert more and out again leaves not a bit"
     from hydramoe.hydra import model as hydra
     from hydramoe.hydra.model import add_expert, explain_bundle, remove_expert
-    from hydramoe.hydra.route import Router, reads_base
+    from hydramoe.hydra.cascade import load_router
+    from hydramoe.hydra.cascade import needs_base
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     seen, best, kind = [], TRIED[which], which.split()[0]
     def told(model, examples, gates):
@@ -792,7 +795,7 @@ def test_whichever_router_a_build_keeps_experts_join_and_leave(which, tmp_path, 
         return 1. if len(seen)-1==best else 2.
     monkeypatch.setattr(hydra, '_ppl', told)
     old = build(tmp_path/'old', epochs=1, dev=.5)
-    assert len(seen)==12==2+sum(map(len, hydra.TEMPERATURES.values())) and seen[-1] is None and old.router.kind==kind==Router.load(tmp_path/'old'/'router').kind and reads_base(old.router)==('states' in which)
+    assert len(seen)==12==2+sum(map(len, hydra.TEMPERATURES.values())) and seen[-1] is None and old.router.kind==kind==load_router(tmp_path/'old'/'router').kind and needs_base(old.router)==('states' in which)
     card, tried = (tmp_path/'old'/'README.md').read_text(), [s['system'] for s in check(tmp_path/'old')['built']['scores']]
     assert len(tried)==12 and all(f'| {n} |' in card for n in tried) and f'The {tried[1+best]} was chosen by them' in card
     assert (seen[best]==seen[10]).all()==(kind=='uniform')

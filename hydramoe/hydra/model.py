@@ -48,8 +48,12 @@ from ..experts.score import response_losses
 from ..models.base import open_base
 from ..experts.train import GroupSpec, TrainSpec, collect, group_size, make_jobs
 from ..experts.train import outline, run_jobs, sort_rows, train_experts, train_seed
-from .route import Router, check_width, explain_route, may_change, on_base, on_encoder, on_hidden, on_whole, plot_route, unplaced, reads_base, ridge, route_text, similarity, uniform, with_domain, without_domain
+from .route import Router, explain_route, plot_route, route_text, similarity_router, uniform_router
+from .kinds import check_refittable, ridge_router, with_domain, without_domain
+from .cascade import check_width, bind_base, use_encoder, fit_on_hidden, use_whole_prompt
+from .cascade import missing_encoders, needs_base
 from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
+from .cascade import load_router
 
 # %% ../../nbs/hydra/63_model.ipynb #cell8
 class Hydra:
@@ -65,7 +69,7 @@ class Hydra:
             raise HydraError(f"the router weighs {', '.join(sorted(lost))}, which the stack does not hold; "
                              f"it holds {', '.join(model.stack.names)}")
         self.base, self.model, self.about = base, model.eval(), about or {}
-        self.router = router if isinstance(router, Gate) else on_base(router, base)
+        self.router = router if isinstance(router, Gate) else bind_base(router, base)
         if self.gate: check_gate(self.gate, model.stack)
 
     @property
@@ -657,7 +661,7 @@ def chooser(
     place, other = (root/'gates', root/'router') if man['router'] in GATES else (root/'router', root/'gates')
     if other.exists(): raise BundleError(f"{other} is extra: hydra.json says {man['router']}, which stands in {place.name}/")
     if place.name=='gates' and encoder is not None: raise HydraError(f"{root} chooses by a gate, which reads no encoder: leave encoder= (--encoder) out")
-    found = load_gate(place) if place.name=='gates' else check_width(Router.load(place, encoder))
+    found = load_gate(place) if place.name=='gates' else check_width(load_router(place, encoder))
     if found.kind!=man['router']: raise BundleError(f"{place} holds {found.kind} where hydra.json says {man['router']}")
     if place.name=='gates' and found.names!=(names := [e['name'] for e in man['experts']]):
         raise BundleError(f"{place} chooses among {', '.join(found.names)}, hydra.json lists {', '.join(names)}")
@@ -906,7 +910,7 @@ def load(cls:Hydra,
     "Open a bundle strictly, on the base it was made for"
     man, path = check(path, encoder), Path(path)
     router = chooser(path, man, encoder)
-    if isinstance(router, Router) and (lost := unplaced(router)):
+    if isinstance(router, Router) and (lost := missing_encoders(router)):
         raise BundleError(f"{path}: its router reads an encoder that was a folder where it was built ({lost[0][:23]}…): give its place, encoder= (--encoder)")
     return _opened(path, man, router, base, quant, device)
 
@@ -1141,10 +1145,10 @@ def candidates(
     layer:int # after which
 )->dict[str,Router]: # name → router
     "The routers that a build tries, the simplest first"
-    out = {f'similarity router, temperature {T}': similarity(found, T) for T in TEMPERATURES['similarity']}
-    out |= {f'ridge router, temperature {T}': ridge(found, x, labels, temperature=T) for T in TEMPERATURES['ridge']}
-    if np.isfinite(states).all(): out |= {f'ridge router on layer {layer}, temperature {T}': on_whole(on_hidden(ridge, found.names, states, labels, layer, temperature=T)) for T in TEMPERATURES['early']}
-    return out | {'uniform mix': uniform(found.names)}
+    out = {f'similarity router, temperature {T}': similarity_router(found, T) for T in TEMPERATURES['similarity']}
+    out |= {f'ridge router, temperature {T}': ridge_router(found, x, labels, temperature=T) for T in TEMPERATURES['ridge']}
+    if np.isfinite(states).all(): out |= {f'ridge router on layer {layer}, temperature {T}': use_whole_prompt(fit_on_hidden(ridge_router, found.names, states, labels, layer, temperature=T)) for T in TEMPERATURES['early']}
+    return out | {'uniform mix': uniform_router(found.names)}
 
 def _read_early(base, rows, fork): # → layer, not above a fork; part → (N,hidden)
     depth = base.model.config.get_text_config().num_hidden_layers
@@ -1173,7 +1177,7 @@ def measure_routers(
     model = with_adapters(b, {n: experts/n for n in found.names}, fork)
     with reading(model): layer, states = _read_early(b, rows, model.stack.fork)
     routers = candidates(found, at['train'], [r['domain'] for r in read_jsonl(rows/'train.jsonl')], states['train'], layer)
-    ppl = {n: _ppl(model, examples, torch.as_tensor(r(x=(states if reads_base(r) else at)['dev']))) for n,r in routers.items()} if examples else {}
+    ppl = {n: _ppl(model, examples, torch.as_tensor(r(x=(states if needs_base(r) else at)['dev']))) for n,r in routers.items()} if examples else {}
     told = {n: p for n,p in ppl.items() if p is not None}
     routers[min(told, key=told.get) if told and len(examples)>=ENOUGH else SAFE].save(out/'router')
     base_ppl = {'base': _ppl(model, examples, None)} if examples else {}
@@ -1339,8 +1343,8 @@ def assembled(
     first = read_json(made['seed']/'history.json')['experts']['seed']
     if first['skipped']: built['seed'] = noted(first)
     about = dict(built=built, experts={n: noted(history[n]) for n in names})
-    adapters, router = {n: made['experts']/n for n in names}, Router.load(made['router']/'router')
-    if unplaced(router): router = on_encoder(router, spec.encoder)
+    adapters, router = {n: made['experts']/n for n in names}, load_router(made['router']/'router')
+    if missing_encoders(router): router = use_encoder(router, spec.encoder)
     return Hydra.from_adapters(adapters, open_base(spec.base, spec.quant), router, about, spec.fork)
 
 def described(
@@ -1528,8 +1532,8 @@ def add_expert(
     _same_trunk(bundle, man, seed and (start or seed))
     known = chooser(Path(bundle), man, encoder)
     if isinstance(known, Router): # seen before an expert is trained
-        may_change(known)
-        if lost := unplaced(known): raise BundleError(f"{bundle}: its router reads an encoder that was a folder where it was built ({lost[0][:23]}…): give its place, encoder= (--encoder)")
+        check_refittable(known)
+        if lost := missing_encoders(known): raise BundleError(f"{bundle}: its router reads an encoder that was a folder where it was built ({lost[0][:23]}…): give its place, encoder= (--encoder)")
     made, prompts = one_more(gather(records)[0], name, _as_built(bundle, man, base), seed, root, left)
     on, router, folders, notes, x = _parts(bundle, man, known, base, prompts)
     new = read_json(made/'history.json')['experts'][name]
@@ -1582,7 +1586,7 @@ def explain_bundle(
     man = check(path, encoder)
     if man['router'] in GATES: return (e := Hydra.load(path, base).explain(prompt)), plot_gate(e)
     router = chooser(Path(path), man, encoder)
-    if reads_base(router): return (e := Hydra.load(path, base, encoder=encoder).explain(prompt)), plot_route(e)
+    if needs_base(router): return (e := Hydra.load(path, base, encoder=encoder).explain(prompt)), plot_route(e)
     prompt, uri = as_messages(prompt), man['base']['id']
     if any(m['role']=='system' for m in prompt): # only the base's template knows who hears it
         prompt = heard(byte_tokenizer() if base is None and uri.startswith('tiny:') else base_tokenizer(base or uri_id(uri)), prompt)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from pathlib import Path
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
