@@ -8,8 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from hydramoe.domains.cluster import Domains
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
 from hydramoe.hydra.cascade import load_router, make_router
-from hydramoe.models.base import heard
-from hydramoe.hydra.route import classifier_router, explain_route, plot_route, route_text, similarity_router, softmax
+from hydramoe.hydra.route import classifier_router, effective_experts, explain_route, plot_route, route_text, similarity_router, softmax
 from hydramoe.hydra.route import top_k, uniform_router
 from hydramoe.hydra.kinds import fixed_router, oracle_router
 
@@ -31,7 +30,7 @@ every = pytest.mark.parametrize('router', routers.values(), ids=routers)
 def test_rows_are_weights(router):
     g = router(x=x)
     assert g.shape==(60,5) and g.dtype==np.float32 and (g>=0).all() and np.allclose(g.sum(1), 1, atol=1e-6)
-    assert ((1-1e-6<=heard(g)) & (heard(g)<=5+1e-6)).all()
+    assert ((1-1e-6<=effective_experts(g)) & (effective_experts(g)<=5+1e-6)).all()
 
 @pytest.mark.parametrize('k', range(1,6))
 def test_top_k_keeps_k_and_their_proportions(k):
@@ -322,7 +321,7 @@ def test_far_prompts_go_to_the_base_and_the_others_where_they_went(make, tmp_pat
     careful = with_abstention(r, t)
     g,far = careful(x=x),careful.distance(x=x)>t
     assert 0<far.sum()<60 and (g[far]==0).all() and np.array_equal(g[~far], r(x=x)[~far])
-    assert np.array_equal(load_router(careful.save(tmp_path))(x=x), g) and (heard(g[far])==0).all()
+    assert np.array_equal(load_router(careful.save(tmp_path))(x=x), g) and (effective_experts(g[far])==0).all()
 
 def test_a_row_of_zeros_is_a_gate():
     import torch
