@@ -57,13 +57,15 @@ def _check_picture(file):
     kinds = sorted(FigureCanvasBase.get_supported_filetypes())
     end = Path(file).suffix[1:].lower()
     if end not in kinds:
-        raise HydraError(f"--png {file}: a picture's name ends in one of .{', .'.join(kinds)}, not in {end or 'nothing'!r}")
+        allowed = ', .'.join(kinds)
+        raise HydraError(f"--png {file}: a picture's name ends in one of .{allowed}, not in {end or 'nothing'!r}")
     if os.path.isdir(file): raise HydraError(f"--png {file} is a folder: give a file in it")
     if not os.path.lexists(file): check_writable(file)
 
-# %% ../../nbs/use/85_ask_commands.ipynb #7f859faa
+# %% ../../nbs/use/85_ask_commands.ipynb #8a6dc27b
 @command('explain', 'Say which experts a prompt gets, and why',
-         ['hydramoe explain my-hydra "Who wrote Faust?"', 'hydramoe explain my-hydra "Who wrote Faust?" --png route.png'],
+         ['hydramoe explain my-hydra "Who wrote Faust?"',
+          'hydramoe explain my-hydra "Who wrote Faust?" --png route.png'],
          BUNDLE, arg('prompt', help='any prompt'), arg('--png', metavar='FILE', help='draw it as well'), BASE, ENCODER)
 def explain_command(a):
     "The route of a prompt"

@@ -11,7 +11,8 @@ import argparse, contextlib, os, sys, warnings
 from importlib.util import find_spec
 from pathlib import Path
 from ..foundations.core import HydraError, number
-from .command import BASE, BUNDLE, SEED, arg, command, duration_text, moved, require_free, shell_line
+from .command import BASE, BUNDLE, ENCODER, SEED
+from .command import arg, command, duration_text, moved, require_free, shell_line
 
 # %% ../../nbs/use/84_build_commands.ipynb #cdee0415
 FILE_OPTIONS = (
@@ -32,9 +33,9 @@ def _reading_options(a):
     from hydramoe.data.formats import parse_columns
     return dict(form=a.form, format=a.format, columns=parse_columns(a.map), encoding=a.encoding, key=a.key)
 
-# %% ../../nbs/use/84_build_commands.ipynb #4dea2d13
-_NEW_BASE = ("the base: 'smollm2', 'gemma3', a path, or a Hub id, ORG/NAME or ORG/NAME@REVISION, whose commit is recorded "
-             "(default: smollm2; of adapters, what they name)")
+# %% ../../nbs/use/84_build_commands.ipynb #dbf76c19
+_NEW_BASE = ("the base: 'smollm2', 'gemma3', a path, or a Hub id, ORG/NAME or ORG/NAME@REVISION, "
+             "whose commit is recorded (default: smollm2)")
 ROW_OPTIONS = (
     arg('--base', help=_NEW_BASE),
     arg('--k', type=int, metavar='N', help='experts (default: one for each 20 rows, nine at most)'),
@@ -43,7 +44,8 @@ ROW_OPTIONS = (
     arg('--max-length', type=int, default=300, metavar='N',
         help='tokens of a prompt, and of an answer; longer rows are left out (default %(default)s)'),
     SEED,
-    arg('--encoder', help="what embeds prompts: 'minilm', 'words', or a sentence-transformers folder (default: minilm)"))
+    arg('--encoder',
+        help="what embeds prompts: 'minilm', 'words', or a sentence-transformers folder (default: minilm)"))
 
 def _spec_options(a):
     "What was said of a build's spec"
@@ -96,18 +98,21 @@ def _check_before_training(rows, spec, domains):
     elif spec.encoder not in ('minilm', 'words'): encoder_dir(spec.encoder)
     distinct = len({prompt_text(r) for r in read_jsonl(rows/'train.jsonl')})
     if spec.k>distinct:
-        raise HydraError(f"k={spec.k} experts cannot be made of {distinct} prompts that differ; give --k from 1 to {distinct}")
+        remedy = f'give --k from 1 to {distinct}'
+        raise HydraError(f"k={spec.k} experts cannot be made of {distinct} prompts that differ; {remedy}")
     if domains: read_domains_yaml(domains, spec.k)
 
-# %% ../../nbs/use/84_build_commands.ipynb #4bf10b94
+# %% ../../nbs/use/84_build_commands.ipynb #baa0a067
 def _forecast_text(f, spec):
     "A forecast in three lines"
-    size = f"{f['weights_of_an_expert']/1e6:.1f}M weights an expert, on the {f['weights']/1e6:.0f}M of {spec.base} in {spec.quant}"
+    expert = f"{f['weights_of_an_expert']/1e6:.1f}M weights an expert"
+    base = f"on the {f['weights']/1e6:.0f}M of {spec.base} in {spec.quant}"
     cost = f"about {duration_text(f['seconds'])} and {f['memory_gb']} GB"
     rate = f"  from {f['training_tokens']:,} tokens at {f['tokens_a_second']} a second:"
-    machine = f" this machine multiplies matrices at {f['matrix_gflops']} GFLOP/s ({f['device']}, measured now),"
-    share = f"\n  training takes 4 operations for each weight and token, and reached {f['share']:.0%} of that rate with SmolLM2 on two idle cores"
-    return '\n'.join([size, cost, rate+machine+share])
+    machine = f"this machine multiplies matrices at {f['matrix_gflops']} GFLOP/s ({f['device']}, measured now),"
+    work = '  training takes 4 operations for each weight and token,'
+    share = f"and reached {f['share']:.0%} of that rate with SmolLM2 on two idle cores"
+    return f'{expert}, {base}\n{cost}\n{rate} {machine}\n{work} {share}'
 
 # %% ../../nbs/use/84_build_commands.ipynb #c414ea5e
 def dry_run(
@@ -153,10 +158,11 @@ _EXAMPLES = [
     'hydramoe build sheet.csv --map prompt=question,completion=answer', '',
     'a line of mine.jsonl is', '{"prompt": "Who wrote Faust?", "completion": "Goethe."}',
     'or', '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}']
-_FORK = ('experts part at this block, or share of the depth, and are one below it: at 0.5 they are half as large, train twice as fast, '
-         'and in a chat a change of expert costs half; the price is quality, as they can learn less '
+_FORK = ('experts part at this block, or share of the depth, and are one below it: at 0.5 they are half as large, '
+         'train twice as fast, and in a chat a change of expert costs half; the price is quality: they can learn less '
          '(default: 0, experts adapt all blocks)')
-QUANT = arg('--quant', default='nf4', choices=['nf4', 'bf16', 'fp32'], help='precision of the base (default %(default)s)')
+QUANT = arg('--quant', default='nf4', choices=['nf4', 'bf16', 'fp32'],
+            help='precision of the base (default %(default)s)')
 TRAINING_OPTIONS = (
     arg('--rank', type=int, default=8, metavar='N', help='of each expert (default %(default)s)'),
     arg('--targets', default='all-linear', help='layers to adapt, such as q_proj,v_proj (default %(default)s)'),
@@ -176,11 +182,13 @@ TRAINING_OPTIONS = (
 MOVED_OPTIONS = (
     moved('--add', 'hydramoe add BUNDLE FILE'), moved('--name', 'hydramoe add BUNDLE FILE --name NAME'),
     moved('--start', 'hydramoe add BUNDLE FILE --start DIR'), moved('--remove', 'hydramoe remove BUNDLE NAME'),
-    moved('--from', 'hydramoe adopt ADAPTER … --out DIR'), moved('--gate', 'hydramoe adopt ADAPTER … --gate KIND --out DIR'),
+    moved('--from', 'hydramoe adopt ADAPTER … --out DIR'),
+    moved('--gate', 'hydramoe adopt ADAPTER … --gate KIND --out DIR'),
     moved('--top-k', 'hydramoe adopt ADAPTER … --top-k N --out DIR'))
 
-# %% ../../nbs/use/84_build_commands.ipynb #adef5976
-@command('build', 'Make a Hydra from your own examples', _EXAMPLES, FILES, *FILE_OPTIONS, *ROW_OPTIONS, *TRAINING_OPTIONS,
+# %% ../../nbs/use/84_build_commands.ipynb #c07939af
+@command('build', 'Make a Hydra from your own examples', _EXAMPLES,
+         FILES, *FILE_OPTIONS, *ROW_OPTIONS, *TRAINING_OPTIONS,
          arg('--domains', metavar='FILE',
              help='domains to train on, written by `hydramoe domains` and edited (default: as discovered)'),
          arg('--out', metavar='DIR', help='the bundle to write (default: FILE-hydra, here)'),
@@ -234,7 +242,7 @@ def _new_name(a):
          arg('--name', help='of the expert that is added (default: the name of its file)'),
          arg('--start', metavar='DIR',
              help="adapter it branches from, or 'fresh' (default: the bundle's seed expert, if this machine built it)"),
-         BASE, arg('--encoder', metavar='DIR', help='what embeds prompts, if the bundle was built with a folder as --encoder'),
+         BASE, ENCODER,
          arg('--out', metavar='DIR', help='the bundle to write (default: BUNDLE-with-NAME)'))
 def add_command(a):
     "A bundle and a file in, a larger bundle out"
@@ -273,15 +281,18 @@ def _named_adapters(given):
         if equals and not os.path.isdir(text): pairs.append((name, folder))
         else: pairs.append((Path(text).resolve().name, text))
     names = [name for name, _ in pairs]
-    if len(set(names))<len(names): raise HydraError(f"two adapters have one name among {', '.join(names)}: say NAME=DIR")
+    if len(set(names))<len(names):
+        raise HydraError(f"two adapters have one name among {', '.join(names)}: say NAME=DIR")
     return dict(pairs)
 
 # %% ../../nbs/use/84_build_commands.ipynb #d77629cb
 _GATE = 'how experts are chosen, for each token in each layer, by their own weights (default: %(default)s)'
 
 @command('adopt', 'Make a Hydra from PEFT adapters of one base; nothing is trained',
-         ['hydramoe adopt adapters/code math=adapters/v2 --out my-hydra', 'hydramoe adopt adapters/* --gate spectr --top-k 2 --out my-hydra'],
-         arg('adapters', nargs='+', metavar='ADAPTER', help='PEFT adapters of one base, of any ranks and targets, as DIR or NAME=DIR'),
+         ['hydramoe adopt adapters/code math=adapters/v2 --out my-hydra',
+          'hydramoe adopt adapters/* --gate spectr --top-k 2 --out my-hydra'],
+         arg('adapters', nargs='+', metavar='ADAPTER',
+             help='PEFT adapters of one base, of any ranks and targets, as DIR or NAME=DIR'),
          arg('--out', metavar='DIR', required=True, help='the bundle to write'),
          arg('--gate', choices=['arrow', 'spectr', 'lag'], default='arrow', help=_GATE),
          arg('--top-k', type=int, metavar='N', help='experts a token (default: 3, for lag 1)'),

@@ -11,7 +11,8 @@ from ..foundations.core import HydraError
 from .command import arg, command
 
 # %% ../../nbs/use/87_data_commands.ipynb #cell45
-_VERIFIED = 'how far a card is verified: data is fetched and counted here, schema is a Hub set whose mapping is tested (default %(default)s)'
+_VERIFIED = ('how far a card is verified: data is fetched and counted here, '
+             'schema is a Hub set whose mapping is tested (default %(default)s)')
 
 def _card_line(r):
     return f"{r['name']:30} {r['domain']:13} {r['use']:9} {r['verified']:10} {r['rows']:>9} rows  {r['license']}"
@@ -38,7 +39,8 @@ def _record_text(r):
 @command('data show', 'One data set: its card, and its first records',
          ['hydramoe data show math', 'hydramoe data show math --rows 5 --json'],
          arg('name', help='of a card, as `hydramoe data list` shows it'),
-         arg('--rows', type=int, default=2, metavar='N', help='records to show; 0 fetches nothing (default %(default)s)'))
+         arg('--rows', type=int, default=2, metavar='N',
+             help='records to show; 0 fetches nothing (default %(default)s)'))
 def data_show_command(a):
     "The card's own words, and what a record looks like"
     from hydramoe.data.records import load, load_card
@@ -79,7 +81,8 @@ def data_check_command(a):
          ['hydramoe data card mine.csv', 'hydramoe data card chats.json --name chats --domain roleplay --out cards'],
          arg('file', help='JSONL, JSON, CSV or Parquet'), arg('--name', help="of the card (default: the file's)"),
          arg('--domain', default='general', help='one of the nine, or general (default %(default)s)'),
-         arg('--out', default='data_cards', metavar='DIR', help='folder for NAME.md and NAME.jsonl (default %(default)s)'))
+         arg('--out', default='data_cards', metavar='DIR',
+             help='folder for NAME.md and NAME.jsonl (default %(default)s)'))
 def data_card_command(a):
     "The new card, and what to do with it"
     from hydramoe.data.describe import new_card

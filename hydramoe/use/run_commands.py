@@ -10,7 +10,9 @@ from pathlib import Path
 from ..foundations.core import HydraError, read_json
 from .command import arg, command
 
-# %% ../../nbs/use/86_run_commands.ipynb #a8123e54
+# %% ../../nbs/use/86_run_commands.ipynb #70df56cc
+_GIVE = 'give a notebook, such as nbs/experiments/e1_domains.ipynb'
+
 def _is_cell(c):
     if not isinstance(c, dict): return False
     return isinstance(c.get('metadata', {}), dict) and isinstance(c.get('source', ''), (str, list))
@@ -18,12 +20,11 @@ def _is_cell(c):
 # %% ../../nbs/use/86_run_commands.ipynb #cell42
 def _check_notebook(file):
     "Refuse what is no notebook"
-    if not Path(file).is_file():
-        raise HydraError(f"{file} does not exist: give a notebook, such as nbs/experiments/e1_domains.ipynb")
+    if not Path(file).is_file(): raise HydraError(f"{file} does not exist: {_GIVE}")
     nb = read_json(file)
     cells = nb.get('cells') if isinstance(nb, dict) else None
     if isinstance(cells, list) and all(map(_is_cell, cells)): return
-    raise HydraError(f"{file} is no notebook: it holds no list of cells; give one such as nbs/experiments/e1_domains.ipynb")
+    raise HydraError(f"{file} is no notebook: it holds no list of cells; {_GIVE}")
 
 # %% ../../nbs/use/86_run_commands.ipynb #c7bd09a7
 def _run_once(a, params):
@@ -34,34 +35,39 @@ def _run_once(a, params):
     found = read_json(result) if result.is_file() else None
     return '\n'.join(made), dict(notebook=str(out), params=params, result=found)
 
-# %% ../../nbs/use/86_run_commands.ipynb #eb8917a4
+# %% ../../nbs/use/86_run_commands.ipynb #c37b5d3b
+def _run_record(r):
+    from hydramoe.use.sweep import main_numbers
+    numbers = main_numbers(r.result) if r.result else {}
+    return dict(params=r.params, notebook=str(r.out), numbers=numbers, skipped=r.skipped)
+
+# %% ../../nbs/use/86_run_commands.ipynb #7f48dfdd
 def _run_all(a, values):
-    from hydramoe.use.sweep import main_numbers, run_sweep, sweep_table
+    from hydramoe.use.sweep import run_sweep, sweep_table
     folder = Path(a.out or Path('runs')/Path(a.notebook).stem)
     runs = run_sweep(a.notebook, values, folder, a.jobs)
     failed = [f'{r.out.stem}: {r.error}' for r in runs if r.error]
     if failed:
         again = 'the same command line runs only those again'
         raise HydraError(f"{len(failed)} of {len(runs)} runs failed, {again}; the first: {failed[0]}")
-    rows = []
-    for r in runs:
-        numbers = main_numbers(r.result) if r.result else {}
-        rows.append(dict(params=r.params, notebook=str(r.out), numbers=numbers, skipped=r.skipped))
     done = sum(r.skipped for r in runs)
     text = f'{len(runs)} runs in {folder}, {done} of them done before\n\n{sweep_table(runs)}'
-    return text, dict(runs=rows)
+    return text, dict(runs=[_run_record(r) for r in runs])
 
-# %% ../../nbs/use/86_run_commands.ipynb #4d9ab364
-_PARAM = ("a parameter; may be given many times. A number or truth value takes several values with commas, and each is run: -p lr=5e-4,1e-3; "
-          "text is taken as it is, so give it again for each value: -p targets=q_proj,v_proj -p targets=all-linear")
+# %% ../../nbs/use/86_run_commands.ipynb #e45f51af
+_PARAM = ("a parameter; may be given many times. A number or truth value takes several values with commas, "
+          "and each is run: -p lr=5e-4,1e-3; text is taken as it is, so give it again for each value: "
+          "-p targets=q_proj,v_proj -p targets=all-linear")
+_OUT = ('the executed notebook (default: runs/NAME.ipynb, here); of a sweep the folder (default: runs/NAME)')
 
 @command('run', 'Run a notebook with other parameters, or with many values of them',
-         ['hydramoe run nbs/experiments/e1_domains.ipynb', 'hydramoe run nbs/experiments/e1_domains.ipynb -p k=4 -p seed=1 --out e1-k4.ipynb',
+         ['hydramoe run nbs/experiments/e1_domains.ipynb',
+          'hydramoe run nbs/experiments/e1_domains.ipynb -p k=4 -p seed=1 --out e1-k4.ipynb',
           'hydramoe run nbs/experiments/e2_experts.ipynb -p rank=2,4,8 -p seed=0,1 --jobs 2'],
          arg('notebook', help='a notebook with a cell tagged `parameters`'),
          arg('-p', dest='params', action='append', default=[], metavar='NAME=VALUE', help=_PARAM),
          arg('--jobs', type=int, default=1, metavar='N', help='runs at a time, of a sweep (default %(default)s)'),
-         arg('--out', metavar='PLACE', help='the executed notebook (default: runs/NAME.ipynb, here); of a sweep the folder (default: runs/NAME)'))
+         arg('--out', metavar='PLACE', help=_OUT))
 def run_notebook_command(a):
     "One notebook, once or many times, each in a kernel of its own"
     from hydramoe.use.reproduce import read_parameters
@@ -74,7 +80,8 @@ def run_notebook_command(a):
 # %% ../../nbs/use/86_run_commands.ipynb #61811963
 @command('reproduce', 'Run the experiments of a scale, but what is unchanged',
          ['hydramoe reproduce toy', 'hydramoe reproduce demo', 'hydramoe reproduce study --until e2_experts'],
-         arg('scale', help='toy (seconds), demo (minutes), pilot (its data, searched and with controls), study (hours)'),
+         arg('scale',
+             help='toy (seconds), demo (minutes), pilot (its data, searched and with controls), study (hours)'),
          arg('--until', metavar='NAME', help='stop at this experiment'))
 def reproduce_command(a):
     "The experiments in order, their table, and a page with their plots"

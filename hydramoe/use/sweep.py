@@ -131,9 +131,10 @@ def run_in_process(
     "Run one combination in a process of its own"
     job = dict(nb=str(run.nb), out=str(run.out), params=run.key['params'], key=run.key)
     command = [sys.executable, '-c', 'from hydramoe.use.sweep import run_job; run_job()']
-    env = {**os.environ, 'HYDRAMOE_QUIET': '1'} # bars of several runs would overwrite each other
-    how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-    with subprocess.Popen(command, **how) as child:
+    env = dict(os.environ)
+    env['HYDRAMOE_QUIET'] = '1' # bars of several runs would overwrite each other
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen(command, text=True, env=env, **pipes) as child:
         child.stdin.write(json.dumps(job)+'\n')
         child.stdin.flush()
         said = child.stdout.read() # to its end
@@ -172,9 +173,10 @@ def main_numbers(
     found = {}
     for row in r.rows:
         if row.get('domain', 'macro')!='macro': continue
-        label = ', '.join(str(v) for k, v in row.items() if isinstance(v, str) and k!='domain')
-        measures = ['ppl'] if 'ppl' in row else [k for k, v in row.items() if type(v) in (int, float)]
-        for m in measures: found[f'{label} {m}'.strip()] = row[m]
+        words = [v for k, v in row.items() if isinstance(v, str) and k!='domain']
+        measures = [k for k, v in row.items() if type(v) in (int, float)]
+        if 'ppl' in measures: measures = ['ppl']
+        for m in measures: found[f"{', '.join(words)} {m}".strip()] = row[m]
     return found
 
 # %% ../../nbs/use/82_sweep.ipynb #8875766f
@@ -185,12 +187,14 @@ def sweep_table(
     runs:list[SweepRun] # from `run_sweep`
 )->str: # Markdown: a column for each run; parameters that differ, then the main numbers
     "The runs of a sweep side by side"
-    done = [r for r in runs if not r.error]
-    found = [main_numbers(r.result) if r.result else {} for r in done]
+    columns = {}
+    for i, r in enumerate(runs, 1):
+        if r.error: continue
+        numbers = main_numbers(r.result) if r.result else {}
+        columns[str(i)] = {**r.params, **numbers}
+    names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = []
-    for name in done[0].params if done else ():
-        rows.append({'': name, **{str(i): _number_text(r.params[name]) for i, r in enumerate(done, 1)}})
-    for name in dict.fromkeys(name for numbers in found for name in numbers):
-        texts = [_number_text(numbers[name]) if name in numbers else '' for numbers in found]
-        rows.append({'': name, **{str(i): t for i, t in enumerate(texts, 1)}})
+    for name in names:
+        values = {i: _number_text(column.get(name, '')) for i, column in columns.items()}
+        rows.append({'': name, **values})
     return markdown_table(rows) if rows else ''
