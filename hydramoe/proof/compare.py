@@ -14,7 +14,8 @@ from typing import Callable
 import numpy as np
 from ..data.records import DOMAINS, split
 from ..domains.cluster import Domains
-from ..experts.score import Losses, domain_nll, hindsight, load_losses, paired_bootstrap, pick, record_sums, recovered
+from ..experts.score import Losses, domain_nll, hindsight, load_losses, paired_bootstrap, pick
+from ..experts.score import record_sums, recovered
 from ..experts.stack import LoraSpec
 from ..experts.train import TrainSpec, one_each, score_adapters
 from ..foundations.core import HydraError
@@ -81,12 +82,13 @@ def train_adapters(
     params = dict(what, lora=lora, spec=spec, file='experts.jsonl', **setup.params())
     return stage(make, params, inputs, libs=LIBS, dtype=setup.quant)
 
-# %% ../../nbs/proof/70_compare.ipynb #23b3829e
+# %% ../../nbs/proof/70_compare.ipynb #899ff0e4
 def adapter_names(
     folder:Path # NAME/ an adapter
 )->list[str]: # sorted
     "The adapters of a folder"
-    return sorted(p.parent.name for p in Path(folder).glob('*/adapter_config.json'))
+    configs = Path(folder).glob('*/adapter_config.json')
+    return sorted(c.parent.name for c in configs)
 
 # %% ../../nbs/proof/70_compare.ipynb #249314cf
 def score_part(
@@ -100,31 +102,36 @@ def score_part(
     inputs = dict(rows_dir=setup.rows_dir)
     if adapters is not None: inputs['adapters'] = adapters
     params = dict(part=part, mixes=mixes, **setup.params(quant))
-    return load_losses(stage(score_adapters, params, inputs, libs=LIBS, dtype=params['quant']))
+    made = stage(score_adapters, params, inputs, libs=LIBS, dtype=params['quant'])
+    return load_losses(made)
 
-# %% ../../nbs/proof/70_compare.ipynb #0b607c4f
+# %% ../../nbs/proof/70_compare.ipynb #13864916
 def as_mix(
     names:list[str], # E adapters
     weights:np.ndarray # (N,E) of each prompt
 )->dict: # for `score_part`
     "Weights of each prompt as a mix"
-    return dict(names=list(names), weights=np.asarray(weights).tolist())
+    rows = np.asarray(weights).tolist()
+    return dict(names=list(names), weights=rows)
 
-# %% ../../nbs/proof/70_compare.ipynb #60c2a373
+# %% ../../nbs/proof/70_compare.ipynb #f5342056
 def uniform_mix(
     names:list[str], # E adapters
     n:int # prompts
 )->dict: # for `score_part`
     "The mix in which nothing is chosen: every adapter alike"
-    return as_mix(names, np.full((n, len(names)), 1/len(names)))
+    share = 1/len(names)
+    return as_mix(names, np.full((n, len(names)), share))
 
-# %% ../../nbs/proof/70_compare.ipynb #653b1b9f
+# %% ../../nbs/proof/70_compare.ipynb #3b3283bd
 def macro_nll(
     losses:Losses, # its records, domains and tokens
     nll:np.ndarray # (T,) the loss of each token under a system
 )->float: # nats a token
     "Mean loss over domains"
-    return domain_nll(record_sums(nll, losses.offsets), losses.tokens, losses.domains)['macro']
+    sums = record_sums(nll, losses.offsets)
+    by_domain = domain_nll(sums, losses.tokens, losses.domains)
+    return by_domain['macro']
 
 # %% ../../nbs/proof/70_compare.ipynb #d0882647
 def macro_ppl(
@@ -202,7 +209,8 @@ class Setting:
         part:str
     )->np.ndarray: # (T,)
         "Losses when each prompt goes to the expert that turned out best: an upper bound"
-        return self.top1(part, hindsight(self.losses[part], self.names))
+        which = hindsight(self.losses[part], self.names)
+        return self.top1(part, which)
 
 # %% ../../nbs/proof/70_compare.ipynb #28d9bc0b
 def make_setting(
@@ -216,9 +224,10 @@ def make_setting(
     "Score the experts of a setting, each alone and all mixed alike"
     losses = {part: score_part(setup, part, adapters) for part in ('router', 'dev', 'test')}
     uniform = {}
-    for part, which in own.items():
-        mixes = {'uniform mix': uniform_mix(domains.names, len(which))}
-        uniform[part] = score_part(setup, part, adapters, mixes).nll[0]
+    for part in own:
+        mix = uniform_mix(domains.names, len(own[part]))
+        mixed = score_part(setup, part, adapters, {'uniform mix': mix})
+        uniform[part] = mixed.nll[0]
     return Setting(name, adapters, domains, labels, own, losses, uniform)
 
 # %% ../../nbs/proof/70_compare.ipynb #15baeab9
