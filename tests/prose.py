@@ -92,7 +92,7 @@ def contributing(): return {
 }
 
 def rooms(): return {
-    'in two files that hold no code': 'JSON and safetensors', 'nothing twice': 'no number',
+    'what is half-written': 'no number', 'in two files that hold no code': 'JSON and safetensors', 'nothing twice': 'no number',
     'turn {} domains of real text': [word(len(DOMAINS))],
     'and {} parts that code cannot confuse': [word(len(PARTS))],
     'spent two ways: on one adapter, or on one expert for each': 'the two ways follow',
