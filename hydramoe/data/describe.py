@@ -13,7 +13,7 @@ import yaml
 from ..foundations.core import HydraError, one_of
 from ..foundations.files import file_sha256, write_bytes, write_json, write_jsonl
 from .records import DOMAINS, card_names, cards_digest, load, load_card, row_records
-from .formats import read_records
+from .stream import read_records
 from ..foundations.store import stage
 from .unify import SIZES, size_category
 

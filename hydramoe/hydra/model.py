@@ -39,7 +39,8 @@ from ..models.base import HUB_ID, PACKAGED, Base, Refused, answer_text, base_dir
 from ..models.base import compute_dtype, differences, embedding_rows, heard, is_known, keep_place, load_base, render, tiny_base, tokenizer_identity
 from ..models.encode import encode
 from ..data.records import sides
-from ..data.formats import Tally, detect, stream_records
+from ..data.detect import detect
+from ..data.stream import RowCounts, stream_records
 from ..foundations.core import check_names
 from ..models.hidden import given_to, hidden_mean, mean_state
 from ..domains.cluster import Domains, describe, discover, edit_domains, embed_stage, encoder_id, load_embeddings
@@ -1005,7 +1006,7 @@ def gather(
     if all(isinstance(s, dict) for s in source): return list(source), []
     records, rejects = [], []
     for f in source:
-        seen, tally, bad = detect(f, **how), Tally(), []
+        seen, tally, bad = detect(f, **how), RowCounts(), []
         log(seen)
         records += [_placed(r, file=str(f), line=tally.line, row=tally.rows) for r in stream_records(seen, bad, tally=tally, distinct=True)]
         log(tally)

@@ -168,7 +168,7 @@ def _line(*words): return 'hydramoe ' + shlex.join(map(str, words)) # to be copi
 def _rejected(rejects, out):
     "Say what was refused and write it beside the bundle; returns the file, or None"
     if not rejects: return None
-    from hydramoe.data.formats import write_rejects
+    from hydramoe.data.stream import write_rejects
     out = out if out.name not in ('', '..') else Path(os.path.abspath(out))
     file, r = write_rejects(out.with_name(out.name+'.rejects.jsonl'), rejects), rejects[0]
     rows = 'a row was' if len(rejects)==1 else f'{len(rejects)} rows were'
@@ -324,7 +324,7 @@ def from_adapters(
     return f"{a.out}: {hydra}\n{adopted(hydra)}\ntry it: {try_it}", dict(bundle=str(a.out), experts=hydra.names, built=hydra.about['built'], next=try_it)
 
 def _reading(a):
-    from hydramoe.data.formats import parse_columns
+    from hydramoe.data.forms import parse_columns
     return dict(form=a.form, format=a.format, columns=parse_columns(a.map), encoding=a.encoding, key=a.key)
 
 def _a_prompt(records):
