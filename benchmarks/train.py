@@ -47,10 +47,10 @@ def rows_of(a, base):
     from hydramoe.models.encode import encode
     from hydramoe.data.records import DOMAINS, cards_digest
     from hydramoe.foundations.store import stage
-    from hydramoe.data.unify import toy_unify, unify
+    from hydramoe.data.unified_card import toy_unify_stage, unify_stage
     toy = a.base=='tiny'
     params = dict(tokens_per_domain=400*a.rows, dev=1, test=a.held, max_length=a.length, seed=0, cards='' if toy else cards_digest())
-    data = stage(toy_unify if toy else unify, params)
+    data = stage(toy_unify_stage if toy else unify_stage, params)
     parts = {p: [encode(r, base.tokenizer, a.length, a.length) for r in read_jsonl(data/f'{p}.jsonl')] for p in ('experts', 'test')}
     def of(part, most): return {d: [x for x in parts[part] if x and x.domain==d][:most] for d in DOMAINS[:a.domains]}
     train = of('experts', a.rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 from hydramoe.foundations.files import read_json
 from hydramoe.data.records import DOMAINS
 from hydramoe.use.reproduce import SPEEDS, Graph, load_result, members, params_at, published, rooms_table
-from hydramoe.data.unify import PARTS
+from hydramoe.data.parts import PARTS
 
 root = Path(__file__).parents[1]
 def text(*parts): return root.joinpath(*parts).read_text(encoding='utf-8')

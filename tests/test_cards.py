@@ -5,7 +5,7 @@ import pytest, yaml
 from hydramoe.data import records as data
 from hydramoe.foundations import fetch
 from hydramoe.foundations.core import HydraError, repo_root
-from hydramoe.data.unify import leaks
+from hydramoe.data.leaks import find_leaks
 
 NAMES = data.card_names()
 PUBLIC = [n for n in data.card_names(verified=None) if n not in NAMES]
@@ -122,7 +122,7 @@ def everything():
 def test_no_evaluation_row_is_trained_on(everything):
     "Over all cards: what `leaks` finds nothing in, and thus what any unified set draws from, holds no held-out question and no thirteen words of one"
     train, held = everything
-    clean = [r for r,where in zip(train, leaks(train, held)) if not where]
+    clean = [r for r,where in zip(train, find_leaks(train, held)) if not where]
     assert not leaked(clean, held)
     had, left = Counter(r['source'] for r in train), Counter(r['source'] for r in clean)
     for n in had: assert left[n] >= .94*had[n], f'{n}: {had[n]-left[n]} of {had[n]} rows are in a held-out set; the card itself should leave them out'
@@ -139,7 +139,7 @@ def test_a_planted_evaluation_row_is_found(everything):
     planted += [data.record([dict(role='user', content='As they say, ' + text(r)), dict(role='assistant', content='Yes.'), dict(role='user', content='And?')], 'x', 'web') for r in long.values()]
     assert set(long) | set(short) == set(data.card_names(use='evaluate')) and len(planted) > 40
     assert leaked(planted, held) == planted
-    assert all(leaks(planted, held))
+    assert all(find_leaks(planted, held))
 
 
 def test_training_and_held_out_sets_share_no_question(everything):

@@ -355,8 +355,8 @@ def test_resume_of_a_watched_run_is_bit_equal(k, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('part', ['router', 'dev', 'test'])
 def test_rows_of_another_part_are_never_trained_on(tmp_path, part):
-    from hydramoe.data.unify import open_unified, toy_unify
-    d = stage(toy_unify, dict(tokens_per_domain=300, router=1, dev=1, test=1, max_length=200), root=tmp_path)
+    from hydramoe.data.unified_card import open_unified, toy_unify_stage
+    d = stage(toy_unify_stage, dict(tokens_per_domain=300, router=1, dev=1, test=1, max_length=200), root=tmp_path)
     how = dict(base='tiny', quant='fp32', lora=LORA, spec=SPEC)
     with pytest.raises(HydraError, match=f"of the part '{part}'"): train_seed(tmp_path/'x', rows_dir=d, file=f'{part}.jsonl', **how)
     assert not (tmp_path/'x').exists()

@@ -15,7 +15,7 @@ from ..foundations.files import file_sha256, write_bytes, write_json, write_json
 from .records import DOMAINS, card_names, cards_digest, load, load_card, row_records
 from .stream import read_records
 from ..foundations.store import stage
-from .unify import SIZES, size_category
+from .hub_metadata import SIZES, size_category
 
 # %% ../../nbs/data/28_describe.ipynb #cell6
 LICENSES = tuple('''apache-2.0 mit openrail bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0

@@ -120,7 +120,7 @@ def _use_row(form, row, domain, counts, first):
     counts.used += 1
     counts.records += len(new)
     counts.forms[name] += 1
-    counts.repairs.update(repairs)
+    counts.repairs.update(sorted(repairs))
     return new, None
 
 # %% ../../nbs/data/26c_stream.ipynb #ed4eed64

@@ -35,7 +35,7 @@ from .stack import LoraSpec, at_fork, gated, in_line, line_plan, one_hot, using
 from .adapters import unfit, with_adapters
 from ..foundations.source import source_hash
 from ..foundations.store import SealError, open_sealed, sealing, stage, work_dir
-from ..data.unify import DevRows, ExpertRows
+from ..data.parts import DevRows, ExpertRows
 from ..models.base import open_base
 
 # %% ../../nbs/experts/48_train.ipynb #cell8
