@@ -115,7 +115,7 @@ def drop_near_duplicates(
     "One record for each cluster, the most protected one"
     return _most_protected(records, near_clusters(records, threshold), seed)
 
-# %% ../../nbs/data/27b_dedup.ipynb #1d0a2d98
+# %% ../../nbs/data/27b_dedup.ipynb #58be0fa4
 def drop_duplicates(
     records:list[dict], # in any order
     seed:int=0 # of the split

@@ -522,15 +522,15 @@ def data_show(a):
          arg('names', nargs='+', metavar='NAME', help='of a card, as `hydramoe data list --verified all` shows it'))
 def data_prepare(a):
     "Where each set's records are now"
-    from hydramoe.data.describe import prepare
-    made = {n: str(prepare(n)) for n in a.names}
+    from hydramoe.data.prepare import run_prepare
+    made = {n: str(run_prepare(n)) for n in a.names}
     return '\n'.join(f'{n}: {p}' for n,p in made.items()), made
 
 @command('data check', 'Hold cards to what they say', ['hydramoe data check math', 'hydramoe data check --no-fetch'],
          arg('names', nargs='*', metavar='NAME', help='of a card (default: every card)'), arg('--no-fetch', action='store_true', help='do not fetch, map and count; only read the cards'))
 def data_check(a):
     "Every fault of every card; an error if there is one"
-    from hydramoe.data.describe import check_card
+    from hydramoe.data.prepare import check_card
     from hydramoe.data.records import card_names
     found = [check_card(n, not a.no_fetch) for n in a.names or card_names(verified=None)]
     text = [f"{c['name']:30} {c['verified']:10} " + ('; '.join(c['faults']) or 'fine') for c in found]
@@ -542,7 +542,7 @@ def data_check(a):
          arg('--domain', default='general', help='one of the nine, or general (default %(default)s)'), arg('--out', default='data_cards', metavar='DIR', help='folder for NAME.md and NAME.jsonl (default %(default)s)'))
 def data_card(a):
     "The new card, and what to do with it"
-    from hydramoe.data.describe import new_card
+    from hydramoe.data.new_card import new_card
     path = new_card(a.file, a.name or Path(a.file).stem, a.out, a.domain)
     then = f'Write its prose and licence, then: export HYDRAMOE_CARDS={path.parent} and hydramoe data check {path.stem}'
     return f'{path}\n\n{path.read_text(encoding="utf-8")}\n{then}', dict(card=str(path))
