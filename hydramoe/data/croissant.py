@@ -16,7 +16,8 @@ def _mlcroissant():
     "The package mlcroissant, or how to get it"
     try: import mlcroissant
     except ImportError:
-        raise HydraError("Croissant needs the package mlcroissant; install it with: pip install 'hydramoe[croissant]'") from None
+        advice = "install it with: pip install 'hydramoe[croissant]'"
+        raise HydraError(f'Croissant needs the package mlcroissant; {advice}') from None
     logging.getLogger('absl').setLevel(logging.ERROR)
     return mlcroissant
 
@@ -26,8 +27,10 @@ def _text_field(mlc, name, column=None, json_path=None):
     transforms = [mlc.Transform(json_path=json_path)] if json_path else []
     extract = mlc.Extract(column=column or name)
     source = mlc.Source(file_object='records.jsonl', extract=extract, transforms=transforms)
-    return mlc.Field(id=f'records/{name}', name=name.split('/')[-1], data_types=[mlc.DataType.TEXT], source=source)
+    short = name.split('/')[-1]
+    return mlc.Field(id=f'records/{name}', name=short, data_types=[mlc.DataType.TEXT], source=source)
 
+# %% ../../nbs/data/28_croissant.ipynb #0b301bbb
 def _messages_field(mlc, name):
     "Messages: a repeated field of role and content"
     parts = [_text_field(mlc, f'{name}/{key}', name, f'$[*].{key}') for key in ('role', 'content')]
@@ -51,13 +54,14 @@ def _raw_files(mlc, card):
                                     encoding_formats=['application/octet-stream'], sha256=sha))
     return files
 
+# %% ../../nbs/data/28_croissant.ipynb #3b1dd9c5
 def _home_url(card):
     "Where a set is from"
     if 'hub' in card: return f"https://huggingface.co/datasets/{card['hub']}"
     package = card.get('package', card.get('generator', 'hydramoe'))
     return 'pkg:pypi/' + package.replace('==', '@')
 
-# %% ../../nbs/data/28_croissant.ipynb #fe78890b
+# %% ../../nbs/data/28_croissant.ipynb #5a516238
 def describe_records(
     records:Path, # a JSON-lines file of records, named records.jsonl
     card:dict # from `load_card`
@@ -83,6 +87,7 @@ def _plain_value(value):
     if not isinstance(value, dict): return value
     return {key.split('/')[-1]: _plain_value(v) for key, v in value.items()}
 
+# %% ../../nbs/data/28_croissant.ipynb #d5d0934c
 def read_croissant(
     path:Path # of a croissant.json beside its files
 )->list[dict]: # records

@@ -80,6 +80,12 @@ def near_pairs(
         lsh.insert(i, minhash, check_duplication=False)
 
 # %% ../../nbs/data/27b_dedup.ipynb #cell21
+def _connected(pairs, n):
+    "For each of `n` points the number of its cluster, if these pairs are connected"
+    i, j = np.array(pairs, int).reshape(-1, 2).T
+    edges = coo_matrix((np.ones(len(i), bool), (i, j)), shape=(n, n))
+    return connected_components(edges, directed=False)[1].tolist()
+
 def _same_conversation(a, b): return 'group' in a and a['group'] == b.get('group')
 
 def near_clusters(
@@ -88,13 +94,13 @@ def near_clusters(
 )->list[str]: # for each record the smallest id of its cluster
     "Which records are nearly the same, whatever source or domain they are from"
     sets = [shingles(prompt_words(r)) for r in records]
-    pairs = [(i, j) for i, j in near_pairs(sets, threshold) if not _same_conversation(records[i], records[j])]
-    i, j = np.array(pairs, int).reshape(-1, 2).T
-    edges = coo_matrix((np.ones(len(i), bool), (i, j)), shape=(len(records), len(records)))
-    _, labels = connected_components(edges, directed=False)
-    labels = labels.tolist()
+    pairs = []
+    for i, j in near_pairs(sets, threshold):
+        if not _same_conversation(records[i], records[j]): pairs.append((i, j))
+    ids = [r['id'] for r in records]
+    labels = _connected(pairs, len(records))
     smallest = {} # label → id
-    for label, r in zip(labels, records): smallest[label] = min(smallest.get(label, r['id']), r['id'])
+    for label, id in zip(labels, ids): smallest[label] = min(smallest.get(label, id), id)
     return [smallest[label] for label in labels]
 
 # %% ../../nbs/data/27b_dedup.ipynb #cell28
@@ -105,8 +111,10 @@ def _most_protected(rows, names, seed):
         return hash_position(row, seed), row['id']
     best = {}
     for row, name in sorted(zip(rows, names), key=order): best.setdefault(name, row)
-    return [r for r, name in zip(rows, names) if r is best[name] or _same_conversation(r, best[name])]
+    def stays(row, name): return row is best[name] or _same_conversation(row, best[name])
+    return [row for row, name in zip(rows, names) if stays(row, name)]
 
+# %% ../../nbs/data/27b_dedup.ipynb #560a2b94
 def drop_near_duplicates(
     records:list[dict], # prompts distinct
     seed:int=0, # of the split
@@ -115,7 +123,7 @@ def drop_near_duplicates(
     "One record for each cluster, the most protected one"
     return _most_protected(records, near_clusters(records, threshold), seed)
 
-# %% ../../nbs/data/27b_dedup.ipynb #58be0fa4
+# %% ../../nbs/data/27b_dedup.ipynb #b5e15904
 def drop_duplicates(
     records:list[dict], # in any order
     seed:int=0 # of the split

@@ -12,13 +12,15 @@ from itertools import islice
 from pathlib import Path
 from ..foundations.core import HydraError, one_of
 from .records import FORM_COLUMNS
-from .formats import Form, decode_json, FILE_FORMATS, encoding_of, parse_row, file_errors, open_bytes
+from .formats import FILE_FORMATS, Form, decode_json, encoding_of, parse_row, file_errors, open_bytes
 from .formats import delimiter_of, names_text, rows_in
 from .forms import form_by_columns, columns_template, row_to_records, BAD_ROW_ERRORS, unread_keys
 from .forms import resolve_columns
 
-# %% ../../nbs/data/26b_detect.ipynb #caa7acef
-def _is_rows(value): return isinstance(value, list) and bool(value) and all(isinstance(r, dict) for r in value)
+# %% ../../nbs/data/26b_detect.ipynb #bd27f740
+def _is_rows(value):
+    if not isinstance(value, list) or not value: return False
+    return all(isinstance(r, dict) for r in value)
 
 def _array_format(first, value, rest, lines):
     "'json' or 'jsonl' of a text that begins with [: one array, or an array a line"
@@ -27,6 +29,7 @@ def _array_format(first, value, rest, lines):
     several = bool(value) and bool(rest.strip())
     return 'jsonl' if lines or several else 'json'
 
+# %% ../../nbs/data/26b_detect.ipynb #962a200b
 def _object_format(value, rest, lines):
     "'json' or 'jsonl' of a text that begins with {: one document, or an object a line"
     if value is None: return 'jsonl' if lines else 'json'
@@ -34,6 +37,7 @@ def _object_format(value, rest, lines):
     holds_rows = any(map(_is_rows, value.values()))
     return 'jsonl' if lines and not holds_rows else 'json'
 
+# %% ../../nbs/data/26b_detect.ipynb #b74bef83
 def _json_format(text, suffix):
     "'jsonl' or 'json' of a text that begins with { or ["
     first, _, rest = text.lstrip().partition('\n')
@@ -56,7 +60,7 @@ FOREIGN = {
     b'\x80\x04\x95': 'a pickle',
     b'\x93NUMPY': 'a numpy array',
 }
-_FORMAT_OF_SUFFIX = dict(jsonl='jsonl', ndjson='jsonl', json='json', csv='csv', tsv='tsv', tab='tsv', parquet='parquet', pq='parquet')
+_FORMAT_OF_SUFFIX = {f: f for f in FILE_FORMATS} | dict(ndjson='jsonl', tab='tsv', pq='parquet')
 
 def _suffix(path):
     "The last suffix but .gz, without its dot"
@@ -75,7 +79,7 @@ def _sniff_format(path, head, text):
     if len(re.split(r'[,;\t|]', header)) > 1 and '\0' not in text: return 'csv'
     raise HydraError(f"{path} is no format that can be seen; say format= one of {', '.join(FILE_FORMATS)}")
 
-# %% ../../nbs/data/26b_detect.ipynb #4cdfdfc3
+# %% ../../nbs/data/26b_detect.ipynb #12f4014a
 def _decode_head(path, head, encoding):
     "How a text file begins, and the codec to read it with"
     codec = encoding or encoding_of(head[:4096])
@@ -93,6 +97,7 @@ def _decode_head(path, head, encoding):
 class BadRows(HydraError):
     "A file of which not one row can be used"
 
+# %% ../../nbs/data/26b_detect.ipynb #63b9a1b4
 _HEAD = 1<<20 # bytes that are looked at
 
 def _is_one_row(text, n_bytes):
@@ -100,6 +105,7 @@ def _is_one_row(text, n_bytes):
     if n_bytes >= _HEAD or text.lstrip()[0] != '{': return False
     return form_by_columns(parse_row(1, text, decode_json, _HEAD).value) is not None
 
+# %% ../../nbs/data/26b_detect.ipynb #53e4ef49
 def _file_form(path, format, encoding, key, delimiter):
     "How to read a file, without its columns"
     if format: one_of(format, FILE_FORMATS, 'format')
@@ -115,7 +121,7 @@ def _file_form(path, format, encoding, key, delimiter):
         with file_errors(path): cut = delimiter_of(text.splitlines()[0])
     return Form(path, kind, codec, delimiter or cut, key)
 
-# %% ../../nbs/data/26b_detect.ipynb #3874cb65
+# %% ../../nbs/data/26b_detect.ipynb #27755abf
 _GUESSES = dict(
     prompt=('question', 'query', 'input', 'instruction', 'user', 'request', 'text'),
     completion=('answer', 'response', 'output', 'reply', 'assistant', 'target', 'label'))
@@ -134,7 +140,7 @@ def column_hint(
     in_python = f'columns=dict(prompt={prompt!r}, completion={completion!r})'
     return f'say which is which: {in_python}, or --map prompt={prompt},completion={completion}'
 
-# %% ../../nbs/data/26b_detect.ipynb #7a56d09a
+# %% ../../nbs/data/26b_detect.ipynb #b79b39dd
 def has_form_columns(
     form:Form, # with its columns resolved
     names:list[str] # of the file's columns
@@ -145,7 +151,7 @@ def has_form_columns(
     ours = {*form.columns, *names} - moved
     return any(ours >= {*needed} for name, needed in FORM_COLUMNS.items() if form.form in (None, name))
 
-# %% ../../nbs/data/26b_detect.ipynb #90784a31
+# %% ../../nbs/data/26b_detect.ipynb #593fa9ef
 def _look_at_rows(form, rows, names):
     "What the first rows are: how many of which form, keys that are not read, the first record"
     forms = Counter()
@@ -162,6 +168,7 @@ def _look_at_rows(form, rows, names):
         first = first or records[0]
     return dict(rows=len(rows), forms=dict(forms), first=first, names=names, unused=list(unread))
 
+# %% ../../nbs/data/26b_detect.ipynb #661309d1
 def _lacks_columns(form, names):
     "The error of a table without the columns that are needed"
     where = ' (read from its first line)' if form.format in ('csv', 'tsv') else ''
@@ -185,7 +192,8 @@ def detect(
     if form: one_of(form, FORM_COLUMNS, 'form')
     found = _file_form(path, format, encoding, key, delimiter)
     rows = list(islice(rows_in(found), 20))
-    names = list(dict.fromkeys(str(k) for r in rows if isinstance(r.value, dict) for k in r.value))
+    values = [r.value for r in rows if isinstance(r.value, dict)]
+    names = list(dict.fromkeys(str(k) for value in values for k in value))
     table = found.format in ('csv', 'tsv', 'parquet')
     found.form = form
     found.columns = resolve_columns(columns or {}, names, table)

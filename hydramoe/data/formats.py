@@ -98,6 +98,7 @@ def _why_not_text(char):
     names = "encoding='cp1252' (Windows) or 'latin-1', on the command line --encoding cp1252"
     return f'holds the byte {byte}, which is not UTF-8; if the whole file is in another encoding, name it: {names}'
 
+# %% ../../nbs/data/26_formats.ipynb #93f427f3
 def parse_row(
     line:int, # where the row begins
     raw:str, # its text
@@ -127,7 +128,7 @@ def _parse_object(pairs):
 
 decode_json = json.JSONDecoder(parse_int=_parse_int, object_pairs_hook=_parse_object).decode
 
-# %% ../../nbs/data/26_formats.ipynb #926eba0e
+# %% ../../nbs/data/26_formats.ipynb #9d547508
 def _bounded_lines(f, limit):
     "Lines with their ends; of a line longer than `limit` its beginning"
     while line := f.readline(limit+1):
@@ -135,6 +136,7 @@ def _bounded_lines(f, limit):
         while len(rest) > limit and rest[-1] not in '\r\n': rest = f.readline(limit+1)
         yield line
 
+# %% ../../nbs/data/26_formats.ipynb #e5fe5b89
 def _jsonl_rows(f, limit=MAX_CHARS):
     for n, line in enumerate(_bounded_lines(f, limit), 1):
         if line.strip(): yield parse_row(n, line.rstrip('\r\n'), decode_json, limit)
@@ -144,7 +146,7 @@ _STRUCTURE = re.compile(r'[\[\]{},:"]') # what means something outside of quotes
 _IN_QUOTES = re.compile(r'["\\]') # and inside
 
 def _json_marks(chunks, limit):
-    "(line, text, mark): each mark of structure and the text before it; the last mark is '', or '\"' if the text ends within quotes"
+    "(line, text, mark): each mark of structure and the text before it; the last mark is '', within quotes '\"'"
     parts = [] # of the text since the last mark, from earlier chunks
     quoted = False
     line = 1
@@ -224,7 +226,7 @@ def _rows_in_object(marks, key, limit):
     advice = "Give an array of objects (pandas: to_json(orient='records'))"
     raise ValueError(f'is an object without a list of objects; it has {has}. {advice}')
 
-# %% ../../nbs/data/26_formats.ipynb #fce3f5ae
+# %% ../../nbs/data/26_formats.ipynb #8106d176
 def _json_rows(f, limit=MAX_CHARS, key=None):
     chunks = iter(lambda: f.read(1<<16), '')
     marks = _json_marks(chunks, limit)
@@ -247,7 +249,7 @@ def delimiter_of(
     width = {d: len(next(csv.reader([line], delimiter=d), [])) for d in ',;\t|'}
     return max(width, key=width.get)
 
-# %% ../../nbs/data/26_formats.ipynb #19b20bf8
+# %% ../../nbs/data/26_formats.ipynb #4c6a78e3
 class _CsvLines:
     "Lines for the CSV reader; `taken` are those of the row that is being read"
     def __init__(self, lines):
@@ -267,7 +269,7 @@ class _CsvLines:
         self.again.extendleft(reversed(self.taken[1:]))
         del self.taken[1:]
 
-# %% ../../nbs/data/26_formats.ipynb #167203d4
+# %% ../../nbs/data/26_formats.ipynb #d54a8d51
 def _csv_header(reader, taken):
     "The columns of a CSV file; the reader is left at the first row"
     names = next(reader, [])
@@ -276,7 +278,7 @@ def _csv_header(reader, taken):
     if twice: raise ValueError(f'the header names {twice[0]!r} twice; rename one')
     return names
 
-# %% ../../nbs/data/26_formats.ipynb #fd8c5f3c
+# %% ../../nbs/data/26_formats.ipynb #f592f599
 def _csv_value(names, cells, n_lines):
     "A row of as many cells as there are columns, or a ValueError"
     while len(cells) > len(names) and not cells[-1]: cells.pop()
@@ -284,12 +286,13 @@ def _csv_value(names, cells, n_lines):
     hint = f'; it runs over {n_lines} lines, so a quote may be open' if n_lines > 1 else ''
     raise ValueError(f'has {len(cells)} fields where the header has {len(names)}{hint}')
 
+# %% ../../nbs/data/26_formats.ipynb #dda6bfbf
 def _csv_fault(error, n_lines):
     "What the CSV reader complains about; without the row's newlines if a quote is open"
     is_open = n_lines > 1 or 'end of data' in str(error)
     return f"is not CSV: {error}{'; a quote that opens here is not closed' if is_open else ''}"
 
-# %% ../../nbs/data/26_formats.ipynb #aa3a63c2
+# %% ../../nbs/data/26_formats.ipynb #83970590
 def _csv_rows(f, limit=MAX_CHARS, delimiter=','):
     csv.field_size_limit(max(csv.field_size_limit(), limit))
     lines = _CsvLines(_bounded_lines(f, limit))
@@ -309,7 +312,9 @@ def _csv_rows(f, limit=MAX_CHARS, delimiter=','):
         def parse(raw):
             if fault: raise ValueError(fault)
             return _csv_value(names, cells, n_lines)
-        if fault or any(cells): yield parse_row(line, ''.join(lines.taken).rstrip('\r\n'), parse, limit)
+        if fault or any(cells):
+            raw = ''.join(lines.taken).rstrip('\r\n')
+            yield parse_row(line, raw, parse, limit)
         line += n_lines
 
 # %% ../../nbs/data/26_formats.ipynb #cell35
@@ -323,6 +328,7 @@ def _batch_values(batch):
     for i in range(batch.num_rows): values += _batch_values(batch.slice(i, 1))
     return values
 
+# %% ../../nbs/data/26_formats.ipynb #61fb2fcb
 def _parquet_batches(path):
     "The batches of a Parquet file whose columns have names of their own"
     import pyarrow.parquet as pq
@@ -331,6 +337,7 @@ def _parquet_batches(path):
         if twice: raise ValueError(f'has two columns {twice[0]!r}; rename one')
         yield from f.iter_batches(batch_size=64)
 
+# %% ../../nbs/data/26_formats.ipynb #869db101
 def _parquet_rows(path, limit=MAX_CHARS):
     import pyarrow as pa
     n = 0
@@ -360,10 +367,11 @@ class Form:
 
     def __str__(self): return _form_text(self)
 
-# %% ../../nbs/data/26_formats.ipynb #7afd06c2
+# %% ../../nbs/data/26_formats.ipynb #8ad05448
 DISPLAY_NAMES = dict(
     jsonl='JSON lines', json='JSON', csv='CSV', tsv='TSV', parquet='Parquet', # of formats
-    pairs='prompt–completion', sharegpt='ShareGPT', alpaca='Alpaca', preference='preference', bad='not usable') # of forms
+    pairs='prompt–completion', sharegpt='ShareGPT', alpaca='Alpaca', preference='preference', # of forms
+    bad='not usable')
 
 def count_text(
     counts:dict # form → number of rows
@@ -371,6 +379,7 @@ def count_text(
     "Numbers of rows by form, in words"
     return ', '.join(f'{n:,} {DISPLAY_NAMES.get(form, form)}' for form, n in counts.items())
 
+# %% ../../nbs/data/26_formats.ipynb #635e5177
 def names_text(
     names:list[str] # e.g. of columns
 )->str: # the first twelve, and how many more
@@ -378,7 +387,7 @@ def names_text(
     shown = ', '.join(n.strip() or '(no name)' for n in names[:12])
     return shown + (f', and {len(names)-12} more' if len(names) > 12 else '')
 
-# %% ../../nbs/data/26_formats.ipynb #53f00873
+# %% ../../nbs/data/26_formats.ipynb #481fcfb5
 def _excerpt(text, n=50):
     text = ' '.join(text.split())
     return repr(text if len(text) <= n else text[:n-1]+'…')
@@ -391,6 +400,7 @@ def _format_text(form):
     if form.key: parts.append(f'list {form.key!r}')
     return ', '.join(parts)
 
+# %% ../../nbs/data/26_formats.ipynb #2fa46917
 def _form_text(form):
     "One line: the format, the forms of the first rows, what is renamed or not read, the first record"
     seen = form.seen
@@ -406,14 +416,17 @@ def _form_text(form):
         parts.append(f'first record {question} → {answer}')
     return f'{form.path.name}: ' + '; '.join(parts)
 
-# %% ../../nbs/data/26_formats.ipynb #9d16453f
+# %% ../../nbs/data/26_formats.ipynb #23eb9333
 def _text_rows(f, form, max_chars):
     "The rows of an open text file"
     if form.format in ('csv', 'tsv'): return _csv_rows(f, max_chars, form.delimiter)
     if form.format == 'jsonl': return _jsonl_rows(f, max_chars)
-    if form.key == '': return iter([parse_row(1, f.read(max_chars+1), decode_json, max_chars)])
+    if form.key == '':
+        text = f.read(max_chars+1)
+        return iter([parse_row(1, text, decode_json, max_chars)])
     return _json_rows(f, max_chars, form.key)
 
+# %% ../../nbs/data/26_formats.ipynb #a474aafa
 def rows_in(
     form:Form, # from `detect`
     max_chars:int=MAX_CHARS # of one row; a longer one has no value

@@ -73,7 +73,7 @@ def order_turns(
     for i, message in enumerate(talk, 1):
         role = message['role']
         last = out[-1]['role'] if out else None
-        if role == last and role in ('system', 'user', 'assistant'): out[-1] = _join_turns(out[-1], message, repairs)
+        if role == last and role != 'tool': out[-1] = _join_turns(out[-1], message, repairs)
         elif role == 'assistant' and last in (None, 'system'): repairs.add(OPENING)
         elif role == 'system' and out: raise ValueError(f'has its roles out of order: turn {i} {_SYSTEM_LATE}')
         elif role == 'tool' and last not in ('assistant', 'tool'):
@@ -106,7 +106,8 @@ def _read_call(call):
         try: arguments = decode_json(given)
         except (ValueError, RecursionError): arguments = None
     if isinstance(arguments, dict): return dict(name=f['name'], arguments=arguments)
-    raise ValueError(f"has arguments of {f['name']} that are no JSON object: {str(given)[:30]!r}; write them as {{...}}")
+    shown = repr(str(given)[:30])
+    raise ValueError(f"has arguments of {f['name']} that are no JSON object: {shown}; write them as {{...}}")
 
 # %% ../../nbs/data/26a_forms.ipynb #1f96ad0a
 JOINED_PARTS = 'content given in parts, joined'
@@ -156,7 +157,9 @@ def columns_template(
     "The renames as templates, if one of them is"
     if not any('{' in theirs for ours, theirs in columns.items() if ours not in MESSAGE_KEYS): return None
     other = columns.keys() - {'prompt', 'completion', 'system'}
-    if other: raise HydraError(f'with a template in braces, {min(other)!r} cannot be renamed; give prompt, completion and perhaps system')
+    if other:
+        advice = 'give prompt, completion and perhaps system'
+        raise HydraError(f'with a template in braces, {min(other)!r} cannot be renamed; {advice}')
     return {ours: theirs if '{' in theirs else f'{{{theirs}}}' for ours, theirs in columns.items()}
 
 # %% ../../nbs/data/26a_forms.ipynb #ffe05323
@@ -177,28 +180,36 @@ def resolve_columns(
         if ours not in names and len(found) == 1: alike[ours] = found[0]
     return alike | given
 
-# %% ../../nbs/data/26a_forms.ipynb #dbabce1a
+# %% ../../nbs/data/26a_forms.ipynb #ad57c0b3
+def _role_of(message):
+    "Our name for the role of a message, whatever its keys"
+    theirs = message.get('role', message.get('from'))
+    return ROLES.get(str(theirs).strip().casefold())
+
 def _ends_with_answer(talk):
-    last = talk[-1] if talk and isinstance(talk[-1], dict) else {}
-    role = str(last.get('role', last.get('from'))).strip().casefold()
-    return ROLES.get(role) == 'assistant'
+    last = talk[-1] if talk else None
+    return isinstance(last, dict) and _role_of(last) == 'assistant'
 
 def _without(row, names): return {k: v for k, v in row.items() if k not in names}
 
+# %% ../../nbs/data/26a_forms.ipynb #dd3aa35d
 def _find_question(row):
     "A row of preferences with the question as its prompt"
     for column in ('messages', 'conversations'):
         talk = row.get(column)
-        if isinstance(talk, list) and not _ends_with_answer(talk): return _without(row, [column]) | dict(prompt=talk)
+        if not isinstance(talk, list) or _ends_with_answer(talk): continue
+        return _without(row, [column]) | dict(prompt=talk)
     if not _filled(row.get('instruction')) or row.get('output'): return row
     question = row['instruction']
     if _filled(row.get('input')): question += '\n\n' + row['input']
     return _without(row, ['instruction', 'input', 'output']) | dict(prompt=question)
 
+# %% ../../nbs/data/26a_forms.ipynb #9bb267f4
 def _rename_row(row, columns):
     "A row with our names for its columns"
     moved = {ours: theirs for ours, theirs in columns.items() if ours not in MESSAGE_KEYS and theirs in row}
-    row = _without(row, moved.values()) | {ours: row[theirs] for ours, theirs in moved.items()}
+    renamed = {ours: row[theirs] for ours, theirs in moved.items()}
+    row = _without(row, moved.values()) | renamed
     is_preference = all(row.get(c) for c in FORM_COLUMNS['preference'])
     if is_preference and row.get('prompt') in (None, ''): return _find_question(row)
     return row
@@ -210,6 +221,7 @@ def _note_weights(weights, repairs):
     "Note weights that are neither 0 nor 1"
     if any(w not in (None, 0, 1) for w in weights): repairs.add(OTHER_WEIGHTS)
 
+# %% ../../nbs/data/26a_forms.ipynb #b7b1795a
 def _read_row(row, columns, form, repairs):
     "A row's form, and what is read of it under our names"
     if not isinstance(row, dict): raise ValueError(f'is a {type(row).__name__}; need an object in braces')
@@ -227,7 +239,13 @@ def _read_row(row, columns, form, repairs):
         read[k] = v.decode('utf-8')
     return name, read
 
-# %% ../../nbs/data/26a_forms.ipynb #1ba50f85
+# %% ../../nbs/data/26a_forms.ipynb #b96314be
+def _dicts(value):
+    "The objects in a list, or the one that a value is"
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, dict)]
+
+# %% ../../nbs/data/26a_forms.ipynb #0646f4a3
 UNLEARNED = 'answers that ask not to be learned, left in the prompts of the turns after them'
 
 def _message_keys(message, role, text):
@@ -236,22 +254,28 @@ def _message_keys(message, role, text):
     if role in message: return role, text
     return ('from', 'value') if 'from' in message else None
 
+# %% ../../nbs/data/26a_forms.ipynb #58d985ab
 def _plain_messages(talk, repairs, role='role', text='content'):
     "Messages under our names; what is no message stays for the complaint"
     keys = [_message_keys(m, role, text) for m in talk]
-    talk = [flatten_turn(m, k[1], repairs) if k else m for m, k in zip(talk, keys)]
-    _note_weights([weight_of(m) for m, k in zip(talk, keys) if k], repairs)
-    talk = [plain_message(m, *k) if k else m for m, k in zip(talk, keys)]
-    if any(isinstance(m, dict) and m.get('weight') == 0 for m in talk): repairs.add(UNLEARNED)
+    messages = {i: k for i, k in enumerate(keys) if k}
+    talk = list(talk)
+    for i, (_, text_key) in messages.items(): talk[i] = flatten_turn(talk[i], text_key, repairs)
+    _note_weights([weight_of(talk[i]) for i in messages], repairs)
+    for i, k in messages.items(): talk[i] = plain_message(talk[i], *k)
+    if any(m.get('weight') == 0 for m in _dicts(talk)): repairs.add(UNLEARNED)
     return talk
 
+# %% ../../nbs/data/26a_forms.ipynb #941d9077
 def _is_talk(messages):
     "Whether a value is a conversation under our names"
-    def is_plain(m):
-        return isinstance(m, dict) and m.get('role') in ROLES.values() and isinstance(m.get('content'), str)
-    return isinstance(messages, list) and bool(messages) and all(is_plain(m) for m in messages)
+    if not isinstance(messages, list) or not messages: return False
+    for m in messages:
+        if not isinstance(m, dict) or m.get('role') not in ROLES.values(): return False
+        if not isinstance(m.get('content'), str): return False
+    return True
 
-# %% ../../nbs/data/26a_forms.ipynb #e16ed683
+# %% ../../nbs/data/26a_forms.ipynb #fedc9ab9
 def _parse_cell(column, text):
     "A conversation that is JSON in one cell"
     try: return decode_json(text)
@@ -259,6 +283,7 @@ def _parse_cell(column, text):
     advice = 'A list that pandas wrote into CSV cannot be read back: export JSON lines or Parquet'
     raise ValueError(f'{column} is {text[:30]!r}…, which is not JSON. {advice}')
 
+# %% ../../nbs/data/26a_forms.ipynb #b06da93e
 def _conversation_keys(first, form, columns):
     "The keys of role and content in a conversation that begins with this message"
     is_sharegpt = 'from' in first or form == 'sharegpt' and 'role' not in first
@@ -267,11 +292,13 @@ def _conversation_keys(first, form, columns):
     text = columns.get('content') or columns.get('value') or text
     return role, text
 
+# %% ../../nbs/data/26a_forms.ipynb #25e1725d
 def _has_content(message, role, text):
     "Whether a message has a role, and a text or calls"
     if not isinstance(message, dict) or role not in message: return False
     return text in message or bool(message.keys() & {'tool_calls', 'function_call'})
 
+# %% ../../nbs/data/26a_forms.ipynb #3f8e4edb
 def _order_conversation(row, form, columns, repairs):
     "Put the row's conversation in order; returns how `map_row` is to read it"
     column = FORM_COLUMNS[form][0]
@@ -287,7 +314,7 @@ def _order_conversation(row, form, columns, repairs):
     if _is_talk(row[column]): row[column] = order_turns(row[column], repairs)
     return dict(messages=dict(messages=column))
 
-# %% ../../nbs/data/26a_forms.ipynb #c5df261e
+# %% ../../nbs/data/26a_forms.ipynb #9c124aa9
 def _order_pair(row, repairs):
     "Check the order of a prompt and a completion that are messages"
     for column in ('prompt', 'completion'):
@@ -300,6 +327,7 @@ def _order_pair(row, repairs):
         if (role == 'assistant') == (column == 'completion'): continue
         raise ValueError(f'has its roles out of order: the {column} ends with a turn of the {role}; {advice[column]}')
 
+# %% ../../nbs/data/26a_forms.ipynb #d46a9073
 def _order_preference(row, repairs):
     "Put the conversations of a row of preferences in order"
     for column in READ_COLUMNS['preference']:
@@ -328,12 +356,13 @@ def _form_records(row, form, source, domain, repairs):
     if 'system' in row: how = how | dict(system='{system}')
     return name, row_records(row, source, domain, how)
 
+# %% ../../nbs/data/26a_forms.ipynb #1ab7930e
 def _template_records(row, template, source, domain, repairs):
     "(form, records) of a row that is read by templates"
     if isinstance(row, dict): _note_weights(row_wishes(row, None, _fields(template)).values(), repairs)
     return 'template', row_records(row, source, domain, template)
 
-# %% ../../nbs/data/26a_forms.ipynb #d0ce1420
+# %% ../../nbs/data/26a_forms.ipynb #b7b78842
 THOUGHT = 'thoughts, which a base reads if its chat template takes them'
 
 def row_to_records(
@@ -354,37 +383,35 @@ def row_to_records(
     return name, records
 
 # %% ../../nbs/data/26a_forms.ipynb #unread-code
-def _dicts(value):
-    "The objects in a list, or the one that a value is"
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, dict)]
-
 def _keys_beyond(where, d, read):
     "The filled keys of an object that are not read, with the place where they are"
-    keys = [k for k, v in d.items() if k not in read and v not in (None, '', [], {})]
+    filled = [k for k, v in d.items() if v not in (None, '', [], {})]
+    keys = [k for k in filled if k not in read]
     if where: return [f"{where}' {k[:60]}" for k in keys]
     return [str(k)[:60] or '(no name)' for k in keys]
 
-# %% ../../nbs/data/26a_forms.ipynb #520c78aa
+# %% ../../nbs/data/26a_forms.ipynb #9eb3d4c7
 def _keys_of_turn(message, turn):
     "What is read of a message with these names for role and content"
     keys = {*turn, 'tool_calls', 'function_call'}
-    role = ROLES.get(str(message.get('role', message.get('from'))).strip().casefold())
+    role = _role_of(message)
     if role == 'tool': keys.add('name')
     if role != 'assistant': return keys | {k for k in WISHES if not message.get(k)}
     return keys | {*WISHES, 'masked'} | {k for k in THOUGHTS if isinstance(message.get(k), str)}
 
+# %% ../../nbs/data/26a_forms.ipynb #303666db
 def _unread_of_turn(message, turn):
     "What is not read of a message, of its parts and of its calls"
     out = _keys_beyond('messages', message, _keys_of_turn(message, turn))
-    for part in _dicts(message.get('content')): out += _keys_beyond('parts', part, ('type', 'text', *THOUGHTS))
+    for part in _dicts(message.get('content')):
+        out += _keys_beyond('parts', part, ('type', 'text', *THOUGHTS))
     for call in _dicts(message.get('tool_calls')) + _dicts(message.get('function_call')):
         out += _keys_beyond('calls', call, ('type', 'function', 'name', 'arguments'))
         function = call['function'] if isinstance(call.get('function'), dict) else {}
         out += _keys_beyond('calls', function, ('name', 'arguments'))
     return out
 
-# %% ../../nbs/data/26a_forms.ipynb #9c873bc6
+# %% ../../nbs/data/26a_forms.ipynb #3b2191b0
 def unread_keys(
     row:dict, # its value
     form, # the `Form` it was read by
@@ -398,7 +425,8 @@ def unread_keys(
     row = _rename_row(row, form.columns)
     columns = READ_COLUMNS[name]
     turn = (*MESSAGE_KEYS, *(theirs for ours, theirs in form.columns.items() if ours in MESSAGE_KEYS))
-    out = _keys_beyond('', row, {*columns, *EXTRA_COLUMNS[1:], *row_wishes(row, name, columns)})
+    read = {*columns, *EXTRA_COLUMNS[1:], *row_wishes(row, name, columns)}
+    out = _keys_beyond('', row, read)
     for column in columns:
         talk = row.get(column)
         if name in ('messages', 'sharegpt') and isinstance(talk, str): talk = _parse_cell(column, talk)

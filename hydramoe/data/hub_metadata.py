@@ -12,10 +12,10 @@ import re
 # %% ../../nbs/data/27_hub_metadata.ipynb #cell7
 LICENSE_PATTERNS = { # class → ids, from free to strict
     'public domain': r'cc0-1\.0|pddl|unlicense|wtfpl|public-domain',
-    'attribution': (r'mit|apache-2\.0|bsd(-\d-clause)?(-clear)?|isc|zlib|ncsa|afl-3\.0|ecl-2\.0|ms-pl|postgresql|artistic-2\.0'
-                    r'|bsl-1\.0|cc-by-\d\.\d|odc-by|cdla-permissive-\d\.\d'),
-    'share-alike': (r'cc-by-sa-\d\.\d|[al]?gpl(-\d\.\d)?(-only|-or-later)?|mpl-2\.0|odbl|gfdl|osl-3\.0|epl-\d\.\d|eupl-1\.\d'
-                    r'|cdla-sharing-1\.0'),
+    'attribution': (r'mit|apache-2\.0|bsd(-\d-clause)?(-clear)?|isc|zlib|ncsa|afl-3\.0|ecl-2\.0|ms-pl|postgresql'
+                    r'|artistic-2\.0|bsl-1\.0|cc-by-\d\.\d|odc-by|cdla-permissive-\d\.\d'),
+    'share-alike': (r'cc-by-sa-\d\.\d|[al]?gpl(-\d\.\d)?(-only|-or-later)?|mpl-2\.0|odbl|gfdl|osl-3\.0|epl-\d\.\d'
+                    r'|eupl-1\.\d|cdla-sharing-1\.0'),
     'restricted': r'(.*-)?n[cd](-.*)?',
 }
 LICENSE_CLASSES = (*LICENSE_PATTERNS, 'unclear')
@@ -38,16 +38,17 @@ def strictest(
 
 # %% ../../nbs/data/27_hub_metadata.ipynb #4f996a9a
 HUB_LICENSES = tuple('''
-    apache-2.0 mit openrail bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear
-    c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
-    cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
-    cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 ecl-2.0 epl-2.0 etalab-2.0 gfdl gpl gpl-3.0 lgpl lgpl-3.0 isc
-    llama2 llama3 llama3.1 gemma mpl-2.0 ms-pl ncsa odc-by odbl pddl agpl-3.0 gpl-2.0 lgpl-2.1 osl-3.0 ofl-1.1 postgresql
-    eupl-1.1 unlicense wtfpl zlib unknown other'''.split())
+    apache-2.0 mit openrail bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause
+    bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0
+    cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+    cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0
+    ecl-2.0 epl-2.0 etalab-2.0 gfdl gpl gpl-3.0 lgpl lgpl-3.0 isc llama2 llama3 llama3.1 gemma mpl-2.0 ms-pl ncsa
+    odc-by odbl pddl agpl-3.0 gpl-2.0 lgpl-2.1 osl-3.0 ofl-1.1 postgresql eupl-1.1 unlicense wtfpl zlib
+    unknown other'''.split())
 HUB_TASKS = tuple('''
-    text-generation question-answering table-question-answering multiple-choice text-classification token-classification
-    summarization translation table-to-text fill-mask sentence-similarity text-retrieval text-ranking zero-shot-classification
-    feature-extraction other'''.split())
+    text-generation question-answering table-question-answering multiple-choice text-classification
+    token-classification summarization translation table-to-text fill-mask sentence-similarity text-retrieval
+    text-ranking zero-shot-classification feature-extraction other'''.split())
 
 # %% ../../nbs/data/27_hub_metadata.ipynb #8eaefe8f
 SIZES = ('n<1K', '1K<n<10K', '10K<n<100K', '100K<n<1M', '1M<n<10M', '10M<n<100M', '100M<n<1B')
@@ -65,6 +66,7 @@ def _values(front, key):
     if isinstance(value, list): return value
     return [value] if value else []
 
+# %% ../../nbs/data/27_hub_metadata.ipynb #f50dea8f
 def _unknown_values(front):
     "A sentence for each value of the front matter that the Hub would not know"
     known = dict(license=HUB_LICENSES, task_categories=HUB_TASKS, size_categories=SIZES)
@@ -75,7 +77,7 @@ def _unknown_values(front):
         if re.fullmatch('[a-z]{2,3}|code|multilingual', str(value)): continue
         yield f"language: {value!r} is no ISO 639 code of two or three letters, nor 'code' or 'multilingual'"
 
-# %% ../../nbs/data/27_hub_metadata.ipynb #8a90a2a1
+# %% ../../nbs/data/27_hub_metadata.ipynb #6902e605
 def front_faults(
     front:dict, # a card's front matter
     rows:int|None=None # how many rows the card declares

@@ -21,6 +21,7 @@ def _prompt_marks(record):
     is_short = len(re.findall(r'\w+', last['content'])) < RUN_LENGTH
     return marks | grams(last['content']) if is_short else marks
 
+# %% ../../nbs/data/27c_leaks.ipynb #db682bc2
 def _word_runs(messages):
     "Every run of thirteen words in any of the messages, as numbers"
     runs = [np.empty(0, np.uint64)]
@@ -29,12 +30,13 @@ def _word_runs(messages):
         if m['role'] != 'system' and len(words) >= RUN_LENGTH: runs.append(shingles(words, RUN_LENGTH))
     return np.concatenate(runs)
 
-# %% ../../nbs/data/27c_leaks.ipynb #12f46261
+# %% ../../nbs/data/27c_leaks.ipynb #d3857ecc
 def _held_runs(held):
     "Every run of thirteen words that is held out, sorted"
     runs = [_word_runs([*r['prompt'], *r['completion']]) for r in held]
     return np.unique(np.concatenate([np.empty(0, np.uint64), *runs]))
 
+# %% ../../nbs/data/27c_leaks.ipynb #fe0835c6
 def find_leaks(
     records:list[dict], # to train on
     held:list[dict] # never to train on

@@ -55,6 +55,7 @@ def _check_new_name(name, files):
         if path.exists(): raise HydraError(f'{path} is there already; choose another name, or move it away')
     if name in card_names(verified=None): raise HydraError(f'there is a card {name!r} already; choose another name')
 
+# %% ../../nbs/data/28b_new_card.ipynb #4dbf86e5
 def new_card(
     file:str|Path, # JSONL, JSON, CSV or Parquet, in any form that `read_records` knows
     name:str, # of the card: letters, digits, _ and -

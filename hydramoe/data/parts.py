@@ -30,6 +30,7 @@ def _check_shares(shares):
     advice = 'give test, dev and router, each 0 or more, together less than 1: experts get the rest'
     raise HydraError(f'shares={shares}; {advice}')
 
+# %% ../../nbs/data/27a_parts.ipynb #5a997dbe
 def part_of(
     record:dict, # a record
     seed:int=0, # of the split
@@ -63,29 +64,32 @@ class Rows:
         if isinstance(i, slice): return type(self)(self.records[i])
         return self.records[i]
 
-# %% ../../nbs/data/27a_parts.ipynb #92e5083a
+# %% ../../nbs/data/27a_parts.ipynb #f058ff4b
 class ExpertRows(Rows):
     "Rows to train experts on"
     part = 'experts'
     why = 'an expert learns from these rows alone, so that all other parts are new to it'
 
+# %% ../../nbs/data/27a_parts.ipynb #56b8d739
 class RouterRows(Rows):
     "Rows to train a router or a gate on"
     part = 'router'
     why = 'a router must see how experts do on rows that they were not trained on'
 
+# %% ../../nbs/data/27a_parts.ipynb #35e32d5f
 class DevRows(Rows):
     "Rows to choose settings on"
     part = 'dev'
     why = 'settings are chosen where nothing was trained and nothing is reported'
 
+# %% ../../nbs/data/27a_parts.ipynb #5f627a21
 class TestRows(Rows):
     "Rows to report on, and for nothing else"
     part = 'test'
     why = 'a number is reported on rows that nothing was trained or chosen on'
     __test__ = False # pytest takes a name like this for a test
 
-# %% ../../nbs/data/27a_parts.ipynb #02764acb
+# %% ../../nbs/data/27a_parts.ipynb #f1400a41
 _ROW_TYPES = dict(test=TestRows, dev=DevRows, router=RouterRows, experts=ExpertRows)
 
 def kind_of(

@@ -28,6 +28,7 @@ def _hub_rows(card):
         advice = 'this needs a network that reaches the Hub, and for gated sets `hf auth login`'
         raise HydraError(f"card {card['name']}: the Hub's {card['hub']} could not be read ({why}); {advice}") from None
 
+# %% ../../nbs/data/28a_prepare.ipynb #88d1ffdf
 def hub_records(
     card:dict, # from `load_card`, with `hub`
     rows=None # its rows, one dict each; fetched if None
@@ -41,8 +42,9 @@ def hub_records(
         except ValueError as e: rejects.append(dict(line=i, reason=str(e)))
     return records, rejects
 
-# %% ../../nbs/data/28a_prepare.ipynb #6729cdf2
-HUB_FIELDS = ('pretty_name', 'license', 'license_name', 'license_link', 'language', 'task_categories', 'size_categories', 'tags', 'source_datasets')
+# %% ../../nbs/data/28a_prepare.ipynb #1ada8584
+HUB_FIELDS = ('pretty_name', 'license', 'license_name', 'license_link', 'language', 'task_categories', 'size_categories',
+              'tags', 'source_datasets')
 
 def hub_front(
     card:dict # from `load_card`
@@ -50,6 +52,7 @@ def hub_front(
     "The part of a card that the Hub understands"
     return {k: card[k] for k in HUB_FIELDS if k in card}
 
+# %% ../../nbs/data/28a_prepare.ipynb #80a3da88
 def card_text(
     front:dict, # front matter
     prose:str # Markdown
@@ -67,6 +70,7 @@ def _card_records(card):
     first = rejects[0]['reason'] if rejects else 'there is none'
     raise HydraError(f"card {card['name']}: not one row fits its mapping; the first: {first}")
 
+# %% ../../nbs/data/28a_prepare.ipynb #f5d913f2
 def prepare_stage(
     out:Path, # receives records.jsonl, README.md, croissant.json, and rejects.jsonl if there are any
     name:str, # of a card
@@ -82,7 +86,7 @@ def prepare_stage(
     write_bytes(out/'README.md', card_text(front, c['prose']).encode())
     write_json(out/'croissant.json', describe_records(out/'records.jsonl', c))
 
-# %% ../../nbs/data/28a_prepare.ipynb #e9365b6a
+# %% ../../nbs/data/28a_prepare.ipynb #26dbe73e
 def run_prepare(
     name:str # of a card
 )->Path: # sealed directory
@@ -96,7 +100,8 @@ def check_card(
 )->dict: # name, verified, domain, use, rows, and `faults`: one sentence each
     "All that is wrong with a card, as far as it can be seen from here"
     try: card = load_card(name)
-    except HydraError as e: return dict(name=name, verified='broken', domain=None, use=None, rows=None, faults=[str(e)])
+    except HydraError as e:
+        return dict(name=name, verified='broken', domain=None, use=None, rows=None, faults=[str(e)])
     faults = front_faults(hub_front(card), card['rows'])
     if fetch and card['verified'] == 'data':
         try: load(name)

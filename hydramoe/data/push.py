@@ -48,6 +48,7 @@ def _upload(api, path, repo_id, private, ours):
                              commit_message=message)
     return made.oid, api.list_repo_files(repo_id, repo_type='dataset', revision=made.oid)
 
+# %% ../../nbs/data/27f_push.ipynb #4ecb8665
 def push_dataset(
     path:str|Path, # a sealed directory, made by `unify_stage`
     repo_id:str, # 'owner/name'

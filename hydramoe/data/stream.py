@@ -66,6 +66,7 @@ def _reject_line(reject):
     try: return json.dumps(reject, ensure_ascii=False).encode('utf-8') + b'\n'
     except UnicodeEncodeError: return json.dumps(reject).encode() + b'\n'
 
+# %% ../../nbs/data/26c_stream.ipynb #8f38bee9
 class _RejectsWriter:
     "Takes rejects one by one"
     def __init__(self, f): self.f = f
@@ -73,7 +74,7 @@ class _RejectsWriter:
         "One line more"
         self.f.write(_reject_line(reject))
 
-# %% ../../nbs/data/26c_stream.ipynb #3eec793e
+# %% ../../nbs/data/26c_stream.ipynb #29b17f10
 @contextmanager
 def rejects_file(
     path:str|Path # such as mine.rejects.jsonl; replaced
@@ -85,6 +86,7 @@ def rejects_file(
         except BadRows as e: no_usable_row = e
     if no_usable_row: raise no_usable_row
 
+# %% ../../nbs/data/26c_stream.ipynb #61ae4626
 def write_rejects(
     path:str|Path, # such as mine.rejects.jsonl; replaced
     rejects:list[dict] # from `read_records`
@@ -94,17 +96,22 @@ def write_rejects(
         for r in rejects: f.append(r)
     return Path(path)
 
-# %% ../../nbs/data/26c_stream.ipynb #6639ec69
+# %% ../../nbs/data/26c_stream.ipynb #93890706
+def _try_row(row, form, domain, repairs):
+    "(form, records, None) of a row, or (None, [], reason)"
+    if row.why is not None: return None, [], row.why
+    try: name, found = row_to_records(row.value, form, domain, repairs)
+    except RecursionError: return None, [], 'is nested too deep'
+    except BAD_ROW_ERRORS as e: return None, [], str(e) or type(e).__name__
+    return name, found, None
+
+# %% ../../nbs/data/26c_stream.ipynb #63bbed5a
 def _use_row(form, row, domain, counts, first):
-    "The new records of a row, or the reason why there are none; `first`: id → line of the records so far, if repeats count"
+    "The new records of a row, or the reason why there are none; `first`: id → line, of the records before"
     counts.rows += 1
     counts.line = row.line
     repairs = set()
-    why = row.why
-    if why is None:
-        try: name, found = row_to_records(row.value, form, domain, repairs)
-        except RecursionError: why = 'is nested too deep'
-        except BAD_ROW_ERRORS as e: why = str(e) or type(e).__name__
+    name, found, why = _try_row(row, form, domain, repairs)
     if why is not None:
         counts.rejected += 1
         return [], why
@@ -123,7 +130,7 @@ def _use_row(form, row, domain, counts, first):
     counts.repairs.update(sorted(repairs))
     return new, None
 
-# %% ../../nbs/data/26c_stream.ipynb #ed4eed64
+# %% ../../nbs/data/26c_stream.ipynb #154140a4
 class _Reasons:
     "The first five reasons, each with the line where it was met first and the number of rows after that"
     def __init__(self): self.met = {}
@@ -139,6 +146,7 @@ class _Reasons:
             out += f"\n  line {line}: {' '.join(why.split())}{more}"
         return out
 
+# %% ../../nbs/data/26c_stream.ipynb #38b4d4d5
 def _column_advice(form):
     "A guess at the user's columns, where rows have none of ours"
     names = form.seen.get('names')
@@ -146,7 +154,7 @@ def _column_advice(form):
     if any(name in FORM_COLUMNS for name in form.seen['forms']): return ''
     return f'\n{column_hint(names)}'
 
-# %% ../../nbs/data/26c_stream.ipynb #e2af50f7
+# %% ../../nbs/data/26c_stream.ipynb #d6c343c3
 def _count_same_id(value, ids, counts):
     "Count a user's id that another row has"
     i = value.get('id') if isinstance(value, dict) else None
@@ -154,6 +162,7 @@ def _count_same_id(value, ids, counts):
     if i in ids: counts.repairs['an id that another row has too; ids are made anew from the content'] += 1
     ids.add(i)
 
+# %% ../../nbs/data/26c_stream.ipynb #cf18c6fd
 def stream_records(
     path:str|Path|Form, # a file, or what `detect` saw of it
     rejects=None, # takes what cannot be used, by `append`: a list, or from `rejects_file`; None: the first bad row is an error

@@ -33,6 +33,7 @@ def tokenizer_of(
     "The tokenizer that counts tokens for a base"
     return byte_tokenizer() if base == 'bytes' else base_tokenizer(base)
 
+# %% ../../nbs/data/27d_unify.ipynb #93612510
 def _count_tokens(rows, tokenizer, max_length):
     "id → (tokens, response tokens) of the rows that are not too long; ids of the rows that the template refuses"
     longest = max_length or 10**9
@@ -44,7 +45,9 @@ def _count_tokens(rows, tokenizer, max_length):
         except Refused:
             refused.add(r['id'])
             continue
-        if e: sizes[r['id']] = (len(e.ids), len(e.ids)-e.n_prompt)
+        if not e: continue # too long
+        n = len(e.ids)
+        sizes[r['id']] = (n, n-e.n_prompt)
     return sizes, refused
 
 # %% ../../nbs/data/27d_unify.ipynb #cell49
@@ -53,14 +56,16 @@ def _within_budget(rows, part, amount, sizes, seed):
     if amount is None: return rows
     pools = defaultdict(lambda: defaultdict(list)) # domain → source → (record, tokens)
     for r in sorted(rows, key=lambda r: digest([seed, 'draw', r['id']])):
-        pools[r['domain']][r['source']].append((r, sizes[r['id']][0]))
+        tokens, _ = sizes[r['id']]
+        pools[r['domain']][r['source']].append((r, tokens))
     unit = 'tokens' if part == 'experts' else 'rows'
     out = []
     for _, sources in sorted(pools.items()):
-        out += draw({s: iter(found) for s, found in sorted(sources.items())}, amount, unit)
+        pool = {s: iter(found) for s, found in sorted(sources.items())}
+        out += draw(pool, amount, unit)
     return out
 
-# %% ../../nbs/data/27d_unify.ipynb #435c8233
+# %% ../../nbs/data/27d_unify.ipynb #5221d455
 def _check_enough(rows, part, amount, domains, shares):
     "Complain about a domain that cannot give what was asked of it"
     have = Counter(r['domain'] for r in rows)
@@ -85,7 +90,7 @@ def _note_removed(removed, step, before, after):
         if n: removed[source][step] = n
     return after
 
-# %% ../../nbs/data/27d_unify.ipynb #68bdfd05
+# %% ../../nbs/data/27d_unify.ipynb #2cc1d8a5
 def _drop_leaks(rows, held, removed):
     "Rows that give nothing away that is held out"
     leaks = find_leaks(rows, held)
@@ -95,12 +100,14 @@ def _drop_leaks(rows, held, removed):
         rows = _note_removed(removed, f'held-out {place}', rows, kept)
     return rows
 
+# %% ../../nbs/data/27d_unify.ipynb #49f1d04f
 def _drop_unfit(rows, tokenizer, max_length, removed):
     "Rows that the base takes and that are not too long, and their sizes by id"
     sizes, refused = _count_tokens(rows, tokenizer, max_length)
     rows = _note_removed(removed, 'refused by the base', rows, [r for r in rows if r['id'] not in refused])
     return _note_removed(removed, 'too long', rows, [r for r in rows if r['id'] in sizes]), sizes
 
+# %% ../../nbs/data/27d_unify.ipynb #fb0e8154
 def _drop_repeats(rows, seed, threshold, removed):
     "One row of each cluster of near prompts"
     rows = _note_removed(removed, 'duplicate', rows, drop_duplicates(rows, seed))
@@ -111,13 +118,15 @@ def _count_rows(rows, sizes):
     "Domain → source → rows, tokens, tokens of the responses"
     out = defaultdict(dict)
     for r in rows:
-        counts = out[r['domain']].setdefault(r['source'], dict(rows=0, tokens=0, response=0))
+        zero = dict(rows=0, tokens=0, response=0)
+        counts = out[r['domain']].setdefault(r['source'], zero)
         tokens, response = sizes[r['id']]
         counts['rows'] += 1
         counts['tokens'] += tokens
         counts['response'] += response
     return {domain: dict(sorted(sources.items())) for domain, sources in sorted(out.items())}
 
+# %% ../../nbs/data/27d_unify.ipynb #a8613e15
 def _count_sources(given, removed, parts):
     "What became of each source"
     by_source = defaultdict(list)
@@ -125,12 +134,15 @@ def _count_sources(given, removed, parts):
     kept = Counter(r['source'] for rows in parts.values() for r in rows)
     out = {}
     for source, rows in sorted(by_source.items()):
-        domains = sorted({r['domain'] for r in rows})
-        licenses = sorted({r['license'] for r in rows})
-        out[source] = dict(domain=domains, license=licenses, given=len(rows), removed=dict(removed[source]), kept=kept[source])
+        out[source] = dict(
+            domain=sorted({r['domain'] for r in rows}),
+            license=sorted({r['license'] for r in rows}),
+            given=len(rows),
+            removed=dict(removed[source]),
+            kept=kept[source])
     return out
 
-# %% ../../nbs/data/27d_unify.ipynb #6e7289e3
+# %% ../../nbs/data/27d_unify.ipynb #5eaa287f
 def _count_shared(parts):
     "How many test rows of each source have thirteen words in a row in common with some row for experts"
     if not parts['test'] or not parts['experts']: return {}
@@ -147,6 +159,7 @@ class Unified:
     dev:DevRows # to choose settings on
     test:TestRows # to report on
 
+# %% ../../nbs/data/27d_unify.ipynb #e0dc1577
 def _typed_part(part, rows):
     "The rows of a part under its type, each with the part's name, in the order of their ids"
     named = [r | dict(part=part) for r in rows]
@@ -157,7 +170,7 @@ def _seen_steps(removed):
     happened = {step for steps in removed.values() for step in steps}
     return tuple(s for s in STEPS if s != 'refused by the base' or s in happened)
 
-# %% ../../nbs/data/27d_unify.ipynb #c6b5042a
+# %% ../../nbs/data/27d_unify.ipynb #ff2ae422
 def unify_records(
     records:list[dict], # of all sources, in any order
     tokenizer, # of the base, counts tokens
@@ -183,8 +196,9 @@ def unify_records(
 
     dealt = {part: [] for part in PARTS}
     for r in rows: dealt[part_of(r, seed, shares)].append(r)
-    parts = {part: _within_budget(dealt[part], part, want.get(part), sizes, seed) for part in PARTS}
     domains = {r['domain'] for r in rows}
+    parts = {}
+    for part in PARTS: parts[part] = _within_budget(dealt[part], part, want.get(part), sizes, seed)
     for part in PARTS: _check_enough(parts[part], part, want.get(part), domains, shares)
     _note_removed(removed, 'left over', rows, [r for kept in parts.values() for r in kept])
 
@@ -202,16 +216,18 @@ def removed_rows(
 )->list[dict]: # one a source: domain, source, licence, given, a column for each step that removed any, kept
     "What each step removed of each source, as a table"
     sources = counts['sources']
-    steps = [s for s in counts['steps'] if any(s in c['removed'] for c in sources.values())]
+    happened = {s for c in sources.values() for s in c['removed']}
+    steps = [s for s in counts['steps'] if s in happened]
     table = []
     for source in sorted(sources, key=lambda s: (sources[s]['domain'], s)):
         c = sources[source]
-        row = dict(domain=', '.join(c['domain']), source=source, licence=', '.join(c['license']), given=c['given'])
+        row = dict(domain=', '.join(c['domain']), source=source)
+        row |= dict(licence=', '.join(c['license']), given=c['given'])
         for step in steps: row[step] = c['removed'].get(step, 0)
         table.append(row | dict(kept=c['kept']))
     return table
 
-# %% ../../nbs/data/27d_unify.ipynb #fe13c095
+# %% ../../nbs/data/27d_unify.ipynb #8afd65c5
 def _sum_sources(counts, part, domain, what):
     "The total of a part's domain over its sources"
     sources = counts['parts'][part].get(domain, {})
@@ -243,6 +259,7 @@ def _style_removed(ax, table):
     ax.spines[['top', 'right', 'left']].set_visible(False)
     ax.tick_params(axis='y', length=0)
 
+# %% ../../nbs/data/27d_unify.ipynb #26d37062
 def plot_removed(
     counts:dict # from `unify_records`, or counts.json
 ): # matplotlib Figure
