@@ -2,7 +2,7 @@
 import json
 import pytest
 from huggingface_hub import DatasetCard
-from hydramoe.data import records as data
+from hydramoe.data.records import card_names, load, load_card
 from hydramoe.data.hub_metadata import front_faults
 from hydramoe.data.croissant import read_croissant
 from hydramoe.data.prepare import check_card, hub_front, hub_records, run_prepare
@@ -11,13 +11,13 @@ from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import read_jsonl
 from hydramoe.foundations.store import open_sealed
 
-FETCHED = data.card_names()
+FETCHED = card_names()
 
-@pytest.mark.parametrize('name', data.card_names(verified=None))
+@pytest.mark.parametrize('name', card_names(verified=None))
 def test_a_card_has_no_faults(name): assert check_card(name, fetch=False)['faults']==[]
 
 def test_ninety_cards_are_verified_and_say_how():
-    states = [data.load_card(n)['verified'] for n in data.card_names(verified=None)]
+    states = [load_card(n)['verified'] for n in card_names(verified=None)]
     assert sum(s in ('data','schema') for s in states) >= 90
 
 @pytest.mark.parametrize('name', ['champ', 'chatterbot', 'bfcl_simple'])
@@ -32,10 +32,10 @@ def test_prepared_leads_back_to_its_records(name):
 @pytest.mark.parametrize('name', FETCHED)
 def test_every_fetched_card_prepares_and_leads_back(name):
     d = run_prepare(name)
-    assert len(read_croissant(d/'croissant.json'))==data.load_card(name)['rows']
+    assert len(read_croissant(d/'croissant.json'))==load_card(name)['rows']
 
 def test_raw_sources_keep_their_checksums():
-    card = data.load_card('champ')
+    card = load_card('champ')
     told = json.loads((run_prepare('champ')/'croissant.json').read_text())
     assert {f['name']: f['sha256'] for f in told['distribution'] if f['@id']!='records.jsonl'}==card['members']
 
@@ -73,7 +73,7 @@ def test_a_card_of_ones_own_loads_and_can_be_altered_only_openly(tmp_path, monke
     out = tmp_path/'cards'
     new_card(tmp_path/'mine.json', 'mine', out, domain='writing')
     monkeypatch.setenv('HYDRAMOE_CARDS', str(out))
-    assert check_card('mine')['faults']==[] and len(data.load('mine'))==1
+    assert check_card('mine')['faults']==[] and len(load('mine'))==1
     (out/'mine.jsonl').write_text('{"prompt": "a", "completion": "c"}\n')
     assert 'sha256' in check_card('mine')['faults'][0]
 
@@ -84,7 +84,7 @@ def test_a_broken_card_is_told_of_and_not_raised(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('key,value,word', [('license', 'MIT', 'license'), ('task_categories', ['chat'], 'task_categories'), ('size_categories', ['n<1K'], 'size_categories'), ('language', ['English'], 'language')])
 def test_each_fault_is_found(key, value, word):
-    front = hub_front(data.load_card('gsm8k'))
+    front = hub_front(load_card('gsm8k'))
     assert front_faults(front, 1319)==[]
     (fault,) = front_faults(front | {key: value}, 1319)
     assert fault.startswith(word)
