@@ -9,7 +9,8 @@ from hydramoe.hydra.auto import HydraConfig, HydraForCausalLM, prompts_of, unren
 from hydramoe.models.base import byte_tokenizer, gemma_chat, load_base, render, tiny_base
 from hydramoe.domains.cluster import Domains, embed
 from hydramoe.foundations.core import HydraError, derive_seed, read_json, rng, write_json
-from hydramoe.hydra.model import BundleError, Hydra
+from hydramoe.hydra.bundle import BundleError
+from hydramoe.hydra.model import Hydra
 from hydramoe.hydra.route import similarity
 from hydramoe.experts.stack import LoraSpec, gated, hidden, in_line, line_plan, one_hot, using
 

@@ -140,12 +140,14 @@ def on_the_hub(monkeypatch, tmp_path, folder):
     return main
 
 def test_a_hub_base_is_known_by_its_commit(tiny, tmp_path, monkeypatch):
-    from hydramoe.hydra.model import BuildSpec, Hydra, base_uri, pinned
+    from hydramoe.hydra.saving import base_uri
+    from hydramoe.hydra.model import Hydra
+    from hydramoe.hydra.spec import BuildSpec, pin_base
     from hydramoe.hydra.route import uniform
     from hydramoe.experts.stack import LoraSpec, gated
     main = on_the_hub(monkeypatch, tmp_path, saved(tiny, tmp_path/'files'))
     b = load_base('org/model', device='cpu')
-    assert b.id=='org/model@'+'a'*40==hb.base_id('hub:org/model@main') and pinned(BuildSpec(base='org/model')).base==b.id
+    assert b.id=='org/model@'+'a'*40==hb.base_id('hub:org/model@main') and pin_base(BuildSpec(base='org/model')).base==b.id
     assert base_uri(b)=='hub:'+b.id
     model = gated(b, 1, LoraSpec(1, 2, 'q_proj'))
     model.stack.init_expert(0, 0, 'law')

@@ -10,7 +10,14 @@ from hydramoe.models.base import base_key, load_base, render, tiny_base
 from hydramoe.foundations.arrays import load_arrays, save_arrays
 from hydramoe.domains.cluster import Domains, embed, fit_tfidf
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra.model import FORMAT, BundleError, Hydra, UnlearntWarning, add_expert, adapters_base, check, check_adapter, explain_bundle, model_card, seal_bundle, unlearnt, uri_id
+from hydramoe.hydra.bundle import BundleError, check_adapter, seal_bundle
+from hydramoe.hydra.card import model_card, unlearnt
+from hydramoe.hydra.saving import uri_id
+from hydramoe.hydra.model import FORMAT, Hydra, explain_bundle
+from hydramoe.hydra.build import UnlearntWarning
+from hydramoe.hydra.change import add_expert
+from hydramoe.hydra.adopt import adapters_base
+from hydramoe.use.cli import check
 from hydramoe.hydra.route import on_hidden, ridge, similarity, uniform
 from hydramoe.experts.stack import LoraSpec, gated
 from test_hydra import put, spots

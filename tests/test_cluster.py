@@ -409,7 +409,8 @@ def test_an_encoder_is_what_is_in_its_folder(encoder, tmp_path):
     assert len(names)==1+len(list(encoder.rglob('*.json')))
 
 def test_a_build_with_an_encoder_in_a_folder(encoder, tmp_path):
-    from hydramoe.hydra.model import BundleError, Hydra
+    from hydramoe.hydra.bundle import BundleError
+    from hydramoe.hydra.model import Hydra
     rows = [dict(id=str(i), prompt=[dict(role='user', content=f'{w} {i}?')], completion=[dict(role='assistant', content=w)], domain='d', source='s', license='l') for i in range(6) for w in ('law', 'sea')]
     how = dict(base='tiny', quant='fp32', k=2, epochs=1, tokens=2000, dev=0, rank=1, root=tmp_path/'stages')
     h = Hydra.build(rows, tmp_path/'b', encoder=str(encoder), **how)

@@ -10,7 +10,12 @@ from hydramoe.models.base import byte_tokenizer, tiny_base
 from hydramoe.use.cli import main
 from hydramoe.foundations.core import HydraError, read_json, write_json
 from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
-from hydramoe.hydra.model import Chat, BundleError, Hydra, adopt, adopted, check, remove_expert, seal_bundle
+from hydramoe.hydra.bundle import BundleError, seal_bundle
+from hydramoe.hydra.model import Hydra
+from hydramoe.hydra.chat import Chat
+from hydramoe.hydra.change import remove_expert
+from hydramoe.hydra.adopt import adopt, summarize_adopted
+from hydramoe.use.cli import check
 from hydramoe.experts.stack import LoraSpec, at_fork, from_fork, gated, hidden, make_plan, one_hot
 from hydramoe.experts.adapters import with_adapters
 
@@ -176,7 +181,7 @@ def test_a_fork_and_a_seed_that_does_not_fit(tmp_path):
 def test_a_bundle_keeps_a_gate_since_a_seed_and_will_not_guess_it_again(theirs, tmp_path, kind):
     a = adopt(theirs, tmp_path/'b', quant='fp32', gate=kind, since=theirs['plain'])
     b = Hydra.load(tmp_path/'b')
-    assert b.gate.params==a.gate.params and b.gate.params['since'] in adopted(a) and check(tmp_path/'b')['built']['gate']['since']==b.gate.params['since']
+    assert b.gate.params==a.gate.params and b.gate.params['since'] in summarize_adopted(a) and check(tmp_path/'b')['built']['gate']['since']==b.gate.params['since']
     assert b.ask('Who was that?', max_new_tokens=8)==a.ask('Who was that?', max_new_tokens=8)
     with pytest.raises(HydraError, match='what the experts add to their seed expert'): remove_expert(tmp_path/'b', 'regex', tmp_path/'less')
     assert not (tmp_path/'less').exists()

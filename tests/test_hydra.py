@@ -10,7 +10,11 @@ from transformers import DynamicCache, TextStreamer
 from hydramoe.models.base import load_base, tiny_base
 from hydramoe.domains.cluster import lesson_texts, prompt_text
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra.model import BundleError, Chat, Draw, Hydra, check, drawing, seal_bundle
+from hydramoe.hydra.bundle import BundleError, seal_bundle
+from hydramoe.hydra.generation import Draw, sampling_keywords
+from hydramoe.hydra.model import Hydra
+from hydramoe.hydra.chat import Chat
+from hydramoe.use.cli import check
 from hydramoe.hydra.route import uniform
 from hydramoe.experts.stack import LoraSpec, gated, one_hot
 
@@ -127,7 +131,7 @@ def test_deep_json_in_any_file(bundle, tmp_path, depth):
 
 def test_an_expert_cannot_be_called_base(bundle, tmp_path):
     from hydramoe.domains.cluster import Domains, name_domains
-    from hydramoe.hydra.model import adopt
+    from hydramoe.hydra.adopt import adopt
     with pytest.raises(HydraError, match="'base' is taken"): adopt(dict(base=bundle/'experts'/'sea'))
     with pytest.raises(HydraError, match="'BASE' is taken"): Domains(np.eye(2), ['BASE', 'x'])
     texts = ['base base', 'base', 'height height', 'height']
@@ -330,9 +334,10 @@ def test_the_base_alone_has_no_trunk():
 def seer(h, layer, farthest=None):
     "The same Hydra with a router on what passes a layer; it sends what is far away to the base"
     from hydramoe.models.hidden import hidden_mean
-    from hydramoe.hydra.model import as_messages, reading
+    from hydramoe.data.craft import as_messages
+    from hydramoe.hydra.model import router_view
     from hydramoe.hydra.route import abstaining, on_hidden, on_whole, ridge
-    with reading(h.model): x = hidden_mean([dict(prompt=as_messages(t)) for t in NAMES], h.base, layer)
+    with router_view(h.model): x = hidden_mean([dict(prompt=as_messages(t)) for t in NAMES], h.base, layer)
     return Hydra(h.base, h.model, abstaining(on_whole(on_hidden(ridge, NAMES, x, NAMES, layer, temperature=.3)), farthest))
 
 @pytest.mark.parametrize('kind', ['llama', 'window'])
@@ -503,7 +508,7 @@ def test_draws_have_the_distribution_of_the_scores(how):
     from scipy.stats import chisquare
     from transformers import GenerationConfig
     asked = {**how}
-    p = drawing(asked.pop('temperature', 1.), 5, 'cpu', GenerationConfig(), asked)['logits_processor']
+    p = sampling_keywords(asked.pop('temperature', 1.), 5, 'cpu', GenerationConfig(), asked)['logits_processor']
     assert asked == {} and type(p[-1]) is Draw
     scores = torch.tensor([[1., 0., -1., .5, -3., 2.]]).repeat(20_000, 1)
     want = type(p)(p[:-1])(None, scores[:1].clone())[0].softmax(-1)
@@ -702,7 +707,7 @@ def sealed(bundle, *parts): return {f: sha for f,sha in check(bundle)['files'].i
 def test_one_more_and_one_less(tmp_path, monkeypatch):
     "The others keep every bit; the router is what fitting from scratch on these domains gives; taken out again, nothing is left of it"
     from hydramoe.domains.cluster import Domains, embed, prompt_text
-    from hydramoe.hydra.model import add_expert, remove_expert
+    from hydramoe.hydra.change import add_expert, remove_expert
     from hydramoe.hydra.route import Router, similarity
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     old = build(tmp_path/'old', epochs=1)
@@ -729,7 +734,7 @@ def test_one_more_and_one_less(tmp_path, monkeypatch):
 
 def test_a_router_that_cannot_grow_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
     from hydramoe.domains.cluster import embed, prompt_text
-    from hydramoe.hydra.model import add_expert, remove_expert
+    from hydramoe.hydra.change import add_expert, remove_expert
     from hydramoe.hydra.route import classifier
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     h = build(tmp_path/'h', epochs=1)
@@ -744,7 +749,7 @@ def test_a_router_that_cannot_grow_is_refused_before_anything_is_trained(tmp_pat
 def test_a_forked_build(tmp_path, monkeypatch):
     "The trunk is the seed expert below the fork, computed once for the experts; whoever joins later stands on it too"
     import hydramoe.experts.train
-    from hydramoe.hydra.model import add_expert, find_seed, remove_expert
+    from hydramoe.hydra.change import add_expert, find_seed, remove_expert
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     cached, make = [], hydramoe.experts.train.cache_trunk
     monkeypatch.setattr(hydramoe.experts.train, 'cache_trunk', lambda *a, **kw: cached.append(1) or make(*a, **kw))
@@ -770,7 +775,7 @@ def test_a_forked_build(tmp_path, monkeypatch):
     with pytest.raises(BundleError, match='holds another Hydra'): build(tmp_path/'plain', epochs=1, fork=.5)
 
 def test_a_build_without_a_fork_is_recorded_as_ever(tmp_path, monkeypatch):
-    from hydramoe.hydra.model import BuildSpec
+    from hydramoe.hydra.spec import BuildSpec
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     build(tmp_path/'a', epochs=1, fork=0)
     man = check(tmp_path/'a')
@@ -783,7 +788,8 @@ TRIED = {'similarity': 3, 'ridge': 4, 'ridge on states': 8, 'uniform': 10} # whi
 def test_whichever_router_a_build_keeps_experts_join_and_leave(which, tmp_path, monkeypatch):
     "The one of least perplexity is kept, saved and named on the card; one expert more and out again leaves not a bit"
     from hydramoe.hydra import model as hydra
-    from hydramoe.hydra.model import add_expert, explain_bundle, remove_expert
+    from hydramoe.hydra.model import explain_bundle
+    from hydramoe.hydra.change import add_expert, remove_expert
     from hydramoe.hydra.route import Router, reads_base
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     seen, best, kind = [], TRIED[which], which.split()[0]
@@ -858,7 +864,9 @@ QUICK = dict(quant='fp32', encoder='words', k=2, epochs=1, rank=2)
 
 def test_rows_that_a_template_refuses_are_folded_or_named_and_the_rest_is_trained_on(tmp_path):
     "Case 3: one row with a system turn is repaired and counted, one with a tool's answer is a reject with file, line and the template's words, a long one and those beyond the budget are named"
-    from hydramoe.hydra.model import BuildSpec, gather, left_out
+    from hydramoe.data.craft import gather
+    from hydramoe.hydra.spec import BuildSpec
+    from hydramoe.hydra.rows import left_out
     base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [*GOOD, dict(system='Be brief.', prompt='Who wrote Faust?', completion='Goethe.'), TOOL, dict(prompt='long', completion='x'*400)])
     h = Hydra.build(f, tmp_path/'h', tmp_path/'stages', base=base, tokens=900, **QUICK)
     assert 'dealt by conversation, whole, and rows with one prompt count as one: 4 rows of 4 conversations' in (tmp_path/'h'/'README.md').read_text()
@@ -891,11 +899,13 @@ def test_a_system_turn_is_heard_alike_by_everyone(tmp_path):
             with pytest.raises(HydraError, match="chat template refuses .*Conversation roles must alternate.*give turns"): f(bad)
 
 def test_if_the_base_refuses_every_row_the_first_are_named_by_line(tmp_path):
-    from hydramoe.hydra.model import BuildSpec, dealt, gather
+    from hydramoe.data.craft import gather
+    from hydramoe.hydra.spec import BuildSpec
+    from hydramoe.hydra.rows import run_deal
     base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [TOOL | dict(completion=str(i)) for i in range(5)])
     with pytest.raises(HydraError, match=r'of 5 rows none is left to train on: 5 are refused.*mine.jsonl line 1: .*must alternate.*mine.jsonl line 2'): Hydra.build(f, root=tmp_path/'stages', base=base, **QUICK)
     strict_base(tmp_path/'base', refuses='') # the way out: another template, and no stale stage in the way
-    assert dealt(gather(f)[0], BuildSpec(base=base), tmp_path/'stages')[1]['train'] == 5
+    assert run_deal(gather(f)[0], BuildSpec(base=base), tmp_path/'stages')[1]['train'] == 5
 
 @pytest.mark.parametrize('change,works', [(lambda t: [setattr(t, k, None) for k in ('eos_token', 'pad_token')], True), (lambda t: t.add_special_tokens(dict(pad_token='[PAD]')), True),
                                           (lambda t: [setattr(t, 'eos_token', None), setattr(t, 'chat_template', t.chat_template.replace('<|im_end|>', ''))], True), # its config.json says where an answer ends
@@ -916,7 +926,9 @@ def test_a_pad_is_found_and_a_base_that_cannot_serve_is_refused_before_training(
     assert not list((tmp_path/'stages').glob('*/seal.json'))
 
 def test_a_token_without_an_embedding_costs_its_row_and_not_the_build(tmp_path):
-    from hydramoe.hydra.model import BuildSpec, gather, left_out
+    from hydramoe.data.craft import gather
+    from hydramoe.hydra.spec import BuildSpec
+    from hydramoe.hydra.rows import left_out
     base = strict_base(tmp_path/'base', lambda t: t.add_tokens('[NEW]', special_tokens=True))
     f = lines(tmp_path/'mine.jsonl', [*GOOD, dict(prompt='What is [NEW]?', completion='new')])
     lost, = left_out(gather(f)[0], BuildSpec(base=base), tmp_path/'stages')
@@ -932,11 +944,13 @@ def parts(d): return {p: [json.loads(l) for l in (d/f'{p}.jsonl').read_text().sp
 @pytest.mark.parametrize('grouped', [True, False])
 def test_one_conversation_one_side(tmp_path, grouped):
     "Case 6: 25 conversations of 4 turns; no development row has its conversation in training, also where the records do not say what they share"
-    from hydramoe.hydra.model import BuildSpec, dealt, gather
+    from hydramoe.data.craft import gather
+    from hydramoe.hydra.spec import BuildSpec
+    from hydramoe.hydra.rows import run_deal
     rows = gather(lines(tmp_path/'talks.jsonl', [talk(i, 4) for i in range(25)]))[0]
     if not grouped: rows = [{k: v for k, v in r.items() if k != 'group'} for r in rows]
     for seed in range(4):
-        d, counts = dealt(rows, BuildSpec(base='tiny', seed=seed), tmp_path/'stages')
+        d, counts = run_deal(rows, BuildSpec(base='tiny', seed=seed), tmp_path/'stages')
         p, of = parts(d), lambda r: r['prompt'][0]['content']
         assert not {of(r) for r in p['dev']} & {of(r) for r in p['train']} and 8 <= len(p['dev']) <= 12
         said = {m['content'] for r in p['train'] for m in r['prompt']}
@@ -944,41 +958,45 @@ def test_one_conversation_one_side(tmp_path, grouped):
         assert (counts['groups'], counts['dev_groups']) == (25, len({of(r) for r in p['dev']}))
 
 def test_rows_without_conversations_are_dealt_as_ever(tmp_path):
-    from hydramoe.hydra.model import BuildSpec, _identity, dealt
+    from hydramoe.hydra.spec import BuildSpec
+    from hydramoe.hydra.rows import row_digest, run_deal
     rows = [dict(prompt=[dict(role='user', content=f'q{i}')], completion=[dict(role='assistant', content=f'a{i}')], domain='d') for i in range(90)]
-    order = sorted(map(_identity, rows), key=lambda i: digest([5, i]))
-    p = parts(dealt(rows, BuildSpec(base='tiny', dev=.2, seed=5), tmp_path)[0])
+    order = sorted(map(row_digest, rows), key=lambda i: digest([5, i]))
+    p = parts(run_deal(rows, BuildSpec(base='tiny', dev=.2, seed=5), tmp_path)[0])
     assert [r['id'] for r in p['dev']] == order[:18] and [r['id'] for r in p['train']] == order[18:]
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=25), st.floats(0, .5), st.integers(0, 3))
 def test_groups_are_dealt_whole_and_about_so_many_as_were_asked_for(sizes, dev, seed):
-    from hydramoe.hydra.model import _for_dev
+    from hydramoe.hydra.rows import choose_dev
     side = {f'{i} {j}': str(i) for i, n in enumerate(sizes) for j in range(n)}
-    held, groups, taken = _for_dev(side, dev, seed)
+    held, groups, taken = choose_dev(side, dev, seed)
     assert len(held) == sum(n for i, n in enumerate(sizes) if f'{i} 0' in held) and taken == sum(f'{i} 0' in held for i in range(len(sizes))) and groups == len(sizes)
     assert len(held) < len(side) and abs(len(held)-min(200, int(dev*len(side)))) <= max(sizes)
 
 def test_one_group_alone_is_trained_on_and_answers_to_one_prompt_stay_together(tmp_path):
-    from hydramoe.hydra.model import BuildSpec, dealt, keep_records
+    from hydramoe.hydra.spec import BuildSpec
+    from hydramoe.hydra.rows import run_deal, keep_records
     rows = [dict(prompt=[dict(role='user', content=f'q{i}')], completion=[dict(role='assistant', content=f'a{i}')], domain='d') for i in range(30)]
     one = [dict(r, group='mine') for r in rows]
     assert keep_records(one, tmp_path) != keep_records(rows, tmp_path)
-    counts = dealt(one, BuildSpec(base='tiny', dev=.4), tmp_path)[1]
+    counts = run_deal(one, BuildSpec(base='tiny', dev=.4), tmp_path)[1]
     assert (counts['train'], counts['dev'], counts['groups']) == (30, 0, 1)
     twice = [dict(r, completion=[dict(role='assistant', content=a)]) for r in rows for a in 'xy']
-    p = parts(dealt(twice, BuildSpec(base='tiny', dev=.3), tmp_path)[0])
+    p = parts(run_deal(twice, BuildSpec(base='tiny', dev=.3), tmp_path)[0])
     assert len(p['dev']) == 18 and not {prompt_text(r) for r in p['dev']} & {prompt_text(r) for r in p['train']}
 
 def test_too_few_prompts_for_the_default_k(tmp_path):
     "A hundred answers to three prompts make at most three domains; what cannot be built is refused by a dry run too"
     from hydramoe.use.cli import dry_run
-    from hydramoe.hydra.model import BuildSpec, dealt, settled, sorted_rows
+    from hydramoe.hydra.spec import BuildSpec, resolve_spec
+    from hydramoe.hydra.rows import run_deal
+    from hydramoe.hydra.build import run_discovery
     rows = [dict(prompt=[dict(role='user', content=['sea', 'law', ' LAW ', 'sum of it'][i%4])], completion=[dict(role='assistant', content=str(i))], domain='d') for i in range(100)]
     how = dict(base='tiny', quant='fp32', encoder='words', rank=2, dev=0.)
-    d, c = dealt(rows, BuildSpec(**how), tmp_path)
-    spec = settled(BuildSpec(**how), c['train'], c['prompts'])
-    sorted_rows(d, c, spec, tmp_path) # the clusters of a build
+    d, c = run_deal(rows, BuildSpec(**how), tmp_path)
+    spec = resolve_spec(BuildSpec(**how), c['train'], c['prompts'])
+    run_discovery(d, c, spec, tmp_path) # the clusters of a build
     assert spec.k == 3 and dry_run(rows, BuildSpec(**how))[1]['spec']['k'] == 3
     with pytest.raises(HydraError, match='k=4 experts cannot be made from 100 training rows, of whose prompts 3 differ'): dry_run(rows, BuildSpec(k=4, **how))
 

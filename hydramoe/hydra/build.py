@@ -6,7 +6,7 @@
 __all__ = ['LIBS', 'TEMPERATURES', 'EARLY_DEPTH', 'DEFAULT_ROUTER', 'assign_domains_stage', 'run_discovery', 'seed_stage',
            'experts_stage', 'stage_settings', 'run_seed', 'run_experts', 'candidate_routers', 'perplexity',
            'choose_router', 'routers_stage', 'run_routers', 'run_stages', 'training_note', 'assemble',
-           'summarize_build', 'UnlearntWarning', 'warn_unlearnt', 'propose_domains']
+           'summarize_build', 'UnlearntWarning', 'warn_unlearnt']
 
 # %% ../../nbs/hydra/66b_build.ipynb #e4e3660f
 import math, os, warnings
@@ -14,16 +14,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from ..foundations.core import HydraError, check_writable, read_json, read_jsonl, say, versions, write_bytes, write_json, write_jsonl
+from ..foundations.core import HydraError, check_writable, read_json, read_jsonl, say, versions
+from ..foundations.core import write_bytes, write_json, write_jsonl
 from ..foundations.store import seal_id, stage
 from ..models.base import open_base
 from ..models.encode import encode
 from ..models.hidden import hidden_mean
-from ..domains.cluster import Domains, describe, discover, edit_domains, embed_stage, load_embeddings, prompt_text, write_domains_yaml
+from ..domains.cluster import Domains, discover, edit_domains, embed_stage, load_embeddings, prompt_text
 from ..experts.adapters import with_adapters
 from ..experts.score import response_losses
-from ..experts.train import GroupSpec, collect, group_size, make_jobs, run_jobs, sort_rows, train_experts, train_seed
-from .route import Router, on_encoder, on_hidden, on_whole, reads_base, ridge, similarity, unplaced, uniform
+from ..experts.train import GroupSpec, collect, group_size, make_jobs, run_jobs, sort_rows
+from ..experts.train import train_experts, train_seed
+from .route import Router, on_encoder, on_hidden, on_whole, reads_base, ridge, similarity
+from .route import unplaced, uniform
 from .bundle import BundleError, check_bundle
 from .card import MIN_DEV_ROWS, unlearnt, unlearnt_text
 from .model import Hydra, router_view
@@ -31,6 +34,11 @@ from .spec import BuildSpec, experts_outline, pin_base, resolve_spec, spec_recor
 from .rows import first_refused, gather_rows, peek_base, run_deal
 
 # %% ../../nbs/hydra/66b_build.ipynb #c67ada3b
+def _write_labelled(file, records, labels, domains):
+    "Records, each with the name of its domain"
+    named = [dict(r, domain=domains.names[label]) for r,label in zip(records, labels)]
+    write_jsonl(file, named)
+
 def assign_domains_stage(
     out:Path, # the directory to fill
     rows:Path, # from `run_deal`
@@ -49,12 +57,13 @@ def assign_domains_stage(
         file = write_bytes(out/'domains.yaml', edits.encode())
         domains, labels = edit_domains(file, domains, vectors['train'], labels, seed)
     dev_labels = domains.assign(vectors['dev']) if dev else []
-    for part,records,found in (('train', train, labels), ('dev', dev, dev_labels)):
-        write_jsonl(out/f'{part}.jsonl', [dict(r, domain=domains.names[l]) for r,l in zip(records, found)])
+    _write_labelled(out/'train.jsonl', train, labels, domains)
+    _write_labelled(out/'dev.jsonl', dev, dev_labels, domains)
     domains.save(out/'domains')
 
 # %% ../../nbs/hydra/66b_build.ipynb #18682af1
-LIBS = ('torch', 'transformers', 'peft', 'bitsandbytes', 'scikit-learn', 'sentence-transformers') # whose versions a build depends on
+# whose versions a build depends on
+LIBS = ('torch', 'transformers', 'peft', 'bitsandbytes', 'scikit-learn', 'sentence-transformers')
 
 def run_discovery(
     rows:Path, # from `run_deal`
@@ -65,9 +74,11 @@ def run_discovery(
 )->tuple[Path,Path]: # sealed: embeddings; rows with their domains
     "The stages between dealing and training"
     parts = 'train dev' if counts['dev'] else 'train'
-    x = stage(embed_stage, dict(parts=parts, encoder=spec.encoder), dict(rows=rows), libs=LIBS, root=root)
+    embedded = dict(parts=parts, encoder=spec.encoder)
+    x = stage(embed_stage, embedded, dict(rows=rows), libs=LIBS, root=root)
     params = dict(k=spec.k, seed=spec.seed, encoder=spec.encoder, edits=edits)
-    return x, stage(assign_domains_stage, params, dict(rows=rows, x=x), libs=LIBS, root=root)
+    inputs = dict(rows=rows, x=x)
+    return x, stage(assign_domains_stage, params, inputs, libs=LIBS, root=root)
 
 # %% ../../nbs/hydra/66b_build.ipynb #36d1cfc2
 def seed_stage(
@@ -104,9 +115,11 @@ def run_seed(
     root:Path|None=None # where stages go; in the cache if None
 )->Path: # sealed: seed/
     "The seed expert, trained or found"
-    params = dict(training_settings(spec)[0], fingerprint=peek_base(spec.base)[1])
+    once, _ = training_settings(spec)
+    params = dict(once, fingerprint=peek_base(spec.base)[1])
+    settings = stage_settings(spec, root)
     # under its old name, by which bundles that were built before find theirs
-    return stage(seed_stage, params, dict(rows=rows), name='seed_expert', **stage_settings(spec, root))
+    return stage(seed_stage, params, dict(rows=rows), name='seed_expert', **settings)
 
 # %% ../../nbs/hydra/66b_build.ipynb #850e0fe3
 def run_experts(
@@ -119,16 +132,22 @@ def run_experts(
     "The experts of all domains, in as many jobs as memory asks for"
     weights = experts_outline(spec).theta.shape[1]
     size = group_size(weights, GroupSpec(memory=spec.memory))
-    params = dict(training_settings(spec)[1], fingerprint=peek_base(spec.base)[1])
+    _, to_zero = training_settings(spec)
+    params = dict(to_zero, fingerprint=peek_base(spec.base)[1])
+    inputs = dict(rows=rows, start=seed)
+    records = sort_rows(read_jsonl(rows/'train.jsonl'))
     settings = stage_settings(spec, root)
-    jobs = make_jobs(experts_stage, sort_rows(read_jsonl(rows/'train.jsonl')), size, params, dict(rows=rows, start=seed), spec.threads, **settings)
-    made = run_jobs(jobs, **run)
+    made = run_jobs(make_jobs(experts_stage, records, size, params, inputs, spec.threads, **settings), **run)
     if len(made) == 1: return made[0]
-    return stage(collect, {}, {f'part{i}': path for i,path in enumerate(made)}, root=root)
+    groups = {f'part{i}': path for i,path in enumerate(made)}
+    return stage(collect, {}, groups, root=root)
 
 # %% ../../nbs/hydra/66b_build.ipynb #152ecb09
 # of the softmax: in squared distance of unit vectors, and in scores that lie near 0 and 1
-TEMPERATURES = dict(similarity=(.02, .05, .1, .2), ridge=(.05, .1, .2), early=(.05, .1, .2))
+TEMPERATURES = dict(
+    similarity=(.02, .05, .1, .2),
+    ridge=(.05, .1, .2),
+    early=(.05, .1, .2))
 EARLY_DEPTH = 1/8 # how deep into the base a router looks that reads its hidden state
 
 def candidate_routers(
@@ -141,7 +160,8 @@ def candidate_routers(
     "The routers that a build tries, the simplest first"
     routers = {}
     for T in TEMPERATURES['similarity']: routers[f'similarity router, temperature {T}'] = similarity(domains, T)
-    for T in TEMPERATURES['ridge']: routers[f'ridge router, temperature {T}'] = ridge(domains, x, labels, temperature=T)
+    for T in TEMPERATURES['ridge']:
+        routers[f'ridge router, temperature {T}'] = ridge(domains, x, labels, temperature=T)
     if np.isfinite(states).all():
         for T in TEMPERATURES['early']:
             router = on_hidden(ridge, domains.names, states, labels, layer, temperature=T)
@@ -154,7 +174,8 @@ def _early_states(base, rows, fork):
     "The layer that is read, not above a fork; and what it makes of the prompts of each part (N,hidden)"
     depth = base.model.config.get_text_config().num_hidden_layers
     layer = max(1, min(round(EARLY_DEPTH*depth), fork or depth))
-    return layer, {part: hidden_mean(read_jsonl(rows/f'{part}.jsonl'), base, layer) for part in ('train', 'dev')}
+    prompts = {part: read_jsonl(rows/f'{part}.jsonl') for part in ('train', 'dev')}
+    return layer, {part: hidden_mean(records, base, layer) for part,records in prompts.items()}
 
 # %% ../../nbs/hydra/66b_build.ipynb #67ad6753
 def perplexity(
@@ -163,8 +184,9 @@ def perplexity(
     gates # (N,E) weights; None: the base alone
 )->float|None: # None: not a number, as of experts that learnt nothing but infinities
     "Perplexity of the answers under these weights"
-    losses = np.concatenate(response_losses(model, examples, gates, desc='development rows'))
-    with np.errstate(over='ignore'): ppl = float(np.exp(losses.mean()))
+    losses = response_losses(model, examples, gates, desc='development rows')
+    mean = np.concatenate(losses).mean()
+    with np.errstate(over='ignore'): ppl = float(np.exp(mean))
     return ppl if math.isfinite(ppl) else None
 
 # %% ../../nbs/hydra/66b_build.ipynb #37d7951d
@@ -180,6 +202,15 @@ def choose_router(
     return min(finite, key=finite.get)
 
 # %% ../../nbs/hydra/66b_build.ipynb #e55e161c
+def _measure(model, examples, routers, vectors, states):
+    "Perplexity of the base, and of each router's mixtures"
+    ppl = dict(base=None) # stands first
+    for name,router in routers.items():
+        x = states['dev'] if reads_base(router) else vectors['dev']
+        ppl[name] = perplexity(model, examples, torch.as_tensor(router(x=x)))
+    ppl['base'] = perplexity(model, examples, None)
+    return ppl
+
 def routers_stage(
     out:Path, # the directory to fill
     rows:Path, # from `run_discovery`
@@ -194,20 +225,18 @@ def routers_stage(
     "A stage: measure systems on the development rows, keep the best router"
     base = open_base(base, quant)
     domains, vectors = Domains.load(rows/'domains'), load_embeddings(x)
-    examples = [encode(r, base.tokenizer, max_length, max_length) for r in read_jsonl(rows/'dev.jsonl')]
+    train, dev = read_jsonl(rows/'train.jsonl'), read_jsonl(rows/'dev.jsonl')
     model = with_adapters(base, {name: experts/name for name in domains.names}, fork)
     with router_view(model): layer, states = _early_states(base, rows, model.stack.fork)
-    labels = [r['domain'] for r in read_jsonl(rows/'train.jsonl')]
+    labels = [r['domain'] for r in train]
     routers = candidate_routers(domains, vectors['train'], labels, states['train'], layer)
-    ppl, base_ppl = {}, {}
-    if examples:
-        for name,router in routers.items():
-            seen = states if reads_base(router) else vectors
-            ppl[name] = perplexity(model, examples, torch.as_tensor(router(x=seen['dev'])))
-        base_ppl['base'] = perplexity(model, examples, None)
-    routers[choose_router(ppl, len(examples))].save(out/'router')
-    scores = [dict(system=name, ppl=p) for name,p in (base_ppl | ppl).items()]
+    examples = [encode(r, base.tokenizer, max_length, max_length) for r in dev]
+    ppl = _measure(model, examples, routers, vectors, states) if examples else {}
+    scores = [dict(system=name, ppl=p) for name,p in ppl.items()]
     write_json(out/'scores.json', scores)
+    ppl.pop('base', None)
+    best = choose_router(ppl, len(examples))
+    routers[best].save(out/'router')
 
 # %% ../../nbs/hydra/66b_build.ipynb #cd0310dd
 def run_routers(
@@ -218,8 +247,10 @@ def run_routers(
     root:Path|None=None # where stages go; in the cache if None
 )->Path: # sealed: router/, scores.json
     "The router of a build, chosen or found"
-    params = dict(fingerprint=peek_base(spec.base)[1], base=spec.base, quant=spec.quant, max_length=spec.max_length, fork=spec.fork)
-    return stage(routers_stage, params, dict(rows=rows, x=x, experts=experts), **stage_settings(spec, root))
+    params = dict(base=spec.base, quant=spec.quant, max_length=spec.max_length, fork=spec.fork)
+    params['fingerprint'] = peek_base(spec.base)[1]
+    inputs, settings = dict(rows=rows, x=x, experts=experts), stage_settings(spec, root)
+    return stage(routers_stage, params, inputs, **settings)
 
 # %% ../../nbs/hydra/66b_build.ipynb #60bf2b88
 def run_stages(
@@ -267,11 +298,13 @@ def assemble(
     "The Hydra of finished stages"
     names = Domains.load(made['domains']/'domains').names
     history = read_json(made['experts']/'history.json')['experts']
-    about = dict(built=_build_record(made, counts, spec), experts={n: training_note(history[n]) for n in names})
+    notes = {name: training_note(history[name]) for name in names}
+    about = dict(built=_build_record(made, counts, spec), experts=notes)
     router = Router.load(made['router']/'router')
     if unplaced(router): router = on_encoder(router, spec.encoder)
     base = open_base(spec.base, spec.quant)
-    return Hydra.from_adapters({n: made['experts']/n for n in names}, base, router, about, spec.fork)
+    adapters = {name: made['experts']/name for name in names}
+    return Hydra.from_adapters(adapters, base, router, about, spec.fork)
 
 # %% ../../nbs/hydra/66b_build.ipynb #551f668d
 def summarize_build(
@@ -279,14 +312,17 @@ def summarize_build(
     spec:BuildSpec # resolved
 )->str: # two lines
     "What goes in and what is made of it, in words"
-    reasons = dict(twice='twice', refused="refused by the base's template", too_long=f'longer than {spec.max_length} tokens',
-                   beyond_tokens=f'beyond {spec.tokens:,} tokens')
-    goes_in = [f"{counts['rows']} rows: {counts['train']} to train on ({counts['tokens']:,} tokens)", f"{counts['dev']} for development"]
-    goes_in += [f'{counts[kind]} {words}' for kind,words in reasons.items() if counts.get(kind)]
+    reasons = dict(twice='twice', refused="refused by the base's template",
+                   too_long=f'longer than {spec.max_length} tokens', beyond_tokens=f'beyond {spec.tokens:,} tokens')
+    goes_in = [f"{counts['rows']} rows: {counts['train']} to train on ({counts['tokens']:,} tokens)"]
+    goes_in.append(f"{counts['dev']} for development")
+    for kind,words in reasons.items():
+        if counts.get(kind): goes_in.append(f'{counts[kind]} {words}')
     if counts.get('folded'):
         goes_in.append(f"of {counts['folded']} the system turn is said by the user, for the base's template has none")
-    experts, passes = ('s' if spec.k > 1 else ''), ('es' if spec.epochs > 1 else '')
-    made = (f"{spec.k} expert{experts} of rank {spec.rank}, {spec.epochs} pass{passes} over their rows "
+    experts = 'expert' if spec.k == 1 else 'experts'
+    passes = 'pass' if spec.epochs == 1 else 'passes'
+    made = (f"{spec.k} {experts} of rank {spec.rank}, {spec.epochs} {passes} over their rows "
             "after one of the seed expert")
     if spec.fork:
         stack = experts_outline(spec)
@@ -315,12 +351,11 @@ class UnlearntWarning(UserWarning):
     "An expert whose steps were skipped, all or most"
 
 def warn_unlearnt(
-    about:dict, # as for `unlearnt`
-    stacklevel:int=3 # frames up from here to the caller's caller
+    about:dict # as for `unlearnt`
 )->None:
-    "Warn of experts that learnt nothing"
+    "Warn of experts that learnt nothing; the warning names the line that called the caller"
     lost = unlearnt(about)
-    if lost: warnings.warn(unlearnt_text(lost), UnlearntWarning, stacklevel)
+    if lost: warnings.warn(unlearnt_text(lost), UnlearntWarning, stacklevel=3)
 
 # %% ../../nbs/hydra/66b_build.ipynb #3e61951b
 @patch(cls_method=True)
@@ -339,37 +374,14 @@ def build(cls:Hydra,
     if rejects: say(f"{len(rejects)} rows were refused, the first in line {rejects[0]['line']}: {rejects[0]['reason']}")
     rows, counts = run_deal(records, spec, root)
     refused = first_refused(rows, records)
-    if refused: say(f"refused by the base, the first in line {refused['line']} of {refused['file']}: {refused['reason']}")
+    if refused: say("refused by the base, the first in line {line} of {file}: {reason}".format(**refused))
     spec = resolve_spec(spec, counts['train'], counts['prompts'])
     edits = _read_edits(domains)
     _check_place(out, rows, spec, edits)
     say(summarize_build(counts, spec))
-    hydra = assemble(run_stages(rows, counts, spec, root, edits, **(run or {})), counts, spec)
+    made = run_stages(rows, counts, spec, root, edits, **(run or {}))
+    hydra = assemble(made, counts, spec)
     if edits: hydra.about['built']['edits'] = edits
     if out is not None: hydra.save(out)
     warn_unlearnt(hydra.about)
     return hydra
-
-# %% ../../nbs/hydra/66b_build.ipynb #ce611de7
-def propose_domains(
-    records:list|str|Path, # as for `Hydra.build`
-    path:str|Path, # the file to write, `domains.yaml`
-    root:str|Path|None=None, # where stages go; in the cache if None
-    reading:dict|None=None, # what to override in reading files: as for `formats.detect`
-    say:bool=False, # let the base write a sentence on each domain
-    **kw # fields of `BuildSpec`
-)->Domains: # as discovered
-    "Discover the domains of a build, and write them to a file to be edited"
-    if os.path.lexists(path): raise HydraError(f"{path} exists: choose another place, or delete it first")
-    check_writable(path)
-    spec = pin_base(BuildSpec(**kw))
-    records, _ = gather_rows(records, **(reading or {}))
-    rows, counts = run_deal(records, spec, root)
-    spec = resolve_spec(spec, counts['train'], counts['prompts'])
-    x, made = run_discovery(rows, counts, spec, root)
-    domains, train = Domains.load(made/'domains'), read_jsonl(made/'train.jsonl')
-    labels = np.array([domains.names.index(r['domain']) for r in train])
-    texts, distances = [prompt_text(r) for r in train], domains.distances(load_embeddings(x)['train'])
-    if say: domains.lines = describe(texts, labels, distances, open_base(spec.base, spec.quant))
-    write_domains_yaml(path, domains, labels, texts, distances)
-    return domains

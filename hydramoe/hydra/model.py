@@ -23,7 +23,7 @@ from .gate import Gate, check_gate, explain_gate, make_gate, plot_gate
 from .bundle import check_bundle, expert_folders, load_router_or_gate
 from .saving import base_uri, bundle_base, bundle_config, expert_notes, require_encoder
 from .saving import uri_tokenizer, write_bundle
-from .generation import Request, check_generation, sampling_keywords, to_messages
+from .generation import check_generation, sampling_keywords, to_messages
 
 # %% ../../nbs/hydra/64a_model.ipynb #dc7c90bb
 class Hydra:

@@ -224,7 +224,10 @@ def build(a):
     if a.add or a.remove: return changed(_given(a))
     if a.name or a.start: raise HydraError("--name and --start go with --add FILE: a build names its experts after the domains that it finds")
     out, run = _out(_given(a)), _run(a)
-    from hydramoe.hydra.model import BuildSpec, Hydra, check, gather, left_out
+    from hydramoe.data.craft import gather
+    from hydramoe.hydra.model import Hydra
+    from hydramoe.hydra.spec import BuildSpec
+    from hydramoe.hydra.rows import left_out
     if os.path.lexists(out): check(out)
     spec = BuildSpec(**_spec(a))
     records, rejects = gather(a.files, **_reading(a))
@@ -242,7 +245,7 @@ def build(a):
 def domains(a):
     "A file in which domains are renamed, merged and split by hand"
     _given(a); _free(a.out)
-    from hydramoe.hydra.model import propose_domains
+    from hydramoe.hydra.propose import propose_domains
     found = propose_domains(a.files, a.out, reading=_reading(a), say=a.describe, **_spec(a))
     return f"{a.out}: {', '.join(found.names)}\nedit it, then: {_line('build', *a.files, '--domains', a.out)}, with the same options", dict(file=a.out, domains=found.names)
 
@@ -253,7 +256,8 @@ def changed(
     if len(a.files)!=1 or (a.add and a.remove): raise HydraError("give one bundle, and either --add FILE or --remove NAME")
     name, bundle = a.remove or _name(a), Path(a.files[0])
     out = _free(a.out or f"{bundle}-{'without' if a.remove else 'with'}-{name}")
-    from hydramoe.hydra.model import add_expert, gather, remove_expert
+    from hydramoe.data.craft import gather
+    from hydramoe.hydra.change import add_expert, remove_expert
     if a.remove: hydra, refused = remove_expert(bundle, name, out, base=a.base), None
     else:
         records, rejects = gather([a.add], **_reading(a))
@@ -268,14 +272,14 @@ def changed(
 def _own_words():
     "What became of experts is said once, by `_learnt`"
     import warnings
-    from hydramoe.hydra.model import UnlearntWarning
+    from hydramoe.hydra.build import UnlearntWarning
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UnlearntWarning)
         yield
 
 def _learnt(about, text, data):
     "What a command returns, with exit code 3 if an expert learnt nothing"
-    from hydramoe.hydra.model import unlearnt, unlearnt_text
+    from hydramoe.hydra.card import unlearnt, unlearnt_text
     if not (lost := unlearnt(about)): return text, data
     print(f"hydramoe: {unlearnt_text(lost)}", file=sys.stderr)
     return text, dict(data, unlearnt=lost), 3
@@ -296,7 +300,7 @@ def _run(a):
 
 def _spec(a):
     "What was said of a build's spec; what was not is the spec's own default"
-    from hydramoe.hydra.model import BuildSpec
+    from hydramoe.hydra.spec import BuildSpec
     return {k:v for k,v in vars(a).items() if k in BuildSpec.__dataclass_fields__ and v is not None}
 
 def _given(a):
@@ -317,10 +321,10 @@ def from_adapters(
     if not a.out: raise HydraError("say where the bundle goes: --out DIR")
     _free(a.out)
     if a.top_k is not None: number(a.top_k, 'top-k', whole=True, least=1, most=1024)
-    from hydramoe.hydra.model import adopt, adopted
+    from hydramoe.hydra.adopt import adopt, summarize_adopted
     hydra = adopt(_adapters(a.adapters), a.out, a.base, a.quant, a.gate or 'arrow', top_k=a.top_k)
     try_it = _line('ask', a.out, 'Hello, who are you?')
-    return f"{a.out}: {hydra}\n{adopted(hydra)}\ntry it: {try_it}", dict(bundle=str(a.out), experts=hydra.names, built=hydra.about['built'], next=try_it)
+    return f"{a.out}: {hydra}\n{summarize_adopted(hydra)}\ntry it: {try_it}", dict(bundle=str(a.out), experts=hydra.names, built=hydra.about['built'], next=try_it)
 
 def _reading(a):
     from hydramoe.data.formats import parse_columns
@@ -348,13 +352,16 @@ def dry_run(
     domains:str|None=None # an edited file of domains
 )->tuple[str,dict]: # text, plain data
     "What `build` would make, and what it would cost; refuses what it would refuse"
-    from hydramoe.hydra.model import dealt, described, forecast, pinned, settled
-    spec = pinned(spec)
-    place, counts = dealt(records, spec)
-    spec = settled(spec, counts['train'], counts['prompts'])
+    from hydramoe.hydra.spec import pin_base, resolve_spec
+    from hydramoe.hydra.rows import run_deal
+    from hydramoe.hydra.build import summarize_build
+    from hydramoe.hydra.forecast import forecast
+    spec = pin_base(spec)
+    place, counts = run_deal(records, spec)
+    spec = resolve_spec(spec, counts['train'], counts['prompts'])
     _foreseen(place, spec, domains)
     f = forecast(counts, spec)
-    text = [described(counts, spec), f"{f['weights_of_an_expert']/1e6:.1f}M weights an expert, on the {f['weights']/1e6:.0f}M of {spec.base} in {spec.quant}",
+    text = [summarize_build(counts, spec), f"{f['weights_of_an_expert']/1e6:.1f}M weights an expert, on the {f['weights']/1e6:.0f}M of {spec.base} in {spec.quant}",
             f"about {_clock(f['seconds'])} and {f['memory_gb']} GB",
             f"  from {f['training_tokens']:,} tokens at {f['tokens_a_second']} a second: this machine multiplies matrices at "
             f"{f['matrix_gflops']} GFLOP/s ({f['device']}, measured now),\n  training takes 4 operations for each weight and token, "
@@ -372,7 +379,8 @@ def _answer(a, route, hydra):
 
 def _checked(a, prompt):
     "Refuse what cannot be asked before a base is loaded"
-    from hydramoe.hydra.model import as_messages, check_generation
+    from hydramoe.data.craft import as_messages
+    from hydramoe.hydra.generation import check_generation
     as_messages(prompt)
     check_generation([prompt], a.max_new_tokens, a.temperature, a.seed, {})
 
@@ -422,7 +430,6 @@ def explain(a):
 def check(a):
     "Whole, or what is wrong with it"
     from hydramoe.hydra.gate import GATES
-    from hydramoe.hydra.model import check
     man = check(a.bundle)
     forks = f"forked at block {man['fork']}, " if 'fork' in man else ''
     text = (f"{a.bundle} is whole: {len(man['experts'])} experts on {man['base']['id']} ({man['base']['quant']}), "
@@ -448,7 +455,7 @@ def _turn(chat, text, a):
          _BUNDLE, arg('--system', help='an instruction that stands before all turns'), _TOKENS, _EXPERT, _WARM, _SEED, _BASE, _ENCODER)
 def chat(a):
     "Turn by turn, each routed"
-    from hydramoe.hydra.model import Chat
+    from hydramoe.hydra.chat import Chat
     _checked(a, 'Hello')
     talk = Chat(_load(a), a.system)
     while text := _said():
