@@ -10,14 +10,13 @@ from hydramoe.models.base import base_key, load_base, render, tiny_base
 from hydramoe.foundations.arrays import load_arrays, save_arrays
 from hydramoe.domains.cluster import Domains, embed, fit_tfidf
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra.bundle import BundleError, check_adapter, seal_bundle
+from hydramoe.hydra.bundle import BUNDLE_FORMAT, BundleError, check_bundle, check_adapter, seal_bundle
 from hydramoe.hydra.card import model_card, unlearnt
 from hydramoe.hydra.saving import uri_id
-from hydramoe.hydra.model import FORMAT, Hydra, explain_bundle
+from hydramoe.hydra.model import Hydra, explain_bundle
 from hydramoe.hydra.build import UnlearntWarning
 from hydramoe.hydra.change import add_expert
 from hydramoe.hydra.adopt import adapters_base
-from hydramoe.use.cli import check
 from hydramoe.hydra.route import on_hidden, ridge, similarity, uniform
 from hydramoe.experts.stack import LoraSpec, gated
 from test_hydra import put, spots
@@ -44,11 +43,11 @@ def greedy(h, prompt, expert=None, n=6):
     return dict(prompt=prompt, expert=expert, gates=[round(w, 6) for w in g[0].tolist()], tokens=out.sequences[0,x['input_ids'].shape[1]:].tolist()), (top[:,0]-top[:,1]).min().item()
 
 if __name__=='__main__':
-    h, to = golden(), DATA/f'bundle-{FORMAT}'
+    h, to = golden(), DATA/f'bundle-{BUNDLE_FORMAT}'
     h.save(to)
     both = [greedy(h, p, e) for p in ASKS for e in (None, 'law', 'sea', 'base')]
     assert min(m for _,m in both)>.02, [m for _,m in both]
-    write_json(DATA/f'bundle-{FORMAT}.json', [g for g,_ in both])
+    write_json(DATA/f'bundle-{BUNDLE_FORMAT}.json', [g for g,_ in both])
     raise SystemExit
 
 # ---- golden
@@ -60,18 +59,18 @@ def test_a_bundle_of_each_format_opens_and_answers_as_ever(at):
         assert margin>.01 and got['tokens']==want['tokens'] and got['gates']==pytest.approx(want['gates'], abs=1e-5)
     assert len({str(w['tokens']) for w in said})>3 and sum(f.stat().st_size for f in at.rglob('*'))<60_000
 
-def test_the_present_format_has_its_golden_bundle(): assert read_json(DATA/f'bundle-{FORMAT}'/'hydra.json')['format']==FORMAT
+def test_the_present_format_has_its_golden_bundle(): assert read_json(DATA/f'bundle-{BUNDLE_FORMAT}'/'hydra.json')['format']==BUNDLE_FORMAT
 
 def test_what_is_written_today_is_the_golden_bundle(tmp_path):
     "To the byte, but for what the card says"
     golden().save(tmp_path/'now')
-    a, b = ({p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file() and p.name!='README.md'} for d in (tmp_path/'now', DATA/f'bundle-{FORMAT}'))
+    a, b = ({p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file() and p.name!='README.md'} for d in (tmp_path/'now', DATA/f'bundle-{BUNDLE_FORMAT}'))
     assert a.keys()==b.keys() and [f for f in a if a[f]!=b[f]]==[]
 
 # ---- search
-BYTES = {p.relative_to(DATA/f'bundle-{FORMAT}').as_posix(): p.read_bytes() for p in sorted((DATA/f'bundle-{FORMAT}').rglob('*')) if p.is_file() and p.name!='README.md'}
+BYTES = {p.relative_to(DATA/f'bundle-{BUNDLE_FORMAT}').as_posix(): p.read_bytes() for p in sorted((DATA/f'bundle-{BUNDLE_FORMAT}').rglob('*')) if p.is_file() and p.name!='README.md'}
 TENSORS, TEXT = [f for f in BYTES if f.endswith('.safetensors')], [f for f in BYTES if f.endswith('.json')]
-WHOLE = Hydra.load(DATA/f'bundle-{FORMAT}')
+WHOLE = Hydra.load(DATA/f'bundle-{BUNDLE_FORMAT}')
 MOST = settings.default.max_examples # 100, or more under HYPOTHESIS_PROFILE=search
 def fuzz(n): return settings(max_examples=max(n, MOST) if MOST>100 else n, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -206,16 +205,16 @@ def forged(at, tensors=lambda t: None, **said):
 
 @pytest.mark.parametrize('said', [dict(lora_alpha=1e308), dict(lora_alpha=10**400), dict(lora_alpha=0), dict(lora_alpha=-2), dict(lora_alpha=1e-60), dict(r=0), dict(r=-1), dict(r=10**9)], ids=lambda x: str(x)[:24])
 def test_a_scale_that_nobody_can_compute_with_is_refused_by_check(at, said):
-    with pytest.raises(BundleError, match='law'): check(forged(at, (lambda t: {k: v[:0] if '_A' in k else v[:,:0] for k,v in t.items()}) if said.get('r')==0 else lambda t: None, **said))
+    with pytest.raises(BundleError, match='law'): check_bundle(forged(at, (lambda t: {k: v[:0] if '_A' in k else v[:,:0] for k,v in t.items()}) if said.get('r')==0 else lambda t: None, **said))
 
 @pytest.mark.parametrize('kind', [torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e5m2])
 def test_tensors_of_types_that_are_no_experts_are_refused_by_check(at, kind):
-    with pytest.raises(BundleError, match='law.*float32, float16, bfloat16'): check(forged(at, lambda t: {k: v.round().to(kind) for k,v in t.items()}))
+    with pytest.raises(BundleError, match='law.*float32, float16, bfloat16'): check_bundle(forged(at, lambda t: {k: v.round().to(kind) for k,v in t.items()}))
 
 @pytest.mark.parametrize('half, number, said', [('A', 3.4e38, {}), ('B', 3.4e38, {}), ('B', 1e38, dict(lora_alpha=50))])
 def test_numbers_that_are_infinite_where_they_are_computed_with_are_refused_by_check(at, half, number, said):
     def large(t): next(v for k,v in t.items() if f'lora_{half}' in k).view(-1)[0] = number
-    with pytest.raises(BundleError, match=f'law.*lora_{half}.*bfloat16'): check(forged(at, large, **said))
+    with pytest.raises(BundleError, match=f'law.*lora_{half}.*bfloat16'): check_bundle(forged(at, large, **said))
 
 @pytest.mark.parametrize('text', ['[]', '3', '{"r": '+'['*900+']'*900+'}', '{"peft_type": "LORA", "lora_alpha": 2, "target_modules": ["q_proj"], "r": 1, "eva_config": {"a": '+'['*900+']'*900+'}}', '{}'], ids=lambda t: t[:9])
 def test_an_adapter_of_hard_json_is_an_error_of_ours(at, text):
@@ -237,7 +236,7 @@ def test_a_build_that_learnt_nothing_says_so(tmp_path, monkeypatch, capfd, fork)
         warnings.simplefilter('ignore', UserWarning)
         assert main(['build', str(file), '--base', 'tiny', '--quant', 'fp32', '--encoder', 'words', '--k', '2', '--rank', '2', '--fork', str(fork), '--lr', '1e30', '--out', str(tmp_path/'b'), '--json', '--quiet'])==3
         out, err = capfd.readouterr()
-        man = check(tmp_path/'b')
+        man = check_bundle(tmp_path/'b')
         names = [e['name'] for e in man['experts']]
         assert all(e['skipped']==e['steps']>0 for e in man['experts']) and man['built']['seed']['skipped']==man['built']['seed']['steps']-1
         assert json.loads(out)['unlearnt'].keys()=={'the seed expert', *names} and err.count('hydramoe:')==1 and all(n in err for n in names) and '--lr' in err
@@ -255,7 +254,7 @@ def test_a_build_that_learns_says_nothing_of_steps(tmp_path):
         warnings.simplefilter('error', UnlearntWarning)
         h = Hydra.build(ROWS, tmp_path/'b', **TINY, root=tmp_path/'s')
     assert unlearnt(h.about)=={} and 'skipped' not in (tmp_path/'b'/'hydra.json').read_text()+(tmp_path/'b'/'README.md').read_text() and 'seed' not in h.about['built']
-    man = check(tmp_path/'b')
+    man = check_bundle(tmp_path/'b')
     for odd in (dict(skipped='x'), dict(skipped=3, steps=None), dict(skipped=-1), dict(skipped=True), dict(skipped=10**9)): assert 'skipped' not in model_card(dict(man, experts=[man['experts'][0] | odd]))
 
 # ---- the fork
@@ -302,7 +301,7 @@ def test_another_trunk_is_refused_by_name(split, tmp_path, block):
     seal_bundle(d, {k: man[k] for k in ('base', 'experts', 'router', 'built', 'fork')})
     if block: assert Hydra.load(d).model.stack.fork==1
     else:
-        with pytest.raises(BundleError, match=f'sky is of another seed expert.*block 1.*{re.escape(k)}'): check(d)
+        with pytest.raises(BundleError, match=f'sky is of another seed expert.*block 1.*{re.escape(k)}'): check_bundle(d)
         with pytest.raises(HydraError, match='sky.* is of another seed expert'): Hydra.from_adapters({n: d/'experts'/n for n in split[0].names}, tiny_base(), split[0].router, fork=1)
 
 @pytest.mark.parametrize('fork, words', [(v, 'not the number of a block') for v in (0, -1, 1.0, .5, True, None, '1', [1])]+[(2, 'experts.*is of another seed expert'), (10**9, 'another seed expert')])
@@ -310,7 +309,7 @@ def test_a_fork_that_is_none(split, tmp_path, fork, words):
     d = Path(shutil.copytree(split[1], tmp_path/'d'))
     man = {k: v for k,v in (read_json(d/'hydra.json') | dict(fork=fork)).items() if k!='seal'}
     write_json(d/'hydra.json', man | dict(seal=digest(man)))
-    with pytest.raises(BundleError, match=words): check(d)
+    with pytest.raises(BundleError, match=words): check_bundle(d)
 
 def test_one_expert_under_a_fork_that_the_base_does_not_have(tmp_path):
     "With nobody to differ from, it is the base that says no"
@@ -421,7 +420,7 @@ def test_an_identity_of_another_shape(moved, identity):
     base, at = moved
     man = {k: v for k,v in read_json(at/'hydra.json').items() if k in ('base', 'experts', 'router', 'built')}
     man['base']['identity'] = identity; (at/'hydra.json').unlink(); seal_bundle(at, man)
-    with pytest.raises(BundleError, match='identity'): check(at)
+    with pytest.raises(BundleError, match='identity'): check_bundle(at)
 
 # ---- places come from the user
 def test_a_folder_that_a_bundle_names_is_opened_only_where_the_user_opened_one(moved, monkeypatch, tmp_path):

@@ -10,12 +10,11 @@ from hydramoe.models.base import byte_tokenizer, tiny_base
 from hydramoe.use.cli import main
 from hydramoe.foundations.core import HydraError, read_json, write_json
 from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
-from hydramoe.hydra.bundle import BundleError, seal_bundle
+from hydramoe.hydra.bundle import BundleError, check_bundle, seal_bundle
 from hydramoe.hydra.model import Hydra
 from hydramoe.hydra.chat import Chat
 from hydramoe.hydra.change import remove_expert
 from hydramoe.hydra.adopt import adopt, summarize_adopted
-from hydramoe.use.cli import check
 from hydramoe.experts.stack import LoraSpec, at_fork, from_fork, gated, hidden, make_plan, one_hot
 from hydramoe.experts.adapters import with_adapters
 
@@ -181,7 +180,7 @@ def test_a_fork_and_a_seed_that_does_not_fit(tmp_path):
 def test_a_bundle_keeps_a_gate_since_a_seed_and_will_not_guess_it_again(theirs, tmp_path, kind):
     a = adopt(theirs, tmp_path/'b', quant='fp32', gate=kind, since=theirs['plain'])
     b = Hydra.load(tmp_path/'b')
-    assert b.gate.params==a.gate.params and b.gate.params['since'] in summarize_adopted(a) and check(tmp_path/'b')['built']['gate']['since']==b.gate.params['since']
+    assert b.gate.params==a.gate.params and b.gate.params['since'] in summarize_adopted(a) and check_bundle(tmp_path/'b')['built']['gate']['since']==b.gate.params['since']
     assert b.ask('Who was that?', max_new_tokens=8)==a.ask('Who was that?', max_new_tokens=8)
     with pytest.raises(HydraError, match='what the experts add to their seed expert'): remove_expert(tmp_path/'b', 'regex', tmp_path/'less')
     assert not (tmp_path/'less').exists()
@@ -414,7 +413,7 @@ def test_a_bundle_answers_as_what_was_built(theirs, tmp_path, kind):
     assert b.gate.kind==kind and b.generate(prompts, max_new_tokens=8)==a.generate(prompts, max_new_tokens=8)==[b.ask(p, max_new_tokens=8) for p in prompts]
     assert b.explain('Who?')==a.explain('Who?')
     b.save(tmp_path/'b2')
-    assert check(tmp_path/'b2')['seal']==check(tmp_path/'b')['seal']
+    assert check_bundle(tmp_path/'b2')['seal']==check_bundle(tmp_path/'b')['seal']
 
 def nan(t): t[sorted(t)[2]][0,0] = float('nan')
 def extra(t): t['more'] = torch.zeros(2)
@@ -426,7 +425,7 @@ def test_altered_gate_tensors_are_named(bundle, change, said):
     f = bundle/'gates'/'gate.safetensors'
     t = load_file(f); name = sorted(t)[2]
     change(t); save_file(t, f)
-    with pytest.raises(BundleError, match=rf"gates/gate\.safetensors was altered.*{said}.*") as e: check(bundle)
+    with pytest.raises(BundleError, match=rf"gates/gate\.safetensors was altered.*{said}.*") as e: check_bundle(bundle)
     assert change is extra or name in str(e.value)
 
 @pytest.mark.parametrize('change', [nan, extra, gone])
@@ -451,7 +450,7 @@ def test_gates_that_do_not_belong_are_refused(bundle, change, said):
 
 def test_a_pickle_among_the_gates_is_refused(bundle):
     a_pickle(bundle)
-    with pytest.raises(BundleError, match='gate.bin does not belong'): check(bundle)
+    with pytest.raises(BundleError, match='gate.bin does not belong'): check_bundle(bundle)
 
 TWICE = "import sys; from pathlib import Path; from hydramoe.hydra.model import adopt; adopt({p.name: p for p in sorted(Path(sys.argv[1]).iterdir())}, sys.argv[2], quant='fp32', gate='lag')"
 

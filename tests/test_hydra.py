@@ -10,11 +10,10 @@ from transformers import DynamicCache, TextStreamer
 from hydramoe.models.base import load_base, tiny_base
 from hydramoe.domains.cluster import lesson_texts, prompt_text
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
-from hydramoe.hydra.bundle import BundleError, seal_bundle
-from hydramoe.hydra.generation import Draw, sampling_keywords
+from hydramoe.hydra.bundle import BundleError, check_bundle, seal_bundle
+from hydramoe.hydra.generation import Draw, Request, sampling_keywords
 from hydramoe.hydra.model import Hydra
 from hydramoe.hydra.chat import Chat
-from hydramoe.use.cli import check
 from hydramoe.hydra.route import uniform
 from hydramoe.experts.stack import LoraSpec, gated, one_hot
 
@@ -118,13 +117,13 @@ def test_a_base_that_cannot_be_named(bundle, tmp_path, id):
 
 def test_a_stranger_names_an_expert_base_or_a_precision(bundle, tmp_path):
     for change in (lambda man: man['experts'][0].update(name='base'), lambda man: man['base'].update(quant='int3')):
-        with pytest.raises(HydraError): check(resealed(bundle, tmp_path, change))
+        with pytest.raises(HydraError): check_bundle(resealed(bundle, tmp_path, change))
 
 @pytest.mark.parametrize('depth', [150, 500, 950, 990, 3000, 100_000])
 def test_deep_json_in_any_file(bundle, tmp_path, depth):
     text = '{"a":'*depth + '1' + '}'*depth
     for f in [f for f in read_json(bundle/'hydra.json')['files'] if f.endswith('.json')]:
-        with pytest.raises(BundleError): check(resealed(bundle, tmp_path, file=f, text=text))
+        with pytest.raises(BundleError): check_bundle(resealed(bundle, tmp_path, file=f, text=text))
     d = resealed(bundle, tmp_path)
     (d/'hydra.json').write_text(text)
     with pytest.raises(BundleError): Hydra.load(d)
@@ -289,13 +288,12 @@ def test_the_lower_half_of_a_stale_cache_would_be_seen():
     assert not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(contents(chat.cache), read_whole(h, chat.ids, chat.gates)))
 
 def test_beams_and_interruptions_under_a_fork(monkeypatch):
-    import hydramoe.hydra.model
     h, fresh = forked(), forked()
     chat = Chat(h)
     for t, kw in (('law?', {}), ('sea?', dict(num_beams=2)), ('sum?', {}), ('law!', {})):
         assert chat(t, max_new_tokens=5, **kw) == fresh.ask(chat.messages[:-1], expert=t[:3], max_new_tokens=5, **kw)
     with monkeypatch.context() as m:
-        m.setattr(hydramoe.hydra.model, 'read_on', lambda *a: 1/0) # after the refill, before the answer
+        m.setattr(Chat, '_read_above_fork', lambda *a, f=Chat._read_above_fork: f(*a) is 1/0) # after the refill, before the answer
         with pytest.raises(ZeroDivisionError): chat('sea?', max_new_tokens=5)
     assert chat.cache is None and len(chat.turns) == 4
     assert chat('sea?', max_new_tokens=5) == fresh.ask(chat.messages[:-1], expert='sea', max_new_tokens=5)
@@ -334,10 +332,10 @@ def test_the_base_alone_has_no_trunk():
 def seer(h, layer, farthest=None):
     "The same Hydra with a router on what passes a layer; it sends what is far away to the base"
     from hydramoe.models.hidden import hidden_mean
-    from hydramoe.data.craft import as_messages
+    from hydramoe.hydra.generation import to_messages
     from hydramoe.hydra.model import router_view
     from hydramoe.hydra.route import abstaining, on_hidden, on_whole, ridge
-    with router_view(h.model): x = hidden_mean([dict(prompt=as_messages(t)) for t in NAMES], h.base, layer)
+    with router_view(h.model): x = hidden_mean([dict(prompt=to_messages(t)) for t in NAMES], h.base, layer)
     return Hydra(h.base, h.model, abstaining(on_whole(on_hidden(ridge, NAMES, x, NAMES, layer, temperature=.3)), farthest))
 
 @pytest.mark.parametrize('kind', ['llama', 'window'])
@@ -346,7 +344,7 @@ def test_routed_on_the_way_is_routed_first(kind, tmp_path, monkeypatch):
     plain = forked(windowed(tmp_path, 4) if kind=='window' else None)
     for layer in (1, 2):
         h, looked = seer(plain, layer), []
-        monkeypatch.setattr(Hydra, '_read_and_route', lambda *x, f=Hydra._read_and_route: looked.append(f(*x)) or looked[-1])
+        monkeypatch.setattr(Hydra, '_route_on_the_way', lambda *x, f=Hydra._route_on_the_way: looked.append(f(*x)) or looked[-1])
         for t in ('law', 'sea'*9, 'who?'):
             by = {n: w for n, w in zip(NAMES, h.gates([t])[0].tolist()) if w}
             for how in (dict(), dict(temperature=1., seed=3)):
@@ -508,8 +506,9 @@ def test_draws_have_the_distribution_of_the_scores(how):
     from scipy.stats import chisquare
     from transformers import GenerationConfig
     asked = {**how}
-    p = sampling_keywords(asked.pop('temperature', 1.), 5, 'cpu', GenerationConfig(), asked)['logits_processor']
-    assert asked == {} and type(p[-1]) is Draw
+    made = sampling_keywords(Request(8, asked.pop('temperature', 1.), 5, asked), 'cpu', GenerationConfig())
+    p = made['logits_processor']
+    assert made.keys() == {'logits_processor'} and type(p[-1]) is Draw
     scores = torch.tensor([[1., 0., -1., .5, -3., 2.]]).repeat(20_000, 1)
     want = type(p)(p[:-1])(None, scores[:1].clone())[0].softmax(-1)
     seen = torch.bincount(p(None, scores).argmax(1), minlength=6)
@@ -546,7 +545,7 @@ def copy(bundle, tmp_path): return Path(shutil.copytree(bundle, tmp_path/'copy')
 @pytest.mark.parametrize('change', [drop, nan, nudge, wide, elsewhere])
 def test_accident_names_file_and_tensor(copy, change):
     tensors(copy, change)
-    with pytest.raises(BundleError, match=r'law/adapter_model.safetensors was altered: .*lora_'): check(copy)
+    with pytest.raises(BundleError, match=r'law/adapter_model.safetensors was altered: .*lora_'): check_bundle(copy)
 
 @pytest.mark.parametrize('change', [drop, nan, inf, both, wide, elsewhere])
 def test_a_resealed_lie_is_refused_by_the_tensors_themselves(copy, change):
@@ -557,49 +556,49 @@ def test_a_resealed_lie_is_refused_by_the_tensors_themselves(copy, change):
 @pytest.mark.parametrize('name', ['adapter_model.bin', 'model.pt', 'x.pkl', 'run.py', 'noext'])
 def test_strangers_are_refused_by_name(copy, name):
     (copy/'experts'/'sea'/name).write_bytes(b'x')
-    with pytest.raises(BundleError, match=name): check(copy)
-    with pytest.raises(BundleError, match=name): reseal(copy); check(copy)
+    with pytest.raises(BundleError, match=name): check_bundle(copy)
+    with pytest.raises(BundleError, match=name): reseal(copy); check_bundle(copy)
 
 @pytest.mark.parametrize('target', ['/etc/hostname', '../../outside', 'config.json'])
 def test_links_are_refused(copy, target):
     (copy/'router'/'more.json').symlink_to(target)
-    with pytest.raises(BundleError, match='more.json is a link'): check(copy)
+    with pytest.raises(BundleError, match='more.json is a link'): check_bundle(copy)
 
 def test_a_linked_folder_is_refused(copy):
     shutil.move(copy/'experts', copy.parent/'moved')
     (copy/'experts').symlink_to(copy.parent/'moved')
-    with pytest.raises(BundleError, match='experts is a link'): check(copy)
+    with pytest.raises(BundleError, match='experts is a link'): check_bundle(copy)
 
 @pytest.mark.parametrize('format', [0, 2, '1', None, True, 1.0])
 def test_unknown_format(copy, format):
     write_json(copy/'hydra.json', read_json(copy/'hydra.json') | dict(format=format))
-    with pytest.raises(BundleError, match='format'): check(copy)
+    with pytest.raises(BundleError, match='format'): check_bundle(copy)
 
 @pytest.mark.parametrize('text', ['', '[]', '{}', 'null', '{"format": 1}', '{"format": 1, "files": []', '[' * 2000])
 def test_broken_manifests(copy, text):
     (copy/'hydra.json').write_text(text)
-    with pytest.raises(HydraError, match='hydra.json'): check(copy)
+    with pytest.raises(HydraError, match='hydra.json'): check_bundle(copy)
 
 @pytest.mark.parametrize('cut', [1, 8, 100, -1])
 def test_truncated_tensors(copy, cut):
     f = copy/'experts'/'sum'/'adapter_model.safetensors'
     f.write_bytes(f.read_bytes()[:cut])
-    with pytest.raises(BundleError, match='sum/adapter_model.safetensors'): check(copy)
-    with pytest.raises(BundleError, match='sum/adapter_model.safetensors'): reseal(copy); check(copy)
+    with pytest.raises(BundleError, match='sum/adapter_model.safetensors'): check_bundle(copy)
+    with pytest.raises(BundleError, match='sum/adapter_model.safetensors'): reseal(copy); check_bundle(copy)
 
 @pytest.mark.parametrize('key', ['auto_map', 'trust_remote_code'])
 @pytest.mark.parametrize('file', ['config.json', 'experts/law/adapter_config.json'])
 def test_code_from_elsewhere(copy, key, file):
     write_json(copy/file, read_json(copy/file) | dict(nested=[dict(deep={key: True})]))
     reseal(copy)
-    with pytest.raises(BundleError, match=f'{file} holds {key}'): check(copy)
+    with pytest.raises(BundleError, match=f'{file} holds {key}'): check_bundle(copy)
 
 def test_changed_scale(copy):
     f = copy/'experts'/'law'/'adapter_config.json'
     write_json(f, read_json(f) | dict(lora_alpha=1600))
-    with pytest.raises(BundleError, match='adapter_config.json was altered'): check(copy)
+    with pytest.raises(BundleError, match='adapter_config.json was altered'): check_bundle(copy)
     reseal(copy)
-    with pytest.raises(BundleError, match='lora_alpha=1600'): check(copy)
+    with pytest.raises(BundleError, match='lora_alpha=1600'): check_bundle(copy)
 
 def test_another_base_of_the_same_shape(bundle, tmp_path):
     with pytest.raises(BundleError, match='another base'): Hydra.load(bundle, base=tiny_base(seed=1))
@@ -610,7 +609,7 @@ def test_another_base_of_the_same_shape(bundle, tmp_path):
 def test_an_expert_that_nobody_lists(copy):
     shutil.copytree(copy/'experts'/'sea', copy/'experts'/'spy')
     reseal(copy)
-    with pytest.raises(BundleError, match='experts/spy is extra'): check(copy)
+    with pytest.raises(BundleError, match='experts/spy is extra'): check_bundle(copy)
 
 def test_config_names_no_field_that_transformers_cannot_save(bundle):
     cfg = read_json(bundle/'config.json')
@@ -697,12 +696,12 @@ def test_killed_at_any_moment_the_bundle_is_the_same(tmp_path):
     assert rounds
     assert start(tmp_path/'killed', tmp_path/'cache2', '3').wait() == 0
     assert files(tmp_path/'killed') == want
-    assert not list(tmp_path.glob('.tmp-killed*')) or check(tmp_path/'killed')
+    assert not list(tmp_path.glob('.tmp-killed*')) or check_bundle(tmp_path/'killed')
 
 BIRDS = [dict(id=f'b{i}', domain='user', source='mine', license='mine', prompt=[dict(role='user', content=f'Which bird {w}?')],
               completion=[dict(role='assistant', content='birds')]) for i,w in enumerate('sings|swims|hunts mice|cannot fly|migrates|talks'.split('|'))]
 
-def sealed(bundle, *parts): return {f: sha for f,sha in check(bundle)['files'].items() if f.startswith(parts)}
+def sealed(bundle, *parts): return {f: sha for f,sha in check_bundle(bundle)['files'].items() if f.startswith(parts)}
 
 def test_one_more_and_one_less(tmp_path, monkeypatch):
     "The others keep every bit; the router is what fitting from scratch on these domains gives; taken out again, nothing is left of it"
@@ -728,7 +727,7 @@ def test_one_more_and_one_less(tmp_path, monkeypatch):
     assert r.names==left and (r.arrays['centroids']==np.stack([now.arrays['centroids'][now.names.index(n)] for n in left])).all()
     assert sealed(tmp_path/'less', 'experts/').items()<=after.items()
     again = add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'again')
-    assert check(tmp_path/'again')['seal']==check(tmp_path/'new')['seal'] and again.names[-1]=='birds'
+    assert check_bundle(tmp_path/'again')['seal']==check_bundle(tmp_path/'new')['seal'] and again.names[-1]=='birds'
     fresh = add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'fresh', start='fresh', root=tmp_path/'elsewhere')
     assert not torch.equal(fresh.model.stack.theta[-1], again.model.stack.theta[-1])
 
@@ -756,14 +755,14 @@ def test_a_forked_build(tmp_path, monkeypatch):
     plain = build(tmp_path/'plain', epochs=1)
     assert not cached
     h = build(tmp_path/'h', epochs=1, fork=.5)
-    man = check(tmp_path/'h')
+    man = check_bundle(tmp_path/'h')
     assert len(cached)==1 and man['fork']==h.model.stack.fork==1 and man['built']['spec']['fork']==.5
     seed = load_file(find_seed(man['built'])/'seed'/'adapter_model.safetensors')
     for n in h.names:
         own = load_file(tmp_path/'h'/'experts'/n/'adapter_model.safetensors')
         assert {k for k in seed if not torch.equal(seed[k], own[k])}=={k for k in seed if '.layers.1.' in k} and own.keys()==seed.keys()
     more = add_expert(tmp_path/'h', BIRDS, 'birds', tmp_path/'more')
-    assert len(cached)==2 and torch.equal(more.model.stack.trunk, h.model.stack.trunk) and check(tmp_path/'more')['fork']==1
+    assert len(cached)==2 and torch.equal(more.model.stack.trunk, h.model.stack.trunk) and check_bundle(tmp_path/'more')['fork']==1
     assert sealed(tmp_path/'h', 'experts/').items()<=sealed(tmp_path/'more', 'experts/').items()
     remove_expert(tmp_path/'more', 'birds', tmp_path/'back')
     assert sealed(tmp_path/'back', 'experts/', 'router/')==sealed(tmp_path/'h', 'experts/', 'router/')
@@ -778,7 +777,7 @@ def test_a_build_without_a_fork_is_recorded_as_ever(tmp_path, monkeypatch):
     from hydramoe.hydra.spec import BuildSpec
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     build(tmp_path/'a', epochs=1, fork=0)
-    man = check(tmp_path/'a')
+    man = check_bundle(tmp_path/'a')
     assert 'fork' not in man and 'fork' not in man['built']['spec'] and BuildSpec(**man['built']['spec']).fork==0
     build(tmp_path/'a', epochs=1) # found whole
 
@@ -787,7 +786,7 @@ TRIED = {'similarity': 3, 'ridge': 4, 'ridge on states': 8, 'uniform': 10} # whi
 @pytest.mark.parametrize('which', TRIED)
 def test_whichever_router_a_build_keeps_experts_join_and_leave(which, tmp_path, monkeypatch):
     "The one of least perplexity is kept, saved and named on the card; one expert more and out again leaves not a bit"
-    from hydramoe.hydra import model as hydra
+    from hydramoe.hydra import build as built
     from hydramoe.hydra.model import explain_bundle
     from hydramoe.hydra.change import add_expert, remove_expert
     from hydramoe.hydra.route import Router, reads_base
@@ -796,10 +795,10 @@ def test_whichever_router_a_build_keeps_experts_join_and_leave(which, tmp_path, 
     def told(model, examples, gates):
         seen.append(gates)
         return 1. if len(seen)-1==best else 2.
-    monkeypatch.setattr(hydra, '_ppl', told)
+    monkeypatch.setattr(built, 'perplexity', told)
     old = build(tmp_path/'old', epochs=1, dev=.5)
-    assert len(seen)==12==2+sum(map(len, hydra.TEMPERATURES.values())) and seen[-1] is None and old.router.kind==kind==Router.load(tmp_path/'old'/'router').kind and reads_base(old.router)==('states' in which)
-    card, tried = (tmp_path/'old'/'README.md').read_text(), [s['system'] for s in check(tmp_path/'old')['built']['scores']]
+    assert len(seen)==12==2+sum(map(len, built.TEMPERATURES.values())) and seen[-1] is None and old.router.kind==kind==Router.load(tmp_path/'old'/'router').kind and reads_base(old.router)==('states' in which)
+    card, tried = (tmp_path/'old'/'README.md').read_text(), [s['system'] for s in check_bundle(tmp_path/'old')['built']['scores']]
     assert len(tried)==12 and all(f'| {n} |' in card for n in tried) and f'The {tried[1+best]} was chosen by them' in card
     assert (seen[best]==seen[10]).all()==(kind=='uniform')
     add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'new')
@@ -814,12 +813,12 @@ def test_whichever_router_a_build_keeps_experts_join_and_leave(which, tmp_path, 
 def prompt(r): return r['prompt'][0]['content']
 
 def test_a_tie_goes_to_the_simplest_and_few_rows_choose_nothing(tmp_path, monkeypatch):
-    from hydramoe.hydra import model as hydra
+    from hydramoe.hydra import build as built
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
-    monkeypatch.setattr(hydra, '_ppl', lambda *_: 2.)
+    monkeypatch.setattr(built, 'perplexity', lambda *_: 2.)
     tied = build(tmp_path/'tied', epochs=1, dev=.5).router
     assert (tied.kind, tied.params['temperature'])==('similarity', .02)
-    monkeypatch.setattr(hydra, '_ppl', lambda model, examples, gates, n=iter(range(99)): float(-next(n)))
+    monkeypatch.setattr(built, 'perplexity', lambda model, examples, gates, n=iter(range(99)): float(-next(n)))
     few = build(tmp_path/'few', epochs=1).router
     assert (few.kind, few.params['temperature'])==('similarity', .05) and 'chosen by them' not in (tmp_path/'few'/'README.md').read_text()
 
@@ -838,7 +837,7 @@ def test_groups_and_workers(tmp_path, monkeypatch):
     memory = 2*20*17_000/1e9
     a = build(tmp_path/'a', epochs=1, memory=memory, root=tmp_path/'one')
     b = build(tmp_path/'b', epochs=1, memory=memory, root=tmp_path/'two', run=dict(executor='local', workers=2))
-    assert len(list((tmp_path/'two').glob('domain_experts-*/seal.json')))==2 and len(list((tmp_path/'two').glob('collect-*/seal.json')))==1
+    assert len(list((tmp_path/'two').glob('experts_stage-*/seal.json')))==2 and len(list((tmp_path/'two').glob('collect-*/seal.json')))==1
     assert files(tmp_path/'a')==files(tmp_path/'b') and a.names==b.names
 
 # --- rows in the light of the base, and on which side of the split -------------------------------------------------------
@@ -864,16 +863,15 @@ QUICK = dict(quant='fp32', encoder='words', k=2, epochs=1, rank=2)
 
 def test_rows_that_a_template_refuses_are_folded_or_named_and_the_rest_is_trained_on(tmp_path):
     "Case 3: one row with a system turn is repaired and counted, one with a tool's answer is a reject with file, line and the template's words, a long one and those beyond the budget are named"
-    from hydramoe.data.craft import gather
     from hydramoe.hydra.spec import BuildSpec
-    from hydramoe.hydra.rows import left_out
+    from hydramoe.hydra.rows import gather_rows, left_out
     base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [*GOOD, dict(system='Be brief.', prompt='Who wrote Faust?', completion='Goethe.'), TOOL, dict(prompt='long', completion='x'*400)])
     h = Hydra.build(f, tmp_path/'h', tmp_path/'stages', base=base, tokens=900, **QUICK)
     assert 'dealt by conversation, whole, and rows with one prompt count as one: 4 rows of 4 conversations' in (tmp_path/'h'/'README.md').read_text()
     c = h.about['built']['counts']
     assert (c['rows'], c['refused'], c['folded'], c['too_long']) == (43, 1, 1, 1) and c['beyond_tokens'] > 0
     assert c['rows'] == c['train']+c['dev']+c['refused']+c['too_long']+c['beyond_tokens']+c['twice']
-    lost = {r['line']: r for r in left_out(gather(f)[0], BuildSpec(base=base, tokens=900, **QUICK), tmp_path/'stages')}
+    lost = {r['line']: r for r in left_out(gather_rows(f)[0], BuildSpec(base=base, tokens=900, **QUICK), tmp_path/'stages')}
     assert len(lost) == c['rows']-c['train']-c['dev'] and all(r['file'] == str(f) and json.loads(r['raw'])['prompt'] for r in lost.values())
     assert 'Conversation roles must alternate' in lost[42]['reason'] and lost[43]['reason'] == 'longer than max_length=300: answer has 402 tokens'
     assert {r['reason'] for n, r in lost.items() if n < 42} == {'beyond tokens=900'}
@@ -899,13 +897,12 @@ def test_a_system_turn_is_heard_alike_by_everyone(tmp_path):
             with pytest.raises(HydraError, match="chat template refuses .*Conversation roles must alternate.*give turns"): f(bad)
 
 def test_if_the_base_refuses_every_row_the_first_are_named_by_line(tmp_path):
-    from hydramoe.data.craft import gather
     from hydramoe.hydra.spec import BuildSpec
-    from hydramoe.hydra.rows import run_deal
+    from hydramoe.hydra.rows import run_deal, gather_rows
     base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [TOOL | dict(completion=str(i)) for i in range(5)])
     with pytest.raises(HydraError, match=r'of 5 rows none is left to train on: 5 are refused.*mine.jsonl line 1: .*must alternate.*mine.jsonl line 2'): Hydra.build(f, root=tmp_path/'stages', base=base, **QUICK)
     strict_base(tmp_path/'base', refuses='') # the way out: another template, and no stale stage in the way
-    assert run_deal(gather(f)[0], BuildSpec(base=base), tmp_path/'stages')[1]['train'] == 5
+    assert run_deal(gather_rows(f)[0], BuildSpec(base=base), tmp_path/'stages')[1]['train'] == 5
 
 @pytest.mark.parametrize('change,works', [(lambda t: [setattr(t, k, None) for k in ('eos_token', 'pad_token')], True), (lambda t: t.add_special_tokens(dict(pad_token='[PAD]')), True),
                                           (lambda t: [setattr(t, 'eos_token', None), setattr(t, 'chat_template', t.chat_template.replace('<|im_end|>', ''))], True), # its config.json says where an answer ends
@@ -926,12 +923,11 @@ def test_a_pad_is_found_and_a_base_that_cannot_serve_is_refused_before_training(
     assert not list((tmp_path/'stages').glob('*/seal.json'))
 
 def test_a_token_without_an_embedding_costs_its_row_and_not_the_build(tmp_path):
-    from hydramoe.data.craft import gather
     from hydramoe.hydra.spec import BuildSpec
-    from hydramoe.hydra.rows import left_out
+    from hydramoe.hydra.rows import gather_rows, left_out
     base = strict_base(tmp_path/'base', lambda t: t.add_tokens('[NEW]', special_tokens=True))
     f = lines(tmp_path/'mine.jsonl', [*GOOD, dict(prompt='What is [NEW]?', completion='new')])
-    lost, = left_out(gather(f)[0], BuildSpec(base=base), tmp_path/'stages')
+    lost, = left_out(gather_rows(f)[0], BuildSpec(base=base), tmp_path/'stages')
     h = fickle(load_base(base, 'fp32', 'cpu'))
     assert lost['line'] == 41 and "holds '[NEW]' (token 259), and the embedding of the base has 259 rows" in lost['reason']
     for f in (h.ask, h.explain, Chat(h)):
@@ -944,10 +940,9 @@ def parts(d): return {p: [json.loads(l) for l in (d/f'{p}.jsonl').read_text().sp
 @pytest.mark.parametrize('grouped', [True, False])
 def test_one_conversation_one_side(tmp_path, grouped):
     "Case 6: 25 conversations of 4 turns; no development row has its conversation in training, also where the records do not say what they share"
-    from hydramoe.data.craft import gather
     from hydramoe.hydra.spec import BuildSpec
-    from hydramoe.hydra.rows import run_deal
-    rows = gather(lines(tmp_path/'talks.jsonl', [talk(i, 4) for i in range(25)]))[0]
+    from hydramoe.hydra.rows import run_deal, gather_rows
+    rows = gather_rows(lines(tmp_path/'talks.jsonl', [talk(i, 4) for i in range(25)]))[0]
     if not grouped: rows = [{k: v for k, v in r.items() if k != 'group'} for r in rows]
     for seed in range(4):
         d, counts = run_deal(rows, BuildSpec(base='tiny', seed=seed), tmp_path/'stages')

@@ -224,13 +224,13 @@ def build(a):
     if a.add or a.remove: return changed(_given(a))
     if a.name or a.start: raise HydraError("--name and --start go with --add FILE: a build names its experts after the domains that it finds")
     out, run = _out(_given(a)), _run(a)
-    from hydramoe.data.craft import gather
+    from hydramoe.hydra.bundle import check_bundle
     from hydramoe.hydra.model import Hydra
     from hydramoe.hydra.spec import BuildSpec
-    from hydramoe.hydra.rows import left_out
-    if os.path.lexists(out): check(out)
+    from hydramoe.hydra.rows import gather_rows, left_out
+    if os.path.lexists(out): check_bundle(out)
     spec = BuildSpec(**_spec(a))
-    records, rejects = gather(a.files, **_reading(a))
+    records, rejects = gather_rows(a.files, **_reading(a))
     try: rejects += left_out(records, spec)
     finally: refused = _rejected(rejects, out)
     if a.dry_run: return dry_run(records, spec, refused, a.domains)
@@ -256,11 +256,11 @@ def changed(
     if len(a.files)!=1 or (a.add and a.remove): raise HydraError("give one bundle, and either --add FILE or --remove NAME")
     name, bundle = a.remove or _name(a), Path(a.files[0])
     out = _free(a.out or f"{bundle}-{'without' if a.remove else 'with'}-{name}")
-    from hydramoe.data.craft import gather
+    from hydramoe.hydra.rows import gather_rows
     from hydramoe.hydra.change import add_expert, remove_expert
     if a.remove: hydra, refused = remove_expert(bundle, name, out, base=a.base), None
     else:
-        records, rejects = gather([a.add], **_reading(a))
+        records, rejects = gather_rows([a.add], **_reading(a))
         try:
             with _own_words(): hydra = add_expert(bundle, records, name, out, a.start, base=a.base, encoder=a.encoder, left=rejects)
         finally: refused = _rejected(rejects, out)
@@ -379,9 +379,8 @@ def _answer(a, route, hydra):
 
 def _checked(a, prompt):
     "Refuse what cannot be asked before a base is loaded"
-    from hydramoe.data.craft import as_messages
-    from hydramoe.hydra.generation import check_generation
-    as_messages(prompt)
+    from hydramoe.hydra.generation import to_messages, check_generation
+    to_messages(prompt)
     check_generation([prompt], a.max_new_tokens, a.temperature, a.seed, {})
 
 def _read(read):
@@ -430,7 +429,8 @@ def explain(a):
 def check(a):
     "Whole, or what is wrong with it"
     from hydramoe.hydra.gate import GATES
-    man = check(a.bundle)
+    from hydramoe.hydra.bundle import check_bundle
+    man = check_bundle(a.bundle)
     forks = f"forked at block {man['fork']}, " if 'fork' in man else ''
     text = (f"{a.bundle} is whole: {len(man['experts'])} experts on {man['base']['id']} ({man['base']['quant']}), "
             f"{man['router']} {'gate' if man['router'] in GATES else 'router'}, {forks}{len(man['files'])} files, seal {man['seal'][:16]}")
