@@ -10,10 +10,11 @@ from hydramoe.models.base import base_key, load_base, render, tiny_base
 from hydramoe.foundations.arrays import load_arrays, save_arrays
 from hydramoe.domains.cluster import Domains, embed, fit_tfidf
 from hydramoe.foundations.core import HydraError, digest, file_sha256, read_json, rng, write_json
+from hydramoe import Hydra
 from hydramoe.hydra.bundle import BUNDLE_FORMAT, BundleError, check_bundle, check_adapter, seal_bundle
 from hydramoe.hydra.card import model_card, unlearnt
 from hydramoe.hydra.saving import uri_id
-from hydramoe.hydra.model import Hydra, explain_bundle
+from hydramoe.hydra.model import explain_bundle
 from hydramoe.hydra.build import UnlearntWarning
 from hydramoe.hydra.change import add_expert
 from hydramoe.hydra.adopt import adapters_base
