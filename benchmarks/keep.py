@@ -6,7 +6,7 @@ list beside it. A file that came any other way, or was edited later, fails the t
 import json, subprocess, sys
 from pathlib import Path
 from hydramoe.foundations.core import HydraError, write_bytes
-from hydramoe.use.reproduce import write_sums
+from hydramoe.use.publish import write_sums
 
 here = Path(__file__).parent
 NAMES = sorted(p.stem for p in here.glob('*.py') if p.stem!='keep')

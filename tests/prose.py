@@ -10,7 +10,9 @@ from pathlib import Path
 
 from hydramoe.foundations.core import read_json
 from hydramoe.data.records import DOMAINS
-from hydramoe.use.reproduce import SPEEDS, Graph, load_result, members, params_at, published, rooms_table
+from hydramoe.use.reproduce import experiments_at
+from hydramoe.use.reproduce import Graph, load_result, params_at
+from hydramoe.use.publish import SPEEDS, published, rooms_table
 from hydramoe.data.unify import PARTS
 
 root = Path(__file__).parents[1]
@@ -36,7 +38,7 @@ def floor(name): return next(re.search('>=([^,]+)', d)[1] for d in project['depe
 def below(name): return next(re.search('<([^,]+)', d)[1] for d in [*project['dependencies'], *project['optional-dependencies']['dev']] if re.match(rf'{name}\b', d))
 
 def readme():
-    demo = {n: params_at(Graph(), n, 'demo') for n in members(Graph(), 'demo')}
+    demo = {n: params_at(Graph(), n, 'demo') for n in experiments_at(Graph(), 'demo')}
     return {
         'zero is the base': 'the formula above it',
         '## {} commands': [word(len(re.findall(r'(?m)^make ', text('README.md')))).capitalize()],

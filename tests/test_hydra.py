@@ -972,7 +972,7 @@ def test_one_group_alone_is_trained_on_and_answers_to_one_prompt_stay_together(t
 
 def test_too_few_prompts_for_the_default_k(tmp_path):
     "A hundred answers to three prompts make at most three domains; what cannot be built is refused by a dry run too"
-    from hydramoe.use.cli import dry_run
+    from hydramoe.use.build_commands import dry_run
     from hydramoe.hydra.model import BuildSpec, dealt, settled, sorted_rows
     rows = [dict(prompt=[dict(role='user', content=['sea', 'law', ' LAW ', 'sum of it'][i%4])], completion=[dict(role='assistant', content=str(i))], domain='d') for i in range(100)]
     how = dict(base='tiny', quant='fp32', encoder='words', rank=2, dev=0.)

@@ -8,7 +8,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from packaging.utils import canonicalize_name
 
-from hydramoe.use.reproduce import SCALES, SPEEDS, Graph, check_sums, load_result, members, numbers, paper_files, published, read_older, render_readme
+from hydramoe.use.reproduce import experiments_at
+from hydramoe.use.reproduce import Graph, load_result
+from hydramoe.use.publish import SCALES, SPEEDS, check_sums, numbers, paper_files, published, read_older, render_readme
 from hydramoe.foundations.report import latex_name
 from prose import PAGES, unsupported
 
@@ -157,7 +159,7 @@ def test_a_result_is_whole_and_portable(f):
     assert r.made and r.run['seal']==r.seal, 'edited, or not made by the runner'
     assert not re.search(r'"/(?:\w[\w.-]*/)+', f.read_text()), 'a path of one machine'
     for name,seal in r.made['upstream'].items(): assert load_result(root/'results'/f'{name}-{r.scale}.json').seal==seal
-    declared = members(Graph(), r.scale)
+    declared = experiments_at(Graph(), r.scale)
     # a parameter that the notebook has learnt since is no reason to doubt an older result; a changed value is
     changed = {k: (v, declared[r.name].get(k)) for k,v in r.params.items() if declared[r.name].get(k)!=v}
     assert not changed, f'params/ has changed since; run the scale again: {changed}'

@@ -18,7 +18,6 @@ from ..experts.score import Losses, domain_nll, hindsight, load_losses, paired_b
 from ..experts.score import record_sums, recovered
 from ..experts.stack import LoraSpec
 from ..experts.train import TrainSpec, one_each, score_adapters
-from ..foundations.core import HydraError
 from ..foundations.store import stage
 
 # %% ../../nbs/proof/70_compare.ipynb #892125df
