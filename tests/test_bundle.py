@@ -16,7 +16,7 @@ from hydramoe.hydra.card import model_card, unlearnt
 from hydramoe.hydra.saving import uri_id
 from hydramoe.hydra.model import explain_bundle
 from hydramoe.hydra.build import UnlearntWarning
-from hydramoe.hydra.change import add_expert
+
 from hydramoe.hydra.adopt import adapters_base
 from hydramoe.hydra.route import on_hidden, ridge, similarity, uniform
 from hydramoe.experts.stack import LoraSpec, gated

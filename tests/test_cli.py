@@ -4,6 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 
+HOMES = dict(adopt='adopt', add_expert='change', remove_expert='change', propose_domains='propose', gather_rows='rows', explain_bundle='model') # modules of hydramoe.hydra
+
 from hydramoe.use.cli import main
 from hydramoe.domains.cluster import lesson_texts
 from hydramoe.foundations.core import HydraError
@@ -91,11 +93,11 @@ def test_built_again_it_is_the_same(made):
     assert other.returncode == 2 and 'another Hydra' in other.stderr
 
 def test_a_base_that_is_named_is_taken_and_none_is_left_to_those_who_know(tmp_path, monkeypatch):
-    from hydramoe.hydra import model as hydra
+    import hydramoe.hydra as hydra
     def caught(name):
         def f(*a, **kw): seen.append((name, kw.get('base') if name!='adopt' else a[2])); raise HydraError('enough')
         return f
-    for name in ('adopt', 'add_expert', 'remove_expert', 'propose_domains'): monkeypatch.setattr(hydra, name, caught(name))
+    for name in ('adopt', 'add_expert', 'remove_expert', 'propose_domains'): monkeypatch.setattr(f'hydramoe.hydra.{HOMES[name]}.{name}', caught(name))
     monkeypatch.setattr(hydra.Hydra, 'build', caught('build'))
     (tmp_path/'x.jsonl').write_text('{"prompt": "a", "completion": "b"}')
     seen, commands = [], (['build', '--from', 'a', 'b', '--out', 'c'], ['build', 'c', '--add', 'x.jsonl'], ['build', 'c', '--remove', 'law'], ['domains', 'x.jsonl'], ['build', 'x.jsonl', '--quiet'])
@@ -190,9 +192,9 @@ def test_here_is_one_process(made):
                                   ['domains', 'mine.jsonl', *TINY[:2]], ['explain', 'mine-hydra', 'hi', '--png']], ids=lambda a: ' '.join(a[:3]))
 def test_a_place_that_cannot_be_written_is_refused_first(made, argv, monkeypatch):
     d, _ = made
-    from hydramoe.hydra import model as hydra
+    import hydramoe.hydra as hydra
     def late(*a, **kw): raise AssertionError('too late')
-    for name in ('gather', 'add_expert', 'remove_expert', 'adopt', 'propose_domains', 'explain_bundle'): monkeypatch.setattr(hydra, name, late)
+    for name in ('gather_rows', 'add_expert', 'remove_expert', 'adopt', 'propose_domains', 'explain_bundle'): monkeypatch.setattr(f'hydramoe.hydra.{HOMES[name]}.{name}', late)
     (d/'a-file').write_text('')
     before = sorted(d.rglob('*'))
     for place in ('/', '.', 'a-file/x', '/proc/x/y', 'a-file', 'n'*250, 'a\0b'):

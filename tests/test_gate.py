@@ -452,7 +452,7 @@ def test_a_pickle_among_the_gates_is_refused(bundle):
     a_pickle(bundle)
     with pytest.raises(BundleError, match='gate.bin does not belong'): check_bundle(bundle)
 
-TWICE = "import sys; from pathlib import Path; from hydramoe.hydra.model import adopt; adopt({p.name: p for p in sorted(Path(sys.argv[1]).iterdir())}, sys.argv[2], quant='fp32', gate='lag')"
+TWICE = "import sys; from pathlib import Path; from hydramoe.hydra.adopt import adopt; adopt({p.name: p for p in sorted(Path(sys.argv[1]).iterdir())}, sys.argv[2], quant='fp32', gate='lag')"
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(theirs, tmp_path):

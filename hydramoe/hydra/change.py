@@ -52,7 +52,7 @@ def router_without(
     if isinstance(router, Gate): return _gate_again(router)
     return without_domain(router, name)
 
-# %% ../../nbs/hydra/67_change.ipynb #92309af1
+# %% ../../nbs/hydra/67_change.ipynb #a4bf355e
 def find_seed(
     built:dict, # of a bundle: what it was made from
     root:Path|None=None # where stages are; in the cache if None
@@ -65,7 +65,7 @@ def find_seed(
     raise HydraError(f"the seed expert of this bundle (seal {str(wanted)[:16]}…) is not in {place}: "
                      "give the folder of an adapter to start from, or 'fresh'")
 
-# %% ../../nbs/hydra/67_change.ipynb #56059370
+# %% ../../nbs/hydra/67_change.ipynb #e96b5769
 def keep_adapter(
     start:str|Path, # a folder with an adapter, or sealed already
     root:str|Path|None=None # where stages go; in the cache if None
@@ -89,7 +89,7 @@ def _choose_start(start, built, root):
     if start == 'fresh': return None
     return keep_adapter(start, root) if start else find_seed(built, root)
 
-# %% ../../nbs/hydra/67_change.ipynb #d6ca97bc
+# %% ../../nbs/hydra/67_change.ipynb #67b7e5cd
 def _check_on_trunk(bundle, manifest, start):
     "Refuse a start that does not share the trunk of a forked Hydra"
     fork = manifest.get('fork')
@@ -100,7 +100,7 @@ def _check_on_trunk(bundle, manifest, start):
                          f"branch it from the seed expert, or from one of its own experts, such as {first}")
     for config in Path(start).rglob('adapter_config.json'): check_trunk(config.parent, first, fork)
 
-# %% ../../nbs/hydra/67_change.ipynb #67b7e5cd
+# %% ../../nbs/hydra/67_change.ipynb #8195050a
 def train_one_more(
     rows:list[dict], # records of the new domain
     name:str, # of the expert
@@ -129,12 +129,13 @@ def _spec_of(bundle, manifest, base):
     if uri.startswith('tiny:'): return replace(spec, base='tiny')
     return replace(spec, base=base_id(uri_id(uri)))
 
-# %% ../../nbs/hydra/67_change.ipynb #78b55022
+# %% ../../nbs/hydra/67_change.ipynb #2aa74648
 def _read_prompts(hydra, prompts):
     "What the router reads of prompts (N,d); a gate and the uniform mix read nothing"
     if not hydra.router.params.get('encoder'): return None
     with router_view(hydra.model): return hydra.router.vectors(prompts)
 
+# %% ../../nbs/hydra/67_change.ipynb #a18bfc54
 def _save_changed(old, router, folders, notes, change, out):
     "A bundle of other experts on the base of an old Hydra, which loses its own"
     built = dict(old.about['built'], scores=[], dev_rows=0)
@@ -145,7 +146,7 @@ def _save_changed(old, router, folders, notes, change, out):
     hydra.save(out)
     return hydra
 
-# %% ../../nbs/hydra/67_change.ipynb #8195050a
+# %% ../../nbs/hydra/67_change.ipynb #94a48ae2
 def _check_can_grow(bundle, manifest, name, router, out):
     "Refuse to add an expert, before it is trained"
     if os.path.lexists(out): raise HydraError(f"{out} exists: choose another place, or delete it first")
@@ -157,7 +158,7 @@ def _check_can_grow(bundle, manifest, name, router, out):
         may_change(router)
         require_encoder(bundle, router)
 
-# %% ../../nbs/hydra/67_change.ipynb #237ec8f0
+# %% ../../nbs/hydra/67_change.ipynb #f16f327b
 def add_expert(
     bundle:str|Path, # what `build` made; left as it is
     records:list|str|Path, # of the new domain: records, a file of rows, or a list of files
@@ -186,7 +187,7 @@ def add_expert(
     warn_unlearnt(dict(experts={name: note}))
     return hydra
 
-# %% ../../nbs/hydra/67_change.ipynb #b08105ed
+# %% ../../nbs/hydra/67_change.ipynb #d6209947
 def remove_expert(
     bundle:str|Path, # left as it is
     name:str, # of the expert to leave out

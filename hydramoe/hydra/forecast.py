@@ -21,13 +21,16 @@ def matrix_rate(
 )->float: # operations a second
     "How fast this machine multiplies matrices"
     dtype = compute_dtype(quant, device)
-    a, b = [torch.ones(n, 1024, dtype=dtype, device=device) for n in (512, 2048)]
-    count, start, spent = 0, time.perf_counter(), 0.
+    a = torch.ones(512, 1024, dtype=dtype, device=device)
+    b = torch.ones(1024, 2048, dtype=dtype, device=device)
+    count, spent = 0, 0.
+    start = time.perf_counter()
     while spent < seconds or count < 3:
-        (a@b.T).sum().item()
+        (a@b).sum().item() # waits for the device
         count += 1
         spent = time.perf_counter()-start
-    return count*2*512*1024*2048/spent
+    operations = 2*512*1024*2048 # a product and a sum each
+    return count*operations/spent
 
 # %% ../../nbs/hydra/66c_forecast.ipynb #43ac52b4
 TRAINING_SHARE = dict(fp32=.59, bf16=.39, nf4=.35) # of the matrix rate
@@ -38,20 +41,24 @@ def base_sizes(
 )->tuple: # weights, weights of the embedding, the model without its numbers
     "Sizes of a base from its configuration alone"
     model = outline(base)
-    return model.num_parameters(), model.get_input_embeddings().weight.numel(), model
+    embedding = model.get_input_embeddings()
+    return model.num_parameters(), embedding.weight.numel(), model
 
 # %% ../../nbs/hydra/66c_forecast.ipynb #6f6bb4e3
 _BYTES_A_WEIGHT = dict(fp32=4, bf16=2, nf4=.57) # of the base without its embedding
 
 def _memory_bytes(spec, weights_of_an_expert, device):
     "Bytes that a build needs"
-    n, vocab, model = base_sizes(spec.base)
-    config, width = model.config, compute_dtype(spec.quant, device).itemsize
-    base = _BYTES_A_WEIGHT[spec.quant]*(n-vocab) + width*vocab
-    batch = 900*width*(15*config.hidden_size*config.num_hidden_layers + 2*config.vocab_size)
-    together = min(spec.k, group_size(weights_of_an_expert, GroupSpec(memory=spec.memory)))
+    weights, embedding, model = base_sizes(spec.base)
+    config = model.config
+    width = compute_dtype(spec.quant, device).itemsize # bytes of an activation
+    base = _BYTES_A_WEIGHT[spec.quant]*(weights-embedding) + width*embedding
+    activations = 15*config.hidden_size*config.num_hidden_layers
+    batch = 900*width*(activations + 2*config.vocab_size)
+    most = group_size(weights_of_an_expert, GroupSpec(memory=spec.memory))
+    experts = 20*weights_of_an_expert*min(spec.k, most)
     libraries = 1.2e9 if device == 'cpu' else 0.
-    return base + 20*weights_of_an_expert*together + batch + libraries
+    return base + experts + batch + libraries
 
 # %% ../../nbs/hydra/66c_forecast.ipynb #d67ab336
 def forecast(
@@ -60,16 +67,20 @@ def forecast(
 )->dict: # seconds, memory_gb, and what they are made from
     "Predict the time and memory of a build, and say from what"
     device = stage_settings(spec)['device']
-    n = base_sizes(spec.base)[0]
+    weights, _, _ = base_sizes(spec.base)
     stack = experts_outline(spec)
-    per_expert, share_below = stack.theta.shape[1], stack.fork/stack.depth
-    rate = matrix_rate(spec.quant, device)
-    speed = TRAINING_SHARE[spec.quant]*rate/(4*n)
+    expert = stack.theta.shape[1]
+    share, rate = TRAINING_SHARE[spec.quant], matrix_rate(spec.quant, device)
+    speed = share*rate/(4*weights) # tokens a second
     trained = counts['tokens']*(1+spec.epochs)
-    saved = counts['tokens']*share_below*(spec.epochs-.5) # a trunk is read once, and never learns
-    n_measured = 2+sum(len(temperatures) for temperatures in TEMPERATURES.values())
-    seconds = (trained-saved)/speed + counts['dev_tokens']*n_measured/(2*speed)
-    memory = _memory_bytes(spec, per_expert, device)
-    return dict(seconds=round(seconds), memory_gb=round(memory/1e9, 1), tokens_a_second=round(speed), training_tokens=trained,
-                weights=n, weights_of_an_expert=per_expert, matrix_gflops=round(rate/1e9),
-                share=TRAINING_SHARE[spec.quant], device=device)
+    trunk = stack.fork/stack.depth
+    saved = counts['tokens']*trunk*(spec.epochs-.5) # a trunk is read once, and never learns
+    systems = 2+sum(map(len, TEMPERATURES.values())) # the base, the uniform mix, each router
+    measured = counts['dev_tokens']*systems
+    seconds = (trained-saved)/speed + measured/(2*speed)
+    memory = _memory_bytes(spec, expert, device)
+    return dict(
+        seconds=round(seconds), memory_gb=round(memory/1e9, 1),
+        tokens_a_second=round(speed), training_tokens=trained,
+        weights=weights, weights_of_an_expert=expert,
+        matrix_gflops=round(rate/1e9), share=share, device=device)

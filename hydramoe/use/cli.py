@@ -347,7 +347,7 @@ def _foreseen(rows, spec, domains):
 
 def dry_run(
     records:list[dict], # of the user
-    spec, # `hydramoe.hydra.model.BuildSpec`
+    spec, # `hydramoe.hydra.spec.BuildSpec`
     refused:str|None=None, # the rejects file
     domains:str|None=None # an edited file of domains
 )->tuple[str,dict]: # text, plain data
