@@ -163,6 +163,12 @@ def test_every_experiment_looks_at_what_it_was_given_before_it_works(nb):
     parameters, imports, check = (''.join(c['source']) for c in cells[n:n+3])
     assert n==0 and check=='check_given()' and all(isinstance(x, (ast.Import, ast.ImportFrom)) for x in ast.parse(imports).body)
 
+def test_plain_papermill_runs_an_experiment_with_another_value(tmp_path):
+    r = papermill(EXPERIMENTS[0], tmp_path/'out.ipynb', '-p', 'k', '5')
+    assert r.returncode==0, r.stderr
+    found = load_result(tmp_path/'runs'/'toy'/'e1_domains.json')
+    assert found.params['k']==5 and len(found.extra['names'])==5
+
 def test_an_experiment_refuses_what_plain_papermill_would_run_with(tmp_path):
     r = papermill(EXPERIMENTS[0], tmp_path/'out.ipynb', '-p', 'unknown', '5')
     assert r.returncode!=0 and "parameter='unknown' is not known" in r.stderr and not (tmp_path/'runs').exists()
