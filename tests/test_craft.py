@@ -245,7 +245,7 @@ def test_the_thin_domains_have_enough():
         rows, tokens, sources = 0, 0, set()
         for n in data.card_names(domain, 'train'):
             for r in load(n):
-                if e := data.encode(r, tok, 300, 300): rows, tokens, sources = rows+1, tokens+len(e.ids), sources | {n}
+                if e := encode(r, tok, 300, 300): rows, tokens, sources = rows+1, tokens+len(e.ids), sources | {n}
         assert rows >= 1500 and tokens >= 150_000 and len(sources) >= 2, (domain, rows, tokens)
 
 

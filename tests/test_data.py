@@ -3,6 +3,7 @@ import copy, json, random, re
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from hydramoe.data import records as data
+from hydramoe.models.encode import encode
 from hydramoe.models.base import Refused, byte_tokenizer, chatml, check_base, divided, gemma_chat, heard, render, smollm2_dir
 from hydramoe.foundations.core import HydraError
 
@@ -31,19 +32,19 @@ def test_encode_equals_trl(which, request, tmp_path):
     got = SFTTrainer(model=base.model, args=args, train_dataset=rows, processing_class=tok).train_dataset
     assert len(got) == len(ROWS)
     for r, g in zip(ROWS, got):
-        e = data.encode(r, tok, 1000, 1000)
+        e = encode(r, tok, 1000, 1000)
         assert e.ids == g['input_ids']
         assert g['labels'] == [-100]*e.n_prompt + e.ids[e.n_prompt:]
 
 
 def test_tools_are_seen_by_every_template(smol):
     r = data.record('Area?', '[]', 'x', tools=[dict(name='area_of_rectangle', description='d', parameters={})])
-    for tok in (smol, byte_tokenizer()): assert 'area_of_rectangle' in tok.decode(data.encode(r, tok).ids)
+    for tok in (smol, byte_tokenizer()): assert 'area_of_rectangle' in tok.decode(encode(r, tok).ids)
 
 
 def test_hash_seed_and_row_order_do_not_matter(in_two_processes):
     "The same rows from another process with another PYTHONHASHSEED"
-    code = 'import sys; from hydramoe.foundations.core import write_jsonl; from hydramoe.data.records import toy_records; write_jsonl(sys.argv[1]+"/toys.jsonl", toy_records(30, 5))'
+    code = 'import sys; from hydramoe.foundations.files import write_jsonl; from hydramoe.data.records import toy_records; write_jsonl(sys.argv[1]+"/toys.jsonl", toy_records(30, 5))'
     outs = in_two_processes(code)
     assert outs[0] == outs[1]
     rows = data.toy_records(30)
@@ -95,7 +96,7 @@ def test_any_json_ends_as_records_or_a_value_error(row):
     try: records = data.row_records(row, 'x')
     except ValueError: return
     assert records and all(isinstance(m['content'], str) for r in records for m in r['prompt'] + r['completion'])
-    for r in records: data.encode(r, byte_tokenizer())
+    for r in records: encode(r, byte_tokenizer())
 
 
 @settings(max_examples=100, deadline=None)
@@ -140,14 +141,14 @@ def test_the_boundary_is_made_where_generation_begins(which, template, request):
     "Case 5: whatever a template writes where the answer begins, the prompt's ids are those that generation is given, and the answer is learned to its end"
     tok = with_template(byte_tokenizer() if which == 'byte' else request.getfixturevalue('smol'), template)
     for r in ROWS[:3] + [data.record('q', a, 'x') for a in ('e', '<|im_end|>', 'Goethe. Goethe.', '12')]:
-        e, said = data.encode(r, tok, 1000, 1000), r['completion'][0]['content']
+        e, said = encode(r, tok, 1000, 1000), r['completion'][0]['content']
         assert e.ids[:e.n_prompt] == ids_of(tok, render(tok, r['prompt']))
         assert tok.decode(e.ids[e.n_prompt:]) == said+'<|im_end|>\n'
 
 @pytest.mark.parametrize('template', [THINKS, SILENT, STRIPS, SAYS_SO])
 def test_thoughts_in_an_answer_are_learned_once(template):
     tok = with_template(byte_tokenizer(), template)
-    e = data.encode(data.record('Who?', '<think>\nHm.\n</think>\n\nGoethe.' if template!=SAYS_SO else 'Hm.\n</think>\n\nGoethe.', 'x'), tok)
+    e = encode(data.record('Who?', '<think>\nHm.\n</think>\n\nGoethe.' if template!=SAYS_SO else 'Hm.\n</think>\n\nGoethe.', 'x'), tok)
     text = tok.decode(e.ids)
     assert text.count('Hm.') == 1 and text.endswith('Goethe.<|im_end|>\n') and (template == SILENT or text.count('<think>') == 1)
 
@@ -166,7 +167,7 @@ def test_the_packaged_bases_are_read_as_ever(packaged, q, a, system):
     prompt = [*([dict(role='system', content='Be brief.')] if system else []), dict(role='user', content=q)]
     r = data.record(prompt, a, 'x')
     for tok in packaged:
-        e = data.encode(r, tok, 10**6, 10**6)
+        e = encode(r, tok, 10**6, 10**6)
         whole = tok.apply_chat_template([*r['prompt'], *r['completion']], tokenize=False)
         assert e.ids == ids_of(tok, whole) and render(tok, r['prompt']) == tok.apply_chat_template(r['prompt'], tokenize=False, add_generation_prompt=True)
 
@@ -180,7 +181,7 @@ def test_a_system_turn_that_is_not_taken_is_said_by_the_user(template):
     tok = with_template(byte_tokenizer(), template)
     folded = [dict(role='user', content='Be brief.\n\nWho wrote Faust?')]
     assert heard(tok, FAUST) == folded and render(tok, FAUST) == render(tok, folded)
-    assert data.encode(data.record(FAUST, 'Goethe.', 'x'), tok).ids == data.encode(data.record(folded, 'Goethe.', 'x'), tok).ids
+    assert encode(data.record(FAUST, 'Goethe.', 'x'), tok).ids == encode(data.record(folded, 'Goethe.', 'x'), tok).ids
     assert heard(byte_tokenizer(), FAUST) == FAUST
 
 def test_tools_of_a_template_without_system_turns_reach_the_user():
@@ -193,7 +194,7 @@ def test_tools_of_a_template_without_system_turns_reach_the_user():
 def test_what_a_template_refuses_is_a_refusal_in_its_own_words(msgs):
     tok = with_template(byte_tokenizer(), NO_SYSTEM+IN_TURN+SPACE)
     with pytest.raises(Refused, match='must alternate|not supported'): render(tok, msgs)
-    with pytest.raises(HydraError, match='record x/.*(must alternate|not supported)'): data.encode(data.record(msgs, 'y', 'x'), tok)
+    with pytest.raises(HydraError, match='record x/.*(must alternate|not supported)'): encode(data.record(msgs, 'y', 'x'), tok)
 
 def test_a_template_without_an_answer_is_refused_with_the_true_reason():
     for template in (SPACE.replace("m['content']", "m['content']|length|string"), "{% if add_generation_prompt %}Go: {% endif %}"):
@@ -206,9 +207,9 @@ def test_pads_are_masked_so_any_id_will_do(smol):
     added = copy.deepcopy(smol); added.add_special_tokens(dict(pad_token='[PAD]'))
     assert added.pad_token_id == 49152
     for tok in (bare, added):
-        before = data.encode(ROWS[1], tok).ids
+        before = encode(ROWS[1], tok).ids
         assert check_base(tok, 49152).pad_token_id < 49152
-        assert tok(['a', 'a b c'], padding=True)['input_ids'] and data.encode(ROWS[1], tok).ids == before
+        assert tok(['a', 'a b c'], padding=True)['input_ids'] and encode(ROWS[1], tok).ids == before
         assert tok.decode(ids_of(tok, 'Ahoy! #0'), skip_special_tokens=True) == 'Ahoy! #0'
     mute = with_template(bare, chatml.replace('<|im_end|>', ''))
     with pytest.raises(HydraError, match='base here: nothing says where an answer ends'): check_base(mute, 49152, 'here')
