@@ -240,6 +240,7 @@ def held_out():
 def test_the_thin_domains_have_enough():
     from transformers import AutoTokenizer
     from hydramoe.models.base import smollm2_dir
+    from hydramoe.models.encode import encode
     tok = AutoTokenizer.from_pretrained(smollm2_dir())
     for domain in ('tools', 'truthfulness', 'writing', 'structured', 'reasoning'):
         rows, tokens, sources = 0, 0, set()
