@@ -7,6 +7,7 @@ from hydramoe.foundations import files
 from hydramoe.foundations.core import HydraError, canonical
 from hydramoe.foundations.files import (check_writable, locked, read_json, read_jsonl, remove_stale_lock, write_bytes, write_json, write_jsonl, writing,
                                         writing_dir)
+from helpers import killed_at
 
 scalars = st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=['Cs']))
 
@@ -100,20 +101,6 @@ def is_whole(d, text='hydra'): return all((d/f'part{i}').read_text()==text*(i+1)
 
 def fill_dir(d, text='hydra'):
     with writing_dir(d, if_taken=lambda path: None) as out: fill(out, text)
-
-def killed_at(k, work):
-    "Kill a child with SIGKILL at its k-th file operation; whether it came to that"
-    pid = os.fork()
-    if not pid:
-        left = [k]
-        def hook(event, args):
-            if event.split('.')[0] not in ('open', 'os', 'shutil') or left[0]<0: return
-            left[0] -= 1
-            if left[0]<0: os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(hook)
-        try: work()
-        finally: os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 def test_a_directory_is_whole_or_absent_wherever_its_maker_is_killed(tmp_path):
     for k in range(100):

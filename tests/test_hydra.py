@@ -693,7 +693,7 @@ def test_killed_at_any_moment_the_bundle_is_the_same(tmp_path):
     assert rounds
     assert start(tmp_path/'killed', tmp_path/'cache2', '3').wait() == 0
     assert files(tmp_path/'killed') == want
-    assert not list(tmp_path.glob('.tmp-killed*')) or check(tmp_path/'killed')
+    assert not list(tmp_path.glob('.writing-killed*')) or check(tmp_path/'killed')
 
 BIRDS = [dict(id=f'b{i}', domain='user', source='mine', license='mine', prompt=[dict(role='user', content=f'Which bird {w}?')],
               completion=[dict(role='assistant', content='birds')]) for i,w in enumerate('sings|swims|hunts mice|cannot fly|migrates|talks'.split('|'))]

@@ -80,7 +80,7 @@ def test_light_rooms_import_without_torch(room):
 
 def test_the_names_that_people_use_are_at_the_top():
     import hydramoe
-    from hydramoe.hydra.model import Hydra  # as model cards of older bundles say it
+    from hydramoe.hydra import Hydra  # as model cards of older bundles say it
     assert hydramoe.Hydra is Hydra and all(getattr(hydramoe, n).__name__==n for n in hydramoe._LAZY)
 
 def test_the_wheel_holds_every_chapter():

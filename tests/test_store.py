@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from hydramoe.foundations import files, store
 from hydramoe.foundations.core import HydraError, canonical
 from hydramoe.foundations.store import SEAL, SealError, is_sealed, open_sealed, seal_id, sealing, stage, work_dir
+from helpers import forked, killed_at
 
 def make(out, text='hydra', parts=4):
     for i in range(parts): (out/f'part{i}').write_text(text*(i+1))
@@ -18,25 +19,6 @@ def child(code, *args, **env):
     "A fresh interpreter that runs `code`"
     return subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.path.dirname(__file__), **env})
-
-def forked(work):
-    "The exit status of `work()` in a forked child"
-    pid = os.fork()
-    if pid: return os.waitpid(pid, 0)[1]
-    try: work(); os._exit(0)
-    except BaseException: os._exit(1)
-
-def die_at(k, work):
-    "Kill a child with SIGKILL at its k-th file operation; whether it came to that"
-    def run():
-        left = [k]
-        def hook(event, args):
-            if event.split('.')[0] not in ('open', 'os', 'shutil') or left[0]<0: return
-            left[0] -= 1
-            if left[0]<0: os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(hook)
-        work()
-    return os.WIFSIGNALED(forked(run))
 
 # --- killed ---
 
@@ -51,7 +33,7 @@ def test_killed_at_every_file_operation_of_sealing(memory):
     for k in range(200):
         d = memory/str(k)/'d'
         d.parent.mkdir()
-        killed = die_at(k, lambda: _seal_into(d))
+        killed = killed_at(k, lambda: _seal_into(d))
         assert not d.exists() or whole(d) and open_sealed(d), f'half a directory after operation {k}'
         _seal_into(d)
         assert whole(d) and open_sealed(d) and litter(d.parent)==[], f'operation {k}'
@@ -71,7 +53,7 @@ def checkpointed(out, steps=3):
 def test_killed_at_every_file_operation_of_a_stage_with_checkpoints(memory):
     for k in range(0, 600, 3):
         root = memory/str(k)
-        killed = die_at(k, lambda: stage(checkpointed, {}, root=root))
+        killed = killed_at(k, lambda: stage(checkpointed, {}, root=root))
         for d in root.glob('checkpointed-*'): assert whole(d) and open_sealed(d)
         d = stage(checkpointed, {}, root=root)
         assert whole(d) and litter(root)==[], f'operation {k}: {litter(root)}'

@@ -9,7 +9,7 @@ __all__ = ['MARKS', 'MAX_CHARS', 'FORMATS', 'EXTRAS', 'READ', 'TURN', 'FOREIGN',
            'Tally', 'rejects_file', 'write_rejects', 'stream_records', 'read_records']
 
 # %% ../../nbs/data/26_formats.ipynb #cell3
-import codecs, csv, gzip, io, json, os, re, secrets, zlib
+import codecs, csv, gzip, io, json, re, zlib
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from ..foundations.core import HydraError, one_of
 from ..foundations.core import THOUGHTS
 from .records import FORM_COLUMNS, ROLES, WISHES, detected, plain_message, row_records, row_wishes
 from .records import weight_of, _fields, _filled
-from ..foundations.files import fsync_path
+from ..foundations.files import writing
 
 # %% ../../nbs/data/26_formats.ipynb #cell9
 MARKS = {b'\xef\xbb\xbf':'utf-8-sig', b'\xff\xfe\0\0':'utf-32', b'\0\0\xfe\xff':'utf-32', b'\xff\xfe':'utf-16', b'\xfe\xff':'utf-16'} # byte-order marks
@@ -670,17 +670,10 @@ def rejects_file(
     path:str|Path # such as mine.rejects.jsonl; replaced
 ): # context manager of what `stream_records` takes as `rejects`
     "A rejects file that is filled row by row, and has its name only when it is whole"
-    path, bad = Path(path), None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{secrets.token_hex(6)}.tmp')
-    try:
-        with open(tmp, 'xb') as f:
-            try: yield _Rejects(f)
-            except BadRows as e: bad = e
-            f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException: tmp.unlink(missing_ok=True); raise
-    fsync_path(path.parent)
+    bad = None
+    with writing(path) as f:
+        try: yield _Rejects(f)
+        except BadRows as e: bad = e
     if bad: raise bad
 
 def write_rejects(

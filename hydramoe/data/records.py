@@ -16,7 +16,6 @@ __all__ = ['DOMAINS', 'WISHES', 'ROLES', 'FORMS', 'ROW_WISHES', 'VERDICTS', 'FOR
 # %% ../../nbs/data/20_records.ipynb #cell3
 import ast, copy, csv, fnmatch, functools, gzip, hashlib, io, json, os, re, sqlite3, string
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from importlib.resources import files as resource_files
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,7 +71,6 @@ def weight_of(
     said = [*(_said(k, m[k]) for k in WISHES if k in m), None if hidden is None else float(not hidden)]
     return min((n for n in said if n is not None), default=None)
 
-
 # %% ../../nbs/data/20_records.ipynb #cell13
 ROLES = {'human':'user', 'user':'user', 'prompter':'user', 'gpt':'assistant', 'chatgpt':'assistant', 'bot':'assistant', 'model':'assistant', 'assistant':'assistant',
          'function_call':'assistant', 'observation':'tool', 'tool':'tool', 'function_response':'tool', 'system':'system', 'developer':'system', 'function':'tool',
@@ -102,7 +100,6 @@ def plain_message(
     if ours!='assistant': return out
     thought = next((m[k] for k in THOUGHTS if k!=content and _filled(m.get(k))), None)
     return out | (dict(reasoning_content=thought) if thought else {}) | (dict(weight=0) if weight_of(m)==0 else {})
-
 
 # %% ../../nbs/data/20_records.ipynb #cell16
 class _Filler(string.Formatter):
@@ -227,7 +224,6 @@ def _wanted(row, form, read):
     "Complain about a row that asks not to be learned"
     for k,n in row_wishes(row, form, read).items():
         if n==0: raise ValueError(f'asks not to be learned: {k} is {json.dumps(dict(row.items())[k], default=str)}; if {k} means something else here, leave it out')
-
 
 # %% ../../nbs/data/20_records.ipynb #cell20
 def map_row(

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
-from ..models.base import base_dir, load_base, tiny_base
+from ..models.base import base_dir, tiny_base
 from ..foundations.core import HydraError, digest, number, one_of, progress, rng, versions
 from ..foundations.files import read_json, read_jsonl, write_json
 from ..models.encode import encode
@@ -235,7 +235,6 @@ def gradients(
     with _adding_in_place():
         total = side_by_side(model, step, dealt, cached) if len(dealt)>1 else pass_through(model, step, dealt[0], stack, stack.bind, cached)
     return _summed(model, total)/_labels(step, stack.slots, model.device)
-
 
 # %% ../../nbs/experts/48_train.ipynb #cell23
 class Optimizers:

@@ -17,7 +17,7 @@ __all__ = ['OWN_CACHE', 'COLDEST', 'INSTEAD', 'WISHES', 'OTHERS', 'WARPERS', 'WH
            'explain_bundle', 'adapters_base', 'adopt', 'adopted', 'matrix_rate', 'shapes', 'forecast']
 
 # %% ../../nbs/hydra/63_model.ipynb #cell3
-import contextlib, hashlib, json, math, os, re, secrets, shutil, time, warnings
+import contextlib, hashlib, json, math, os, re, shutil, time, warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -52,6 +52,7 @@ from ..experts.train import GroupSpec, TrainSpec, collect, group_size, make_jobs
 from ..experts.train import outline, run_jobs, sort_rows, train_experts, train_seed
 from .route import Router, check_width, explain_route, may_change, on_base, on_encoder, on_hidden, on_whole, plot_route, unplaced, reads_base, ridge, route_text, similarity, uniform, with_domain, without_domain
 from .gate import GATES, Gate, check_gate, explain_gate, gate_cost, load_gate, make_gate, plot_gate, save_gate
+from ..foundations.files import writing_dir
 
 # %% ../../nbs/hydra/63_model.ipynb #cell8
 class Hydra:
@@ -732,20 +733,6 @@ def _toy_identity(uri):
     "Of the toy, which is made in code, it goes without saying"
     return {k: v for k,v in tiny_base().identity.items() if k!='config'} if uri.startswith('tiny:') else None
 
-def _sync(root):
-    for p in [root, *root.rglob('*')]:
-        fd = os.open(p, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
-
-@contextlib.contextmanager
-def _beside(target):
-    "A temporary directory beside `target`, gone afterwards if it was not renamed"
-    tmp = target.with_name(f'.tmp-{target.name}-{secrets.token_hex(6)}')
-    tmp.mkdir(parents=True)
-    try: yield tmp
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-
 @patch
 def _write(self:Hydra, root):
     "All files of the bundle"
@@ -772,15 +759,11 @@ def save(self:Hydra,
     path:str|Path # the bundle's directory; made
 )->Path: # `path`
     "Write the bundle, whole or not at all"
+    def check_same(there):
+        if check(there)['seal']!=man['seal']:
+            raise BundleError(f"{there} holds another Hydra: choose another place, or delete it first") from None
     path = Path(path).absolute()
-    with _beside(path) as tmp:
-        man = self._write(tmp)
-        _sync(tmp)
-        try: os.rename(tmp, path)
-        except OSError:
-            if not os.path.lexists(path): raise
-            if check(path)['seal']!=man['seal']:
-                raise BundleError(f"{path} holds another Hydra: choose another place, or delete it first") from None
+    with writing_dir(path, check_same) as tmp: man = self._write(tmp)
     return path
 
 # %% ../../nbs/hydra/63_model.ipynb #cell49
@@ -794,7 +777,7 @@ def _front(name):
 def _table(head, rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---']*len(head), *rows])
 
 USE = """```python
-from hydramoe.hydra.model import Hydra
+from hydramoe.hydra import Hydra
 hydra = Hydra.load('PATH OF THIS FOLDER')
 print(hydra.ask('…'))
 ```

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, asdict
 from pathlib import Path
 from typing import Any
 import hydramoe, yaml
-from filelock import FileLock, Timeout
 from ..foundations.core import HydraError, canonical, digest, commit, machine, one_of, is_quiet, repo_root, log
 from ..foundations.core import versions
 from ..foundations.files import file_sha256, read_json, write_bytes, write_json
@@ -24,6 +23,7 @@ from ..foundations.store import is_sealed, seal_id
 from ..foundations.fetch import fetch_all
 from ..foundations.report import latex_numbers, latex_table, markdown_table
 from ..foundations.page import html_code, html_details, html_figure, html_page, html_table
+from ..foundations.files import locked
 
 # %% ../../nbs/use/80_reproduce.ipynb #cell10
 TYPES = {t.__name__: t for t in (int, float, str, bool, list)}
@@ -357,14 +357,9 @@ def current(
 # %% ../../nbs/use/80_reproduce.ipynb #cell49
 @contextlib.contextmanager
 def _alone(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder/'.lock')
-    try: lock.acquire(timeout=0)
-    except Timeout: log(f'{folder}: another run is under way; waiting for it'); lock.acquire()
-    try:
+    with locked(folder/'.lock', lambda: log(f'{folder}: another run is under way; waiting for it')):
         for p in folder.glob('.running-*'): shutil.rmtree(p)
         yield
-    finally: lock.release()
 
 def run_scale(
     scale:str, # names the parameter files
