@@ -36,11 +36,12 @@ def prepared(a):
     "A gated model and the training rows of each domain"
     import torch
     from train import rows_of
-    from hydramoe.models.base import open_base
-    from hydramoe.experts.stack import LoraSpec, gated
+    from hydramoe.models.load import load_base
+    from hydramoe.experts.stack import LoraSpec
+    from hydramoe.experts.model import gated
     torch.set_num_threads(a.threads)
     a.held = 1
-    base = open_base(a.base, a.quant)
+    base = load_base(a.base, a.quant)
     rows = rows_of(a, base)[0]
     model = gated(base, slots=len(rows), spec=LoraSpec(rank=8, alpha=16))
     for e,name in enumerate(rows): model.stack.init_expert(e, 0, name)
@@ -60,11 +61,12 @@ def score(a):
 
 def train(a):
     "Seconds for one pass over the rows, all experts fused, after a first step"
-    from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps, training
+    from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps
+    from hydramoe.hydra.spec import training_settings
     model, rows = prepared(a)
     names, spec = list(rows), TrainSpec(rows=1., warmup=2)
     steps = plan_steps(list(rows.values()), names, spec)
-    with training(model, False):
+    with training_settings(model, False):
         opt = Optimizers(model.stack, [len(steps)]*len(names), spec)
         fit_step(model, opt, steps[0], 0, names)
         began = time.perf_counter()
@@ -74,7 +76,7 @@ def train(a):
 def answer(a):
     "Seconds for the tokens of one answer, after the prompt was read"
     import torch
-    from hydramoe.experts.stack import one_hot
+    from hydramoe.experts.plan import one_hot
     model, rows = prepared(a)
     ids = torch.tensor([next(iter(rows.values()))[0].ids[:32]])
     def tokens(n): model.generate(ids, attention_mask=torch.ones_like(ids), gates=one_hot([0], len(rows)), do_sample=False, min_new_tokens=n, max_new_tokens=n)

@@ -5,7 +5,7 @@ proportional to 1/i; centres N(0,1), noise N(0,1) in each dimension), as fp32 in
 are enough, MiniLM embeddings of the training records.
 
 What is compared, on the same rows, with the same number of threads, after one run of each on few rows:
-  balanced_vs_plain     seconds of hydramoe.domains.cluster.balanced_kmeans / seconds of sklearn MiniBatchKMeans(64).fit, defaults
+  balanced_vs_plain     seconds of hydramoe.domains.balance.balanced_kmeans / seconds of sklearn MiniBatchKMeans(64).fit, defaults
   inertia_vs_plain      inertia of the balanced clusters / inertia of MiniBatchKMeans' clusters, each with its own centroids
   max_over_mean         largest balanced cluster / mean cluster
   seconds_per_million   of balanced_kmeans, by the row; seconds_by_rows tells whether it is linear
@@ -87,7 +87,7 @@ def small(x, threads):
     import torch
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
-    from hydramoe.domains.cluster import assign_balanced
+    from hydramoe.domains.balance import assign_balanced
     n = len(x)//K*K
     x = np.array(x[:n])
     with threadpool_limits(threads): c = KMeans(K, random_state=0).fit(x).cluster_centers_
@@ -111,7 +111,7 @@ def large(x, threads):
     "Balanced k-means beside scikit-learn's MiniBatchKMeans, from rows to labels"
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
-    from hydramoe.domains.cluster import balanced_kmeans
+    from hydramoe.domains.balance import balanced_kmeans
     plain = lambda x: MiniBatchKMeans(K, random_state=0).fit(x)
     with threadpool_limits(threads):
         plain(x[:20_000]); balanced_kmeans(x[:20_000], K)
@@ -124,21 +124,22 @@ def large(x, threads):
 
 def peak(path):
     "GiB of a fresh process that clusters the file"
-    code = "import sys, resource, numpy as np; from hydramoe.domains.cluster import balanced_kmeans; " \
+    code = "import sys, resource, numpy as np; from hydramoe.domains.balance import balanced_kmeans; " \
            f"balanced_kmeans(np.load(sys.argv[1], mmap_mode='r'), {K}); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     r = subprocess.run([sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=True)
     return int(r.stdout.split()[-1])/2**20
 
 def by_rows(x):
     "Seconds for an eighth, a quarter, a half of the rows and all"
-    from hydramoe.domains.cluster import balanced_kmeans
+    from hydramoe.domains.balance import balanced_kmeans
     return {n: timed(lambda: balanced_kmeans(x[:n], K))[0] for n in (len(x)//8, len(x)//4, len(x)//2, len(x))}
 
 def records(most):
     "MiniLM embeddings of training records, or why not"
-    from hydramoe.domains.cluster import embed, prompt_text
+    from hydramoe.domains.embed import embed, prompt_text
     from hydramoe.foundations.core import cache_dir
-    from hydramoe.data.records import card_names, load
+    from hydramoe.data.cards import card_names
+    from hydramoe.data.load import load
     texts = {}
     for name in card_names(use='train'):
         try: texts |= {prompt_text(r): None for r in load(name)}

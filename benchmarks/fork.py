@@ -12,9 +12,14 @@ measured in one process, in turn, round after round; medians of the rounds' rati
 import argparse, json, statistics, tempfile, warnings
 import torch
 from transformers import DynamicCache
-from hydramoe.models.base import open_base
-from hydramoe.experts.train import Optimizers, TrainSpec, cache_trunk, fit_step, plan_steps, training
-from hydramoe.experts.stack import LoraSpec, at_fork, gated, logits, one_hot, refill
+from hydramoe.models.load import load_base
+from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps
+from hydramoe.experts.stages import cache_trunk
+from hydramoe.hydra.spec import training_settings
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import one_hot
+from hydramoe.experts.model import gated, logits
+from hydramoe.experts.trunk import run_trunk, rebuild_cache
 from forward import in_turn, seconds
 from train import rows_of
 
@@ -37,7 +42,7 @@ def options():
 
 def experts(a, quant, names, fork):
     "A base of its own, a stack of fresh experts on it, and above a fork a trunk that is not nothing"
-    base = open_base(a.base, quant)
+    base = load_base(a.base, quant)
     model = gated(base, len(names), LoraSpec(8, fork=fork))
     model.stack.trunk.normal_(std=.01, generator=torch.Generator().manual_seed(0))
     for e,n in enumerate(names): model.stack.init_expert(e, 0, n)
@@ -47,7 +52,7 @@ def trained(a, full, forked, rows, states):
     "Seconds and tokens of each step on both sides, in turn"
     names, spec = list(rows), TrainSpec(rows=1., micro_tokens=a.micro)
     steps, took = plan_steps(list(rows.values()), names, spec), []
-    with training(full), training(forked):
+    with training_settings(full), training_settings(forked):
         opt = [Optimizers(m.stack, [len(steps)]*len(names), spec) for m in (full, forked)]
         def one(side, k): return seconds(lambda: fit_step((full, forked)[side], opt[side], steps[k], k, names, states if side else None))
         for side in (0, 1): one(side, 0) # does not count
@@ -62,9 +67,9 @@ def filled(a, model, router):
     ids = torch.randint(3, model.config.vocab_size, (1, a.context), generator=torch.Generator().manual_seed(0))
     g, cache = [one_hot([e], model.stack.slots) for e in (0, 1)], DynamicCache(config=model.config)
     model(input_ids=ids, gates=g[0], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    h = at_fork(model, ids)
+    h = run_trunk(model, ids)
     return {'full': lambda: model(input_ids=ids, gates=g[1], past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1),
-            'refill': lambda: logits(model, refill(model, h, cache, g[1])[:,-1:]), 'router': lambda: router(h)}
+            'refill': lambda: logits(model, rebuild_cache(model, h, cache, g[1])[:,-1:]), 'router': lambda: router(h)}
 
 def ridge(states, rows, strength=1e-2):
     "A router from the mean of the trunk's states to the experts, by ridge regression"
@@ -77,7 +82,7 @@ def ridge(states, rows, strength=1e-2):
 
 def measure(a, quant):
     "One table"
-    names = list((rows := rows_of(a, open_base(a.base, quant))[0]))
+    names = list((rows := rows_of(a, load_base(a.base, quant))[0]))
     (_, full), (base, forked) = experts(a, quant, names, 0), experts(a, quant, names, a.fork)
     every, epochs = sum(rows.values(), []), (1, 3, 10)
     with tempfile.TemporaryDirectory() as d:

@@ -18,8 +18,11 @@ In compiled mode torch.compile compiles the base, ours and PEFT alike, the model
 import argparse, gc, json, statistics, time, warnings
 import torch
 from transformers import DynamicCache
-from hydramoe.models.base import load_base, tiny_base
-from hydramoe.experts.stack import LoraSpec, gated, make_plan, one_hot
+from hydramoe.models.base import tiny_base
+from hydramoe.models.load import load_base
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import make_plan, one_hot
+from hydramoe.experts.model import gated
 
 def options(doc, experts, rounds):
     "What this benchmark and scale.py both ask"

@@ -7,7 +7,7 @@ import json, subprocess, sys
 from pathlib import Path
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import write_bytes
-from hydramoe.use.reproduce import write_sums
+from hydramoe.use.publish import write_sums
 
 here = Path(__file__).parent
 NAMES = sorted(p.stem for p in here.glob('*.py') if p.stem!='keep')

@@ -15,12 +15,18 @@ test prompts that are asked again. Accuracies are shares of the test prompts, wi
 import argparse, json, statistics, time
 import numpy as np
 import torch
-from hydramoe.models.base import load_base
-from hydramoe.models.hidden import hidden_mean
-from hydramoe.domains.cluster import Domains, embed, prompt_text
+from hydramoe.models.load import load_base
+from hydramoe.models.hidden import pooled_state
+from hydramoe.domains.embed import embed, prompt_text
+from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import cache_dir, machine
-from hydramoe.data.records import DOMAINS, card_names, load
-from hydramoe.hydra.route import Router, calibrated, cascade, choose_margin, classifier, distil_tokens, knn, lead, on_hidden, on_static, ridge, similarity, static_vectors
+from hydramoe.data.records import DOMAINS
+from hydramoe.data.cards import card_names
+from hydramoe.data.load import load
+from hydramoe.hydra.vectors import distil_tokens, static_vectors
+from hydramoe.hydra.route import Router, calibrate, classifier_router, similarity_router
+from hydramoe.hydra.kinds import knn_router, ridge_router
+from hydramoe.hydra.cascade import cascade_router, choose_margin, margin, fit_on_hidden, use_static
 
 def dealt(args):
     "part → texts, domains; round-robin over the cards of a domain"
@@ -42,7 +48,7 @@ def views(parts, base, depths):
     seen = {'minilm': {p: embed(t, keep=cache_dir()/'embedded') for p,(t,_) in parts.items()}}
     tokens = distil_tokens(parts['train'][0], seen['minilm']['train'])
     seen['static'] = {p: static_vectors(t, tokens) for p,(t,_) in parts.items()}
-    for d in depths: seen[f'layer {d}'] = {p: hidden_mean(t, base, d, most=128) for p,(t,_) in parts.items()}
+    for d in depths: seen[f'layer {d}'] = {p: pooled_state(t, base, d, most=128) for p,(t,_) in parts.items()}
     return seen, tokens
 
 def fitted(parts, seen, tokens, depths):
@@ -50,22 +56,22 @@ def fitted(parts, seen, tokens, depths):
     y = parts['train'][1]
     x = {v: a['train'] for v,a in seen.items()}
     means = Domains(np.stack([x['minilm'][np.array(y)==d].mean(0) for d in DOMAINS]), list(DOMAINS))
-    near = similarity(means)
-    out = {'similarity': (near, 'minilm'), 'classifier': (classifier(means, x['minilm'], y), 'minilm'), 'ridge': (ridge(means, x['minilm'], y), 'minilm'),
-           'knn': (knn(means, x['minilm'], y), 'minilm'), 'static, similarity': (on_static(near, tokens), 'static'),
-           'static, classifier': (on_static(classifier(means, x['static'], y), tokens), 'static')}
+    near = similarity_router(means)
+    out = {'similarity': (near, 'minilm'), 'classifier': (classifier_router(means, x['minilm'], y), 'minilm'), 'ridge': (ridge_router(means, x['minilm'], y), 'minilm'),
+           'knn': (knn_router(means, x['minilm'], y), 'minilm'), 'static, similarity': (use_static(near, tokens), 'static'),
+           'static, classifier': (use_static(classifier_router(means, x['static'], y), tokens), 'static')}
     for d in depths:
-        out[f'layer {d}, ridge'] = on_hidden(ridge, list(DOMAINS), x[f'layer {d}'], y, d), f'layer {d}'
-        out[f'layer {d}, classifier'] = on_hidden(classifier, list(DOMAINS), x[f'layer {d}'], y, d), f'layer {d}'
+        out[f'layer {d}, ridge'] = fit_on_hidden(ridge_router, list(DOMAINS), x[f'layer {d}'], y, d), f'layer {d}'
+        out[f'layer {d}, classifier'] = fit_on_hidden(classifier_router, list(DOMAINS), x[f'layer {d}'], y, d), f'layer {d}'
     return out
 
 def with_cascades(routers, parts, seen):
     "The routers, and the static classifier before each good one"
-    cheap = calibrated(routers['static, classifier'][0], seen['static']['dev'], parts['dev'][1])
+    cheap = calibrate(routers['static, classifier'][0], seen['static']['dev'], parts['dev'][1])
     w, out = cheap(x=seen['static']['dev']), dict(routers)
     for n,(r,v) in routers.items():
         if v=='static': continue
-        out[f'static, then {n}'] = cascade(cheap, r, choose_margin(w, r(x=seen[v]['dev']).argmax(1), agree=.98)), v
+        out[f'static, then {n}'] = cascade_router(cheap, r, choose_margin(w, r(x=seen[v]['dev']).argmax(1), agree=.98)), v
     return out
 
 def first_choice(router, view, seen, part):
@@ -85,7 +91,7 @@ def costs(routers, base, texts, depths, rounds, clock):
         at = np.ones((1, r.arrays['center' if v.startswith('layer') else 'centroids' if r.kind=='similarity' else 'prompts' if r.kind=='knn' else 'weight'].shape[-1]))
         return lambda: r(x=at)
     steps = {'prefill': lambda: base.model(input_ids=ids, use_cache=True, logits_to_keep=1), 'minilm': lambda: embed([prompt]), 'static': lambda: static_vectors([prompt], routers['static, similarity'][0].arrays)}
-    steps |= {f'layer {d}': (lambda d=d: hidden_mean([prompt], base, d, most=128)) for d in depths} | {n: arithmetic(n) for n,(r,v) in routers.items() if r.kind!='cascade'}
+    steps |= {f'layer {d}': (lambda d=d: pooled_state([prompt], base, d, most=128)) for d in depths} | {n: arithmetic(n) for n,(r,v) in routers.items() if r.kind!='cascade'}
     for f in steps.values(): f()
     seconds = {k: [] for k in steps}
     for _ in range(rounds):
@@ -103,7 +109,7 @@ def rows(routers, parts, seen, seconds):
         cost, asked = seconds[v]+seconds[alone], 1.
         if r.kind=='cascade':
             cheap = routers['static, classifier'][0]
-            asked = float((lead(calibrated_first(r)(x=seen['static']['test']))<=r.params['margin']).mean())
+            asked = float((margin(calibrated_first(r)(x=seen['static']['test']))<=r.params['margin']).mean())
             cost = seconds['static']+seconds['static, classifier']+asked*cost
         out.append(dict(router=n, share=round(cost/seconds['prefill'], 4), asked=round(asked, 3), dev_right=round(right('dev', choice[n]['dev']), 4),
                         right=round(right('test', choice[n]['test']), 4), agreement=round(float((choice[n]['test']==choice[best]['test']).mean()), 4)))

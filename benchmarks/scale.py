@@ -14,8 +14,10 @@ import json, resource, statistics, sys, tempfile, warnings
 from pathlib import Path
 import torch
 from hydramoe.foundations.core import rng
-from hydramoe.experts.stack import LoraSpec, gated, make_plan, one_hot
-from hydramoe.experts.stack import Shelf
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import make_plan, one_hot
+from hydramoe.experts.model import gated
+from hydramoe.experts.pool import ExpertPool
 sys.path.insert(0, str(Path(__file__).parent))
 from forward import decode, in_turn, opened, options, seconds, top2
 
@@ -42,7 +44,7 @@ def shelf(args, E, tmp):
     for e in range(E):
         model.stack.theta[0].normal_(std=.01, generator=torch.Generator(model.stack.theta.device).manual_seed(e))
         folders[f'expert{e}'] = model.stack.save_peft(Path(tmp)/f'expert{e}', 0)
-    s, took = Shelf(model.stack, folders, E//2*model.stack.theta[0].nbytes), {'device': [], 'ram': [], 'disk': []}
+    s, took = ExpertPool(model.stack, folders, E//2*model.stack.theta[0].nbytes), {'device': [], 'ram': [], 'disk': []}
     for e in (rng(0, 'zipf').zipf(1.3, args.requests)-1)%E:
         before = dict(s.found)
         def ask():

@@ -45,12 +45,13 @@ def rows_of(a, base):
     "Training and held-out rows of each domain: records of the data cards, or made in code for the tiny base"
     from hydramoe.foundations.files import read_jsonl
     from hydramoe.models.encode import encode
-    from hydramoe.data.records import DOMAINS, cards_digest
+    from hydramoe.data.records import DOMAINS
+    from hydramoe.data.cards import cards_digest
     from hydramoe.foundations.store import stage
-    from hydramoe.data.unify import toy_unify, unify
+    from hydramoe.data.unified_card import toy_unify_stage, unify_stage
     toy = a.base=='tiny'
     params = dict(tokens_per_domain=400*a.rows, dev=1, test=a.held, max_length=a.length, seed=0, cards='' if toy else cards_digest())
-    data = stage(toy_unify if toy else unify, params)
+    data = stage(toy_unify_stage if toy else unify_stage, params)
     parts = {p: [encode(r, base.tokenizer, a.length, a.length) for r in read_jsonl(data/f'{p}.jsonl')] for p in ('experts', 'test')}
     def of(part, most): return {d: [x for x in parts[part] if x and x.domain==d][:most] for d in DOMAINS[:a.domains]}
     train = of('experts', a.rows)
@@ -61,10 +62,10 @@ def prepared(a, theirs=False):
     "Base, spec, training and held-out rows, and the steps of the fused run"
     import torch
     from hydramoe.foundations.core import default_threads
-    from hydramoe.models.base import open_base
+    from hydramoe.models.load import load_base
     from hydramoe.experts.train import TrainSpec, plan_steps
     torch.set_num_threads(a.threads or default_threads())
-    base = open_base(a.base, 'fp32' if theirs and a.trl_weights=='fp32' else a.quant)
+    base = load_base(a.base, 'fp32' if theirs and a.trl_weights=='fp32' else a.quant)
     rows, held = rows_of(a, base)
     spec = TrainSpec(lr=a.lr, rows=a.batch, micro_tokens=a.micro, warmup=2)
     return base, spec, rows, held, plan_steps(list(rows.values()), list(rows), spec)[:a.steps]
@@ -75,7 +76,7 @@ def lora(a):
 
 def start(a, base, names):
     "Fresh adapters, the same for both sides"
-    from hydramoe.experts.stack import gated
+    from hydramoe.experts.model import gated
     if (Path(a.work)/'start').exists(): return
     model = gated(base, slots=1, spec=lora(a))
     for n in names:
@@ -89,14 +90,15 @@ def tokens(rows): return sum(len(x.ids) for x in rows)
 
 def ours(a):
     "All experts fused"
-    from hydramoe.experts.train import Optimizers, fit_step, training
-    from hydramoe.experts.stack import gated
+    from hydramoe.experts.train import Optimizers, fit_step
+    from hydramoe.hydra.spec import training_settings
+    from hydramoe.experts.model import gated
     base, spec, rows, _, steps = prepared(a)
     names = list(rows)
     start(a, base, names)
     model = gated(base, slots=len(names), spec=lora(a))
     for e,n in enumerate(names): model.stack.load_peft(Path(a.work)/'start'/n, e, n)
-    with training(model, a.checkpointing):
+    with training_settings(model, a.checkpointing):
         opt, seconds = Optimizers(model.stack, [sum(any(f==e for f,_ in s) for s in steps) for e in range(len(names))], spec), []
         for k,step in enumerate(steps):
             t = clock(a)
@@ -109,20 +111,22 @@ def bare(a):
     "The base alone on the passes of the fused run: forward, loss and the way back to its embeddings, which no training of adapters in all layers can do without"
     from concurrent.futures import ThreadPoolExecutor
     import torch
-    from hydramoe.experts.train import in_lanes, lanes, pack, share, using_threads
+    from hydramoe.experts.train import deal_passes, n_replicas, make_passes, shard_passes, using_threads
     from hydramoe.experts.score import token_losses
-    from hydramoe.experts.stack import Plan, gated, in_line, using
+    from hydramoe.experts.plan import base_plan
+    from hydramoe.experts.model import gated, using
+    from hydramoe.experts.packing import packed_attention
     base, spec, _, _, steps = prepared(a)
     base.model.enable_input_require_grads()
     model, seconds = gated(base, 1, lora(a)), []
-    n = lanes(model, spec)
+    n = n_replicas(model, spec)
     def lane(step, passes):
         for b,_ in passes:
-            with using(Plan('none', model.stack)): token_losses(model, [step[i][1] for i in b], line=True).sum().backward()
-    with in_line(model), ThreadPoolExecutor(n) as pool:
+            with using(base_plan(model.stack)): token_losses(model, [step[i][1] for i in b], packed=True).sum().backward()
+    with packed_attention(model), ThreadPoolExecutor(n) as pool:
         for step in steps:
             t, lengths = clock(a), [len(x.ids) for _,x in step]
-            dealt = in_lanes(share(pack([e for e,_ in step], lengths, spec.micro_tokens//n, n)), lengths, n)
+            dealt = deal_passes(shard_passes(make_passes([e for e,_ in step], lengths, spec.micro_tokens//n, n)), lengths, n)
             with using_threads(max(1, torch.get_num_threads()//n)): list(pool.map(lambda passes: lane(step, passes), dealt))
             seconds.append(clock(a)-t)
     return dict(tokens=sum(tokens([x for _,x in s]) for s in steps[a.warm:]), seconds=sum(seconds[a.warm:]), memory=peak())
@@ -162,7 +166,7 @@ def trl_memory(a):
 def score(a):
     "Held-out loss of each side's experts, each on its own domain"
     import torch
-    from hydramoe.experts.stack import with_adapters
+    from hydramoe.experts.adapters import with_adapters
     from hydramoe.experts.score import response_losses
     base, _, rows, held, _ = prepared(a)
     out = {}

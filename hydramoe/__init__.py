@@ -14,7 +14,7 @@ if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ['OMP_WAIT_POLICY'] = 'PASSIVE'
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
-_LAZY = dict(Hydra='hydramoe.hydra.model', HydraConfig='hydramoe.hydra.auto', HydraForCausalLM='hydramoe.hydra.auto', HydraTokenizer='hydramoe.hydra.auto')
+_LAZY = dict(Hydra='hydramoe.hydra.build', HydraConfig='hydramoe.hydra.auto', HydraForCausalLM='hydramoe.hydra.auto', HydraTokenizer='hydramoe.hydra.auto')
 _LIST = 'transformers.models.auto.configuration_auto' # where transformers keeps its list of model types
 
 def __getattr__(name):

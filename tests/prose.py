@@ -10,8 +10,9 @@ from pathlib import Path
 
 from hydramoe.foundations.files import read_json
 from hydramoe.data.records import DOMAINS
-from hydramoe.use.reproduce import SPEEDS, Graph, load_result, members, params_at, published, rooms_table
-from hydramoe.data.unify import PARTS
+from hydramoe.use.reproduce import Graph, experiments_at, load_result, params_at
+from hydramoe.use.publish import SPEEDS, chapters_table, notebooks_page, published
+from hydramoe.data.parts import PARTS
 
 root = Path(__file__).parents[1]
 def text(*parts): return root.joinpath(*parts).read_text(encoding='utf-8')
@@ -21,7 +22,7 @@ MORE = ('half', 'halves', 'twice', 'third', 'thirds', 'quarter', 'dozen', 'doubl
 # `one` is mostly no number in English, and cannot be made of another number without a trace: what it becomes is found
 NUMBER = re.compile(rf"\d+(?:[.,]\d+)*|\b(?:{'|'.join([w for w in WORDS if w!='one']+list(MORE))})s?\b", re.I)
 MEASURE = re.compile(r'\d+(?:[.,]\d+)*(?: ?[×%](?! \d)| (?:ms|seconds|minutes|hours|MB|GB|tokens a second)\b)')
-NAMES = [rf'\b(?:{"|".join(p.stem for p in sorted((root/"nbs").rglob("*.ipynb")))})\b', r'\b(?:bf16|fp32|nf4)\b', r'\bSHA-256\b', r'\bSHA256SUMS\b', r'\bApache-2\.0\b', r'\bSmolLM2-135M\b', r'(?m)^\d\. '] # with digits in them; and items of lists
+NAMES = [rf'\b(?:{"|".join(p.stem for p in sorted((root/"nbs").rglob("*.ipynb")))})\b', r'\b(?:bf16|fp32|nf4)\b', r'\bSHA-256\b', r'\bsha256sum\b', r'\bSHA256SUMS\b', r'\bApache-2\.0\b', r'\bSmolLM2(?:-135M)?\b', r'(?m)^\d\. '] # with digits in them; and items of lists
 
 def word(n): return WORDS[n]
 def scale(s): return {n: load_result(root/'results'/f'{n}-{s}.json') for n in ('e1_domains', 'e2_experts', 'e3_routing')}
@@ -36,21 +37,25 @@ def floor(name): return next(re.search('>=([^,]+)', d)[1] for d in project['depe
 def below(name): return next(re.search('<([^,]+)', d)[1] for d in [*project['dependencies'], *project['optional-dependencies']['dev']] if re.match(rf'{name}\b', d))
 
 def readme():
-    demo = {n: params_at(Graph(), n, 'demo') for n in members(Graph(), 'demo')}
+    demo = {n: params_at(Graph(), n, 'demo') for n in experiments_at(Graph(), 'demo')}
     return {
         'zero is the base': 'the formula above it',
         '## {} commands': [word(len(re.findall(r'(?m)^make ', text('README.md')))).capitalize()],
         'Python {} or newer': [project['requires-python'].removeprefix('>=')],
         'runs {} notebooks on real instruction data of {} domains, on SmolLM2-135M in {} bits': [word(len(demo)), word(len(DOMAINS)), dict(nf4=4)[demo['e2_experts']['quant']]],
-        'tried at {} learning rates here': [lrs(published())],
-        'Some {} thousand tokens a pass': [about(tokens('study'), {100_000: 'hundred'})],
-        'with {} as many tokens and {} as many test prompts': [about(tokens('pilot')/tokens('study'), {.5: 'half'}), about(prompts('pilot')/prompts('study'), {.5: 'half'})],
-        'all experts, 100 % the *oracle*': 'the unit of the table',
-        'more than 100 % is possible': 'the unit of the table',
-        'Measured on {} or {} CPU cores': [word(n) for n in sorted({measured(f)['conditions']['threads'] for f,*_ in SPEEDS})],
-        'meant to be three times as fast as TRL in bf16 and twice as fast in fp32': 'the goals, set before anything was measured',
         'copy the {} files of `demo`': [word(len(list((root/'nbs'/'experiments'/'params').glob('*-demo.yaml'))))],
     }
+
+def results_page(): return {
+    'tried at {} learning rates here': [lrs(published())],
+    'Some {} thousand tokens a pass': [about(tokens('study'), {100_000: 'hundred'})],
+    'with {} as many tokens and {} as many test prompts': [about(tokens('pilot')/tokens('study'), {.5: 'half'}), about(prompts('pilot')/prompts('study'), {.5: 'half'})],
+    'with its {} test prompts': [str(prompts('demo'))],
+    'all experts, 100 % the *oracle*': 'the unit of the table',
+    'more than 100 % is possible': 'the unit of the table',
+    'Measured on {} or {} CPU cores': [word(n) for n in sorted({measured(f)['conditions']['threads'] for f,*_ in SPEEDS})],
+    'meant to be three times as fast as TRL in bf16 and twice as fast in fp32': 'the goals, set before anything was measured',
+}
 
 def speeds(): return {
     'each two of': 'the key: top2',
@@ -74,17 +79,17 @@ def paper():
 
 def contributing(): return {
     'through nbdev {} (`settings.ini`)': [pin('nbdev')],
-    'The tens are chapters: 0 foundations, 1 data, 2 experts, 3 the Hydra, 4 proof, 5 use': 'the plan of the house',
     'whose gradient is zero': 'how AdamW works',
-    '`train_experts(shards=2)`': 'an example',
-    'Data come as cards and leave as {} parts': [word(len(PARTS))],
-    'Chapter 1 is read': 'the plan of the house',
-    'a hundred crafted rows': 'an order of magnitude, of card text',
-    'deals the rest to {} parts': [word(len(PARTS))],
+    'the next cell or two show it': 'advice',
     'contains="keeps 0 of 4"': 'an example',
     'About half of the cells': 'advice',
+    'Lines have 120 columns': 'held by test_lines_fit_a_screen',
+    'deeper than two loops': 'advice',
     'median under 9 lines, none over 40': 'held by test_functions_are_as_short_as_promised',
+    'More than seven parameters': 'advice',
+    'A name that two modules need': 'advice',
     'thirteen words in a row': 'held by the tests of cards',
+    'holds the three together': 'the section, and the places of the version',
     'nbdev is {}, because 3 no longer': [pin('nbdev')],
     '`fastcore<{}`, `execnb<{}` and `ghapi<{}`': [below(n) for n in ('fastcore', 'execnb', 'ghapi')],
     'run in {} processes (`make test WORKERS=1` for one)': [word(int(re.search(r'(?m)^WORKERS \?= (\d+)$', text('Makefile'))[1]))],
@@ -94,7 +99,6 @@ def contributing(): return {
 def rooms(): return {
     'what is half-written': 'no number', 'in two files that hold no code': 'JSON and safetensors', 'nothing twice': 'no number',
     'turn {} domains of real text': [word(len(DOMAINS))],
-    'and {} parts that code cannot confuse': [word(len(PARTS))],
     'spent two ways: on one adapter, or on one expert for each': 'the two ways follow',
 }
 
@@ -127,7 +131,7 @@ def typed(nb):
 
 def prose_of_notebooks():
     for p in sorted((root/'nbs').rglob('*.ipynb')):
-        if p.stem!='index': yield from (''.join(c['source'])+'\n' for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
+        if p.stem not in ('index', 'results'): yield from (''.join(c['source'])+'\n' for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
 
 def tex(page):
     body = page.split(r'\begin{document}')[1]
@@ -135,7 +139,8 @@ def tex(page):
 
 PAGES = dict( # name → its text, and its phrases
     README=lambda: (''.join(typed('index.ipynb')), readme()),
-    rooms=lambda: (rooms_table(), rooms()),
+    results=lambda: (''.join(typed('results.ipynb')), results_page()),
+    notebooks_page=lambda: (notebooks_page(), rooms()),
     speeds=lambda: (re.sub(r'\{.*?\}', '', '\n'.join(s[2] for s in SPEEDS)), speeds()),
     paper=lambda: (tex(text('papers', 'hydra', 'main.tex')), paper()),
     CONTRIBUTING=lambda: (without_code(text('CONTRIBUTING.md')), contributing()),

@@ -6,15 +6,23 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 import hydramoe.hydra.auto as auto
 from hydramoe.hydra.auto import HydraConfig, HydraForCausalLM, prompts_of, unrender
-from hydramoe.models.base import byte_tokenizer, gemma_chat, load_base, render, tiny_base
-from hydramoe.domains.cluster import Domains, embed
+from hydramoe.models.template import byte_tokenizer, render
+from hydramoe.models.base import tiny_base
+from hydramoe.models.packaged import gemma_chat
+from hydramoe.models.load import load_base
+from hydramoe.domains.embed import embed
+from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, derive_seed, rng
 from hydramoe.foundations.files import read_json, write_json
-from hydramoe.hydra.model import BundleError, Hydra
-from hydramoe.hydra.route import similarity
-from hydramoe.experts.stack import LoraSpec, gated, hidden, in_line, line_plan, one_hot, using
+from hydramoe.hydra.bundle import BundleError
+from hydramoe.hydra import Hydra
+from hydramoe.hydra.route import similarity_router
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import one_hot
+from hydramoe.experts.model import gated, hidden, using
+from hydramoe.experts.packing import packed_attention, packed_plan
 
-from test_base import LAYOUTS, TALKS, laid_out, last_label
+from test_template import LAYOUTS, TALKS, laid_out, last_label
 from test_hydra import scripted
 
 NAMES = ['law', 'sea', 'sum']
@@ -26,7 +34,7 @@ def hydra_on(base, rank=4, noise=.1):
     model = gated(base, 3, LoraSpec(rank, 2*rank))
     for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
     model.stack.theta += torch.from_numpy(rng(0, 'noise').normal(0, noise, model.stack.theta.shape)).float()
-    return Hydra(base, model, similarity(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .01))
+    return Hydra(base, model, similarity_router(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .01))
 
 def inputs(hydra, prompts, **kw):
     texts = [render(hydra.base.tokenizer, p if isinstance(p, list) else [dict(role='user', content=p)]) for p in prompts]
@@ -287,9 +295,9 @@ def test_rows_in_a_line_are_what_they_are_alone(kind, quant, tmp_path):
     g, lengths, who = torch.Generator().manual_seed(0), [40, 25, 3, 60], [2, 2, 0, 1]
     m.stack.theta.normal_(0, .05, generator=g)
     ids = torch.randint(3, 259, (1, sum(lengths)), generator=g)
-    with torch.no_grad(), in_line(m), using(line_plan(who, lengths, m.stack)):
-        assert m.lines
-        laid = hidden(m, ids, line=lengths)[0].split(lengths)
+    with torch.no_grad(), packed_attention(m), using(packed_plan(who, lengths, m.stack)):
+        assert m.supports_packing
+        laid = hidden(m, ids, lengths=lengths)[0].split(lengths)
     for row,e,h in zip(ids[0].split(lengths), who, laid):
         alone, other = (hidden(m, row[None], None, one_hot([f], 3))[0] for f in (e, (e+1)%3))
         assert (h-alone).norm() < (1e-4 if quant=='fp32' else .02)*alone.norm() < (other-alone).norm()

@@ -6,14 +6,27 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from hydramoe.models.base import base_key, load_base, render, tiny_base
+from hydramoe.models.template import render
+from hydramoe.models.base import tiny_base
+from hydramoe.models.load import base_key, load_base
 from hydramoe.foundations.arrays import load_arrays, save_arrays
-from hydramoe.domains.cluster import Domains, embed, fit_tfidf
+from hydramoe.domains.embed import embed, fit_tfidf
+from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, digest, rng
 from hydramoe.foundations.files import file_sha256, read_json, write_json
-from hydramoe.hydra.model import FORMAT, BundleError, Hydra, UnlearntWarning, add_expert, adapters_base, check, check_adapter, explain_bundle, model_card, seal_bundle, unlearnt, uri_id
-from hydramoe.hydra.route import on_hidden, ridge, similarity, uniform
-from hydramoe.experts.stack import LoraSpec, gated
+from hydramoe import Hydra
+from hydramoe.hydra.bundle import BUNDLE_FORMAT, BundleError, check_bundle, check_adapter, seal_bundle
+from hydramoe.hydra.card import model_card, unlearnt
+from hydramoe.hydra.saving import uri_id
+from hydramoe.hydra.model import explain_bundle
+from hydramoe.hydra.build import UnlearntWarning
+
+from hydramoe.hydra.adopt import adapters_base
+from hydramoe.hydra.route import similarity_router, uniform_router
+from hydramoe.hydra.kinds import ridge_router
+from hydramoe.hydra.cascade import fit_on_hidden
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.model import gated
 from test_hydra import put, spots
 
 DATA = Path(__file__).parent/'data'
@@ -26,7 +39,7 @@ def golden():
     model = gated(base, 2, LoraSpec(1, 2, 'q_proj,o_proj,down_proj'))
     for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
     model.stack.theta += torch.from_numpy(rng(0, 'golden').normal(0, .3, model.stack.theta.shape)).float()
-    return Hydra(base, model, similarity(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .5))
+    return Hydra(base, model, similarity_router(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .5))
 
 def greedy(h, prompt, expert=None, n=6):
     "Token ids of the greedy answer, the gates, and by how much the likeliest token led at its tightest"
@@ -38,11 +51,11 @@ def greedy(h, prompt, expert=None, n=6):
     return dict(prompt=prompt, expert=expert, gates=[round(w, 6) for w in g[0].tolist()], tokens=out.sequences[0,x['input_ids'].shape[1]:].tolist()), (top[:,0]-top[:,1]).min().item()
 
 if __name__=='__main__':
-    h, to = golden(), DATA/f'bundle-{FORMAT}'
+    h, to = golden(), DATA/f'bundle-{BUNDLE_FORMAT}'
     h.save(to)
     both = [greedy(h, p, e) for p in ASKS for e in (None, 'law', 'sea', 'base')]
     assert min(m for _,m in both)>.02, [m for _,m in both]
-    write_json(DATA/f'bundle-{FORMAT}.json', [g for g,_ in both])
+    write_json(DATA/f'bundle-{BUNDLE_FORMAT}.json', [g for g,_ in both])
     raise SystemExit
 
 # ---- golden
@@ -54,18 +67,18 @@ def test_a_bundle_of_each_format_opens_and_answers_as_ever(at):
         assert margin>.01 and got['tokens']==want['tokens'] and got['gates']==pytest.approx(want['gates'], abs=1e-5)
     assert len({str(w['tokens']) for w in said})>3 and sum(f.stat().st_size for f in at.rglob('*'))<60_000
 
-def test_the_present_format_has_its_golden_bundle(): assert read_json(DATA/f'bundle-{FORMAT}'/'hydra.json')['format']==FORMAT
+def test_the_present_format_has_its_golden_bundle(): assert read_json(DATA/f'bundle-{BUNDLE_FORMAT}'/'hydra.json')['format']==BUNDLE_FORMAT
 
 def test_what_is_written_today_is_the_golden_bundle(tmp_path):
     "To the byte, but for what the card says"
     golden().save(tmp_path/'now')
-    a, b = ({p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file() and p.name!='README.md'} for d in (tmp_path/'now', DATA/f'bundle-{FORMAT}'))
+    a, b = ({p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file() and p.name!='README.md'} for d in (tmp_path/'now', DATA/f'bundle-{BUNDLE_FORMAT}'))
     assert a.keys()==b.keys() and [f for f in a if a[f]!=b[f]]==[]
 
 # ---- search
-BYTES = {p.relative_to(DATA/f'bundle-{FORMAT}').as_posix(): p.read_bytes() for p in sorted((DATA/f'bundle-{FORMAT}').rglob('*')) if p.is_file() and p.name!='README.md'}
+BYTES = {p.relative_to(DATA/f'bundle-{BUNDLE_FORMAT}').as_posix(): p.read_bytes() for p in sorted((DATA/f'bundle-{BUNDLE_FORMAT}').rglob('*')) if p.is_file() and p.name!='README.md'}
 TENSORS, TEXT = [f for f in BYTES if f.endswith('.safetensors')], [f for f in BYTES if f.endswith('.json')]
-WHOLE = Hydra.load(DATA/f'bundle-{FORMAT}')
+WHOLE = Hydra.load(DATA/f'bundle-{BUNDLE_FORMAT}')
 MOST = settings.default.max_examples # 100, or more under HYPOTHESIS_PROFILE=search
 def fuzz(n): return settings(max_examples=max(n, MOST) if MOST>100 else n, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -200,16 +213,16 @@ def forged(at, tensors=lambda t: None, **said):
 
 @pytest.mark.parametrize('said', [dict(lora_alpha=1e308), dict(lora_alpha=10**400), dict(lora_alpha=0), dict(lora_alpha=-2), dict(lora_alpha=1e-60), dict(r=0), dict(r=-1), dict(r=10**9)], ids=lambda x: str(x)[:24])
 def test_a_scale_that_nobody_can_compute_with_is_refused_by_check(at, said):
-    with pytest.raises(BundleError, match='law'): check(forged(at, (lambda t: {k: v[:0] if '_A' in k else v[:,:0] for k,v in t.items()}) if said.get('r')==0 else lambda t: None, **said))
+    with pytest.raises(BundleError, match='law'): check_bundle(forged(at, (lambda t: {k: v[:0] if '_A' in k else v[:,:0] for k,v in t.items()}) if said.get('r')==0 else lambda t: None, **said))
 
 @pytest.mark.parametrize('kind', [torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e5m2])
 def test_tensors_of_types_that_are_no_experts_are_refused_by_check(at, kind):
-    with pytest.raises(BundleError, match='law.*float32, float16, bfloat16'): check(forged(at, lambda t: {k: v.round().to(kind) for k,v in t.items()}))
+    with pytest.raises(BundleError, match='law.*float32, float16, bfloat16'): check_bundle(forged(at, lambda t: {k: v.round().to(kind) for k,v in t.items()}))
 
 @pytest.mark.parametrize('half, number, said', [('A', 3.4e38, {}), ('B', 3.4e38, {}), ('B', 1e38, dict(lora_alpha=50))])
 def test_numbers_that_are_infinite_where_they_are_computed_with_are_refused_by_check(at, half, number, said):
     def large(t): next(v for k,v in t.items() if f'lora_{half}' in k).view(-1)[0] = number
-    with pytest.raises(BundleError, match=f'law.*lora_{half}.*bfloat16'): check(forged(at, large, **said))
+    with pytest.raises(BundleError, match=f'law.*lora_{half}.*bfloat16'): check_bundle(forged(at, large, **said))
 
 @pytest.mark.parametrize('text', ['[]', '3', '{"r": '+'['*900+']'*900+'}', '{"peft_type": "LORA", "lora_alpha": 2, "target_modules": ["q_proj"], "r": 1, "eva_config": {"a": '+'['*900+']'*900+'}}', '{}'], ids=lambda t: t[:9])
 def test_an_adapter_of_hard_json_is_an_error_of_ours(at, text):
@@ -231,17 +244,17 @@ def test_a_build_that_learnt_nothing_says_so(tmp_path, monkeypatch, capfd, fork)
         warnings.simplefilter('ignore', UserWarning)
         assert main(['build', str(file), '--base', 'tiny', '--quant', 'fp32', '--encoder', 'words', '--k', '2', '--rank', '2', '--fork', str(fork), '--lr', '1e30', '--out', str(tmp_path/'b'), '--json', '--quiet'])==3
         out, err = capfd.readouterr()
-        man = check(tmp_path/'b')
+        man = check_bundle(tmp_path/'b')
         names = [e['name'] for e in man['experts']]
         assert all(e['skipped']==e['steps']>0 for e in man['experts']) and man['built']['seed']['skipped']==man['built']['seed']['steps']-1
         assert json.loads(out)['unlearnt'].keys()=={'the seed expert', *names} and err.count('hydramoe:')==1 and all(n in err for n in names) and '--lr' in err
         card = (tmp_path/'b'/'README.md').read_text()
         assert all(f'`{n}` learnt nothing: all {e["steps"]} steps were skipped.' in card for n,e in zip(names, man['experts'])) and 'The seed expert learnt from 1 of' in card
         assert unlearnt(Hydra.load(tmp_path/'b').about).keys()=={'the seed expert', *names}
-        assert main(['build', str(tmp_path/'b'), '--add', str(file), '--name', 'more', '--quiet'])==3
+        assert main(['add', str(tmp_path/'b'), str(file), '--name', 'more', '--quiet'])==3
         err = capfd.readouterr().err
         assert err.count('hydramoe:')==1 and 'more learnt nothing' in err and names[0] not in err.split('hydramoe:')[1]
-        assert main(['build', str(tmp_path/'b-with-more'), '--remove', 'more', '--quiet'])==0
+        assert main(['remove', str(tmp_path/'b-with-more'), 'more', '--quiet'])==0
     with pytest.warns(UnlearntWarning, match=f'{names[0]}.* learnt nothing: all .*lower learning rate'): Hydra.build(ROWS, **TINY, fork=fork, lr=1e30, root=tmp_path/'cache'/'stages')
 
 def test_a_build_that_learns_says_nothing_of_steps(tmp_path):
@@ -249,7 +262,7 @@ def test_a_build_that_learns_says_nothing_of_steps(tmp_path):
         warnings.simplefilter('error', UnlearntWarning)
         h = Hydra.build(ROWS, tmp_path/'b', **TINY, root=tmp_path/'s')
     assert unlearnt(h.about)=={} and 'skipped' not in (tmp_path/'b'/'hydra.json').read_text()+(tmp_path/'b'/'README.md').read_text() and 'seed' not in h.about['built']
-    man = check(tmp_path/'b')
+    man = check_bundle(tmp_path/'b')
     for odd in (dict(skipped='x'), dict(skipped=3, steps=None), dict(skipped=-1), dict(skipped=True), dict(skipped=10**9)): assert 'skipped' not in model_card(dict(man, experts=[man['experts'][0] | odd]))
 
 # ---- the fork
@@ -260,7 +273,7 @@ def split(tmp_path_factory):
     model = gated(base, 3, LoraSpec(4, 8, fork=1))
     for e,n in enumerate(names): model.stack.init_expert(e, e, n)
     for t in (model.stack.theta, model.stack.trunk): t += torch.from_numpy(rng(0, 'split').normal(0, .1, t.shape)).float()
-    h = Hydra(base, model, uniform(names))
+    h = Hydra(base, model, uniform_router(names))
     return h, h.save(tmp_path_factory.mktemp('split')/'b')
 
 def test_a_forked_bundle_opens_forked(split):
@@ -296,7 +309,7 @@ def test_another_trunk_is_refused_by_name(split, tmp_path, block):
     seal_bundle(d, {k: man[k] for k in ('base', 'experts', 'router', 'built', 'fork')})
     if block: assert Hydra.load(d).model.stack.fork==1
     else:
-        with pytest.raises(BundleError, match=f'sky is of another seed expert.*block 1.*{re.escape(k)}'): check(d)
+        with pytest.raises(BundleError, match=f'sky is of another seed expert.*block 1.*{re.escape(k)}'): check_bundle(d)
         with pytest.raises(HydraError, match='sky.* is of another seed expert'): Hydra.from_adapters({n: d/'experts'/n for n in split[0].names}, tiny_base(), split[0].router, fork=1)
 
 @pytest.mark.parametrize('fork, words', [(v, 'not the number of a block') for v in (0, -1, 1.0, .5, True, None, '1', [1])]+[(2, 'experts.*is of another seed expert'), (10**9, 'another seed expert')])
@@ -304,20 +317,20 @@ def test_a_fork_that_is_none(split, tmp_path, fork, words):
     d = Path(shutil.copytree(split[1], tmp_path/'d'))
     man = {k: v for k,v in (read_json(d/'hydra.json') | dict(fork=fork)).items() if k!='seal'}
     write_json(d/'hydra.json', man | dict(seal=digest(man)))
-    with pytest.raises(BundleError, match=words): check(d)
+    with pytest.raises(BundleError, match=words): check_bundle(d)
 
 def test_one_expert_under_a_fork_that_the_base_does_not_have(tmp_path):
     "With nobody to differ from, it is the base that says no"
     base = tiny_base()
     model = gated(base, 1, LoraSpec(2, fork=1))
     model.stack.init_expert(0, 0, 'law')
-    d = Hydra(base, model, uniform(['law'])).save(tmp_path/'d')
+    d = Hydra(base, model, uniform_router(['law'])).save(tmp_path/'d')
     assert Hydra.load(d).model.stack.fork==1
     man = {k: v for k,v in (read_json(d/'hydra.json') | dict(fork=2)).items() if k!='seal'}
     write_json(d/'hydra.json', man | dict(seal=digest(man)))
     base = tiny_base()
     with pytest.raises(HydraError, match='fork=2: a model of 2 blocks can fork at 0 to 1'): Hydra.load(d, base)
-    assert Hydra.from_adapters({'law': d/'experts'/'law'}, base, uniform(['law'])).names==['law'] # the base is as it was
+    assert Hydra.from_adapters({'law': d/'experts'/'law'}, base, uniform_router(['law'])).names==['law'] # the base is as it was
 
 # ---- what a base is
 def edit(file, **kw): write_json(file, read_json(file) | kw)
@@ -326,7 +339,7 @@ def on(base, router=None):
     "A Hydra of two experts on a base"
     model = gated(base, 2, LoraSpec(1, 2, 'q_proj,o_proj'))
     for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
-    return Hydra(base, model, router or uniform(NAMES))
+    return Hydra(base, model, router or uniform_router(NAMES))
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -415,7 +428,7 @@ def test_an_identity_of_another_shape(moved, identity):
     base, at = moved
     man = {k: v for k,v in read_json(at/'hydra.json').items() if k in ('base', 'experts', 'router', 'built')}
     man['base']['identity'] = identity; (at/'hydra.json').unlink(); seal_bundle(at, man)
-    with pytest.raises(BundleError, match='identity'): check(at)
+    with pytest.raises(BundleError, match='identity'): check_bundle(at)
 
 # ---- places come from the user
 def test_a_folder_that_a_bundle_names_is_opened_only_where_the_user_opened_one(moved, monkeypatch, tmp_path):
@@ -435,7 +448,7 @@ def test_how_a_base_may_be_named(at, id):
     with pytest.raises(BundleError, match='names no base'): Hydra.load(at)
 
 def test_a_hub_id_is_never_a_folder_here(tmp_path, monkeypatch):
-    import hydramoe.models.base as hb
+    import hydramoe.models.load as hb
     (tmp_path/'some'/'model').mkdir(parents=True); (tmp_path/'some'/'model'/'config.json').write_text('{}'); monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hb, 'hub', lambda *a: (_ for _ in ()).throw(HydraError(f'asked for {a}')))
     with pytest.raises(HydraError, match="asked for \\('some/model', 'aaa"): hb.base_dir(uri_id('hub:some/model@'+'a'*40))
@@ -483,7 +496,7 @@ def test_a_router_that_reads_a_layer_which_the_base_does_not_have(tmp_path):
     import numpy as np
     base = tiny_base()
     x = rng(0, 'states').normal(size=(6, 64))
-    at = on(base, on_hidden(ridge, NAMES, x, NAMES*3, layer=1)).save(tmp_path/'b')
+    at = on(base, fit_on_hidden(ridge_router, NAMES, x, NAMES*3, layer=1)).save(tmp_path/'b')
     assert Hydra.load(at).ask('hi', max_new_tokens=1) is not None
     router_says(at, layer=3)
     with pytest.raises(HydraError, match='reads layer 3'): Hydra.load(at)
@@ -493,7 +506,7 @@ def test_a_router_that_reads_a_layer_which_the_base_does_not_have(tmp_path):
 def test_an_encoder_in_a_folder_is_named_by_what_is_in_it_and_its_place_is_given(tmp_path):
     texts = [*TEXTS, 'a judge in a court', 'the sea and its waves']
     fit_tfidf(texts, tmp_path/'enc')
-    router = similarity(Domains(embed(TEXTS, tmp_path/'enc'), NAMES, str(tmp_path/'enc')), .5)
+    router = similarity_router(Domains(embed(TEXTS, tmp_path/'enc'), NAMES, str(tmp_path/'enc')), .5)
     at = on(tiny_base(), router).save(tmp_path/'b')
     said = read_json(at/'router'/'router.json')['meta']['params']['encoder']
     assert said.startswith('sha256:') and str(tmp_path) not in ''.join(p.read_text() for p in at.rglob('*.json'))

@@ -2,21 +2,25 @@
 import csv, functools, json, os, re, sqlite3, subprocess, sys, zipfile
 from collections import Counter
 import pytest, yaml
-from hydramoe.data import records as data
+from hydramoe.data.records import DOMAINS, record
+from hydramoe.data.rows import map_row
+from hydramoe.data.splits import prompt_key
+from hydramoe.data.cards import card_names, load_card, sample_pairs, validate_card
+from hydramoe.data.load import load
 from hydramoe.foundations import fetch
 from hydramoe.foundations.core import HydraError, repo_root
-from hydramoe.data.unify import leaks
+from hydramoe.data.leaks import find_leaks
 
-NAMES = data.card_names()
-PUBLIC = [n for n in data.card_names(verified=None) if n not in NAMES]
+NAMES = card_names()
+PUBLIC = [n for n in card_names(verified=None) if n not in NAMES]
 OURS = {'domain', 'use', 'verified', 'map', 'canary', 'rows', 'faults', 'roles'}
-load = functools.cache(data.load)
+cached_load = functools.cache(load)
 def front_of(name): return yaml.safe_load((repo_root()/'data_cards'/f'{name}.md').read_text().split('---\n', 2)[1])
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_card_gives_what_it_says(name):
-    card, rows = data.load_card(name), load(name)
+    card, rows = load_card(name), cached_load(name)
     assert len(rows) == card['rows'] == len({r['id'] for r in rows})
     assert all(r['domain'] == card['domain'] and r['source'] == name and r['license'] for r in rows)
     assert all(r['prompt'][-1]['role'] in ('user', 'tool') and r['completion'][-1]['role'] == 'assistant' for r in rows)
@@ -25,9 +29,9 @@ def test_a_card_gives_what_it_says(name):
 
 @pytest.mark.parametrize('name', ['sonnets', 'human_eval', 'bfcl_sql'])
 def test_a_sample_is_drawn_by_the_seed(name):
-    few = data.load(name, limit=3, seed=1)
-    assert few == data.load(name, limit=3, seed=1) != data.load(name, limit=3, seed=2)
-    assert {r['id'] for r in few} < {r['id'] for r in load(name)} and len(few) == 3
+    few = load(name, limit=3, seed=1)
+    assert few == load(name, limit=3, seed=1) != load(name, limit=3, seed=2)
+    assert {r['id'] for r in few} < {r['id'] for r in cached_load(name)} and len(few) == 3
 
 
 @pytest.mark.parametrize('name', NAMES + PUBLIC)
@@ -40,20 +44,20 @@ def test_front_matter_is_the_hubs(name):
     assert known.license != 'other' or front.get('license_name')
     assert set(front) <= {'pretty_name', 'license', 'license_name', 'license_link', 'language', 'task_categories', 'size_categories', 'tags'}
     assert set(ours) <= OURS | ({'package', 'members', 'generator', 'args'} if name in NAMES else {'hub', 'revision', 'config', 'split', 'data_dir', 'data_files', 'layout', 'columns', 'sample', 'size'})
-    assert isinstance(ours['canary'], bool) and isinstance(ours['faults'], list) and len(data.load_card(name)['prose']) > 150
+    assert isinstance(ours['canary'], bool) and isinstance(ours['faults'], list) and len(load_card(name)['prose']) > 150
 
 
 @pytest.mark.parametrize('name', PUBLIC)
 def test_a_public_card_claims_no_more_than_it_knows(name):
     "Its map does on its sample exactly what it says, and nothing is said to have been counted here"
-    card = data.load_card(name)
+    card = load_card(name)
     assert card['verified'] in ('schema', 'unverified') and not {'package', 'members', 'generator'} & set(card)
     assert card['rows'] == 'unknown' or isinstance(card['rows'], int)
-    with pytest.raises(HydraError, match=f"{re.escape(card['hub'])} on the Hub"): data.load(name)
+    with pytest.raises(HydraError, match=f"{re.escape(card['hub'])} on the Hub"): load(name)
     if card['verified'] == 'unverified': return
     assert '/' in card['hub'] and '/' in card['layout']['repository'] and card['layout']['path'] and 1 <= len(card['sample']) <= 3
     for s in card['sample']:
-        pairs = data.sample_pairs(card, s['row'])
+        pairs = sample_pairs(card, s['row'])
         said = list(zip(s['prompt'], s['completion'])) if isinstance(s['prompt'], list) else [(s['prompt'], s['completion'])]
         assert pairs[-len(said):] == said and all(p.strip() and c.strip() for p, c in pairs)
         assert set(s['row']) <= set(card['columns'])
@@ -61,7 +65,7 @@ def test_a_public_card_claims_no_more_than_it_knows(name):
     class Row(dict): # tells which columns are looked at
         def __getitem__(self, k): touched.add(k); return dict.__getitem__(self, k)
         def get(self, k, default=None): touched.add(k); return dict.get(self, k, default)
-    for s in card['sample']: data.map_row(Row(s['row']), card['map'], card.get('roles'))
+    for s in card['sample']: map_row(Row(s['row']), card['map'], card.get('roles'))
     assert touched - {'tools', 'input'} <= set(card['columns'])
 
 
@@ -72,7 +76,7 @@ TALK = dict(columns=['chat'], map={'sharegpt': 'chat', 'from': 'who', 'value': '
 
 @pytest.mark.parametrize('change', [{}, TALK, TALK | dict(sample=[dict(TALK['sample'][0], prompt='c', completion='d')]), dict(map='pairs', columns=['prompt', 'completion'], sample=[dict(row=dict(prompt='x', completion='y'), prompt='x', completion='y')]),
                                     dict(columns=['instruction', 'output'], map='alpaca', sample=[dict(row=dict(instruction='x', output='y'), prompt='x', completion='y')]), dict(verified='unverified', map='unknown')])
-def test_a_whole_public_card_passes(change): assert data._checked(PLAIN | change)
+def test_a_whole_public_card_passes(change): assert validate_card(PLAIN | change)
 
 @pytest.mark.parametrize('change,why', [
     (dict(verified='data'), "'data' is for a card with `package`"), (dict(verified='sure'), 'verified'), (dict(domain='misc'), 'domain'), (dict(hub='https://x/y'), 'need owner/name'), (dict(revision='abc'), '40 hex'),
@@ -80,22 +84,22 @@ def test_a_whole_public_card_passes(change): assert data._checked(PLAIN | change
     (dict(columns=['q']), "needs the column 'a'"), (dict(sample=[dict(PLAIN['sample'][0], row=dict(q='Why?', a='So.', z=1))]), "has the column 'z'"), (dict(canary=True), 'never be trained on'),
     (TALK | dict(roles={}), 'role "sage" is none of'), (TALK | dict(sample=[dict(TALK['sample'][0], prompt=['a'], completion=['b'])]), 'the card says')])
 def test_a_public_card_with_a_fault_is_refused(change, why):
-    with pytest.raises(HydraError, match=why): data._checked(PLAIN | change)
+    with pytest.raises(HydraError, match=why): validate_card(PLAIN | change)
 
 
 def test_a_card_of_another_state_is_asked_for_by_name():
-    assert set(NAMES) == set(data.card_names(verified='data')) and not set(NAMES) & set(data.card_names(verified='schema'))
-    assert not data.card_names('general') and set(data.card_names('general', verified=None)) <= set(PUBLIC)
+    assert set(NAMES) == set(card_names(verified='data')) and not set(NAMES) & set(card_names(verified='schema'))
+    assert not card_names('general') and set(card_names('general', verified=None)) <= set(PUBLIC)
 
 
 def test_every_domain_is_fed_and_examined():
-    assert len(data.card_names(use='train')) >= 16 and len(data.card_names(use='evaluate')) >= 10
-    for d in data.DOMAINS: assert len(data.card_names(d, 'train')) >= 2 and data.card_names(d, 'evaluate')
+    assert len(card_names(use='train')) >= 16 and len(card_names(use='evaluate')) >= 10
+    for d in DOMAINS: assert len(card_names(d, 'train')) >= 2 and card_names(d, 'evaluate')
 
 
 def test_nothing_with_a_canary_is_trained_on():
     for n in NAMES:
-        c = data.load_card(n)
+        c = load_card(n)
         if c['use'] == 'train' and 'package' in c:
             assert not any(b'SHOULD NEVER APPEAR IN TRAINING' in fetch.member(c['package'].split('==')[0], p) for p in c['members'] if '*' not in p)
 
@@ -104,7 +108,7 @@ def words(text): return re.findall(r'\w+', text.lower())
 def runs(text): return {hash(tuple(w[i:i+13])) for w in [words(text)] for i in range(len(w)-12)}
 
 def leaked(records, held):
-    "Records that hold a held-out question, or thirteen words of one: written apart from `leaks`"
+    "Records that hold a held-out question, or thirteen words of one: written apart from `find_leaks`"
     asked = {' '.join(words(r['prompt'][-1]['content'])) for r in held} - {''}
     seen = set().union(*(runs(r['prompt'][-1]['content']) for r in held))
     def shows(r):
@@ -116,13 +120,13 @@ def leaked(records, held):
 @pytest.fixture(scope='module')
 def everything():
     "All training and all held-out records"
-    return [r for n in data.card_names(use='train') for r in load(n)], [r for n in data.card_names(use='evaluate') for r in load(n)]
+    return [r for n in card_names(use='train') for r in cached_load(n)], [r for n in card_names(use='evaluate') for r in cached_load(n)]
 
 
 def test_no_evaluation_row_is_trained_on(everything):
-    "Over all cards: what `leaks` finds nothing in, and thus what any unified set draws from, holds no held-out question and no thirteen words of one"
+    "Over all cards: what `find_leaks` finds nothing in, and thus what any unified set draws from, holds no held-out question and no thirteen words of one"
     train, held = everything
-    clean = [r for r,where in zip(train, leaks(train, held)) if not where]
+    clean = [r for r,where in zip(train, find_leaks(train, held)) if not where]
     assert not leaked(clean, held)
     had, left = Counter(r['source'] for r in train), Counter(r['source'] for r in clean)
     for n in had: assert left[n] >= .94*had[n], f'{n}: {had[n]-left[n]} of {had[n]} rows are in a held-out set; the card itself should leave them out'
@@ -134,30 +138,30 @@ def test_a_planted_evaluation_row_is_found(everything):
     long = {r['source']: r for r in held if len(words(r['prompt'][-1]['content'])) >= 20}
     short = {r['source']: r for r in held if 3 <= len(words(r['prompt'][-1]['content'])) < 13}
     text = lambda r: r['prompt'][-1]['content']
-    planted = [data.record(f'  {text(r).upper()} !!', 'x', 'web') for r in [*long.values(), *short.values()]]
-    planted += [data.record('Tell me something.', 'Well: ' + text(r), 'web') for r in long.values()]
-    planted += [data.record([dict(role='user', content='As they say, ' + text(r)), dict(role='assistant', content='Yes.'), dict(role='user', content='And?')], 'x', 'web') for r in long.values()]
-    assert set(long) | set(short) == set(data.card_names(use='evaluate')) and len(planted) > 40
+    planted = [record(f'  {text(r).upper()} !!', 'x', 'web') for r in [*long.values(), *short.values()]]
+    planted += [record('Tell me something.', 'Well: ' + text(r), 'web') for r in long.values()]
+    planted += [record([dict(role='user', content='As they say, ' + text(r)), dict(role='assistant', content='Yes.'), dict(role='user', content='And?')], 'x', 'web') for r in long.values()]
+    assert set(long) | set(short) == set(card_names(use='evaluate')) and len(planted) > 40
     assert leaked(planted, held) == planted
-    assert all(leaks(planted, held))
+    assert all(find_leaks(planted, held))
 
 
 def test_training_and_held_out_sets_share_no_question(everything):
     "The cards as they are, before anything is dropped"
-    held = {data.prompt_key(r) for r in everything[1]}
-    for n in data.card_names(use='train'):
-        shared = sum(data.prompt_key(r) in held for r in load(n))
+    held = {prompt_key(r) for r in everything[1]}
+    for n in card_names(use='train'):
+        shared = sum(prompt_key(r) in held for r in cached_load(n))
         assert shared <= 2, f'{n}: {shared} prompts are in a held-out set'
 
 
 def test_tables_and_claims_are_right():
     "The crafted responses, computed again in another way"
-    for r in load('element_claims'):
+    for r in cached_load('element_claims'):
         text = r['completion'][0]['content']
         a, b = re.findall(r' (-?[\d.]+(?:e-?\d+)?)(?= |\.$)', text)[:2]
         assert text.startswith(str(float(a) > float(b.rstrip('.'))))
     checked = 0
-    for r in load('element_tables'):
+    for r in cached_load('element_tables'):
         m = re.match(r'Convert this (\w+) table to (\w+):\n\n(.*)', r['prompt'][0]['content'], re.S)
         if not m: continue
         assert cells(m[1], m[3]) == cells(m[2], r['completion'][0]['content'])
@@ -177,7 +181,7 @@ def cells(kind, text):
 
 def test_sql_of_the_tables_gives_the_stated_rows():
     checked = 0
-    for r in load('element_tables'):
+    for r in cached_load('element_tables'):
         m = re.match(r'Table elements:\n\n(.*?)\n\nWhich', r['prompt'][0]['content'], re.S)
         if not m: continue
         head, *rows = csv.reader(m[1].splitlines())
@@ -194,7 +198,7 @@ def test_sql_of_the_tables_gives_the_stated_rows():
 def test_an_altered_member_is_refused(monkeypatch):
     real = fetch.member
     monkeypatch.setattr(fetch, 'member', lambda n, p: real(n, p) + b' ')
-    with pytest.raises(HydraError, match='has sha256 .* the card says'): data.load('gsm8k')
+    with pytest.raises(HydraError, match='has sha256 .* the card says'): load('gsm8k')
 
 
 def test_cards_ship_in_the_wheel(tmp_path):
@@ -209,6 +213,6 @@ def test_cards_ship_in_the_wheel(tmp_path):
     assert Counter(zipfile.ZipFile(wheel).namelist())['hydramoe/data_cards/gsm8k.md'] == 1
     site = tmp_path/'site'
     zipfile.ZipFile(wheel).extractall(site)
-    code = 'import hydramoe.data.records as d; assert "site" in d.__file__, d.__file__; print(len(d.card_names()), d.load_card("gsm8k")["rows"])'
+    code = 'import hydramoe.data.cards as d; assert "site" in d.__file__, d.__file__; print(len(d.card_names()), d.load_card("gsm8k")["rows"])'
     out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(site)), capture_output=True, text=True)
     assert out.stdout.split() == [str(len(NAMES)), '1319'], out.stderr

@@ -5,10 +5,19 @@ from types import SimpleNamespace
 import pytest
 
 from hydramoe.use.cli import main
-from hydramoe.domains.cluster import lesson_texts
+from hydramoe.domains.examples import lesson_texts
 from hydramoe.foundations.core import HydraError
 
-COMMANDS = ['build', 'domains', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce', 'data list', 'data show', 'data prepare', 'data check', 'data card']
+from hydramoe.hydra import Hydra
+from hydramoe.hydra.model import explain_bundle
+from hydramoe.hydra.rows import gather_rows
+from hydramoe.hydra.propose import propose_domains
+from hydramoe.hydra.change import add_expert, remove_expert
+from hydramoe.hydra.adopt import adopt
+from hydramoe.use import command
+
+COMMANDS = ['build', 'domains', 'add', 'remove', 'adopt', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce',
+            'data list', 'data show', 'data prepare', 'data check', 'data card']
 TINY = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words']
 
 def hydramoe(*argv, **kw):
@@ -38,6 +47,10 @@ def made(tmp_path_factory):
     old, os.environ['HYDRAMOE_CACHE'] = os.environ.get('HYDRAMOE_CACHE'), str(d/'cache')
     yield d, hydramoe('build', 'mine.jsonl', *TINY, '--k', 2, cwd=d)
     os.environ.pop('HYDRAMOE_CACHE') if old is None else os.environ.update(HYDRAMOE_CACHE=old)
+
+def replace(monkeypatch, f, other):
+    "Put another function where the commands import `f` from"
+    monkeypatch.setattr(sys.modules[f.__module__], f.__name__, other)
 
 def test_help_is_quick_and_lists_every_command():
     began = time.monotonic()
@@ -91,17 +104,18 @@ def test_built_again_it_is_the_same(made):
     assert other.returncode == 2 and 'another Hydra' in other.stderr
 
 def test_a_base_that_is_named_is_taken_and_none_is_left_to_those_who_know(tmp_path, monkeypatch):
-    from hydramoe.hydra import model as hydra
     def caught(name):
-        def f(*a, **kw): seen.append((name, kw.get('base') if name!='adopt' else a[2])); raise HydraError('enough')
+        def f(*a, **kw):
+            seen.append((name, kw.get('base') if name!='adopt' else a[2]))
+            raise HydraError('enough')
         return f
-    for name in ('adopt', 'add_expert', 'remove_expert', 'propose_domains'): monkeypatch.setattr(hydra, name, caught(name))
-    monkeypatch.setattr(hydra.Hydra, 'build', caught('build'))
+    for name, f in dict(adopt=adopt, add=add_expert, remove=remove_expert, domains=propose_domains).items(): replace(monkeypatch, f, caught(name))
+    monkeypatch.setattr(Hydra, 'build', caught('build'))
     (tmp_path/'x.jsonl').write_text('{"prompt": "a", "completion": "b"}')
-    seen, commands = [], (['build', '--from', 'a', 'b', '--out', 'c'], ['build', 'c', '--add', 'x.jsonl'], ['build', 'c', '--remove', 'law'], ['domains', 'x.jsonl'], ['build', 'x.jsonl', '--quiet'])
+    seen, commands = [], (['adopt', 'a', 'b', '--out', 'c'], ['add', 'c', 'x.jsonl'], ['remove', 'c', 'law'], ['domains', 'x.jsonl'], ['build', 'x.jsonl', '--quiet'])
     for said in ([], ['--base', 'smollm2'], ['--base', 'tiny']):
         for c in commands: assert here(*c, *said, cwd=tmp_path).returncode == 2
-    names = ['adopt', 'add_expert', 'remove_expert', 'propose_domains', 'build']
+    names = ['adopt', 'add', 'remove', 'domains', 'build']
     assert seen == [*zip(names, [None]*4+['smollm2'])] + [(n, b) for b in ('smollm2', 'tiny') for n in names]
 
 def test_json_is_all_that_is_on_stdout(made):
@@ -155,9 +169,8 @@ def test_input_that_is_no_text(made, how, monkeypatch):
 
 @pytest.mark.parametrize('error', [ZeroDivisionError(), RuntimeError('boom\nand more'), RecursionError(), MemoryError(), TypeError('x\udcff'), AssertionError('ä'*5000)], ids=lambda e: type(e).__name__)
 def test_the_last_net(error, monkeypatch, tmp_path):
-    from hydramoe.use import cli
     def bug(a): raise error
-    monkeypatch.setitem(cli.COMMANDS, 'bug', cli.Command(bug, 'x', (), ()))
+    monkeypatch.setitem(command.COMMANDS, 'bug', command.Command(bug, 'x', (), ()))
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     out = here('bug', cwd=tmp_path)
     assert (out.returncode, out.stdout) == (1, '')
@@ -186,13 +199,12 @@ def test_here_is_one_process(made):
     d, _ = made
     for dry in ([], ['--dry-run']): assert here('build', 'mine.jsonl', *TINY, '--executor', 'here', '--workers', 2, '--out', 'not', *dry, cwd=d).returncode==2
 
-@pytest.mark.parametrize('argv', [['build', 'mine.jsonl', *TINY], ['build', 'mine.jsonl', *TINY, '--dry-run'], ['build', 'mine-hydra', '--add', 'mine.jsonl', '--name', 'x'], ['build', 'mine-hydra', '--remove', 'x'], ['build', '--from', 'x'],
+@pytest.mark.parametrize('argv', [['build', 'mine.jsonl', *TINY], ['build', 'mine.jsonl', *TINY, '--dry-run'], ['add', 'mine-hydra', 'mine.jsonl', '--name', 'x'], ['remove', 'mine-hydra', 'x'], ['adopt', 'x'],
                                   ['domains', 'mine.jsonl', *TINY[:2]], ['explain', 'mine-hydra', 'hi', '--png']], ids=lambda a: ' '.join(a[:3]))
 def test_a_place_that_cannot_be_written_is_refused_first(made, argv, monkeypatch):
     d, _ = made
-    from hydramoe.hydra import model as hydra
     def late(*a, **kw): raise AssertionError('too late')
-    for name in ('gather', 'add_expert', 'remove_expert', 'adopt', 'propose_domains', 'explain_bundle'): monkeypatch.setattr(hydra, name, late)
+    for f in (gather_rows, add_expert, remove_expert, adopt, propose_domains, explain_bundle): replace(monkeypatch, f, late)
     (d/'a-file').write_text('')
     before = sorted(d.rglob('*'))
     for place in ('/', '.', 'a-file/x', '/proc/x/y', 'a-file', 'n'*250, 'a\0b'):
@@ -215,10 +227,10 @@ def test_names_that_no_expert_can_have(made):
     d, _ = made
     for file in ('my new.data.jsonl', 'base.jsonl', 'Base.jsonl'):
         (d/file).write_text((d/'mine.jsonl').read_text())
-        out = here('build', 'mine-hydra', '--add', file, cwd=d)
+        out = here('add', 'mine-hydra', file, cwd=d)
         assert out.returncode==2 and '--name' in out.stderr and out.stderr.count('\n')==1
     one = next((d/'mine-hydra'/'experts').iterdir())
-    for argv in (['mine-hydra', '--add', 'mine.jsonl', '--name', 'base'], ['--from', f'base={one}', '--out', 'x']): assert "'base' is taken" in here('build', *argv, cwd=d).stderr
+    for argv in (['add', 'mine-hydra', 'mine.jsonl', '--name', 'base'], ['adopt', f'base={one}', '--out', 'x']): assert "'base' is taken" in here(*argv, cwd=d).stderr
 
 @pytest.mark.parametrize('flags', [['--temperature', 'nan'], ['--temperature=-1'], ['--temperature', 'inf'], ['--temperature', '1e-40'], ['--max-new-tokens', '0'], ['--max-new-tokens=-7'], ['--seed', '9'*30], ['--expert', ''], ['--expert', 'poet'], ['--base', '/etc']], ids=' '.join)
 def test_what_cannot_be_asked(made, flags):
@@ -273,3 +285,29 @@ def test_options_that_would_be_ignored_are_refused(made):
     for flags in (['--name', 'x'], ['--start', 'x'], ['--out', '']):
         out = here('build', 'mine.jsonl', *TINY, *flags, cwd=d)
         assert (out.returncode, out.stdout, out.stderr.count('\n'))==(2, '', 1), flags
+
+@pytest.mark.parametrize('old, new', [(['x', '--add', 'y.jsonl'], 'hydramoe add BUNDLE FILE'), (['x', '--remove', 'law'], 'hydramoe remove BUNDLE NAME'), (['--from', 'a', 'b=c', '--out', 'd'], 'hydramoe adopt ADAPTER'),
+                                      (['x', '--name', 'law'], 'hydramoe add'), (['x', '--start', 'fresh'], 'hydramoe add'), (['x', '--gate', 'arrow'], 'hydramoe adopt'), (['x', '--top-k', '2'], 'hydramoe adopt')], ids=lambda a: a[-2] if isinstance(a, list) else '')
+def test_an_option_that_became_a_command_names_it(old, new, tmp_path):
+    out = here('build', *old, cwd=tmp_path)
+    assert (out.returncode, out.stdout, out.stderr.count('\n'))==(2, '', 1) and new in out.stderr and not list(tmp_path.iterdir())
+    assert f'  {next(o for o in old if o.startswith("--"))} ' not in here('build', '--help', cwd=tmp_path).stdout  # help doesn't list it
+
+def test_each_option_is_documented_once():
+    "The same option means the same in every command: one sentence, but where a command says its own"
+    said = {}
+    for name, c in command.COMMANDS.items():
+        for names, how in c.args: said.setdefault(names[-1], set()).add(how.get('help'))
+    own = {'--out', '--base', '--encoder', '--name', '--top-k', '--gate', '--domain', '--rows', '--domains', 'name', 'names', 'file', 'files', 'prompt', '--format', '--start'}
+    assert {n for n, helps in said.items() if len(helps)>1} <= own
+
+def test_add_takes_several_files_and_remove_takes_it_back(made):
+    d, _ = made
+    for name, words in dict(birds=('sings', 'swims'), more=('hunts mice', 'cannot fly')).items():
+        (d/f'{name}.jsonl').write_text('\n'.join(json.dumps(dict(prompt=f'Which bird {w}?', completion='birds')) for w in words))
+    before = json.loads(here('check', 'mine-hydra', '--json', cwd=d).stdout)['seal']
+    out = here('add', 'mine-hydra', 'birds.jsonl', 'more.jsonl', '--json', cwd=d)
+    assert json.loads(out.stdout)['bundle']=='mine-hydra-with-birds', out.stderr
+    back = json.loads(here('remove', 'mine-hydra-with-birds', 'birds', '--json', cwd=d).stdout)
+    assert back['bundle']=='mine-hydra-with-birds-without-birds' and back['experts']==[e['name'] for e in json.loads(here('check', 'mine-hydra', '--json', cwd=d).stdout)['experts']]
+    assert json.loads(here('check', 'mine-hydra', '--json', cwd=d).stdout)['seal']==before  # a bundle is never changed

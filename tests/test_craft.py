@@ -2,77 +2,88 @@
 import functools, json, os, re, subprocess, sys
 from collections import Counter
 import pytest
-from hydramoe.data import craft, records as data
+from hydramoe.models.encode import encode
+from hydramoe.data.splits import ngrams, prompt_key
+from hydramoe.data.cards import card_names, load_card, rows_of
+from hydramoe.data.sources import eval_docs, open_database
+from hydramoe.data.craft import draw_distinct
+from hydramoe.data.craft_sql import MEASURES, SHAPES, answer_holds
+from hydramoe.data.craft_claims import KINDS
+from hydramoe.data.craft_calls import accepts, live_requests
+from hydramoe.data.craft_puzzles import PUZZLES, puzzles
+from hydramoe.data.craft_scenes import scenes
+from hydramoe.data.craft_writing import gives_back, keeps_condition, paragraphs
+from hydramoe.data.load import MAPS, load
 from hydramoe.foundations import fetch
 from hydramoe.foundations.core import HydraError, rng
 
 TRAIN = ['element_sql', 'scenes', 'swapped_calls', 'filled_calls', 'no_calls', 'deduction_puzzles', 'procedure_puzzles',
          'fact_claims', 'support_claims', 'verse_tasks', 'prose_tasks', 'passage_tasks']
-load = functools.cache(data.load)
+cached_load = functools.cache(load)
 ask = lambda r: r['prompt'][-1]['content']
 answer = lambda r: r['completion'][0]['content']
-runs = lambda text, n=13: {g for g in data.grams(text, n) if g.count(' ') == n-1}
+runs = lambda text, n=13: {g for g in ngrams(text, n) if g.count(' ') == n-1}
 
 
 def files_of(name):
-    card = data.load_card(name)
+    card = load_card(name)
     return {p: fetch.member(card['package'].partition('==')[0], p) for p in card['members']}, card.get('args', {})
 
 
 @functools.cache
-def elements(): return craft.database(files_of('element_sql')[0])
+def elements(): return open_database(files_of('element_sql')[0])
 
 
 def test_every_maker_has_a_card_and_every_card_a_maker():
-    cards = {n: data.load_card(n) for n in [*TRAIN, 'scenes_held']}
-    assert {c['map'] for c in cards.values()} == set(craft.MAPS)
-    assert not set(craft.MAPS) & set(data.MAPS)
+    cards = {n: load_card(n) for n in [*TRAIN, 'scenes_held']}
+    made = {f.__name__ for f in MAPS.values() if '.craft_' in f.__module__}
+    assert {c['map'] for c in cards.values()} == made and len(made) == 11
     assert all(c['verified'] == 'data' and not c['canary'] for c in cards.values())
 
 
 @pytest.mark.parametrize('name', ['element_sql', 'swapped_calls', 'fact_claims', 'verse_tasks'])
 def test_same_arguments_same_rows(name):
     files, args = files_of(name)
-    make = craft.MAPS[data.load_card(name)['map']]
+    make = MAPS[load_card(name)['map']]
     small = args | (dict(size=120) if 'size' in args else {})
     assert make(files, **small) == make(files, **small) != make(files, **small | dict(seed=args['seed']+1))
 
 
 def test_too_many_rows_is_an_error_that_counts():
-    with pytest.raises(HydraError, match='5 rows were asked for, 300 draws gave 3 distinct'): craft.gather(lambda g, i: (f'q{i%3}', ''), 5, rng(0, 'x'))
+    with pytest.raises(HydraError, match='5 rows were asked for, 300 draws gave 3 distinct'): draw_distinct(lambda g, i: (f'q{i%3}', ''), 5, rng(0, 'x'))
 
 
 # SQL
 
 def test_every_sql_answer_executes_to_what_it_says():
-    for r in load('element_sql'): assert craft.answer_holds(ask(r), answer(r), elements()), r['id']
+    for r in cached_load('element_sql'): assert answer_holds(ask(r), answer(r), elements()), r['id']
 
 
 def test_sql_has_many_shapes_and_a_wrong_result_is_found():
-    rows = load('element_sql')
-    bare = {re.sub(r"'[^']*'|\d+(\.\d+)?|" + '|'.join(craft.MEASURES), '?', answer(r).partition(';')[0]) for r in rows}
-    assert len(bare) >= len(craft.SHAPES)
+    rows = cached_load('element_sql')
+    bare = {re.sub(r"'[^']*'|\d+(\.\d+)?|" + '|'.join(MEASURES), '?', answer(r).partition(';')[0]) for r in rows}
+    assert len(bare) >= len(SHAPES)
     shown = [r for r in rows if ';\n\n' in answer(r)]
     assert .6 < len(shown)/len(rows) < .8
-    assert not any(craft.answer_holds(ask(r), answer(r)+'\nNothing', elements()) for r in shown[:200])
+    assert not any(answer_holds(ask(r), answer(r)+'\nNothing', elements()) for r in shown[:200])
 
 
 def test_shapes_are_evenly_asked():
     first = Counter()
-    for r in load('element_sql'):
-        for n, (_, asks, sql) in craft.SHAPES.items():
-            form = re.sub(r'\\\{\w+\\\}', '.+', re.escape(sql))
+    for r in cached_load('element_sql'):
+        for n, shape in SHAPES.items():
+            form = re.sub(r'\\\{\w+\\\}', '.+', re.escape(shape.sql))
             if re.fullmatch(form, answer(r).partition(';')[0]): first[n] += 1
-    assert set(first) == set(craft.SHAPES) and min(first.values()) >= 20
+    assert set(first) == set(SHAPES) and min(first.values()) >= 20
 
 
 # scenes
 
 def test_no_play_is_on_both_sides():
-    train = {p for n in ('shakespeare', 'scenes') for p in data.load_card(n)['members']}
-    held = {p for n in ('shakespeare_held', 'scenes_held') for p in data.load_card(n)['members']}
+    train = {p for n in ('shakespeare', 'scenes') for p in load_card(n)['members']}
+    held = {p for n in ('shakespeare_held', 'scenes_held') for p in load_card(n)['members']}
     assert not train & held
-    assert not set(data.load_card('shakespeare')['members']) & set(data.load_card('scenes')['members'])
+    assert not set(load_card('shakespeare')['members']) & set(load_card('scenes')['members'])
     play = lambda p: re.sub('_gut.*', '', p.rpartition('/')[2])
     assert len({play(p) for p in train | held}) == len(train | held)
 
@@ -82,7 +93,7 @@ def test_scenes_stand_in_the_plays(name):
     files, _ = files_of(name)
     for path, content in files.items():
         text, at = content.decode('latin-1').replace('\r', ''), 0
-        for messages, said, _, _ in craft.scenes({path: content}):
+        for messages, said, _, _ in scenes({path: content}):
             assert [m['role'] for m in messages[1:]][::2] == ['user']*((len(messages))//2) and messages[-1]['role'] == 'user'
             lines = [l.partition(': ')[2] if m['role'] == 'user' else l for m in messages[1:] for l in m['content'].split('\n\n')]
             for l in [*lines, said]:
@@ -92,7 +103,7 @@ def test_scenes_stand_in_the_plays(name):
 
 
 def test_scenes_have_history_and_personae():
-    rows = load('scenes')
+    rows = cached_load('scenes')
     assert sum(any(m['role'] == 'assistant' for m in r['prompt']) for r in rows) > .8*len(rows)
     assert len({r['prompt'][0]['content'].partition(' in ')[0] for r in rows}) > 250
 
@@ -102,7 +113,7 @@ def test_scenes_have_history_and_personae():
 @functools.cache
 def live():
     files, args = files_of('swapped_calls')
-    return craft.live_requests(files, args['without']), {f['name'] for p in args['without'] for r in data.rows_of(p, files[p]) for f in r['function']}
+    return live_requests(files, args['without']), {f['name'] for p in args['without'] for r in rows_of(p, files[p]) for f in r['function']}
 
 
 def offered(r): return re.findall(r'(?m)^([\w.\-]+)\(', r['prompt'][0]['content'])
@@ -114,23 +125,23 @@ def test_calls_fit_their_schema_and_no_held_out_function_is_offered(name):
     schemas = {}
     for r in requests:
         for f in r['functions']: schemas.setdefault(f['name'], []).append(f)
-    for r in load(name):
+    for r in cached_load(name):
         names = offered(r)
         assert names and not held & set(names), r['id']
         if not (calls := json.loads(answer(r).split('\n')[0])): continue
         (call,) = calls
-        assert call['name'] in names and any(craft.accepts(f, call['arguments']) for f in schemas[call['name']]), r['id']
+        assert call['name'] in names and any(accepts(f, call['arguments']) for f in schemas[call['name']]), r['id']
 
 
 def test_nothing_is_called_where_it_says_so():
-    called = {n: sum(not answer(r).startswith('[]') for r in load(n))/len(load(n)) for n in ('swapped_calls', 'filled_calls', 'no_calls')}
+    called = {n: sum(not answer(r).startswith('[]') for r in cached_load(n))/len(cached_load(n)) for n in ('swapped_calls', 'filled_calls', 'no_calls')}
     assert called['swapped_calls'] == 1 and .7 < called['filled_calls'] < .95 and called['no_calls'] == 0
-    assert not {ask(r) for r in load('no_calls')} & {ask(r) for n in ('bfcl_no_call', 'bfcl_irrelevance') for r in load(n)}
+    assert not {ask(r) for r in cached_load('no_calls')} & {ask(r) for n in ('bfcl_no_call', 'bfcl_irrelevance') for r in cached_load(n)}
 
 
 def test_what_was_swapped_is_in_request_and_call():
     real = {r['question'] for r in live()[0]}
-    for r in load('swapped_calls'):
+    for r in cached_load('swapped_calls'):
         (call,) = json.loads(answer(r))
         assert ask(r) not in real
         assert any(str(v) in ask(r) for v in call['arguments'].values())
@@ -141,10 +152,10 @@ def test_what_was_swapped_is_in_request_and_call():
 @pytest.mark.parametrize('kind', ['deduction', 'procedure'])
 def test_generators_accept_every_answer(kind):
     import reasoning_gym
-    args = data.load_card(f'{kind}_puzzles')['args'] | dict(each=12)
-    given = {re.sub('\nShow how, and end with "Answer:".$', '', p): a.rpartition('Answer: ')[2] for p, a in craft.puzzles({}, **args)}
+    args = load_card(f'{kind}_puzzles')['args'] | dict(each=12)
+    given = {re.sub('\nShow how, and end with "Answer:".$', '', p): a.rpartition('Answer: ')[2] for p, a in puzzles({}, **args)}
     checked = 0
-    for name, config in craft.PUZZLES[kind].items():
+    for name, config in PUZZLES[kind].items():
         maker = reasoning_gym.create_dataset(name, size=12, seed=args['seed'], **config)
         for x in maker:
             if (q := x['question'].strip()) in given:
@@ -154,13 +165,13 @@ def test_generators_accept_every_answer(kind):
 
 
 def test_what_leaks_or_changes_is_not_generated():
-    used = {n for kinds in craft.PUZZLES.values() for n in kinds}
+    used = {n for kinds in PUZZLES.values() for n in kinds}
     assert not used & {'gsm_symbolic', 'time_intervals', 'isomorphic_strings', 'ransom_note', 'list_functions'} and len(used) >= 25
 
 
 @pytest.mark.slow
 def test_puzzles_do_not_depend_on_the_process():
-    code = "import json; from hydramoe.data import craft; print(json.dumps([craft.puzzles({}, k, each=3, seed=4) for k in craft.PUZZLES]))"
+    code = "import json; from hydramoe.data.craft_puzzles import PUZZLES, puzzles; print(json.dumps([puzzles({}, k, each=3, seed=4) for k in PUZZLES]))"
     one, two = (subprocess.run([sys.executable, '-c', code], env=os.environ | dict(PYTHONHASHSEED=s), capture_output=True, text=True, check=True).stdout for s in '12')
     assert one == two and len(json.loads(one)[0]) > 25
 
@@ -168,11 +179,11 @@ def test_puzzles_do_not_depend_on_the_process():
 # claims
 
 def test_claims_agree_with_the_database():
-    con, rows = elements(), load('fact_claims')
-    facts = {k: {str(a).lower(): str(v) for a, v in con.execute(sql)} for k, (sql, _, _) in craft.KINDS.items()}
+    con, rows = elements(), cached_load('fact_claims')
+    facts = {k: {str(a).lower(): str(v) for a, v in con.execute(sql)} for k, (sql, _, _) in KINDS.items()}
     for r in rows:
         text, seen = ask(r)[15:].removesuffix(' Give the facts.'), []
-        for k, (_, form, _) in craft.KINDS.items():
+        for k, (_, form, _) in KINDS.items():
             m = re.fullmatch(re.sub(r'\\\{[aA]\\\}', '(?P<a>.+?)', re.escape(form)).replace(r'\{v\}', '(?P<v>.+)'), text)
             if m and m['a'].lower() in facts[k]: seen.append(facts[k][m['a'].lower()] == m['v'])
         assert seen and any(seen) == answer(r).startswith('True.'), text
@@ -181,8 +192,8 @@ def test_claims_agree_with_the_database():
 
 def test_claims_from_a_paragraph_are_balanced_and_their_evidence_is_whole():
     files, _ = files_of('support_claims')
-    support = {' '.join(d['support'].split()) for d in data.docs(files)}
-    rows, flat = load('support_claims'), lambda t: ' '.join(t.split())
+    support = {' '.join(d['support'].split()) for d in eval_docs(files)}
+    rows, flat = cached_load('support_claims'), lambda t: ' '.join(t.split())
     assert abs(sum(answer(r).startswith('True') for r in rows)-len(rows)/2) <= 1
     for r in rows:
         evidence = flat(re.sub(r'^True\. |^False: not .+?, but .+?\. ', '', answer(r), count=1))
@@ -194,8 +205,8 @@ def test_claims_from_a_paragraph_are_balanced_and_their_evidence_is_whole():
 # writing
 
 def test_verse_keeps_its_conditions_and_no_line_is_used_twice():
-    rows = load('verse_tasks')
-    assert all(craft.keeps_condition(ask(r), answer(r)) for r in rows)
+    rows = cached_load('verse_tasks')
+    assert all(keeps_condition(ask(r), answer(r)) for r in rows)
     assert len({ask(r).partition('\n')[0][:20] for r in rows}) >= 6
     own = Counter(l for r in rows for l in set(answer(r).split('\n')))
     assert sum(n > 1 for n in own.values()) < .01*len(own) # refrains
@@ -203,19 +214,19 @@ def test_verse_keeps_its_conditions_and_no_line_is_used_twice():
 
 def test_prose_is_given_back():
     files, _ = files_of('prose_tasks')
-    whole = [p for data_ in files.values() for p in craft.paragraphs(data_)]
-    for r in load('prose_tasks'): assert any(craft.gives_back(ask(r), answer(r), w) for w in whole if answer(r) in w), r['id']
+    whole = [p for data_ in files.values() for p in paragraphs(data_)]
+    for r in cached_load('prose_tasks'): assert any(gives_back(ask(r), answer(r), w) for w in whole if answer(r) in w), r['id']
 
 
 def test_passages_are_given_back_and_none_is_held_out():
     files, args = files_of('passage_tasks')
     text = lambda r: ' '.join(r['passage'].partition(' -- ')[2].replace('``', '"').replace("''", '"').split())
-    rows_ = {p: data.rows_of(p, b) for p, b in files.items()}
+    rows_ = {p: rows_of(p, b) for p, b in files.items()}
     left = {text(r) for rs in rows_.values() for r in rs} - {text(r) for r in rows_[args['without']]}
-    for r in load('passage_tasks'):
+    for r in cached_load('passage_tasks'):
         head, _, body = ask(r).partition('\n\n')
         whole = f'{body} {answer(r)}' if head.startswith('Continue') else body.replace('…', answer(r)) if head.startswith('A part') else answer(r)
-        assert whole in left and craft.gives_back(ask(r), answer(r), whole), r['id']
+        assert whole in left and gives_back(ask(r), answer(r), whole), r['id']
 
 
 # no leaks
@@ -224,28 +235,28 @@ def test_passages_are_given_back_and_none_is_held_out():
 @pytest.mark.parametrize('name', TRAIN)
 def test_nothing_held_out_is_crafted(name):
     keys, seen = held_out()
-    for r in load(name):
-        assert data.prompt_key(r) not in keys and ask(r) not in keys, r['id']
+    for r in cached_load(name):
+        assert prompt_key(r) not in keys and ask(r) not in keys, r['id']
         shared = sorted(seen & (runs(ask(r)) | runs(answer(r))))[:3]
         assert not shared, (r['id'], shared)
 
 
 @functools.cache
 def held_out():
-    held = [r for n in data.card_names(use='evaluate') for r in data.load(n)]
-    return {data.prompt_key(r) for r in held} | {ask(r) for r in held}, set().union(*(runs(ask(r)) | runs(answer(r)) for r in held))
+    held = [r for n in card_names(use='evaluate') for r in load(n)]
+    return {prompt_key(r) for r in held} | {ask(r) for r in held}, set().union(*(runs(ask(r)) | runs(answer(r)) for r in held))
 
 
 @pytest.mark.slow
 def test_the_thin_domains_have_enough():
     from transformers import AutoTokenizer
-    from hydramoe.models.base import smollm2_dir
+    from hydramoe.models.packaged import smollm2_dir
     from hydramoe.models.encode import encode
     tok = AutoTokenizer.from_pretrained(smollm2_dir())
     for domain in ('tools', 'truthfulness', 'writing', 'structured', 'reasoning'):
         rows, tokens, sources = 0, 0, set()
-        for n in data.card_names(domain, 'train'):
-            for r in load(n):
+        for n in card_names(domain, 'train'):
+            for r in cached_load(n):
                 if e := encode(r, tok, 300, 300): rows, tokens, sources = rows+1, tokens+len(e.ids), sources | {n}
         assert rows >= 1500 and tokens >= 150_000 and len(sources) >= 2, (domain, rows, tokens)
 
@@ -253,6 +264,6 @@ def test_the_thin_domains_have_enough():
 @pytest.mark.parametrize('name', ['chitchat', 'scenes', 'swapped_calls', 'filled_calls', 'fact_claims'])
 def test_records_of_one_source_row_are_one_group(name):
     "They share words that a split must not part: turns of one chat, one scene's speeches, one request, one function, one fact"
-    rows = load(name)
+    rows = cached_load(name)
     groups = {r['group'] for r in rows}
     assert len(groups) < len(rows) and all(g.startswith(f'{name}/') for g in groups)

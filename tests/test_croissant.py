@@ -2,50 +2,55 @@
 import json
 import pytest
 from huggingface_hub import DatasetCard
-from hydramoe.data import describe as cards, records as data
+from hydramoe.data.cards import card_names, load_card
+from hydramoe.data.load import load
+from hydramoe.data.hub_metadata import front_faults
+from hydramoe.data.croissant import read_croissant
+from hydramoe.data.prepare import check_card, hub_front, hub_records, run_prepare
+from hydramoe.data.new_card import new_card
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import read_jsonl
 from hydramoe.foundations.store import open_sealed
 
-FETCHED = data.card_names()
+FETCHED = card_names()
 
-@pytest.mark.parametrize('name', data.card_names(verified=None))
-def test_a_card_has_no_faults(name): assert cards.check_card(name, fetch=False)['faults']==[]
+@pytest.mark.parametrize('name', card_names(verified=None))
+def test_a_card_has_no_faults(name): assert check_card(name, fetch=False)['faults']==[]
 
 def test_ninety_cards_are_verified_and_say_how():
-    states = [data.load_card(n)['verified'] for n in data.card_names(verified=None)]
+    states = [load_card(n)['verified'] for n in card_names(verified=None)]
     assert sum(s in ('data','schema') for s in states) >= 90
 
 @pytest.mark.parametrize('name', ['champ', 'chatterbot', 'bfcl_simple'])
 def test_prepared_leads_back_to_its_records(name):
-    d = cards.prepare(name)
+    d = run_prepare(name)
     open_sealed(d)
     want = [{k: r[k] for k in ('id','prompt','completion','domain','source','license')} for r in read_jsonl(d/'records.jsonl')]
-    assert cards.read_croissant(d/'croissant.json')==want
-    assert cards.prepare(name)==d
+    assert read_croissant(d/'croissant.json')==want
+    assert run_prepare(name)==d
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FETCHED)
 def test_every_fetched_card_prepares_and_leads_back(name):
-    d = cards.prepare(name)
-    assert len(cards.read_croissant(d/'croissant.json'))==data.load_card(name)['rows']
+    d = run_prepare(name)
+    assert len(read_croissant(d/'croissant.json'))==load_card(name)['rows']
 
 def test_raw_sources_keep_their_checksums():
-    card = data.load_card('champ')
-    told = json.loads((cards.prepare('champ')/'croissant.json').read_text())
+    card = load_card('champ')
+    told = json.loads((run_prepare('champ')/'croissant.json').read_text())
     assert {f['name']: f['sha256'] for f in told['distribution'] if f['@id']!='records.jsonl'}==card['members']
 
 @pytest.mark.parametrize('byte', [0, 100, -2])
 def test_an_altered_file_is_refused(tmp_path, byte):
-    d = cards.prepare('champ')
+    d = run_prepare('champ')
     for f in ('records.jsonl', 'croissant.json'): (tmp_path/f).write_bytes((d/f).read_bytes())
     raw = bytearray((d/'records.jsonl').read_bytes())
     raw[byte] ^= 1
     (tmp_path/'records.jsonl').write_bytes(raw)
-    with pytest.raises(HydraError, match='altered'): cards.read_croissant(tmp_path/'croissant.json')
+    with pytest.raises(HydraError, match='altered'): read_croissant(tmp_path/'croissant.json')
 
 def test_the_hub_reads_the_prepared_card():
-    read = DatasetCard.load(cards.prepare('champ')/'README.md', ignore_metadata_errors=False)
+    read = DatasetCard.load(run_prepare('champ')/'README.md', ignore_metadata_errors=False)
     assert read.data.license=='mit' and read.data.configs[0]['data_files']=='records.jsonl'
 
 def test_a_hub_set_is_fetched_at_its_revision_and_mapped(monkeypatch):
@@ -54,33 +59,33 @@ def test_a_hub_set_is_fetched_at_its_revision_and_mapped(monkeypatch):
     import datasets
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     card = dict(name='p', domain='general', hub='a/b', revision='c'*40, split='train', map=dict(prompt='{q}', completion='{a}'))
-    records, rejects = cards.hub_records(card)
+    records, rejects = hub_records(card)
     assert asked==dict(path='a/b', name=None, split='train', revision='c'*40) and len(records)==1 and rejects[0]['line']==2
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch):
     import datasets
     def down(*a, **kw): raise ConnectionError('no route')
     monkeypatch.setattr(datasets, 'load_dataset', down)
-    with pytest.raises(HydraError, match='could not be read'): cards.hub_records(dict(name='p', domain='general', hub='a/b', revision='unknown', map='alpaca'))
+    with pytest.raises(HydraError, match='could not be read'): hub_records(dict(name='p', domain='general', hub='a/b', revision='unknown', map='alpaca'))
 
 @pytest.mark.parametrize('text', ['[{"instruction": "a", "output": "b"}]', '[{"prompt": "a", "completion": "b"}, {"prompt": ""}]'])
 def test_a_card_of_ones_own_loads_and_can_be_altered_only_openly(tmp_path, monkeypatch, text):
     (tmp_path/'mine.json').write_text(text)
     out = tmp_path/'cards'
-    cards.new_card(tmp_path/'mine.json', 'mine', out, domain='writing')
+    new_card(tmp_path/'mine.json', 'mine', out, domain='writing')
     monkeypatch.setenv('HYDRAMOE_CARDS', str(out))
-    assert cards.check_card('mine')['faults']==[] and len(data.load('mine'))==1
+    assert check_card('mine')['faults']==[] and len(load('mine'))==1
     (out/'mine.jsonl').write_text('{"prompt": "a", "completion": "c"}\n')
-    assert 'sha256' in cards.check_card('mine')['faults'][0]
+    assert 'sha256' in check_card('mine')['faults'][0]
 
 def test_a_broken_card_is_told_of_and_not_raised(tmp_path, monkeypatch):
     (tmp_path/'odd.md').write_text('---\nlicense: mit\n---\n')
     monkeypatch.setenv('HYDRAMOE_CARDS', str(tmp_path))
-    assert cards.check_card('odd')['verified']=='broken'
+    assert check_card('odd')['verified']=='broken'
 
 @pytest.mark.parametrize('key,value,word', [('license', 'MIT', 'license'), ('task_categories', ['chat'], 'task_categories'), ('size_categories', ['n<1K'], 'size_categories'), ('language', ['English'], 'language')])
 def test_each_fault_is_found(key, value, word):
-    front = cards.hub_front(data.load_card('gsm8k'))
-    assert cards.front_faults(front, 1319)==[]
-    (fault,) = cards.front_faults(front | {key: value}, 1319)
+    front = hub_front(load_card('gsm8k'))
+    assert front_faults(front, 1319)==[]
+    (fault,) = front_faults(front | {key: value}, 1319)
     assert fault.startswith(word)

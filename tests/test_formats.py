@@ -6,7 +6,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from hydramoe.data import formats
 from hydramoe.foundations.core import HydraError
-from hydramoe.data.formats import BadRows, Form, Tally, read_records, rejects_file, stream_records, write_rejects
+from hydramoe.data.formats import Form
+from hydramoe.data.forms import order_turns
+from hydramoe.data.detect import BadRows
+from hydramoe.data.stream import RowCounts, read_records, rejects_file, stream_records, write_rejects
 
 TALK = [dict(role='user', content='Hi'), dict(role='assistant', content='Yo')]
 ROWS = [dict(prompt=f'q{i} é✓', completion=f'a{i}, "said"\nhe; |\t') for i in range(6)]
@@ -14,7 +17,7 @@ ROWS = [dict(prompt=f'q{i} é✓', completion=f'a{i}, "said"\nhe; |\t') for i in
 
 def accounted(path, **how):
     "Read a file whatever it is: every row has an end, and whatever is raised is a HydraError"
-    t = Tally()
+    t = RowCounts()
     try: records, rejects = read_records(path, tally=t, **how)
     except HydraError as e:
         assert str(e)
@@ -217,7 +220,7 @@ def test_damaged_json_lines(tmp_path, rows, data):
 @given(scraps)
 def test_scraps_of_text_by_any_name(tmp_path, text):
     for name in ('x.jsonl', 'x.json', 'x.csv', 'x.tsv', 'x'): accounted(written(tmp_path, name, text))
-    for how in formats.FORMATS: accounted(written(tmp_path, 'x', text), format=how)
+    for how in formats.FILE_FORMATS: accounted(written(tmp_path, 'x', text), format=how)
 
 
 @quick
@@ -258,19 +261,19 @@ def test_parquet_of_anything_and_damaged(tmp_path, rows, data):
 @quick
 @given(scraps, st.integers(1, 7))
 def test_marks_do_not_depend_on_chunks(text, n):
-    whole = list(formats._marks([text], 10**6))
-    assert list(formats._marks([text[i:i+n] for i in range(0, len(text), n)], 10**6)) == whole
+    whole = list(formats._json_marks([text], 10**6))
+    assert list(formats._json_marks([text[i:i+n] for i in range(0, len(text), n)], 10**6)) == whole
     assert ''.join(t + m for _, t, m in whole).rstrip('"') == text.rstrip('"')
 
 
 @quick
 @given(st.lists(st.tuples(st.sampled_from(['system', 'user', 'assistant', 'tool']), st.text(min_size=1, max_size=3)), max_size=8))
 def test_ordered_talks_are_in_order(talk):
-    try: out = formats.ordered([dict(role=r, content=c) for r, c in talk], set())
+    try: out = order_turns([dict(role=r, content=c) for r, c in talk], set())
     except ValueError: return
     roles = [m['role'] for m in out]
     assert 'system' not in roles[1:] and all(a != b or a == 'tool' for a, b in zip(roles, roles[1:]))
-    assert formats.ordered(out, set()) == out
+    assert order_turns(out, set()) == out
 
 
 # --- larger than memory -----------------------------------------------------------------------------------------------
@@ -310,7 +313,7 @@ def test_a_file_of_many_megabytes_streams_in_few(tmp_path, name):
 @pytest.mark.slow
 def test_build_reads_a_spreadsheet_and_says_what_it_saw(tmp_path, capsys, monkeypatch):
     from hydramoe.use.cli import main
-    from hydramoe.domains.cluster import lesson_texts
+    from hydramoe.domains.examples import lesson_texts
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache')); monkeypatch.delenv('HYDRAMOE_QUIET', raising=False); monkeypatch.delenv('IN_TEST', raising=False)
     f = written(tmp_path, 'sheet.csv', sheet([dict(Question=q, Answer=f'{a} é' if i else '') for i, (q, a) in enumerate(zip(*lesson_texts()))], ';'), 'cp1252')
     how = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words', '--out', str(tmp_path/'out'), '--dry-run']

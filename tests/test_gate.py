@@ -6,14 +6,22 @@ from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_pef
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from hydramoe.hydra.auto import HydraForCausalLM
-from hydramoe.models.base import byte_tokenizer, tiny_base
+from hydramoe.models.template import byte_tokenizer
+from hydramoe.models.base import tiny_base
 from hydramoe.use.cli import main
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import read_json, write_json
-from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, rotated, save_gate, spectr
-from hydramoe.hydra.model import Chat, BundleError, Hydra, adopt, adopted, check, remove_expert, seal_bundle
-from hydramoe.experts.stack import LoraSpec, at_fork, from_fork, gated, hidden, make_plan, one_hot
-from hydramoe.experts.stack import with_adapters
+from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, svd_factors, save_gate, spectr
+from hydramoe.hydra.bundle import BundleError, check_bundle, seal_bundle
+from hydramoe.hydra import Hydra
+from hydramoe.hydra.chat import Chat
+from hydramoe.hydra.change import remove_expert
+from hydramoe.hydra.adopt import adopt, summarize_adopted
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.plan import make_plan, one_hot
+from hydramoe.experts.model import gated, hidden
+from hydramoe.experts.trunk import run_trunk, run_above
+from hydramoe.experts.adapters import with_adapters
 
 KINDS = list(GATES)
 
@@ -28,7 +36,7 @@ def filled(slots=4, rank=4, seed=0, quant='fp32', **kw):
 def uneven():
     "Experts of rank 1, 2, 4: on all layers, the attention, the MLP of the first block"
     m = filled(3)
-    for i,s in enumerate(m.stack.spots):
+    for i,s in enumerate(m.stack.layers):
         A,B = m.stack.leaves[i]
         for e,here in enumerate([True, 'attn' in s.name, '.0.mlp' in s.name]):
             r = (4 if here else 0, 2*here, 1*here)[e]
@@ -49,7 +57,7 @@ def test_rotated_is_the_full_svd_and_the_same_expert(r, inp, out, seed, lost):
     g = rand(seed)
     A,B,s = torch.randn(2,r,inp, generator=g),torch.randn(2,out,r, generator=g),torch.tensor([.3,2.])
     A[:,max(1, r-lost):] = 0.
-    A2,B2 = rotated(A, B, s)
+    A2,B2 = svd_factors(A, B, s)
     D = s[:,None,None]*B@A
     assert (A2.shape, B2.shape)==(A.shape, B.shape)
     torch.testing.assert_close(B2@A2, D, atol=1e-4, rtol=1e-4)
@@ -64,7 +72,7 @@ def test_rotated_is_the_full_svd_and_the_same_expert(r, inp, out, seed, lost):
 
 def test_rotated_of_more_rows_than_the_layer_has_inputs():
     A,B = torch.randn(2,9,6, generator=rand(0)),torch.randn(2,7,9, generator=rand(1))
-    A2,B2 = rotated(A, B)
+    A2,B2 = svd_factors(A, B)
     assert (A2.shape, B2.shape)==((2,6,6), (2,7,6))
     torch.testing.assert_close(B2@A2, B@A, atol=1e-4, rtol=1e-4)
 
@@ -87,8 +95,8 @@ def by_hand(stack, name, x, kind, k, T, c):
 def test_a_gate_is_its_formula_whatever_ranks_and_targets(kind, make):
     m = make()
     gate = make_gate(m.stack, kind, top_k=2, temperature=.8, **({'candidates': 2} if kind=='lag' else {}))
-    for s in m.stack.spots:
-        x = torch.randn(6, s.inp, generator=rand(3))
+    for s in m.stack.layers:
+        x = torch.randn(6, s.n_in, generator=rand(3))
         index,weight = gate(x, s.name)
         told = torch.zeros(6, m.stack.slots).scatter(-1, index, weight)
         torch.testing.assert_close(told, by_hand(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
@@ -113,8 +121,8 @@ def test_a_gate_since_a_seed_is_the_gate_of_dense_differences(kind, make, tmp_pa
     whole = m.stack.delta
     def difference(name, g): return whole(name, g)-one.delta(name, torch.ones(1)) if (d := whole(name, g)).abs().max()>0 else d # who has no factors here takes no part
     monkeypatch.setattr(m.stack, 'delta', difference)
-    for s in m.stack.spots:
-        x = torch.randn(6, s.inp, generator=rand(3))
+    for s in m.stack.layers:
+        x = torch.randn(6, s.n_in, generator=rand(3))
         index,weight = gate(x, s.name)
         told = torch.zeros(6, m.stack.slots).scatter(-1, index, weight)
         torch.testing.assert_close(told, by_hand(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
@@ -134,10 +142,10 @@ def branched(tmp_path, own=.02):
     m = gated(tiny_base(), 3, LoraSpec(4, 8))
     for e in range(3): m.stack.init_expert(e, 0, f'expert{e}')
     Q = {}
-    for i,s in enumerate(m.stack.spots):
+    for i,s in enumerate(m.stack.layers):
         A,B = m.stack.leaves[i]
-        Q[s.name] = torch.linalg.qr(torch.randn(s.inp,6, generator=rand(i))).Q.T
-        out = torch.linalg.qr(torch.randn(s.out,6, generator=rand(99+i))).Q
+        Q[s.name] = torch.linalg.qr(torch.randn(s.n_in,6, generator=rand(i))).Q.T
+        out = torch.linalg.qr(torch.randn(s.n_out,6, generator=rand(99+i))).Q
         A[:,:3],A[:,3] = Q[s.name][:3],Q[s.name][3:]
         B[:,:,:3],B[:,:,3] = out[:,:3],own*out[:,3:].T
     seed = gated(tiny_base(), 1, LoraSpec(4, 8)).stack
@@ -177,7 +185,7 @@ def test_a_fork_and_a_seed_that_does_not_fit(tmp_path):
 def test_a_bundle_keeps_a_gate_since_a_seed_and_will_not_guess_it_again(theirs, tmp_path, kind):
     a = adopt(theirs, tmp_path/'b', quant='fp32', gate=kind, since=theirs['plain'])
     b = Hydra.load(tmp_path/'b')
-    assert b.gate.params==a.gate.params and b.gate.params['since'] in adopted(a) and check(tmp_path/'b')['built']['gate']['since']==b.gate.params['since']
+    assert b.gate.params==a.gate.params and b.gate.params['since'] in summarize_adopted(a) and check_bundle(tmp_path/'b')['built']['gate']['since']==b.gate.params['since']
     assert b.ask('Who was that?', max_new_tokens=8)==a.ask('Who was that?', max_new_tokens=8)
     with pytest.raises(HydraError, match='what the experts add to their seed expert'): remove_expert(tmp_path/'b', 'regex', tmp_path/'less')
     assert not (tmp_path/'less').exists()
@@ -186,8 +194,8 @@ def test_a_bundle_keeps_a_gate_since_a_seed_and_will_not_guess_it_again(theirs, 
 def test_the_plan_is_the_dense_formula_of_the_gates_choice(kind):
     m = uneven()
     gate = make_gate(m.stack, kind, top_k=2)
-    for i,s in enumerate(m.stack.spots):
-        x = torch.randn(2,5,s.inp, generator=rand(i))
+    for i,s in enumerate(m.stack.layers):
+        x = torch.randn(2,5,s.n_in, generator=rand(i))
         told = torch.zeros(2,5,3).scatter(-1, *gate(x, s.name))
         with torch.no_grad():
             base = m.base.get_submodule(s.name).base_layer(x)
@@ -199,8 +207,8 @@ def test_a_layer_that_nobody_adapts_is_the_base():
     A,B = m.stack.leaves[0]
     B[:] = 0.
     for k in KINDS:
-        x,y = torch.randn(2,3,64),torch.randn(2,3,m.stack.spots[0].out)
-        assert make_gate(m.stack, k)(x, m.stack.spots[0].name)[0].shape==(2,3,0)
+        x,y = torch.randn(2,3,64),torch.randn(2,3,m.stack.layers[0].n_out)
+        assert make_gate(m.stack, k)(x, m.stack.layers[0].name)[0].shape==(2,3,0)
         assert torch.equal(make_plan(make_gate(m.stack, k), m.stack).add(y.clone(), x, 0), y)
 
 # ---- PEFT
@@ -262,8 +270,8 @@ class Largest(TorchDispatchMode):
 def test_no_intermediate_of_all_experts_outputs(kind, slots):
     m = filled(slots=slots, rank=2)
     gate,x = make_gate(m.stack, kind, top_k=2),torch.randn(1,200,64, generator=rand(0))
-    i = next(i for i,s in enumerate(m.stack.spots) if 'up_proj' in s.name)
-    y = torch.zeros(1,200,m.stack.spots[i].out)
+    i = next(i for i,s in enumerate(m.stack.layers) if 'up_proj' in s.name)
+    y = torch.zeros(1,200,m.stack.layers[i].n_out)
     with torch.no_grad(), Largest() as seen: make_plan(gate, m.stack).add(y, x, i)
     assert seen.most<=max(200*128, 200*slots*2, slots*2*128)<=200*slots*128/8
     with torch.no_grad(), Largest() as seen: torch.einsum('te,teo->to', torch.ones(200,slots), torch.ones(200,slots,128))
@@ -277,8 +285,8 @@ def test_few_together_and_many_one_by_one_are_one_formula(slots, k, seed):
     index,weight = torch.rand(3,7,slots, generator=g).topk(k).indices,torch.rand(3,7,k, generator=g)
     m.stack.scale = torch.rand(slots, generator=g)+.5
     told = torch.zeros(3,7,slots).scatter(-1, index, weight)
-    y = torch.randn(3,7,m.stack.spots[i].out, generator=g)
-    with torch.no_grad(): torch.testing.assert_close(make_plan(lambda *_: (index, weight), m.stack).add(y.clone(), x, i), y+sum(told[...,e:e+1]*(x@m.stack.delta(m.stack.spots[i].name, one_hot([e], slots)[0]).mT) for e in range(slots)), atol=1e-3, rtol=1e-3)
+    y = torch.randn(3,7,m.stack.layers[i].n_out, generator=g)
+    with torch.no_grad(): torch.testing.assert_close(make_plan(lambda *_: (index, weight), m.stack).add(y.clone(), x, i), y+sum(told[...,e:e+1]*(x@m.stack.delta(m.stack.layers[i].name, one_hot([e], slots)[0]).mT) for e in range(slots)), atol=1e-3, rtol=1e-3)
 
 def test_a_trained_gate_gets_its_gradient_through_the_whole_model():
     m,x = filled(3),batch()
@@ -295,7 +303,7 @@ def test_below_a_fork_the_trunk_is_all_there_is():
     m.stack.trunk.add_(.05*torch.randn(m.stack.trunk.shape, generator=rand(5)))
     gate,args = arrow(m.stack, 2),(x['input_ids'], x['attention_mask'])
     assert all('.1.' in n for n in gate.layers)
-    with torch.no_grad(): torch.testing.assert_close(from_fork(m, at_fork(m, *args), args[1], gate), hidden(m, *args, gate), atol=1e-4, rtol=1e-4)
+    with torch.no_grad(): torch.testing.assert_close(run_above(m, run_trunk(m, *args), args[1], gate), hidden(m, *args, gate), atol=1e-4, rtol=1e-4)
 
 @pytest.mark.parametrize('quant', ['bf16', 'nf4'])
 def test_other_precisions(quant):
@@ -410,7 +418,7 @@ def test_a_bundle_answers_as_what_was_built(theirs, tmp_path, kind):
     assert b.gate.kind==kind and b.generate(prompts, max_new_tokens=8)==a.generate(prompts, max_new_tokens=8)==[b.ask(p, max_new_tokens=8) for p in prompts]
     assert b.explain('Who?')==a.explain('Who?')
     b.save(tmp_path/'b2')
-    assert check(tmp_path/'b2')['seal']==check(tmp_path/'b')['seal']
+    assert check_bundle(tmp_path/'b2')['seal']==check_bundle(tmp_path/'b')['seal']
 
 def nan(t): t[sorted(t)[2]][0,0] = float('nan')
 def extra(t): t['more'] = torch.zeros(2)
@@ -422,7 +430,7 @@ def test_altered_gate_tensors_are_named(bundle, change, said):
     f = bundle/'gates'/'gate.safetensors'
     t = load_file(f); name = sorted(t)[2]
     change(t); save_file(t, f)
-    with pytest.raises(BundleError, match=rf"gates/gate\.safetensors was altered.*{said}.*") as e: check(bundle)
+    with pytest.raises(BundleError, match=rf"gates/gate\.safetensors was altered.*{said}.*") as e: check_bundle(bundle)
     assert change is extra or name in str(e.value)
 
 @pytest.mark.parametrize('change', [nan, extra, gone])
@@ -435,7 +443,7 @@ def other_names(b): g = load_gate(b/'gates'); g.names = g.names[::-1]; save_gate
 def other_kind(b): m = Hydra.load(b).model; save_gate(spectr(m.stack), b/'gates')
 def fewer_layers(b): g = load_gate(b/'gates'); g.layers.pop(sorted(g.layers)[0]); save_gate(g, b/'gates')
 def misshapen(b): g = load_gate(b/'gates'); n = sorted(g.layers)[0]; g.layers[n] = g.layers[n][:,:5]; save_gate(g, b/'gates')
-def a_router_too(b): from hydramoe.hydra.route import uniform; uniform(list(MADE)).save(b/'router')
+def a_router_too(b): from hydramoe.hydra.route import uniform_router; uniform_router(list(MADE)).save(b/'router')
 def no_gate(b): [f.unlink() for f in (b/'gates').iterdir()]; (b/'gates').rmdir()
 def a_pickle(b): (b/'gates'/'gate.bin').write_bytes(b'x')
 
@@ -447,9 +455,9 @@ def test_gates_that_do_not_belong_are_refused(bundle, change, said):
 
 def test_a_pickle_among_the_gates_is_refused(bundle):
     a_pickle(bundle)
-    with pytest.raises(BundleError, match='gate.bin does not belong'): check(bundle)
+    with pytest.raises(BundleError, match='gate.bin does not belong'): check_bundle(bundle)
 
-TWICE = "import sys; from pathlib import Path; from hydramoe.hydra.model import adopt; adopt({p.name: p for p in sorted(Path(sys.argv[1]).iterdir())}, sys.argv[2], quant='fp32', gate='lag')"
+TWICE = "import sys; from pathlib import Path; from hydramoe.hydra.adopt import adopt; adopt({p.name: p for p in sorted(Path(sys.argv[1]).iterdir())}, sys.argv[2], quant='fp32', gate='lag')"
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(theirs, tmp_path):
@@ -472,7 +480,7 @@ def test_from_adapters_to_an_answer_on_a_base_in_a_folder(theirs, tmp_path, monk
     tiny_base().model.save_pretrained(tmp_path/'base'); byte_tokenizer().save_pretrained(tmp_path/'base')
     for f in theirs.values(): write_json(f/'adapter_config.json', dict(read_json(f/'adapter_config.json'), base_model_name_or_path=str(tmp_path/'base')))
     try:
-        how = ('build', '--from', theirs['plain'], theirs['regex'], f"odd={theirs['patterned']}", '--out', tmp_path/'b', '--quant', 'fp32', '--gate', 'spectr', '--top-k', 2)
+        how = ('adopt', theirs['plain'], theirs['regex'], f"odd={theirs['patterned']}", '--out', tmp_path/'b', '--quant', 'fp32', '--gate', 'spectr', '--top-k', 2)
         code,out,err = shell(*how)
         assert code==2 and 'opens no folder here: say where the base is, base= (--base)' in err
         code,out,err = shell(*how, '--base', tmp_path/'base')
@@ -488,7 +496,7 @@ def test_from_adapters_to_an_answer_on_a_base_in_a_folder(theirs, tmp_path, monk
         assert code==0 and set(layers)==set(load_gate(tmp_path/'b'/'gates').layers) and (tmp_path/'r.png').stat().st_size>3000
         assert 'spectr gate' in shell('check', tmp_path/'b')[1]
         assert shell('ask', tmp_path/'b', 'Who?', '--expert', 'odd', '--max-new-tokens', 3)[0]==0
-        assert shell('build', '--from', theirs['plain'], '--out', tmp_path/'b')[0]==2
+        assert shell('adopt', theirs['plain'], '--out', tmp_path/'b')[0]==2
     finally:
         for f in theirs.values(): write_json(f/'adapter_config.json', dict(read_json(f/'adapter_config.json'), base_model_name_or_path='tiny-0'))
 

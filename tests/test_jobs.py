@@ -9,13 +9,16 @@ os.environ.setdefault('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER', '0') # as `run_jobs` 
 import psutil, pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors import SafetensorError
-from hydramoe.experts import train as expert
+import hydramoe.experts.jobs as experts_jobs
+import hydramoe.experts.stages as stages
+import hydramoe.experts.train as train
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import read_json, read_jsonl, write_jsonl
-from hydramoe.experts.train import collect, divide, make_jobs, run_jobs, sort_rows, train_experts, using_threads
-from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.train import using_threads
+from hydramoe.experts.jobs import deal_experts, make_jobs, run_jobs
+from hydramoe.experts.stages import collect_experts_stage, sort_rows, train_experts_stage
 from hydramoe.foundations.store import open_sealed, sealing, stage
-from test_expert import LORA, SPEC, Stop, flipped, missing, stop_at, trained, truncated
+from test_train import LORA, SPEC, Stop, flipped, missing, stop_at, trained, truncated
 
 JOB = dict(base='tiny', quant='fp32', lora=asdict(LORA), spec=asdict(replace(SPEC, steps=24, rows=2.)))
 
@@ -27,7 +30,7 @@ def rows(tmp_path_factory):
     with sealing(root/'data', {}) as d: write_jsonl(d/'train.jsonl', recs)
     return root/'data'
 
-def jobs(rows, root, size=2, make=train_experts, **more):
+def jobs(rows, root, size=2, make=train_experts_stage, **more):
     return make_jobs(make, sort_rows(read_jsonl(rows/'train.jsonl')), size, dict(JOB, **more), dict(rows_dir=rows), root=root)
 
 def files(made): return [open_sealed(m)['files'] for m in made]
@@ -42,30 +45,30 @@ def test_bits_do_not_hang_on_the_callers_threads(threads, rows, tmp_path, whole)
         assert torch.get_num_threads()==threads
 
 def test_threads_are_part_of_the_key(rows, tmp_path):
-    one, two = (stage(train_experts, dict(JOB, threads=n), dict(rows_dir=rows), root=tmp_path) for n in (1, 2))
+    one, two = (stage(train_experts_stage, dict(JOB, threads=n), dict(rows_dir=rows), root=tmp_path) for n in (1, 2))
     assert one!=two
 
 def test_order_of_jobs_and_names_does_not_matter(rows, tmp_path, whole):
     turned = dict(reversed(sort_rows(read_jsonl(rows/'train.jsonl')).items()))
-    made = run_jobs(make_jobs(train_experts, turned, 2, JOB, dict(rows_dir=rows), root=tmp_path)[::-1])[::-1]
+    made = run_jobs(make_jobs(train_experts_stage, turned, 2, JOB, dict(rows_dir=rows), root=tmp_path)[::-1])[::-1]
     assert files(made)==whole
     groups = {n: [r['id'] for r in turned[n]] for n in ('d', 'a')}
-    with sealing(tmp_path/'x', {}) as a: train_experts(a, rows_dir=rows, groups=groups, **JOB)
-    with sealing(tmp_path/'y', {}) as a: train_experts(a, rows_dir=rows, groups=dict(reversed(groups.items())), **JOB)
+    with sealing(tmp_path/'x', {}) as a: train_experts_stage(a, rows_dir=rows, groups=groups, **JOB)
+    with sealing(tmp_path/'y', {}) as a: train_experts_stage(a, rows_dir=rows, groups=dict(reversed(groups.items())), **JOB)
     assert files([tmp_path/'x'])==files([tmp_path/'y'])
 
 @given(rows=st.dictionaries(st.text('abcdef', min_size=1, max_size=4), st.integers(1, 500), min_size=1, max_size=40), size=st.integers(1, 12), r=st.randoms())
 def test_dealing(rows, size, r):
-    groups, turned = divide(rows, size), list(rows.items())
+    groups, turned = deal_experts(rows, size), list(rows.items())
     r.shuffle(turned)
     assert sorted(sum(groups, []))==sorted(rows) and max(map(len, groups))<=size and len(groups)==-(-len(rows)//size)
-    assert max(map(len, groups))-min(map(len, groups))<=1 and divide(dict(turned), size)==groups
+    assert max(map(len, groups))-min(map(len, groups))<=1 and deal_experts(dict(turned), size)==groups
     assert max(sum(rows[n] for n in g) for g in groups)-min(sum(rows[n] for n in g) for g in groups)<=max(rows.values())
 
 def test_collected_jobs_look_like_one(rows, tmp_path):
     parts = run_jobs(jobs(rows, tmp_path))
-    out = stage(collect, {}, {f'p{i}': p for i,p in enumerate(parts)}, root=tmp_path)
-    one = stage(train_experts, JOB, dict(rows_dir=rows), root=tmp_path)
+    out = stage(collect_experts_stage, {}, {f'p{i}': p for i,p in enumerate(parts)}, root=tmp_path)
+    one = stage(train_experts_stage, JOB, dict(rows_dir=rows), root=tmp_path)
     a, b = read_json(out/'history.json'), read_json(one/'history.json')
     assert sorted(a['experts'])==sorted(b['experts']) and a.keys()==b.keys() and a['history'][0].keys()==b['history'][0].keys()
     assert {p.name for p in out.iterdir()}=={p.name for p in one.iterdir()}
@@ -73,14 +76,14 @@ def test_collected_jobs_look_like_one(rows, tmp_path):
         for f,sha in open_sealed(p)['files'].items(): assert f=='history.json' or open_sealed(out)['files'][f]==sha
 
 def mortal_experts(out, mark, sig, at, **kw):
-    "`train_experts` in a process that gets a signal before its step `at`, the first time"
-    inner = expert.fit_step
+    "`train_experts_stage` in a process that gets a signal before its step `at`, the first time"
+    inner = train.fit_step
     def step(model, opt, step, k, names, cached=None):
         if k==at and 'a' in names and not Path(mark).exists(): Path(mark).touch(); os.kill(os.getpid(), sig)
         return inner(model, opt, step, k, names, cached)
-    expert.fit_step = step
-    try: return train_experts(out, **kw)
-    finally: expert.fit_step = inner
+    train.fit_step = step
+    try: return train_experts_stage(out, **kw)
+    finally: train.fit_step = inner
 
 def doomed(out, **kw):
     "A job whose process always dies"
@@ -121,7 +124,7 @@ def test_workers_end_with_their_parent(rows, tmp_path):
     p.kill(); p.wait()
     assert len(workers)>=2
     wait(lambda: not any(Path(f'/proc/{w}').exists() and Path(f'/proc/{w}/stat').read_text().rsplit(')', 1)[1].split()[0]!='Z' for w in workers))
-    assert not list(root.glob('train_experts-*'))
+    assert not list(root.glob('train_experts_stage-*'))
 
 @pytest.mark.slow
 def test_errors_of_a_job_come_back(rows, tmp_path):
@@ -137,11 +140,11 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_jobs import *
 what, rows, root = sys.argv[2:]
-inner = expert.fit_step
+inner = train.fit_step
 def step(model, opt, s, k, names, cached=None):
     if k==int(os.environ.get('AT', -1)): exec(what)
     return inner(model, opt, s, k, names, cached)
-expert.fit_step = step
+train.fit_step = step
 run_jobs(jobs(Path(rows), Path(root))[:1])
 """
 
@@ -166,16 +169,16 @@ def test_files_may_not_grow(rows, tmp_path, whole):
     "A real limit, met in the middle of writing a checkpoint"
     r = child('resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))', rows, tmp_path, 5)
     assert r.returncode==1 and 'File too large' in r.stderr and 'could not be made' in r.stderr, r.stderr
-    assert not list(tmp_path.glob('.work-*/step-*')) and not list(tmp_path.glob('train_experts-*'))
+    assert not list(tmp_path.glob('.work-*/step-*')) and not list(tmp_path.glob('train_experts_stage-*'))
     assert files(run_jobs(jobs(rows, tmp_path)))==whole
 
 def full(monkeypatch, k):
-    inner, calls = expert.save_file, []
+    inner, calls = train.save_file, []
     def save(*a, **kw):
         calls.append(0)
         if len(calls)==k: raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
         return inner(*a, **kw)
-    monkeypatch.setattr(expert, 'save_file', save)
+    monkeypatch.setattr(train, 'save_file', save)
 
 @pytest.mark.parametrize('k', [1, 2, 5])
 def test_disk_full_at_a_checkpoint(k, tmp_path, monkeypatch):
@@ -258,8 +261,8 @@ def test_ray_shares_a_gpu_and_gives_up(rows, tmp_path, whole, tests_importable):
 def test_ray_of_our_own_listens_to_this_machine_only(rows, tmp_path, whole):
     pytest.importorskip('ray')
     assert files(run_jobs(jobs(rows, tmp_path), 'ray', workers=2))==whole
-    ray = expert._import_ray(None)
-    expert._start_ray(ray, 2, None)
+    ray = experts_jobs._import_ray(None)
+    experts_jobs._start_ray(ray, 2, None)
     try:
         open_to = [c.laddr.ip for p in psutil.Process().children(recursive=True) for c in p.net_connections('inet') if c.status=='LISTEN']
         assert len(open_to)>3 and set(open_to)<={'127.0.0.1', '::1', '::ffff:127.0.0.1'}
@@ -268,7 +271,7 @@ def test_ray_of_our_own_listens_to_this_machine_only(rows, tmp_path, whole):
 @pytest.mark.slow
 def test_a_ray_that_would_listen_to_the_network_is_refused():
     pytest.importorskip('ray')
-    code = "import ray; from hydramoe.experts.train import run_jobs; run_jobs([print], 'ray')"
+    code = "import ray; from hydramoe.experts.jobs import run_jobs; run_jobs([print], 'ray')"
     env = {k: v for k,v in os.environ.items() if k!='RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'}
     r = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert r.returncode==1 and 'would listen to the network' in r.stderr, r.stderr
@@ -277,22 +280,22 @@ def _sharded(rank, world, folder):
     "One of two processes that share a base; in a process of its own"
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
-    from test_expert import NAMES, ROWS, fresh
+    from test_train import NAMES, ROWS, fresh
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
-    model = expert.shard(fresh())
+    model = experts_jobs.shard(fresh())
     blocks = [p for m in model.base.model.layers for p in m.parameters()]
     assert blocks and all(isinstance(p, DTensor) for p in blocks)
     held, whole = sum(p.to_local().numel() for p in blocks), sum(p.numel() for p in blocks)
     assert held<=whole/world+len(blocks), 'each process holds its share of the blocks, and no more'
     assert not any(isinstance(x, DTensor) for x in (model.stack.theta, model.stack.grad))
-    history = expert.fit(model, ROWS, replace(SPEC, micro_tokens=200), names=NAMES, work=Path(folder)/'work', every=5)
+    history = train.fit(model, ROWS, replace(SPEC, micro_tokens=200), names=NAMES, work=Path(folder)/'work', every=5)
     assert all(isinstance(p, DTensor) for m in model.base.model.layers for p in m.parameters()), 'and gives back what it gathered'
     torch.save(dict(theta=model.stack.theta, loss=[h['loss'] for h in history]), Path(folder)/f'{rank}.pt')
     dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_a_sharded_base_trains_the_same_adapters(tmp_path, tests_importable):
-    from test_expert import fresh
+    from test_train import fresh
     alone, history = trained(replace(SPEC, micro_tokens=200))
     torch.multiprocessing.spawn(_sharded, (2, str(tmp_path)), nprocs=2)
     a, b = (torch.load(tmp_path/f'{r}.pt') for r in (0, 1))
@@ -302,30 +305,32 @@ def test_a_sharded_base_trains_the_same_adapters(tmp_path, tests_importable):
     for x,h in zip(a['loss'], history): assert x==pytest.approx(h['loss'], rel=1e-4)
     assert len(list((tmp_path/'work').glob('step-*')))==2
 
-def _whose_base(out, **how):
-    "`_train`, after a look at how the base lies in this process"
+TRAIN_GROUP = stages.train_group
+
+def _whose_base(out, data, setup):
+    "`train_group`, after a look at how the base lies in this process"
     from torch.distributed.tensor import DTensor
-    inner = expert.fit
+    inner = stages.fit
     def fit(model, *a, **kw):
         blocks = [p for m in model.base.model.layers for p in m.parameters()]
         if not all(isinstance(p, DTensor) for p in blocks) or sum(p.to_local().numel() for p in blocks)>.6*sum(p.numel() for p in blocks): raise HydraError('the base is whole')
         return inner(model, *a, **kw)
-    expert.fit = fit
-    expert._train(out, **how)
+    stages.fit = fit
+    TRAIN_GROUP(out, data, setup)
 
 @pytest.mark.slow
 def test_experts_on_a_base_shared_by_processes(rows, tmp_path, whole, tests_importable, monkeypatch):
     "`shards=2`: slices of the base in each process, one set of files, the same experts within the rounding of sums"
     from safetensors.torch import load_file
-    one = stage(train_experts, JOB, dict(rows_dir=rows), root=tmp_path)
-    two = stage(train_experts, dict(JOB, shards=2), dict(rows_dir=rows), root=tmp_path)
+    one = stage(train_experts_stage, JOB, dict(rows_dir=rows), root=tmp_path)
+    two = stage(train_experts_stage, dict(JOB, shards=2), dict(rows_dir=rows), root=tmp_path)
     assert open_sealed(one)['files'].keys()==open_sealed(two)['files'].keys()
-    assert open_sealed(stage(train_experts, dict(JOB, shards=2), dict(rows_dir=rows), root=tmp_path/'again'))['files']==open_sealed(two)['files']
+    assert open_sealed(stage(train_experts_stage, dict(JOB, shards=2), dict(rows_dir=rows), root=tmp_path/'again'))['files']==open_sealed(two)['files']
     for n in 'abcd':
         a, b = (load_file(d/n/'adapter_model.safetensors') for d in (one, two))
         for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-3, rtol=1e-2)
-    monkeypatch.setattr(expert, '_train', _whose_base)
-    with sealing(tmp_path/'looked', {}) as out: train_experts(out, rows_dir=rows, shards=2, **JOB)
+    monkeypatch.setattr(stages, 'train_group', _whose_base)
+    with sealing(tmp_path/'looked', {}) as out: train_experts_stage(out, rows_dir=rows, shards=2, **JOB)
     assert open_sealed(tmp_path/'looked')['files']==open_sealed(two)['files']
-    for bad, says in ((dict(lora=dict(rank=0)), 'processes failed.*rank=0'), (dict(quant='nf4'), 'NF4'), (dict(lora=dict(rank=4, fork=.5), cached=True), 'processes failed.*keeps no trunk')):
-        with pytest.raises(HydraError, match=says): train_experts(tmp_path/'x', rows_dir=rows, **dict(JOB, shards=2, **bad))
+    for bad, says in ((dict(lora=dict(rank=0)), 'rank=0'), (dict(quant='nf4'), 'NF4'), (dict(lora=dict(rank=4, fork=.5), cached=True), 'processes failed.*keeps no trunk')):
+        with pytest.raises(HydraError, match=says): train_experts_stage(tmp_path/'x', rows_dir=rows, **dict(JOB, shards=2, **bad))

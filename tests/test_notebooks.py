@@ -114,10 +114,11 @@ def copy(tmp_path_factory):
     return to
 
 def test_package_is_exported(copy):
-    before = {p.name: p.read_text() for p in (root/'hydramoe').glob('*.py') if p.name!='_modidx.py'}
+    def modules(at): return {str(p.relative_to(at)): p.read_text() for p in at.rglob('*.py') if p.name!='_modidx.py'}
+    before = modules(root/'hydramoe')
     r = run(bin/'nbdev_export', cwd=copy)
     assert r.returncode==0, r.stderr
-    after = {p.name: p.read_text() for p in (copy/'hydramoe').glob('*.py') if p.name!='_modidx.py'}
+    after = modules(copy/'hydramoe')
     changed = [n for n in before.keys() | after.keys() if before.get(n)!=after.get(n)]
     assert not changed, f"{changed} are not what the notebooks export; run `make export` and commit"
 
@@ -139,3 +140,11 @@ def test_keeps_its_outputs(nb):
     outputs = [o for c in cells(nb) for o in c.get('outputs', [])]
     assert outputs and not [o for o in outputs if o['output_type']=='error']
     assert nb.stat().st_size < 2_000_000, "images too heavy to be read in a review"
+
+@pytest.mark.parametrize('nb', experiments, ids=rel)
+def test_an_experiment_is_light_and_shows_no_babble(nb):
+    # the outputs are the toy run's, on a random base: plots and tables teach their shape, an answer in random bytes teaches nothing
+    outputs = [o for c in cells(nb) for o in c.get('outputs', [])]
+    text = json.dumps(outputs, ensure_ascii=False)
+    assert '\ufffd' not in text and '<script' not in text and not [o for o in outputs if o.get('name')=='stderr']
+    assert text.count('<style')<=1 and nb.stat().st_size < 200_000

@@ -8,7 +8,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from packaging.utils import canonicalize_name
 
-from hydramoe.use.reproduce import SCALES, SPEEDS, Graph, check_sums, load_result, members, numbers, paper_files, published, read_older, render_readme
+from hydramoe.use.reproduce import Graph, load_result, experiments_at
+from hydramoe.use.publish import SCALES, SPEEDS, check_sums, numbers, paper_files, published, read_older, PAGES as MADE, notebooks_page, render_page
 from hydramoe.foundations.report import latex_name
 from prose import PAGES, unsupported
 
@@ -71,7 +72,9 @@ def test_exported_code_is_documented_and_has_no_star_imports():
             if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0]!='_' and not ast.get_docstring(n): bad.append(f'{f.name}: {n.name} has no docstring')
     assert not bad
 
-LIGHT = [f'foundations.{m}' for m in ('core', 'store', 'fetch', 'report')] + ['data.records', 'data.formats', 'use.reproduce', 'use.cli']
+LIGHT = [f'foundations.{m}' for m in ('core', 'files', 'source', 'store', 'fetch', 'report', 'page')]
+LIGHT += [f'data.{m}' for m in ('records', 'cards', 'load', 'formats', 'stream', 'parts')]
+LIGHT += ['use.reproduce', 'use.publish', 'use.sweep', 'use.cli']
 
 @pytest.mark.parametrize('room', LIGHT)
 def test_light_rooms_import_without_torch(room):
@@ -80,7 +83,7 @@ def test_light_rooms_import_without_torch(room):
 
 def test_the_names_that_people_use_are_at_the_top():
     import hydramoe
-    from hydramoe.hydra import Hydra  # as model cards of older bundles say it
+    from hydramoe.hydra.model import Hydra  # as model cards of older bundles say it
     assert hydramoe.Hydra is Hydra and all(getattr(hydramoe, n).__name__==n for n in hydramoe._LAZY)
 
 def test_the_wheel_holds_every_chapter():
@@ -88,13 +91,18 @@ def test_the_wheel_holds_every_chapter():
     assert set(packages) >= {'.'.join(f.parent.relative_to(root).parts) for f in (root/'hydramoe').rglob('__init__.py')}
 
 
-def test_readme_is_the_index():
-    assert text('README.md')==render_readme(), 'run `make readme` and commit'
+@pytest.mark.parametrize('page', MADE)
+def test_a_page_is_its_notebook(page):
+    assert text(page)==render_page(page), 'run `make readme` and commit'
 
-def test_the_index_puts_out_what_its_sources_hold():
+def test_the_page_of_notebooks_names_them_all():
+    assert text('nbs', 'README.md')==notebooks_page(), 'run `make readme` and commit'
+
+@pytest.mark.parametrize('nb', MADE.values())
+def test_a_page_puts_out_what_its_sources_hold(nb):
     # a stored output is no source: each is made again, from the notebooks, results/ and benchmarks/results of today
     names = {}
-    for c in json.loads(text('nbs', 'index.ipynb'))['cells']:
+    for c in json.loads(text('nbs', nb))['cells']:
         if c['cell_type']!='code': continue
         *first, last = ast.parse(''.join(c['source'])).body
         exec(compile(ast.Module(first, []), 'index', 'exec'), names)
@@ -117,7 +125,8 @@ def test_readme_names_what_exists():
     page = text('README.md') + text('CONTRIBUTING.md')
     targets = set(re.findall(r'^([a-z-]+):', text('Makefile'), re.M))
     for line in re.findall(r'(?:^|`)\s*make ([a-z -]+?)(?:\s{2,}|`|$)', page, re.M): assert set(line.split()) <= targets, f'make {line}'
-    for link in re.findall(r'\]\((?!\w+:|#)([^)]+)\)', text('README.md')): assert (root/link).exists(), link
+    for file in ('README.md', *(p.relative_to(root) for p in root.glob('*/README.md'))):
+        for link in re.findall(r'\]\((?!\w+:|#)([^)]+)\)', text(file)): assert ((root/file).parent/link).exists(), f'{file}: {link}'
 
 def test_readme_commands_are_commands():
     from hydramoe.use.cli import make_parser
@@ -159,7 +168,7 @@ def test_results_of_older_code_are_published_ones_and_the_readme_says_so():
     listed = read_older()
     assert set(listed) <= {f.stem for f in results}
     told = {f'{r.name}-{r.scale}' for r in published().values()} & set(listed) & {f'{n}-{s}' for n in ('e3_routing', 'e7_routers') for s in SCALES}
-    assert all(f'Made before {listed[n]}.' in text('README.md') for n in told)
+    assert all(f'Made before {listed[n]}.' in text('README.md')+text('results', 'README.md') for n in told)
 
 @pytest.mark.parametrize('f', results, ids=lambda f: f.name)
 def test_a_result_is_whole_and_portable(f):
@@ -168,7 +177,7 @@ def test_a_result_is_whole_and_portable(f):
     assert r.made and r.run['seal']==r.seal, 'edited, or not made by the runner'
     assert not re.search(r'"/(?:\w[\w.-]*/)+', f.read_text()), 'a path of one machine'
     for name,seal in r.made['upstream'].items(): assert load_result(root/'results'/f'{name}-{r.scale}.json').seal==seal
-    declared = members(Graph(), r.scale)
+    declared = experiments_at(Graph(), r.scale)
     # a parameter that the notebook has learnt since is no reason to doubt an older result; a changed value is
     changed = {k: (v, declared[r.name].get(k)) for k,v in r.params.items() if declared[r.name].get(k)!=v}
     assert not changed, f'params/ has changed since; run the scale again: {changed}'

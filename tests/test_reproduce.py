@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 from hydramoe.use import reproduce
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import write_json
-from hydramoe.use.reproduce import Graph, Parameter, RunFailed, check_parameters, check_sums, code_digests, current, load_result, members, parse_assignments, run_notebook, run_scale, write_sums
+from hydramoe.use.publish import check_sums, write_sums
+from hydramoe.use.reproduce import Graph, Parameter, RunFailed, check_parameters, code_digests, load_result, parse_assignments, run_notebook, run_scale
 
 ONE = '''from pathlib import Path
 import os, time
@@ -163,6 +164,12 @@ def test_every_experiment_looks_at_what_it_was_given_before_it_works(nb):
     parameters, imports, check = (''.join(c['source']) for c in cells[n:n+3])
     assert n==0 and check=='check_given()' and all(isinstance(x, (ast.Import, ast.ImportFrom)) for x in ast.parse(imports).body)
 
+def test_plain_papermill_runs_an_experiment_with_another_value(tmp_path):
+    r = papermill(EXPERIMENTS[0], tmp_path/'out.ipynb', '-p', 'k', '5')
+    assert r.returncode==0, r.stderr
+    found = load_result(tmp_path/'runs'/'toy'/'e1_domains.json')
+    assert found.params['k']==5 and len(found.extra['names'])==5
+
 def test_an_experiment_refuses_what_plain_papermill_would_run_with(tmp_path):
     r = papermill(EXPERIMENTS[0], tmp_path/'out.ipynb', '-p', 'unknown', '5')
     assert r.returncode!=0 and "parameter='unknown' is not known" in r.stderr and not (tmp_path/'runs').exists()
@@ -188,13 +195,43 @@ def test_published_files_stay_what_they_were(harm, said, tmp_path):
 
 @pytest.mark.parametrize('edit,changes', [('"Other words"', False), ('"A docstring"; x = 2', True)])
 def test_a_docstring_is_not_code(tmp_path, edit, changes):
-    nb = notebook(tmp_path/'n.ipynb', 'scale: str = "toy"  # run', 'from hydramoe.tiny import f')
-    def write(body): (tmp_path/'tiny.py').write_text(f'from .deep import g\ndef f():\n    {body}\n')
-    (tmp_path/'deep.py').write_text('def g(): return 1')
-    (tmp_path/'other.py').write_text('')
-    write('"A docstring"'); before = code_digests(nb, tmp_path)
-    write(edit); after = code_digests(nb, tmp_path)
-    assert set(before['package'])=={'tiny', 'deep'} and (before!=after)==changes
+    nb = notebook(tmp_path/'n.ipynb', 'scale: str = "toy"  # run', 'from hydramoe.data.tiny import f')
+    write_module(tmp_path, 'data.tiny', 'from .deep import g\ndef f():\n    "A docstring"')
+    for m in ('data.deep', 'data.other'): write_module(tmp_path, m, 'def g(): return 1')
+    before = code_digests(nb, tmp_path)
+    write_module(tmp_path, 'data.tiny', f'from .deep import g\ndef f():\n    {edit}')
+    after = code_digests(nb, tmp_path)
+    assert set(before['package'])=={'data.tiny', 'data.deep'} and (before!=after)==changes
+
+def write_module(package, name, code):
+    f = package.joinpath(*name.split('.')).with_suffix('.py')
+    f.parent.mkdir(parents=True, exist_ok=True)
+    f.write_text(code+'\n')
+
+CHAPTERS = {'a.one': 'x = 1', 'a.two': 'from .one import x', 'b.three': 'from ..a.two import x\ndef f():\n    from ..c import four', 'b.five': 'import os', 'c.four': 'y = 4', 'c.six': 'import hydramoe.b.five'}
+
+@pytest.mark.parametrize('line,wanted', [
+    ('from hydramoe.a.one import x', 'a.one'), ('from hydramoe.a.two import x', 'a.one a.two'), ('from hydramoe.b.three import f', 'a.one a.two b.three c.four'), ('from hydramoe.b import three', 'a.one a.two b.three c.four'),
+    ('import hydramoe.c.six', 'b.five c.six'), ('import hydramoe.c.six as six, os', 'b.five c.six'), ('def g():\n    from hydramoe.c import six', 'b.five c.six'),
+    ('from hydramoe import Hydra', 'a.one a.two b.three b.five c.four c.six'), ('import hydramoe', ''), ('from hydramoe import __version__', ''), ('%pip list\n!ls\nfrom hydramoe.a import one', 'a.one'), ('from elsewhere.a.one import x', '')])
+def test_code_is_followed_through_the_chapters(tmp_path, line, wanted):
+    for name, code in CHAPTERS.items(): write_module(tmp_path, name, code)
+    (tmp_path/'a'/'__init__.py').write_text('')
+    nb = notebook(tmp_path/'n.ipynb', 'scale: str = "toy"  # run', line)
+    assert set(code_digests(nb, tmp_path)['package'])==set(wanted.split())
+
+@pytest.mark.parametrize('edited,changes', [('a.one', True), ('c.four', True), ('b.five', False)])
+def test_an_edit_anywhere_behind_a_notebook_is_seen(tmp_path, edited, changes):
+    for name, code in CHAPTERS.items(): write_module(tmp_path, name, code)
+    nb = notebook(tmp_path/'n.ipynb', 'scale: str = "toy"  # run', 'from hydramoe.b.three import f')
+    before = code_digests(nb, tmp_path)
+    write_module(tmp_path, edited, CHAPTERS[edited]+'\nz = 9')
+    assert (code_digests(nb, tmp_path)!=before)==changes
+
+@pytest.mark.parametrize('nb', EXPERIMENTS, ids=lambda p: p.stem)
+def test_an_experiment_depends_on_code_of_several_chapters_and_not_on_what_publishes(nb):
+    found = set(code_digests(nb)['package'])
+    assert {'foundations.core', 'data.records', 'use.reproduce'} <= found and not found & {'use.publish', 'use.sweep', 'use.cli'}
 
 TYPED = {int: st.integers(), float: st.floats(allow_nan=False, allow_infinity=False), str: st.text(), bool: st.booleans(), list: st.lists(st.integers())}
 

@@ -5,10 +5,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
-from hydramoe.domains.cluster import Domains
+from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, digest, rng
 from hydramoe.foundations.files import file_sha256, read_json, write_json
-from hydramoe.hydra.route import Router, classifier, explain_route, fixed, heard, oracle, plot_route, route_text, similarity, softmax, top_k, uniform
+from hydramoe.hydra.cascade import load_router, make_router
+from hydramoe.hydra.route import classifier_router, effective_experts, explain_route, plot_route, route_text, similarity_router, softmax
+from hydramoe.hydra.route import top_k, uniform_router
+from hydramoe.hydra.kinds import fixed_router, oracle_router
 
 def unit(n, d=16, seed=0):
     x = rng(seed, 'unit').normal(size=(n,d))
@@ -18,8 +21,8 @@ def domains(k=5, d=16, seed=0): return Domains(.7*unit(k, d, seed+1), [f'd{i}' f
 def labels(n, k): return np.arange(n)%k
 
 x = unit(60)
-routers = dict(similarity=similarity(domains()), top2=similarity(domains(), .1, top_k=2), classifier=classifier(domains(), x, labels(60,5)),
-               uniform=uniform([f'd{i}' for i in range(5)]), fixed=fixed(list('abcde'), 'c'), mix=fixed(list('abcde'), [1,2,3,4,0]), oracle=oracle(list('abcde'), labels(60,5)))
+routers = dict(similarity=similarity_router(domains()), top2=similarity_router(domains(), .1, top_k=2), classifier=classifier_router(domains(), x, labels(60,5)),
+               uniform=uniform_router([f'd{i}' for i in range(5)]), fixed=fixed_router(list('abcde'), 'c'), mix=fixed_router(list('abcde'), [1,2,3,4,0]), oracle=oracle_router(list('abcde'), labels(60,5)))
 every = pytest.mark.parametrize('router', routers.values(), ids=routers)
 
 # --- laws
@@ -28,7 +31,7 @@ every = pytest.mark.parametrize('router', routers.values(), ids=routers)
 def test_rows_are_weights(router):
     g = router(x=x)
     assert g.shape==(60,5) and g.dtype==np.float32 and (g>=0).all() and np.allclose(g.sum(1), 1, atol=1e-6)
-    assert ((1-1e-6<=heard(g)) & (heard(g)<=5+1e-6)).all()
+    assert ((1-1e-6<=effective_experts(g)) & (effective_experts(g)<=5+1e-6)).all()
 
 @pytest.mark.parametrize('k', range(1,6))
 def test_top_k_keeps_k_and_their_proportions(k):
@@ -53,27 +56,27 @@ def test_ties_go_to_the_first(scores, k):
 def test_shuffled_experts_shuffle_the_weights(turn, T):
     d,turn = domains(),list(turn)
     turned = Domains(d.centroids[turn], [d.names[i] for i in turn], 'words')
-    assert np.allclose(similarity(turned, T)(x=x), similarity(d, T)(x=x)[:,turn], atol=1e-7)
+    assert np.allclose(similarity_router(turned, T)(x=x), similarity_router(d, T)(x=x)[:,turn], atol=1e-7)
 
 def test_shuffled_experts_shuffle_the_classifier():
     turn = [3,0,4,1,2]
     names = [f'd{i}' for i in range(5)]
     y = [names[i] for i in labels(60,5)]
-    a,b = classifier(names, x, y),classifier([names[i] for i in turn], x, y)
+    a,b = classifier_router(names, x, y),classifier_router([names[i] for i in turn], x, y)
     assert np.allclose(b(x=x), a(x=x)[:,turn], atol=1e-3)
 
 def test_cold_is_the_nearest_and_hot_is_even():
-    assert np.array_equal(similarity(domains(), 1e-9)(x=x), np.eye(5, dtype=np.float32)[domains().assign(x)])
-    assert np.allclose(similarity(domains(), 1e9)(x=x), .2, atol=1e-6)
-    assert np.isfinite(similarity(domains(), 1e-300)(x=x)).all()
+    assert np.array_equal(similarity_router(domains(), 1e-9)(x=x), np.eye(5, dtype=np.float32)[domains().assign(x)])
+    assert np.allclose(similarity_router(domains(), 1e9)(x=x), .2, atol=1e-6)
+    assert np.isfinite(similarity_router(domains(), 1e-300)(x=x)).all()
 
 def test_top_1_is_the_nearest_at_any_temperature():
-    for T in (.01, 1, 100): assert np.array_equal(similarity(domains(), T, top_k=1)(x=x).argmax(1), domains().assign(x))
+    for T in (.01, 1, 100): assert np.array_equal(similarity_router(domains(), T, top_k=1)(x=x).argmax(1), domains().assign(x))
 
 def test_equal_domains_share_alike():
     twin = Domains(np.ones((3,4)), list('abc'), 'words')
-    assert np.allclose(similarity(twin, .01)(x=np.zeros((2,4))), 1/3)
-    assert np.array_equal(similarity(twin, .01, top_k=1)(x=np.zeros((2,4))), [[1,0,0]]*2)
+    assert np.allclose(similarity_router(twin, .01)(x=np.zeros((2,4))), 1/3)
+    assert np.array_equal(similarity_router(twin, .01, top_k=1)(x=np.zeros((2,4))), [[1,0,0]]*2)
 
 @every
 def test_alone_and_in_company_are_the_same_bits(router):
@@ -82,10 +85,11 @@ def test_alone_and_in_company_are_the_same_bits(router):
     assert all(np.array_equal(router(x=x[i:i+1])[0], g[i]) for i in range(60))
 
 def test_texts_and_their_embeddings_are_one():
-    from hydramoe.domains.cluster import cluster_texts, lesson_texts
+    from hydramoe.domains.examples import lesson_texts
+    from hydramoe.domains.discover import cluster_texts
     texts,_ = lesson_texts()
     d,_,e = cluster_texts(texts, 4, encoder='words')
-    r = similarity(d)
+    r = similarity_router(d)
     assert np.array_equal(r(texts), r(x=e)) and np.array_equal(r(texts[0]), r(x=e[:1]))
     assert r([]).shape==(0,4)
 
@@ -93,31 +97,31 @@ def test_texts_and_their_embeddings_are_one():
 @pytest.mark.parametrize('C', [.1,10.])
 def test_classifier_is_scikit_learn(k, C):
     y = labels(60,k)
-    r = classifier([f'd{i}' for i in range(k)], x, y, C=C)
+    r = classifier_router([f'd{i}' for i in range(k)], x, y, C=C)
     want = np.ones((60,1)) if k==1 else LogisticRegression(C=C, max_iter=5000).fit(x.astype(np.float64), y).predict_proba(x.astype(np.float64))
     assert np.allclose(r(x=x), want, atol=1e-6)
 
 def test_a_right_label_gets_right():
     d = domains()
     near = d.centroids[labels(100,5)]+.1*rng(0, 'n').normal(size=(100,16))
-    for r in (similarity(d), classifier(d, near, labels(100,5))): assert (r(x=near).argmax(1)==labels(100,5)).mean()>.95
+    for r in (similarity_router(d), classifier_router(d, near, labels(100,5))): assert (r(x=near).argmax(1)==labels(100,5)).mean()>.95
 
 # --- refusals
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: similarity(domains(), float('inf')), 'temperature=inf'),
-    (lambda: similarity(domains(), top_k=0), 'top_k=0 of 5'),
-    (lambda: similarity(domains(), top_k=1.5), 'top_k=1.5 of 5'),
-    (lambda: uniform([]), 'no expert names'),
-    (lambda: uniform(['a','a']), "'a' occurs twice"),
-    (lambda: fixed(['a','b'], 'c'), "label 'c' is no expert"),
-    (lambda: fixed(['a','b'], 2), 'label 2 is no expert'),
-    (lambda: fixed(['a','b'], [0,0]), 'does not weigh'),
-    (lambda: fixed(['a','b'], [np.nan,1]), 'does not weigh'),
-    (lambda: oracle(['a','b'], [0,-1]), 'label -1 is no expert'),
-    (lambda: classifier(['a','b'], x, [0]*60), "no training prompt is labelled 'b'"),
-    (lambda: classifier(['a','b'], x, [0,1]), '60 embeddings and 2 labels'),
-    (lambda: Router('magic', ['a'], {}, {}), 'choose one of similarity'),
+    (lambda: similarity_router(domains(), float('inf')), 'temperature=inf'),
+    (lambda: similarity_router(domains(), top_k=0), 'top_k=0 of 5'),
+    (lambda: similarity_router(domains(), top_k=1.5), 'top_k=1.5 of 5'),
+    (lambda: uniform_router([]), 'no expert names'),
+    (lambda: uniform_router(['a','a']), "'a' occurs twice"),
+    (lambda: fixed_router(['a','b'], 'c'), "label 'c' is no expert"),
+    (lambda: fixed_router(['a','b'], 2), 'label 2 is no expert'),
+    (lambda: fixed_router(['a','b'], [0,0]), 'does not weigh'),
+    (lambda: fixed_router(['a','b'], [np.nan,1]), 'does not weigh'),
+    (lambda: oracle_router(['a','b'], [0,-1]), 'label -1 is no expert'),
+    (lambda: classifier_router(['a','b'], x, [0]*60), "no training prompt is labelled 'b'"),
+    (lambda: classifier_router(['a','b'], x, [0,1]), '60 embeddings and 2 labels'),
+    (lambda: make_router('magic', ['a'], {}, {}), 'choose one of similarity'),
     (lambda: routers['classifier'](x=np.zeros((2,3))), r'need \(N, 16\)'),
     (lambda: routers['similarity'](x=np.full((2,16), np.nan)), 'embedding 0 is not finite'),
     (lambda: routers['oracle'](['one prompt']), 'of 60 prompts')])
@@ -128,7 +132,7 @@ def test_refused(make, message):
 
 @every
 def test_saved_and_loaded_are_the_same_bits(router, tmp_path):
-    back = Router.load(router.save(tmp_path))
+    back = load_router(router.save(tmp_path))
     assert np.array_equal(back(x=x), router(x=x)) and back.params==router.params
     before = [file_sha256(p) for p in sorted(tmp_path.iterdir())]
     back.save(tmp_path)
@@ -138,7 +142,7 @@ def test_saved_and_loaded_are_the_same_bits(router, tmp_path):
 def test_a_missing_file_is_named(tmp_path, name):
     routers['classifier'].save(tmp_path)
     (tmp_path/name).unlink()
-    with pytest.raises(HydraError, match=name): Router.load(tmp_path)
+    with pytest.raises(HydraError, match=name): load_router(tmp_path)
 
 def forge(path, change):
     "Files that fit each other, holding something wrong"
@@ -164,17 +168,17 @@ def put(a, name, v): a[name][0] = v
 def test_what_fits_but_is_wrong_is_refused(tmp_path, change, message):
     routers['classifier'].save(tmp_path)
     forge(tmp_path, change)
-    with pytest.raises(HydraError, match=message): Router.load(tmp_path)
+    with pytest.raises(HydraError, match=message): load_router(tmp_path)
 
 def test_an_oracle_on_disk_cannot_point_outside(tmp_path):
     routers['oracle'].save(tmp_path)
     forge(tmp_path, lambda a,m: put(a, 'labels', 9))
-    with pytest.raises(HydraError, match='label .*9.* is no expert'): Router.load(tmp_path)
+    with pytest.raises(HydraError, match='label .*9.* is no expert'): load_router(tmp_path)
 
 def test_loading_needs_no_scikit_learn_model_and_runs_no_code(tmp_path):
     routers['classifier'].save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir())==['router.json', 'router.safetensors']
-    code = f"from hydramoe.hydra.route import Router; import numpy as np; print(Router.load({str(tmp_path)!r})(x=np.ones((1,16))).tobytes().hex())"
+    code = f"from hydramoe.hydra.cascade import load_router; import numpy as np; print(load_router({str(tmp_path)!r})(x=np.ones((1,16))).tobytes().hex())"
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|dict(PYTHONHASHSEED='7'))
     assert r.stdout.split()[-1]==routers['classifier'](x=np.ones((1,16))).tobytes().hex(), r.stderr
 
@@ -193,24 +197,29 @@ def test_an_explanation_is_plain_data_that_agrees_with_the_weights(kind):
     assert not plt.get_fignums()
 
 def test_a_long_prompt_is_cut_and_many_experts_are_summed():
-    r = uniform([f'd{i}' for i in range(40)])
+    r = uniform_router([f'd{i}' for i in range(40)])
     lines = route_text(explain_route(r, 'word\n'*500), most=3).splitlines()
     assert len(lines)==6 and max(map(len, lines))<100 and '37 more, 92.5% together' in lines[-1]
 
 # --- in closed form: what comes and goes leaves no trace
 
 from dataclasses import replace
-from hydramoe.hydra.route import abstaining, calibrated, calibration_error, cascade, choose_margin, choose_threshold, distilled, in_hindsight, knn, lead, on_hidden
-from hydramoe.hydra.route import on_static, permuted, ridge, static_vectors, with_domain, with_prompts, without_domain
+from hydramoe.hydra.route import calibrate, calibration_error
+from hydramoe.hydra.kinds import distilled_router, hindsight_router, knn_router
+from hydramoe.hydra.cascade import with_abstention, cascade_router, choose_margin, choose_threshold, margin
+from hydramoe.hydra.cascade import fit_on_hidden
+from hydramoe.hydra.vectors import static_vectors
+from hydramoe.hydra.kinds import permute_experts, ridge_router, with_domain, with_prompts, without_domain
+from hydramoe.hydra.cascade import use_static
 
 NAMES = [f'd{i}' for i in range(5)]
 y = labels(60, 5)
-def means(names, x, y): return similarity(Domains(np.stack([x[np.asarray(y)==n].mean(0) for n in names]), names, 'words'))
-def hidden(names, x, y): return on_hidden(ridge, names, x, y, 3)
+def means(names, x, y): return similarity_router(Domains(np.stack([x[np.asarray(y)==n].mean(0) for n in names]), names, 'words'))
+def hidden(names, x, y): return fit_on_hidden(ridge_router, names, x, y, 3)
 def fitted(make, names, x=x, y=y): return make(names, x[np.isin(y, [NAMES.index(n) for n in names])], [NAMES[i] for i in y if NAMES[i] in names])
 def equal(a, b): return a.names==b.names and a.params==b.params and a.arrays.keys()==b.arrays.keys() and all(np.array_equal(a.arrays[n], b.arrays[n]) for n in a.arrays)
 
-@pytest.mark.parametrize('make', [means, ridge, knn])
+@pytest.mark.parametrize('make', [means, ridge_router, knn_router])
 @pytest.mark.parametrize('gone', [0, 2, 4])
 def test_a_domain_more_or_less_is_a_refit(make, gone):
     left = [n for i,n in enumerate(NAMES) if i!=gone]
@@ -230,21 +239,21 @@ def test_more_prompts_in_any_order_are_a_refit(turn, cut, size):
     z,turn = (size*x).astype(np.float32),np.array(turn)
     first,rest = turn[:cut],turn[cut:]
     if len(set(y[first]))<5: return
-    assert equal(with_prompts(ridge(NAMES, z[first], y[first]), z[rest], y[rest]), ridge(NAMES, z, y))
+    assert equal(with_prompts(ridge_router(NAMES, z[first], y[first]), z[rest], y[rest]), ridge_router(NAMES, z, y))
 
 def test_ridge_is_least_squares_on_labels():
     from sklearn.linear_model import Ridge
     want = Ridge(alpha=.3).fit(x.astype(np.float64), np.eye(5)[y]).predict(x.astype(np.float64))
-    assert np.allclose(ridge(NAMES, x, y).scores(x=x), want, atol=1e-3)
+    assert np.allclose(ridge_router(NAMES, x, y).scores(x=x), want, atol=1e-3)
 
 def test_a_saved_ridge_router_can_still_be_refitted(tmp_path):
-    back = Router.load(fitted(ridge, NAMES[:4]).save(tmp_path))
-    assert equal(with_domain(back, 'd4', x[y==4]), ridge(NAMES, x, y))
+    back = load_router(fitted(ridge_router, NAMES[:4]).save(tmp_path))
+    assert equal(with_domain(back, 'd4', x[y==4]), ridge_router(NAMES, x, y))
 
 # --- neighbours, losses, calibration
 
 def test_neighbours_vote_by_distance():
-    r = knn(NAMES, x, y, k=7, temperature=.3)
+    r = knn_router(NAMES, x, y, k=7, temperature=.3)
     d = ((x[:5,None].astype(float)-x[None])**2).sum(-1)
     for row,g in zip(d, r(x=x[:5])):
         near = sorted(range(60), key=lambda i: row[i])[:7]
@@ -255,7 +264,7 @@ def test_neighbours_vote_by_distance():
 @given(st.integers(0, 99), st.floats(.02, 2), st.floats(1e-4, .1))
 def test_taught_by_losses_is_the_least_kl(seed, tau, l2):
     L = rng(seed, 'losses').normal(size=(60,5))
-    r = distilled(NAMES, x, L, tau, l2)
+    r = distilled_router(NAMES, x, L, tau, l2)
     z,w,q = np.c_[x, np.ones(60)].astype(float),np.c_[r.arrays['weight'], r.arrays['bias']],softmax(-L/tau)
     def kl(w): return (np.logaddexp.reduce(z@w.T, 1)-(q*(z@w.T)).sum(1)).mean()+l2/2*(w**2).sum()
     grad = (softmax(z@w.T)-q).T@z/60+l2*w
@@ -264,18 +273,18 @@ def test_taught_by_losses_is_the_least_kl(seed, tau, l2):
 
 def test_small_tau_is_the_best_expert_and_equal_losses_are_no_opinion():
     L = rng(3, 'losses').normal(size=(16,5))
-    assert (distilled(NAMES, x[:16], L, 1e-4, 1e-9)(x=x[:16]).argmax(1)==L.argmin(1)).all()
-    assert np.allclose(distilled(NAMES, x, np.full((60,5), 2.))(x=x), .2, atol=1e-6)
-    assert np.allclose(distilled(NAMES, x, L[np.zeros(60,int)]+np.arange(60)[:,None])(x=x), distilled(NAMES, x, L[np.zeros(60,int)])(x=x), atol=1e-5)
+    assert (distilled_router(NAMES, x[:16], L, 1e-4, 1e-9)(x=x[:16]).argmax(1)==L.argmin(1)).all()
+    assert np.allclose(distilled_router(NAMES, x, np.full((60,5), 2.))(x=x), .2, atol=1e-6)
+    assert np.allclose(distilled_router(NAMES, x, L[np.zeros(60,int)]+np.arange(60)[:,None])(x=x), distilled_router(NAMES, x, L[np.zeros(60,int)])(x=x), atol=1e-5)
 
 def test_held_still_it_stays_where_it_began():
     start = routers['classifier']
-    assert np.allclose(distilled(NAMES, x, rng(0, 'l').normal(size=(60,5)), l2=1e6, start=start)(x=x), start(x=x), atol=1e-3)
+    assert np.allclose(distilled_router(NAMES, x, rng(0, 'l').normal(size=(60,5)), l2=1e6, start=start)(x=x), start(x=x), atol=1e-3)
 
 def test_calibration_lowers_the_nll_and_changes_no_first_choice():
     far = x+.5*rng(1, 'blur').normal(size=x.shape)
-    for r in (classifier(NAMES, x, y, C=1e4), ridge(NAMES, x, y), means(NAMES, x, np.array(NAMES)[y]), distilled(NAMES, x, -np.eye(5)[y])):
-        mild = calibrated(r, far, y)
+    for r in (classifier_router(NAMES, x, y, C=1e4), ridge_router(NAMES, x, y), means(NAMES, x, np.array(NAMES)[y]), distilled_router(NAMES, x, -np.eye(5)[y])):
+        mild = calibrate(r, far, y)
         def nll(r): return -np.log(np.maximum(r(x=far)[np.arange(60),y], 1e-9)).mean()
         assert nll(mild)<=nll(r)+1e-6 and (mild(x=far).argmax(1)==r(x=far).argmax(1)).all()
         assert all(nll(mild)<=nll(replace(mild, params=dict(mild.params, temperature=mild.params['temperature']*f)))+1e-6 for f in (.7, 1.4))
@@ -284,14 +293,14 @@ def test_calibration_lowers_the_nll_and_changes_no_first_choice():
 
 @pytest.mark.parametrize('kind', ['similarity', 'classifier', 'ridge', 'knn', 'oracle', 'mix'])
 def test_permuted_routes_are_the_same_in_another_order(kind):
-    r = dict(routers, ridge=ridge(NAMES, x, y), knn=knn(NAMES, x, y))[kind]
+    r = dict(routers, ridge=ridge_router(NAMES, x, y), knn=knn_router(NAMES, x, y))[kind]
     turn = rng(7, 'permuted').permutation(5)
-    assert np.allclose(permuted(r, 7)(x=x), r(x=x)[:,turn], atol=1e-6) and permuted(r, 7).names==r.names
+    assert np.allclose(permute_experts(r, 7)(x=x), r(x=x)[:,turn], atol=1e-6) and permute_experts(r, 7).names==r.names
     assert (turn!=np.arange(5)).any()
 
 def test_hindsight_is_the_least_loss():
     L = rng(0, 'l').normal(size=(60,5))
-    assert (in_hindsight(NAMES, L)(x=x).argmax(1)==L.argmin(1)).all()
+    assert (hindsight_router(NAMES, L)(x=x).argmax(1)==L.argmin(1)).all()
 
 # --- abstention
 
@@ -307,19 +316,20 @@ def test_a_threshold_holds_for_new_prompts_on_average():
     lost = np.mean([d[40:]>choose_threshold(d[:40], .1) for d in draws])
     assert .07<lost<=.105
 
-@pytest.mark.parametrize('make', [means, ridge, knn])
+@pytest.mark.parametrize('make', [means, ridge_router, knn_router])
 def test_far_prompts_go_to_the_base_and_the_others_where_they_went(make, tmp_path):
     r = fitted(make, NAMES)
-    t = float(np.median(abstaining(r, 1.).distance(x=x)))
-    careful = abstaining(r, t)
+    t = float(np.median(with_abstention(r, 1.).distance(x=x)))
+    careful = with_abstention(r, t)
     g,far = careful(x=x),careful.distance(x=x)>t
     assert 0<far.sum()<60 and (g[far]==0).all() and np.array_equal(g[~far], r(x=x)[~far])
-    assert np.array_equal(Router.load(careful.save(tmp_path))(x=x), g) and (heard(g[far])==0).all()
+    assert np.array_equal(load_router(careful.save(tmp_path))(x=x), g) and (effective_experts(g[far])==0).all()
 
 def test_a_row_of_zeros_is_a_gate():
     import torch
     from hydramoe.models.base import tiny_base
-    from hydramoe.experts.stack import LoraSpec, gated
+    from hydramoe.experts.stack import LoraSpec
+    from hydramoe.experts.model import gated
     b = tiny_base()
     ids = torch.randint(3, 90, (2,6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -330,8 +340,8 @@ def test_a_row_of_zeros_is_a_gate():
     assert torch.allclose(out[0], bare[0], atol=1e-5) and not torch.allclose(out[1], bare[1], atol=1e-3)
 
 def test_abstaining_grows_with_its_domains():
-    r = abstaining(fitted(ridge, NAMES[:4]), .9)
-    assert equal(with_domain(r, 'd4', x[y==4]), abstaining(ridge(NAMES, x, y), .9))
+    r = with_abstention(fitted(ridge_router, NAMES[:4]), .9)
+    assert equal(with_domain(r, 'd4', x[y==4]), with_abstention(ridge_router(NAMES, x, y), .9))
 
 # --- other vectors
 
@@ -343,10 +353,10 @@ def pretended(seed=0):
 def wordpiece(monkeypatch):
     "A tokenizer that needs no asset"
     from tokenizers import Tokenizer, models, pre_tokenizers
-    import hydramoe.hydra.route as route
+    import hydramoe.hydra.vectors as vectors
     t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(['?','red','green','blue','cat','dog'])}, unk_token='?'))
     t.pre_tokenizer = pre_tokenizers.Whitespace()
-    monkeypatch.setattr(route, '_wordpiece', lambda: t)
+    monkeypatch.setattr(vectors, '_wordpiece', lambda: t)
 
 def test_static_vectors_are_the_sum_of_their_tokens(wordpiece):
     t,a = pretended()
@@ -358,82 +368,82 @@ def test_static_vectors_are_the_sum_of_their_tokens(wordpiece):
 
 def test_a_static_router_is_kept_whole(wordpiece, tmp_path):
     t,a = pretended()
-    r = on_static(replace(routers['similarity'], params=dict(routers['similarity'].params, encoder='minilm')), a)
-    back = Router.load(r.save(tmp_path))
+    r = use_static(replace(routers['similarity'], params=dict(routers['similarity'].params, encoder='minilm')), a)
+    back = load_router(r.save(tmp_path))
     assert np.array_equal(back(t), r(t)) and back.params['encoder']=='static'
 
 def test_hidden_states_are_measured_by_the_rule_of_the_first_fit(tmp_path):
     h = 50*x+np.arange(16)*100
     r = hidden(NAMES, h, y)
     assert np.allclose(hidden(NAMES, h*4-7, y)(x=h*4-7), r(x=h), atol=1e-3)
-    assert np.array_equal(Router.load(r.save(tmp_path))(x=h), r(x=h))
+    assert np.array_equal(load_router(r.save(tmp_path))(x=h), r(x=h))
     with pytest.raises(HydraError, match='after layer 3: give it as x'): r(['one'])
 
 # --- cascade
 
 @settings(deadline=None, max_examples=25)
 @given(st.floats(-1, 1))
-def test_a_cascade_is_the_cheap_router_where_it_leads_and_the_good_one_elsewhere(margin):
-    cheap,good = routers['similarity'],ridge(NAMES, x, y)
-    g,w = cascade(cheap, good, margin)(x=(x, x)),cheap(x=x)
-    ask = lead(w)<=margin
+def test_a_cascade_is_the_cheap_router_where_it_leads_and_the_good_one_elsewhere(most):
+    cheap,good = routers['similarity'],ridge_router(NAMES, x, y)
+    g,w = cascade_router(cheap, good, most)(x=(x, x)),cheap(x=x)
+    ask = margin(w)<=most
     assert np.array_equal(g[ask], good(x=x)[ask]) and np.array_equal(g[~ask], w[~ask])
 
 @pytest.mark.parametrize('agree', [.8, .9, .97, 1.])
 def test_a_margin_is_the_least_that_agrees(agree):
-    cheap,good = routers['similarity'],ridge(NAMES, x, y)
+    cheap,good = routers['similarity'],ridge_router(NAMES, x, y)
     w,chosen = cheap(x=x),good(x=x).argmax(1)
     m = choose_margin(w, chosen, agree)
-    def same(m): return ((w.argmax(1)==chosen)|(lead(w)<=m)).mean()
-    assert same(m)>=agree and not [n for n in [-1, *lead(w)] if n<m and same(n)>=agree]
-    assert (cascade(cheap, good, m)(x=(x, x)).argmax(1)==chosen).mean()>=agree
+    def same(m): return ((w.argmax(1)==chosen)|(margin(w)<=m)).mean()
+    assert same(m)>=agree and not [n for n in [-1, *margin(w)] if n<m and same(n)>=agree]
+    assert (cascade_router(cheap, good, m)(x=(x, x)).argmax(1)==chosen).mean()>=agree
 
 def test_a_cascade_is_kept_whole(tmp_path):
-    r = cascade(routers['similarity'], ridge(NAMES, x, y), .4)
-    back = Router.load(r.save(tmp_path))
+    r = cascade_router(routers['similarity'], ridge_router(NAMES, x, y), .4)
+    back = load_router(r.save(tmp_path))
     assert np.array_equal(back(x=(x, x)), r(x=(x, x))) and back.names==NAMES
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: ridge(NAMES, x, y, lam=0), 'lam=0'),
-    (lambda: knn(NAMES, x, y, k=0), 'k=0 neighbours'),
-    (lambda: ridge(NAMES, x*1e8, y), 'too many to be summed exactly'),
+    (lambda: ridge_router(NAMES, x, y, lam=0), 'lam=0'),
+    (lambda: knn_router(NAMES, x, y, k=0), 'k=0 neighbours'),
+    (lambda: ridge_router(NAMES, x*1e8, y), 'too many to be summed exactly'),
     (lambda: with_domain(routers['classifier'], 'new', x), 'fitted on all prompts at once'),
-    (lambda: with_domain(ridge(NAMES, x, y), 'd0', x), "'d0' occurs twice"),
-    (lambda: without_domain(ridge(NAMES, x, y), 'd9'), 'choose one of d0'),
+    (lambda: with_domain(ridge_router(NAMES, x, y), 'd0', x), "'d0' occurs twice"),
+    (lambda: without_domain(ridge_router(NAMES, x, y), 'd9'), 'choose one of d0'),
     (lambda: with_prompts(routers['uniform'], x, y), 'keeps no sums'),
-    (lambda: distilled(NAMES, x, np.ones((60,4))), r'need \(60, 5\)'),
-    (lambda: distilled(NAMES, x, np.ones((60,5)), tau=0), 'tau must be above 0'),
-    (lambda: distilled(NAMES, x, np.full((60,5), np.nan)), 'all finite'),
+    (lambda: distilled_router(NAMES, x, np.ones((60,4))), r'need \(60, 5\)'),
+    (lambda: distilled_router(NAMES, x, np.ones((60,5)), tau=0), 'tau must be above 0'),
+    (lambda: distilled_router(NAMES, x, np.full((60,5), np.nan)), 'all finite'),
     (lambda: choose_threshold(np.ones(5), .05), 'give at least 19'),
-    (lambda: abstaining(routers['uniform'], 1.), 'reads no vectors'),
-    (lambda: abstaining(routers['classifier'], 1.), 'does not know where its domains are'),
-    (lambda: on_static(routers['similarity'], {}), "reads words"),
-    (lambda: cascade(routers['similarity'], uniform(list('abcde')), .1), 'must weigh the same experts'),
-    (lambda: permuted(cascade(routers['similarity'], routers['similarity'], .1)), 'permute the two routers')])
+    (lambda: with_abstention(routers['uniform'], 1.), 'reads no vectors'),
+    (lambda: with_abstention(routers['classifier'], 1.), 'does not know where its domains are'),
+    (lambda: use_static(routers['similarity'], {}), "reads words"),
+    (lambda: cascade_router(routers['similarity'], uniform_router(list('abcde')), .1), 'must weigh the same experts'),
+    (lambda: permute_experts(cascade_router(routers['similarity'], routers['similarity'], .1)), 'permute the two routers')])
 def test_more_refused(make, message):
     with pytest.raises(HydraError, match=message): make()
 
 def test_a_cascade_with_an_array_of_nobody_is_refused(tmp_path):
-    cascade(routers['similarity'], ridge(NAMES, x, y), .4).save(tmp_path)
+    cascade_router(routers['similarity'], ridge_router(NAMES, x, y), .4).save(tmp_path)
     forge(tmp_path, lambda a,m: a.update(third=a['first.centroids']))
-    with pytest.raises(HydraError, match="'third'"): Router.load(tmp_path)
+    with pytest.raises(HydraError, match="'third'"): load_router(tmp_path)
 
 # --- what of a prompt is read
 
 def test_whole_prompts_are_read_whole_saved_or_in_a_cascade(tmp_path):
     "Asked conversations, a router on whole prompts gives what their vectors give; any other hears the user's words alone"
     from hydramoe.models.base import tiny_base
-    from hydramoe.models.hidden import hidden_mean
-    from hydramoe.domains.cluster import embed, whole_text
-    from hydramoe.hydra.route import on_base, on_whole
+    from hydramoe.models.hidden import pooled_state
+    from hydramoe.domains.embed import embed, whole_text
+    from hydramoe.hydra.cascade import bind_base, use_whole_prompt
     tiny, kinds = tiny_base(), [0]*3+[1]*3
     talks = [[dict(role='system', content=s), dict(role='user', content=t)] for s in ('You are a pirate.', 'You may call get_time().') for t in ('Hello', 'What now?', 'Who?')]
-    z, words = hidden_mean([dict(prompt=t) for t in talks], tiny, 1), embed([whole_text(dict(prompt=t)) for t in talks], 'words')
-    good, cheap = on_whole(on_hidden(ridge, ['a','b'], z, kinds, 1)), on_whole(ridge(['a','b'], words, kinds, encoder='words'))
-    for margin, one in ((2., good), (-1., cheap)):
-        both = Router.load(cascade(cheap, good, margin).save(tmp_path/str(margin)))
+    z, words = pooled_state([dict(prompt=t) for t in talks], tiny, 1), embed([whole_text(dict(prompt=t)) for t in talks], 'words')
+    good, cheap = use_whole_prompt(fit_on_hidden(ridge_router, ['a','b'], z, kinds, 1)), use_whole_prompt(ridge_router(['a','b'], words, kinds, encoder='words'))
+    for most, one in ((2., good), (-1., cheap)):
+        both = load_router(cascade_router(cheap, good, most).save(tmp_path/str(most)))
         want = one(x=z if one is good else words)
-        assert np.array_equal(on_base(both, tiny)(talks), want) and np.array_equal(both(x=(words, z)), want)
+        assert np.array_equal(bind_base(both, tiny)(talks), want) and np.array_equal(both(x=(words, z)), want)
         assert (want.argmax(1)==kinds).all()
-    deaf = on_base(replace(good, params=dict(good.params, whole=False)), tiny)
+    deaf = bind_base(replace(good, params=dict(good.params, whole=False)), tiny)
     assert np.array_equal(deaf(talks)[:3], deaf(talks)[3:]) and np.array_equal(deaf(talks)[:3], deaf([t[1]['content'] for t in talks[:3]]))

@@ -6,7 +6,8 @@ from hydramoe.foundations.core import HydraError, rng
 from hydramoe.models.encode import Example
 from hydramoe.experts.score import (Losses, ensemble, hindsight, log_macro_draws, loss_matrix, micro_batches, paired_bootstrap, perplexity, pick,
                             record_sums, response_losses)
-from hydramoe.experts.stack import LoraSpec, gated
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.model import gated
 
 def random_examples(n, seed=0, longest=60):
     g = rng(seed, 'examples')

@@ -4,11 +4,22 @@ import httpx
 import pytest
 from huggingface_hub import DatasetCard, HfApi
 from hypothesis import HealthCheck, example, given, settings, strategies as st
-from hydramoe.data import unify as U
-from hydramoe.models.base import byte_tokenizer, tiny_base
+from hydramoe.data.parts import PARTS
+from hydramoe.data.hub_metadata import license_class
+from hydramoe.data.dedup import drop_near_duplicates, jaccard, near_clusters, near_pairs, prompt_words, shingles
+from hydramoe.data.leaks import find_leaks
+from hydramoe.data.unify import STEPS, domain_rows, tokenizer_of, unify_records
+from hydramoe.data.unified_card import UNIFIED_FILES, dataset_card, open_unified, toy_unify_stage, unify_stage, write_unified
+from hydramoe.data.push import push_dataset
+from hydramoe.models.template import byte_tokenizer
+from hydramoe.models.base import tiny_base
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import read_json, read_jsonl
-from hydramoe.data.records import card_names, cards_digest, grams, load, load_card, prompt_key, record, toy_records
+from hydramoe.data.records import record
+from hydramoe.data.splits import ngrams, prompt_key
+from hydramoe.data.toy import toy_records
+from hydramoe.data.cards import card_names, cards_digest, load_card
+from hydramoe.data.load import load
 from hydramoe.foundations.store import stage
 
 TOK = byte_tokenizer()
@@ -31,37 +42,37 @@ def rows(draw, most=24):
 
 
 many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-flat = lambda got: [r for p in U.PARTS for r in getattr(got, p)]
+flat = lambda got: [r for p in PARTS for r in getattr(got, p)]
 
 
 @many
 @given(rows(), st.integers(0, 3), st.sampled_from(['all', 'open']), st.sampled_from([None, 200]), st.randoms(use_true_random=False))
 def test_order_idempotence_and_ledger(rs, seed, licenses, max_length, shuffle):
     held = [record('how many ways are there to lay eight queens on a chess board such that none attacks', 'x', 'exam')] if seed==3 else []
-    do = lambda x: U.unified(x, TOK, dict(experts=300), held, max_length, seed, licenses)
+    do = lambda x: unify_records(x, TOK, dict(experts=300), held, max_length, seed, licenses)
     try: got, counts = do(rs)
     except HydraError as e: assert 'for experts, 1 were asked for' in str(e); return
     assert do(shuffle.sample(rs, len(rs))) == (got, counts)
     assert do(flat(got))[0] == got
-    for c in counts['sources'].values(): assert c['given'] == sum(c['removed'].values()) + c['kept'] and set(c['removed']) <= set(U.STEPS)
+    for c in counts['sources'].values(): assert c['given'] == sum(c['removed'].values()) + c['kept'] and set(c['removed']) <= set(STEPS)
     assert sum(c['given'] for c in counts['sources'].values()) == len(rs)
     assert sum(c['kept'] for c in counts['sources'].values()) == len(flat(got)) == sum(s['rows'] for p in counts['parts'].values() for d in p.values() for s in d.values())
     if licenses=='open': assert not {r['license'] for r in flat(got)} & {'unknown', 'cc-by-nc-4.0'}
-    assert set(U.leaks(flat(got), held)) <= {''}
+    assert set(find_leaks(flat(got), held)) <= {''}
 
 
 @many
 @given(rows(), st.integers(0, 3))
 def test_near_duplicates_and_conversations_are_on_one_side(rs, seed):
-    got, _ = U.unified(rs, TOK, seed=seed)
+    got, _ = unify_records(rs, TOK, seed=seed)
     side = {}
-    for p in U.PARTS:
+    for p in PARTS:
         for r in getattr(got, p):
             assert side.setdefault(r.get('group', r['id']), p) == p and r['part'] == p
     kept = flat(got)
     assert len({prompt_key(r) for r in kept}) == len(kept)
-    sets = [U.shingles(U.prompt_words(r)) for r in kept]
-    near = [(a, b) for j, b in enumerate(kept) for i, a in enumerate(kept[:j]) if U.jaccard(sets[i], sets[j]) >= .85]
+    sets = [shingles(prompt_words(r)) for r in kept]
+    near = [(a, b) for j, b in enumerate(kept) for i, a in enumerate(kept[:j]) if jaccard(sets[i], sets[j]) >= .85]
     assert all(a['part'] == b['part'] for a, b in near)
 
 
@@ -69,28 +80,28 @@ def test_near_duplicates_and_conversations_are_on_one_side(rs, seed):
 @given(rows(), rows(), st.integers(0, 3))
 def test_growth_moves_nothing_out_of_protection(old, more, seed):
     "A row is never less protected than before (it is more so where the same turn turns up in a conversation of a better protected part), nor is any near twin of it"
-    was, _ = U.unified(old, TOK, seed=seed)
-    now, _ = U.unified(old+more, TOK, seed=seed)
-    part, rank = {r['id']: r['part'] for r in flat(was)}, U.PARTS.index
+    was, _ = unify_records(old, TOK, seed=seed)
+    now, _ = unify_records(old+more, TOK, seed=seed)
+    part, rank = {r['id']: r['part'] for r in flat(was)}, PARTS.index
     assert all(rank(r['part']) <= rank(part.get(r['id'], 'experts')) for r in flat(now))
     assert all(r['part'] == part[r['id']] for r in flat(now) if r['id'] in part and not any('group' in x for x in old+more))
-    before = [(U.shingles(U.prompt_words(r)), r) for r in flat(was)]
+    before = [(shingles(prompt_words(r)), r) for r in flat(was)]
     for r in flat(now):
-        s = U.shingles(U.prompt_words(r))
+        s = shingles(prompt_words(r))
         for t, q in before:
-            if U.jaccard(s, t) >= .85: assert rank(r['part']) <= rank(q['part']), (r, q)
+            if jaccard(s, t) >= .85: assert rank(r['part']) <= rank(q['part']), (r, q)
 
 
 @many
 @given(st.lists(st.lists(st.sampled_from('abcd'), min_size=1, max_size=9), min_size=1, max_size=9), st.permutations(range(9)))
 def test_pairs_are_near_and_do_not_depend_on_order(texts, order):
-    sets = [U.shingles(t) for t in texts]
+    sets = [shingles(t) for t in texts]
     order = [i for i in order if i < len(sets)]
-    pairs = {frozenset(p) for p in U.near_pairs(sets)}
-    assert pairs == {frozenset((order[i], order[j])) for i, j in U.near_pairs([sets[i] for i in order])}
-    assert all(U.jaccard(*(sets[i] for i in p)) >= .85 for p in pairs)
+    pairs = {frozenset(p) for p in near_pairs(sets)}
+    assert pairs == {frozenset((order[i], order[j])) for i, j in near_pairs([sets[i] for i in order])}
+    assert all(jaccard(*(sets[i] for i in p)) >= .85 for p in pairs)
     words = lambda t: {tuple(t[i:i+3]) for i in range(max(1, len(t)-2))}
-    for a, b in zip(texts, texts[1:]): assert abs(U.jaccard(U.shingles(a), U.shingles(b)) - len(words(a) & words(b))/len(words(a) | words(b))) < 1e-12
+    for a, b in zip(texts, texts[1:]): assert abs(jaccard(shingles(a), shingles(b)) - len(words(a) & words(b))/len(words(a) | words(b))) < 1e-12
 
 
 @many
@@ -100,41 +111,41 @@ def test_held_out_runs_are_those_of_grams(text, pad):
     "A row is a leak wherever data.grams, the reference, sees one"
     if not text.strip(): return
     row, held = record('well then '*pad + text, 'x', 'web'), record(text, 'y', 'exam')
-    if grams(row['prompt'][0]['content']) & grams(held['prompt'][0]['content']): assert U.leaks([row], [held]) == ['prompt']
+    if ngrams(row['prompt'][0]['content']) & ngrams(held['prompt'][0]['content']): assert find_leaks([row], [held]) == ['prompt']
 
 
 def test_another_process_makes_the_same_bytes(in_two_processes):
-    code = 'import sys; from pathlib import Path; from hydramoe.data.unify import toy_unify; toy_unify(Path(sys.argv[1]), 600, 3, 3, 120, 5, router=2, rows=150)'
+    code = 'import sys; from pathlib import Path; from hydramoe.data.unified_card import toy_unify_stage; toy_unify_stage(Path(sys.argv[1]), 600, 3, 3, 120, 5, router=2, rows=150)'
     outs = in_two_processes(code)
-    assert outs[0] == outs[1] and set(outs[0]) == set(U.FILES)
+    assert outs[0] == outs[1] and set(outs[0]) == set(UNIFIED_FILES)
 
 
 def test_tokens_are_counted_for_every_base_that_can_be_loaded(tmp_path, monkeypatch):
     TOK.save_pretrained(tmp_path/'mine')
     tiny_base().model.config.save_pretrained(tmp_path/'mine')
-    monkeypatch.setattr('hydramoe.models.base.gemma3_dir', lambda: tmp_path/'mine') # as fetched
-    monkeypatch.setattr('hydramoe.models.base.hub', lambda name, revision=None: tmp_path/'mine')
+    monkeypatch.setattr('hydramoe.models.load.gemma3_dir', lambda: tmp_path/'mine') # as fetched
+    monkeypatch.setattr('hydramoe.models.load.hub', lambda name, revision=None: tmp_path/'mine')
     for base in ('bytes', 'gemma3', str(tmp_path/'mine'), 'org/name', 'org/name@main'):
-        assert U.tokenizer_of(base)('a word').input_ids == TOK('a word').input_ids
-    with pytest.raises(HydraError, match="'nonesuch' is neither 'smollm2' nor 'gemma3', nor a directory"): U.tokenizer_of('nonesuch')
+        assert tokenizer_of(base)('a word').input_ids == TOK('a word').input_ids
+    with pytest.raises(HydraError, match="'nonesuch' is neither 'smollm2' nor 'gemma3', nor a directory"): tokenizer_of('nonesuch')
 
 def test_a_domain_that_cannot_give_is_named():
     toys = toy_records(30)
-    with pytest.raises(HydraError, match='domain coding has 30 rows for experts|domain .* for test, 40 were asked for; ask for fewer'): U.unified(toys, TOK, dict(test=40))
-    with pytest.raises(HydraError, match='domain .* has 0 rows for experts'): U.unified(toys[:1], TOK, dict(experts=10), shares=dict(test=.9, dev=.05, router=.04))
-    assert flat(U.unified([], TOK)[0]) == []
+    with pytest.raises(HydraError, match='domain coding has 30 rows for experts|domain .* for test, 40 were asked for; ask for fewer'): unify_records(toys, TOK, dict(test=40))
+    with pytest.raises(HydraError, match='domain .* has 0 rows for experts'): unify_records(toys[:1], TOK, dict(experts=10), shares=dict(test=.9, dev=.05, router=.04))
+    assert flat(unify_records([], TOK)[0]) == []
 
 
 def test_threshold_and_long_texts():
-    with pytest.raises(HydraError, match='from .8 to 1'): U.unified(toy_records(2), TOK, threshold=.3)
+    with pytest.raises(HydraError, match='from .8 to 1'): unify_records(toy_records(2), TOK, threshold=.3)
     long = 'word '.join(map(str, range(20_000)))
     a, b = record(long, 'x', 'a'), record(long+' end', 'x', 'b')
-    assert len(U.far_apart([a, b])) == 1
+    assert len(drop_near_duplicates([a, b])) == 1
 
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-    return stage(U.toy_unify, dict(tokens_per_domain=1500, dev=3, test=4, router=5, rows=150), root=tmp_path_factory.mktemp('stages'))
+    return stage(toy_unify_stage, dict(tokens_per_domain=1500, dev=3, test=4, router=5, rows=150), root=tmp_path_factory.mktemp('stages'))
 
 
 class Hub:
@@ -155,38 +166,38 @@ class Hub:
 
 def test_push(made):
     hub = Hub()
-    assert U.push_to_hub(made, 'me/set', hub) == 'abc123'
-    assert hub.log == ['create', 'info', 'list', 'upload', 'list'] and set(hub.there) == {*U.FILES, 'seal.json'}
-    assert U.push_to_hub(made, 'me/set', hub) == 'abc123' # a second time: the files there are ours
+    assert push_dataset(made, 'me/set', hub) == 'abc123'
+    assert hub.log == ['create', 'info', 'list', 'upload', 'list'] and set(hub.there) == {*UNIFIED_FILES, 'seal.json'}
+    assert push_dataset(made, 'me/set', hub) == 'abc123' # a second time: the files there are ours
     before = {p.name: p.read_bytes() for p in made.iterdir()}
     for n in range(1, 6):
         hub = Hub(fail=n)
-        with pytest.raises(HydraError, match='was not pushed to me/set: connection reset'): U.push_to_hub(made, 'me/set', hub)
+        with pytest.raises(HydraError, match='was not pushed to me/set: connection reset'): push_dataset(made, 'me/set', hub)
         assert len(hub.log) == n
-    with pytest.raises(HydraError, match='was not pushed to not/a/name'): U.push_to_hub(made, 'not/a/name', HfApi(token='none'))
-    with pytest.raises(HydraError, match='commit abc123 lacks dev.jsonl'): U.push_to_hub(made, 'me/set', Hub(loses='dev.jsonl'))
+    with pytest.raises(HydraError, match='was not pushed to not/a/name'): push_dataset(made, 'not/a/name', HfApi(token='none'))
+    with pytest.raises(HydraError, match='commit abc123 lacks dev.jsonl'): push_dataset(made, 'me/set', Hub(loses='dev.jsonl'))
     assert {p.name: p.read_bytes() for p in made.iterdir()} == before
 
 
 def test_push_sends_nothing_it_should_not(made, tmp_path):
     for spoil, why in ((lambda d: (d/'notes.txt').write_text('x'), 'extra'), (lambda d: (d/'dev.jsonl').unlink(), 'missing'), (lambda d: (d/'test.jsonl').write_text(''), 'altered')):
         copy = shutil.copytree(made, tmp_path/why); spoil(copy); hub = Hub()
-        with pytest.raises(HydraError, match=why): U.push_to_hub(copy, 'me/set', hub)
-        with pytest.raises(HydraError, match=why): U.open_unified(copy)
+        with pytest.raises(HydraError, match=why): push_dataset(copy, 'me/set', hub)
+        with pytest.raises(HydraError, match=why): open_unified(copy)
         assert hub.log == []
-    def vague(out): U._write(out, *U.unified([record(f'What is {i} plus {i}?', str(2*i), 'mine', domain='math') for i in range(200)], byte_tokenizer()), {}, 'bytes', .85)
+    def vague(out): write_unified(out, *unify_records([record(f'What is {i} plus {i}?', str(2*i), 'mine', domain='math') for i in range(200)], byte_tokenizer()), {}, dict(base='bytes', threshold=.85))
     at, hub = stage(vague, {}, root=tmp_path/'stages', name='vague'), Hub(private=False)
-    with pytest.raises(HydraError, match='licence is unclear .mine.; push it with private=True'): U.push_to_hub(at, 'me/set', hub, private=False)
-    assert hub.log == [] and U.push_to_hub(at, 'me/set', Hub()) == 'abc123'
+    with pytest.raises(HydraError, match='licence is unclear .mine.; push it with private=True'): push_dataset(at, 'me/set', hub, private=False)
+    assert hub.log == [] and push_dataset(at, 'me/set', Hub()) == 'abc123'
 
 
 def test_card(made):
     card, counts = DatasetCard.load(made/'README.md'), read_json(made/'counts.json')
     assert card.data.license == 'cc0-1.0' and card.data.language == ['en'] and card.data.size_categories == ['n<1K'] and 'text-generation' in card.data.task_categories
-    assert {f['split']: f['path'] for f in card.data.configs[0]['data_files']} == {p: f'{p}.jsonl' for p in U.PARTS}
+    assert {f['split']: f['path'] for f in card.data.configs[0]['data_files']} == {p: f'{p}.jsonl' for p in PARTS}
     for s, c in counts['sources'].items(): assert f"| {s} |" in card.text and c['license'] == ['CC0-1.0']
-    for p in U.PARTS: assert f"{len(read_jsonl(made/f'{p}.jsonl')):,} |" in card.text
-    vague = U.dataset_card(U.unified([record(f'q {i}', 'a', 's', 'math', 'mit' if i % 2 else 'unknown') for i in range(99)], TOK)[1])
+    for p in PARTS: assert f"{len(read_jsonl(made/f'{p}.jsonl')):,} |" in card.text
+    vague = dataset_card(unify_records([record(f'q {i}', 'a', 's', 'math', 'mit' if i % 2 else 'unknown') for i in range(99)], TOK)[1])
     assert DatasetCard(vague).data.license_name == 'mixed-unclear' and DatasetCard(vague).data.license_link and 'do not publish it again' in vague
 
 
@@ -194,19 +205,19 @@ def test_every_licence_of_our_cards_is_known_or_said_to_be_unclear():
     for n in card_names():
         card = load_card(n)
         l = card['license'] if card['license'] != 'other' else card['license_name']
-        assert U.license_class(l) != 'unclear' or l in ('unknown', 'unclear') or card['license'] == 'other', (n, l)
+        assert license_class(l) != 'unclear' or l in ('unknown', 'unclear') or card['license'] == 'other', (n, l)
 
 
 @pytest.mark.slow
 def test_real_cards(tmp_path):
     "The whole set, sealed: nothing held out is in it, no two rows are near, and every domain has enough of several sources"
-    made = stage(U.unify, dict(max_length=300, cards=cards_digest()), root=tmp_path)
-    got, counts = U.open_unified(made), read_json(made/'counts.json')
+    made = stage(unify_stage, dict(max_length=300, cards=cards_digest()), root=tmp_path)
+    got, counts = open_unified(made), read_json(made/'counts.json')
     held = [r for n in card_names(use='evaluate') for r in load(n)]
-    assert set(U.leaks(flat(got), held)) == {''} and len(set(U.near_clusters(flat(got)))) == len(flat(got))
+    assert set(find_leaks(flat(got), held)) == {''} and len(set(near_clusters(flat(got)))) == len(flat(got))
     assert not {r['source'] for r in flat(got)} & set(counts['held'])
-    for row in U.domain_rows(counts): assert row['tokens'] >= 150_000 and sum(row[p] for p in U.PARTS) >= 1500 and row['sources'] >= 2, row
-    assert {f['path'] for f in DatasetCard.load(made/'README.md').data.configs[0]['data_files']} == {f'{p}.jsonl' for p in U.PARTS}
+    for row in domain_rows(counts): assert row['tokens'] >= 150_000 and sum(row[p] for p in PARTS) >= 1500 and row['sources'] >= 2, row
+    assert {f['path'] for f in DatasetCard.load(made/'README.md').data.configs[0]['data_files']} == {f'{p}.jsonl' for p in PARTS}
 
 
 def test_rows_that_the_template_of_the_base_refuses_are_counted_and_not_fatal():
@@ -214,7 +225,7 @@ def test_rows_that_the_template_of_the_base_refuses_are_counted_and_not_fatal():
     tok.chat_template = "{% for m in messages %}{% if m['role']=='tool' %}{{ raise_exception('no tools here') }}{% endif %}{% endfor %}" + tok.chat_template
     bad = record([dict(role='user', content='2+2?'), dict(role='assistant', content='add'), dict(role='tool', content='4')], 'It is 4.', 'calls', domain='math', license='mit')
     toys = toy_records(20)
-    got, counts = U.unified([*toys, bad], tok)
+    got, counts = unify_records([*toys, bad], tok)
     assert counts['sources']['calls']['removed'] == {'refused by the base': 1} and 'refused by the base' in counts['steps']
-    plain, before = U.unified(toys, byte_tokenizer())
+    plain, before = unify_records(toys, byte_tokenizer())
     assert 'refused by the base' not in before['steps'] and [len(p) for p in (got.experts, got.test)] == [len(p) for p in (plain.experts, plain.test)]

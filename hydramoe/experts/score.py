@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from ..foundations.core import HydraError, progress, rng
 from ..foundations.files import read_json, write_json
-from .stack import from_fork, hidden, logits
+from .model import hidden, logits
+from .trunk import run_above
 
 # %% ../../nbs/experts/47_score.ipynb #cell8
 def micro_batches(
@@ -27,73 +28,107 @@ def micro_batches(
 )->list[list[int]]: # row numbers: within a batch and from batch to batch longest first
     "Cut rows, sorted by length, into rectangles at the least cost in padding and passes"
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    best, cut = [0], [0]
+    best = [0]
+    cut = [0]
     for i in range(1, len(order)+1):
-        costs = {i-1: best[i-1] + lengths[order[i-1]] + overhead}
-        for j in range(i-2, -1, -1):
-            if (area := (i-j)*lengths[order[j]]) > max_tokens: break
-            costs[j] = best[j] + area + overhead
+        costs = {}
+        for j in range(i-1, -1, -1): # the last batch holds the rows j to i-1 of the order
+            area = (i-j)*lengths[order[j]]
+            if area>max_tokens and j<i-1: break
+            costs[j] = best[j]+area+overhead
         cut.append(min(costs, key=lambda j: (costs[j], j)))
         best.append(costs[cut[-1]])
-    return _batches(order, cut)
+    return _cut_at(order, cut)
 
-def _batches(order, cut):
-    i, out = len(order), []
-    while i: i, out = cut[i], [order[cut[i]:i]] + out
-    return out
+def _cut_at(order, cut):
+    "The batches, found from the last to the first"
+    end = len(order)
+    batches = []
+    while end:
+        batches.append(order[cut[end]:end])
+        end = cut[end]
+    return batches[::-1]
+
+# %% ../../nbs/experts/47_score.ipynb #2b45bc8a
+def _check_response(x):
+    "Refuse a row without a prompt or without a response"
+    if 1<=x.n_prompt<len(x.ids): return
+    raise HydraError(f"row {x.id!r}: {x.n_prompt} prompt tokens of {len(x.ids)}; "
+                     "a row needs at least one prompt token and one response token")
 
 # %% ../../nbs/experts/47_score.ipynb #cell12
 def collate(
-    examples:list, # of `hydramoe.data.records.Example`
+    examples:list, # of `hydramoe.models.encode.Example`
     device='cpu', # where the tensors go
-    line:bool=False # one row behind the other
-)->tuple[Tensor,Tensor,Tensor]: # ids (B,T) padded right with 0, or (1,T) · flat positions (L,) that predict a label · labels (L,)
-    "Rows as one rectangle, or as one line, with where the response tokens are predicted"
-    for x in examples:
-        if not 1 <= x.n_prompt < len(x.ids): raise HydraError(f"row {x.id!r}: {x.n_prompt} prompt tokens of {len(x.ids)}; a row needs at least one prompt token and one response token")
+    packed:bool=False # one row behind the other, see 43_packing
+)->tuple[Tensor,Tensor,Tensor]: # ids (B,T), padded right with 0, or (1,T) · flat positions that predict a label (L,) · labels
+    "Rows as one rectangle, or packed, with where the response tokens are predicted"
+    for x in examples: _check_response(x)
     rows = [torch.tensor(x.ids) for x in examples]
-    ids = torch.cat(rows)[None] if line else pad_sequence(rows, batch_first=True)
-    begin = accumulate([len(r) if line else ids.shape[1] for r in rows[:-1]], initial=0)
-    at = torch.cat([torch.arange(x.n_prompt-1, len(x.ids)-1) + b for x,b in zip(examples, begin)])
-    return ids.to(device), at.to(device), ids.flatten()[at+1].to(device)
+    ids = torch.cat(rows)[None] if packed else pad_sequence(rows, batch_first=True)
+    widths = [len(row) if packed else ids.shape[1] for row in rows]
+    starts = accumulate(widths[:-1], initial=0)
+    positions = []
+    for x, start in zip(examples, starts):
+        predicting = torch.arange(x.n_prompt-1, len(x.ids)-1)
+        positions.append(start+predicting)
+    at = torch.cat(positions)
+    labels = ids.flatten()[at+1]
+    return ids.to(device), at.to(device), labels.to(device)
 
+# %% ../../nbs/experts/47_score.ipynb #21354cbb
 def token_losses(
-    model, # `hydramoe.experts.stack.GatedCausalLM`
-    examples:list, # of `hydramoe.data.records.Example`
+    model, # `hydramoe.experts.model.GatedCausalLM`
+    examples:list, # of `hydramoe.models.encode.Example`
     gates:Tensor|None=None, # (B,E), or None: the base, or the plan that is bound
     chunk:int=256, # logits made at a time
-    below:Tensor|None=None, # (B,T,d) of `at_fork`, if it is at hand: go on from there
-    line:bool=False # rows lie in one line, for which a plan is bound
+    below:Tensor|None=None, # (B,T,d) of `run_trunk`, if it's at hand: go on from there
+    packed:bool=False # rows are packed into one, for which a plan is bound
 )->Tensor: # (L,) nll of all response tokens, row after row; differentiable
     "Loss of each response token of one batch"
-    (ids, at, labels), how = collate(examples, model.device, line), dict(gates=gates, line=[len(x.ids) for x in examples] if line else None)
-    h = (hidden(model, ids, **how) if below is None else from_fork(model, below, **how)).flatten(0, 1)[at]
-    return torch.cat([F.cross_entropy(logits(model, x).float(), y, reduction='none') for x,y in zip(h.split(chunk), labels.split(chunk))])
+    ids, at, labels = collate(examples, model.device, packed)
+    lengths = [len(x.ids) for x in examples] if packed else None
+    if below is None: h = hidden(model, ids, gates=gates, lengths=lengths)
+    else: h = run_above(model, below, gates=gates, lengths=lengths)
+    predicting = h.flatten(0, 1)[at] # (L,d)
+    losses = []
+    for states, answers in zip(predicting.split(chunk), labels.split(chunk)):
+        scores = logits(model, states).float()
+        losses.append(F.cross_entropy(scores, answers, reduction='none'))
+    return torch.cat(losses)
+
+# %% ../../nbs/experts/47_score.ipynb #edb0bbcd
+def _gate_rows(gates, n):
+    "Gates (n,E), or None for the base"
+    if gates is None: return None
+    g = torch.as_tensor(gates, dtype=torch.float32)
+    if g.ndim==1: g = g.expand(n, -1)
+    if g.ndim==2 and len(g)==n: return g
+    raise HydraError(f"gates of shape {tuple(g.shape)} for {n} examples; "
+                     f"give (E,), one mix for all, or ({n},E), one for each")
 
 # %% ../../nbs/experts/47_score.ipynb #cell18
 def response_losses(
-    model, # `hydramoe.experts.stack.GatedCausalLM`
-    examples:list, # N of `hydramoe.data.records.Example`
+    model, # `hydramoe.experts.model.GatedCausalLM`
+    examples:list, # N of `hydramoe.models.encode.Example`
     gates:Tensor|None=None, # (E,) one mix for all, (N,E) one each, or None: the base
     max_tokens:int=2048, # most tokens of a padded batch
     desc:str='score' # of the progress bar
 )->list[np.ndarray]: # for each example, nll of its response tokens, fp32
     "Loss of each response token of each example, in their order"
-    gates, out = _gate_rows(gates, len(examples)), [None]*len(examples)
-    with progress(total=sum(len(x.ids) for x in examples), desc=desc, unit='tok') as bar, torch.inference_mode():
-        for b in micro_batches([len(x.ids) for x in examples], max_tokens):
-            rows = [examples[i] for i in b]
-            nll = token_losses(model, rows, None if gates is None else gates[b].to(model.device))
-            for i,x in zip(b, nll.cpu().split([len(x.ids)-x.n_prompt for x in rows])): out[i] = x.numpy()
+    gates = _gate_rows(gates, len(examples))
+    lengths = [len(x.ids) for x in examples]
+    out = [None]*len(examples)
+    with progress(total=sum(lengths), desc=desc, unit='tok') as bar, torch.inference_mode():
+        for batch in micro_batches(lengths, max_tokens):
+            rows = [examples[i] for i in batch]
+            g = None if gates is None else gates[batch].to(model.device)
+            nll = token_losses(model, rows, g).cpu()
+            sizes = [len(x.ids)-x.n_prompt for x in rows]
+            for i, part in zip(batch, nll.split(sizes)):
+                out[i] = part.numpy()
             bar.update(sum(len(x.ids) for x in rows))
     return out
-
-def _gate_rows(gates, n):
-    if gates is None: return None
-    g = torch.as_tensor(gates, dtype=torch.float32)
-    g = g.expand(n, -1) if g.ndim==1 else g
-    if g.ndim!=2 or len(g)!=n: raise HydraError(f"gates of shape {tuple(g.shape)} for {n} examples; give (E,), one mix for all, or ({n},E), one for each")
-    return g
 
 # %% ../../nbs/experts/47_score.ipynb #cell22
 @dataclass
@@ -106,24 +141,34 @@ class Losses:
     columns:list # C names
     def __getitem__(self, column:str)->np.ndarray: # (T,)
         "One column's nll"
-        if column not in self.columns: raise HydraError(f"no column {column!r} in the loss matrix; it has {', '.join(self.columns)}")
+        if column not in self.columns:
+            raise HydraError(f"no column {column!r} in the loss matrix; it has {', '.join(self.columns)}")
         return self.nll[self.columns.index(column)]
+
     @property
     def tokens(self)->np.ndarray: # (N,)
         "Response tokens of each record"
         return np.diff(self.offsets)
 
+# %% ../../nbs/experts/47_score.ipynb #9d775810
 def loss_matrix(
-    model, # `hydramoe.experts.stack.GatedCausalLM`
-    examples:list, # N of `hydramoe.data.records.Example`
+    model, # `hydramoe.experts.model.GatedCausalLM`
+    examples:list, # N of `hydramoe.models.encode.Example`
     columns:dict[str,Tensor|None], # name → gates: (E,), (N,E), or None: the base
     max_tokens:int=2048 # most tokens of a padded batch
 )->Losses: # one column a name
     "Score the examples once for each column"
-    nll = np.stack([np.concatenate(response_losses(model, examples, g, max_tokens, f'score {c}')) for c,g in columns.items()])
-    offsets = np.cumsum([0] + [len(x.ids)-x.n_prompt for x in examples])
-    if not np.isfinite(nll).all(): raise HydraError(f"not every loss is finite: {[c for c,x in zip(columns, nll) if not np.isfinite(x).all()]}; look at the adapters of these columns")
-    return Losses(nll, offsets, [x.id for x in examples], [x.domain for x in examples], list(columns))
+    rows = []
+    for name, gates in columns.items():
+        losses = response_losses(model, examples, gates, max_tokens, f'score {name}')
+        rows.append(np.concatenate(losses))
+    odd = [name for name, row in zip(columns, rows) if not np.isfinite(row).all()]
+    if odd: raise HydraError(f"not every loss is finite: {odd}; look at the adapters of these columns")
+    sizes = [len(x.ids)-x.n_prompt for x in examples]
+    offsets = np.cumsum([0, *sizes])
+    ids = [x.id for x in examples]
+    domains = [x.domain for x in examples]
+    return Losses(np.stack(rows), offsets, ids, domains, list(columns))
 
 # %% ../../nbs/experts/47_score.ipynb #cell25
 def save_losses(
@@ -131,19 +176,26 @@ def save_losses(
     out:str|Path # a directory, made if missing: usually that of a stage
 )->Path: # `out`
     "Write `losses.safetensors` and `losses.json`"
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    save_file(dict(nll=np.ascontiguousarray(losses.nll, np.float32), offsets=losses.offsets.astype(np.int64)), out/'losses.safetensors')
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    nll = np.ascontiguousarray(losses.nll, np.float32)
+    save_file(dict(nll=nll, offsets=losses.offsets.astype(np.int64)), out/'losses.safetensors')
     write_json(out/'losses.json', dict(columns=losses.columns, ids=losses.ids, domains=losses.domains))
     return out
 
+# %% ../../nbs/experts/47_score.ipynb #04fb312b
 def load_losses(
     path:str|Path # a directory `save_losses` wrote
 )->Losses: # as it was saved
     "Read a loss matrix, and check that its parts belong together"
-    x, meta = load_file(Path(path)/'losses.safetensors'), read_json(Path(path)/'losses.json')
-    want = (len(meta['columns']), x['offsets'][-1]), (len(meta['ids'])+1,), len(meta['domains'])
-    if (x['nll'].shape, x['offsets'].shape, len(meta['ids'])) != want: raise HydraError(f"{path}: losses.safetensors and losses.json do not belong together; score again")
-    return Losses(**x, **meta)
+    arrays = load_file(Path(path)/'losses.safetensors')
+    meta = read_json(Path(path)/'losses.json')
+    losses = Losses(**arrays, **meta)
+    n = len(losses.ids)
+    columns_fit = losses.nll.shape==(len(losses.columns), losses.offsets[-1])
+    records_fit = losses.offsets.shape==(n+1,) and len(losses.domains)==n
+    if columns_fit and records_fit: return losses
+    raise HydraError(f"{path}: losses.safetensors and losses.json do not belong together; score again")
 
 # %% ../../nbs/experts/47_score.ipynb #cell30
 def record_sums(
@@ -151,7 +203,8 @@ def record_sums(
     offsets:np.ndarray # (N+1,)
 )->np.ndarray: # (N,) or (C,N), float64
     "Total nll of each record"
-    return np.add.reduceat(np.asarray(nll, np.float64), offsets[:-1], axis=-1)
+    nll = np.asarray(nll, np.float64)
+    return np.add.reduceat(nll, offsets[:-1], axis=-1)
 
 def record_means(
     nll:np.ndarray, # (T,) or (C,T)
@@ -160,50 +213,70 @@ def record_means(
     "Mean nll of each record's response tokens"
     return record_sums(nll, offsets)/np.diff(offsets)
 
+# %% ../../nbs/experts/47_score.ipynb #6947134a
 def domain_nll(
     sums:np.ndarray, # (N,) total nll of each record
     tokens:np.ndarray, # (N,) response tokens of each
     domains:list # N names
 )->dict[str,float]: # domain → nats a token, and `macro`, the mean over domains
     "Mean nll a token of each domain"
-    d = np.asarray(domains)
-    out = {str(k): float(sums[d==k].sum()/tokens[d==k].sum()) for k in sorted(set(domains))}
-    return out | {'macro': float(np.mean(list(out.values())))}
+    of = np.asarray(domains)
+    out = {}
+    for d in sorted(set(domains)):
+        inside = of==d
+        out[str(d)] = float(sums[inside].sum()/tokens[inside].sum())
+    mean = np.mean(list(out.values()))
+    return out | {'macro': float(mean)}
 
+# %% ../../nbs/experts/47_score.ipynb #3125455b
 def perplexity(
     sums:np.ndarray, # (N,) total nll of each record
     tokens:np.ndarray, # (N,) response tokens of each
     domains:list # N names
 )->dict[str,float]: # domain → perplexity, and `macro`
     "Token-weighted inside a domain, domains averaged in log space"
-    return {k: float(np.exp(v)) for k,v in domain_nll(sums, tokens, domains).items()}
+    nats = domain_nll(sums, tokens, domains)
+    return {d: float(np.exp(x)) for d, x in nats.items()}
 
 # %% ../../nbs/experts/47_score.ipynb #cell34
-def _matrix(losses, columns): return np.stack([losses[c] for c in columns])
-def _per_token(x, losses): return np.repeat(x, losses.tokens, axis=-1)
+def _matrix(losses, columns):
+    "The nll (E,T) of some columns"
+    found = [losses[c] for c in columns]
+    return np.stack(found)
 
+def _per_token(x, losses):
+    "One entry for each token, from one for each record"
+    return np.repeat(x, losses.tokens, axis=-1)
+
+# %% ../../nbs/experts/47_score.ipynb #4a5fe956
 def pick(
     losses:Losses, # has the columns
     columns:list[str], # E experts
     which:np.ndarray # (N,) the expert of each record, 0 to E-1
 )->np.ndarray: # (T,) nll of each token under its record's expert
     "Losses when each record goes to one expert"
-    return np.take_along_axis(_matrix(losses, columns), _per_token(np.asarray(which), losses)[None], 0)[0]
+    nll = _matrix(losses, columns)
+    expert = _per_token(np.asarray(which), losses)
+    return np.take_along_axis(nll, expert[None], 0)[0]
 
+# %% ../../nbs/experts/47_score.ipynb #5bacae71
 def hindsight(
     losses:Losses, # has the columns
     columns:list[str] # E experts
 )->np.ndarray: # (N,) the expert of least loss on each record
     "Each record's best expert, known only after the answer: an upper bound"
-    return record_sums(_matrix(losses, columns), losses.offsets).argmin(0)
+    sums = record_sums(_matrix(losses, columns), losses.offsets)
+    return sums.argmin(0)
 
+# %% ../../nbs/experts/47_score.ipynb #10e69fbd
 def recovered(
     uniform:float, # macro nll of the uniform mixture: nothing chosen
     router:float, # of the router
     hindsight:float # of the best expert of each record: everything chosen
 )->float: # 0: no better than uniform, 1: as good as hindsight
     "Share of the way from uniform to hindsight that a router covers"
-    if not hindsight < uniform: raise HydraError(f"hindsight ({hindsight:.4g}) is no better than uniform ({uniform:.4g}): there is nothing to recover")
+    if not hindsight<uniform:
+        raise HydraError(f"hindsight ({hindsight:.4g}) is no better than uniform ({uniform:.4g}): there is nothing to recover")
     return (uniform-router)/(uniform-hindsight)
 
 # %% ../../nbs/experts/47_score.ipynb #cell37
@@ -213,10 +286,15 @@ def ensemble(
     weights:np.ndarray # (N,E), or (E,) for all: rows sum to 1
 )->np.ndarray: # (T,) −log Σ g p
     "Losses of the experts' probabilities averaged with each record's weights"
-    w = np.broadcast_to(np.asarray(weights, np.float64), (len(losses.ids), len(columns)))
-    if (w < 0).any() or not np.allclose(w.sum(1), 1, atol=1e-4): raise HydraError('ensemble weights must be at least 0 and sum to 1 for each record')
-    logw = np.log(w, out=np.full(w.shape, -np.inf), where=w>0).T
-    return -np.logaddexp.reduce(_per_token(logw, losses) - _matrix(losses, columns), axis=0)
+    shape = len(losses.ids), len(columns)
+    w = np.broadcast_to(np.asarray(weights, np.float64), shape)
+    sums_to_one = np.allclose(w.sum(1), 1, atol=1e-4)
+    if (w<0).any() or not sums_to_one:
+        raise HydraError('ensemble weights must be at least 0 and sum to 1 for each record')
+    log_w = np.full(shape, -np.inf)
+    np.log(w, out=log_w, where=w>0)
+    log_p = -_matrix(losses, columns)
+    return -np.logaddexp.reduce(_per_token(log_w.T, losses)+log_p, axis=0)
 
 # %% ../../nbs/experts/47_score.ipynb #cell42
 def log_macro_draws(
@@ -227,13 +305,19 @@ def log_macro_draws(
     seed:int=0 # of the resampling
 )->np.ndarray: # (S,draws) log macro perplexity, every system on the same samples
     "Macro perplexity over records drawn again within each domain"
-    d, names, out = np.asarray(domains), sorted(set(domains)), 0
-    for k in names:
-        at = np.flatnonzero(d==k)
-        w = rng(seed, 'bootstrap', k).multinomial(len(at), np.full(len(at), 1/len(at)), draws).astype(float)
-        out = out + np.asarray(sums, np.float64)[:,at]@w.T/(w@tokens[at])
-    return out/len(names)
+    of = np.asarray(domains)
+    sums = np.asarray(sums, np.float64)
+    names = sorted(set(domains))
+    total = 0
+    for d in names:
+        at = np.flatnonzero(of==d)
+        n = len(at)
+        generator = rng(seed, 'bootstrap', d)
+        times = generator.multinomial(n, np.full(n, 1/n), draws).astype(float) # how often each record is drawn
+        total = total+sums[:,at]@times.T/(times@tokens[at])
+    return total/len(names)
 
+# %% ../../nbs/experts/47_score.ipynb #8356931d
 def paired_bootstrap(
     a:np.ndarray, # (N,) total nll of each record under system a (mean nll if no `tokens`)
     b:np.ndarray, # (N,) the same records under system b
@@ -245,12 +329,24 @@ def paired_bootstrap(
 )->tuple[float,float,float]: # percent, low, high: below 0, a is better
     "Difference of macro perplexity, a against b, with an interval by record within domain (training noise left out)"
     tokens = np.ones(len(domains)) if tokens is None else np.asarray(tokens)
-    ab = np.stack([a, b])
-    point = np.subtract(*(domain_nll(x, tokens, domains)['macro'] for x in ab))
-    lo, hi = np.quantile(np.subtract(*log_macro_draws(ab, tokens, domains, draws, seed)), [(1-level)/2, (1+level)/2])
-    return tuple(float(100*np.expm1(x)) for x in (point, lo, hi))
+    both = np.stack([a, b])
+    macro_a, macro_b = (domain_nll(x, tokens, domains)['macro'] for x in both)
+    draws_a, draws_b = log_macro_draws(both, tokens, domains, draws, seed)
+    ends = [(1-level)/2, (1+level)/2]
+    low, high = np.quantile(draws_a-draws_b, ends)
+    found = macro_a-macro_b, low, high
+    return tuple(float(100*np.expm1(x)) for x in found)
 
 # %% ../../nbs/experts/47_score.ipynb #cell47
+def _domain_scores(sums, tokens, domains, draws, seed):
+    "For each of S systems nll, low and high perplexity of these records, domains averaged"
+    samples = log_macro_draws(sums, tokens, domains, draws, seed)
+    ends = np.quantile(samples, [.025, .975], axis=1)
+    lows, highs = np.exp(ends)
+    nll = [domain_nll(x, tokens, domains)['macro'] for x in sums]
+    return zip(nll, lows, highs)
+
+# %% ../../nbs/experts/47_score.ipynb #824ed531
 def score_rows(
     losses:Losses, # records, domains and tokens
     systems:dict[str,np.ndarray], # name → (T,) nll of each token
@@ -258,17 +354,33 @@ def score_rows(
     seed:int=0 # of the resampling
 )->list[dict]: # {system, domain, nll, ppl, lo, hi}, macro last
     "Perplexity of each system on each domain, with a 95 % interval by record"
-    sums = record_sums(np.stack(list(systems.values())), losses.offsets)
-    d, out = np.asarray(losses.domains), []
-    for k in [*sorted(set(losses.domains)), 'macro']:
-        at = slice(None) if k=='macro' else d==k
-        ci = np.quantile(log_macro_draws(sums[:,at], losses.tokens[at], d[at].tolist(), draws, seed), [.025, .975], axis=1)
-        for name,x,(lo,hi) in zip(systems, sums, np.exp(ci.T)):
-            nll = domain_nll(x[at], losses.tokens[at], d[at].tolist())['macro']
-            out.append(dict(system=name, domain=k, nll=nll, ppl=float(np.exp(nll)), lo=float(lo), hi=float(hi)))
-    return sorted(out, key=lambda r: list(systems).index(r['system']))
+    nll = np.stack(list(systems.values()))
+    sums = record_sums(nll, losses.offsets)
+    of = np.asarray(losses.domains)
+    rows = {name: [] for name in systems}
+    for d in [*sorted(set(losses.domains)), 'macro']:
+        at = slice(None) if d=='macro' else of==d
+        scores = _domain_scores(sums[:,at], losses.tokens[at], of[at].tolist(), draws, seed)
+        for name, (nll, lo, hi) in zip(systems, scores):
+            row = dict(system=name, domain=d, nll=nll, ppl=float(np.exp(nll)), lo=float(lo), hi=float(hi))
+            rows[name].append(row)
+    return sum(rows.values(), [])
 
 # %% ../../nbs/experts/47_score.ipynb #cell50
+def _percent_change(rows, against):
+    "Change of perplexity against a system, in percent: systems, domains, and a table of them"
+    systems = list(dict.fromkeys(r['system'] for r in rows))
+    domains = list(dict.fromkeys(r['domain'] for r in rows))
+    if against not in systems: raise HydraError(f"no system {against!r} in the table; it has {', '.join(systems)}")
+    ppl = {(r['system'], r['domain']): r['ppl'] for r in rows}
+    systems.remove(against)
+    table = []
+    for s in systems:
+        ratios = [ppl[s,d]/ppl[against,d] for d in domains]
+        table.append([100*(ratio-1) for ratio in ratios])
+    return systems, domains, np.array(table)
+
+# %% ../../nbs/experts/47_score.ipynb #157d4709
 def plot_scores(
     rows:list[dict], # {system, domain, ppl}, of `score_rows`
     against:str='base', # the system the others are compared with
@@ -276,15 +388,16 @@ def plot_scores(
 ): # matplotlib Figure
     "Heat map, system × domain, of the change of perplexity in percent"
     import matplotlib.pyplot as plt
-    systems, domains = (list(dict.fromkeys(r[k] for r in rows)) for k in ('system', 'domain'))
-    if against not in systems: raise HydraError(f"no system {against!r} in the table; it has {', '.join(systems)}")
-    ppl = {(r['system'], r['domain']): r['ppl'] for r in rows}
-    x = np.array([[100*(ppl[s,d]/ppl[against,d]-1) for d in domains] for s in systems if s!=against])
-    ax = ax or plt.subplots(figsize=(1.2+.75*len(domains), .8+.35*len(systems)))[1]
+    systems, domains, x = _percent_change(rows, against)
+    width = 1.2+.75*len(domains)
+    height = .8+.35*(len(systems)+1)
+    if ax is None: _, ax = plt.subplots(figsize=(width, height))
     top = np.abs(x).max() or 1
     ax.imshow(x, cmap='RdBu_r', vmin=-top, vmax=top, aspect='auto')
-    for (i,j),v in np.ndenumerate(x): ax.text(j, i, f'{v:+.1f}', ha='center', va='center', fontsize=8, color='white' if abs(v)>.6*top else 'black')
+    for (i, j), v in np.ndenumerate(x):
+        color = 'white' if abs(v)>.6*top else 'black'
+        ax.text(j, i, f'{v:+.1f}', ha='center', va='center', fontsize=8, color=color)
     ax.set_xticks(range(len(domains)), domains, rotation=30, ha='right')
-    ax.set_yticks(range(len(x)), [s for s in systems if s!=against])
+    ax.set_yticks(range(len(x)), systems)
     ax.set_title(f'perplexity against {against}, %', fontsize=9)
     return ax.figure

@@ -178,8 +178,8 @@ def _input_id(name, path):
 
 # %% ../../nbs/foundations/04_store.ipynb #0ed81ddb
 KEY_FUNCTIONS = dict( # parameter → the function that says what is behind its value now
-    base='hydramoe.models.base:base_key',
-    encoder='hydramoe.domains.cluster:encoder_key')
+    base='hydramoe.models.load:base_key',
+    encoder='hydramoe.domains.embed:encoder_key')
 
 def _read_named(arguments):
     "What is behind the names among a stage's arguments, by parameter"

@@ -15,9 +15,11 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from ..foundations.core import HydraError, cache_dir
 from ..foundations.fetch import hub, hub_commit
-from ..models.base import render
-from ..experts.stack import GatedCausalLM
-from .model import BundleError, Hydra, _hydra_config, bundle_tokenizer, wants_base
+from ..models.template import render
+from ..experts.model import GatedCausalLM
+from .bundle import BundleError
+from .saving import bundle_tokenizer
+from .model import Hydra, hydra_config, wants_base
 
 # %% ../../nbs/hydra/68_auto.ipynb #cell10
 def _no_code(x, at='config'):
@@ -110,7 +112,7 @@ class HydraForCausalLM(GatedCausalLM):
         hydra:Hydra # whose base and stack it shares
     ):
         if not isinstance(hydra, Hydra): raise HydraError("a HydraForCausalLM is not made from a configuration, which holds no experts: use from_pretrained(bundle), or give a Hydra")
-        PreTrainedModel.__init__(self, HydraConfig.from_dict(_hydra_config(hydra)))
+        PreTrainedModel.__init__(self, HydraConfig.from_dict(hydra_config(hydra)))
         self.hydra,self.base,self.stack = hydra,hydra.model.base,hydra.model.stack
         self.generation_config = copy.deepcopy(hydra.model.generation_config)
         self.generation_config.update(eos_token_id=hydra.base.ends or None, pad_token_id=hydra.base.tokenizer.pad_token_id)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hydramoe.foundations.files import read_json
-from hydramoe.data.records import load
-from hydramoe.hydra.model import Hydra, seal_bundle
+from hydramoe.data.load import load
+from hydramoe.hydra.bundle import seal_bundle
+from hydramoe.hydra import Hydra
 
 HERE = Path(__file__).parent
 SOURCES = ['math', 'mbpp', 'element_sql', 'scenes']

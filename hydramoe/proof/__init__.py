@@ -1,0 +1,1 @@
+"What experiments share to compare systems fairly: the same rows, paired differences, intervals"
