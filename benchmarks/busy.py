@@ -11,7 +11,7 @@ after round, on a quiet machine and beside one process that keeps a core busy; m
   asleep_*                                  the same for PASSIVE alone
 `--base tiny --rows 2 --rounds 1` takes seconds, to see that it works.
 """
-import argparse, json, os, statistics, subprocess, sys, tempfile, time, warnings
+import argparse, json, os, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -62,11 +62,11 @@ def score(a):
 def train(a):
     "Seconds for one pass over the rows, all experts fused, after a first step"
     from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps
-    from hydramoe.hydra.spec import training_settings
+    from hydramoe.experts.train import training_mode
     model, rows = prepared(a)
     names, spec = list(rows), TrainSpec(rows=1., warmup=2)
     steps = plan_steps(list(rows.values()), names, spec)
-    with training_settings(model, False):
+    with training_mode(model, False):
         opt = Optimizers(model.stack, [len(steps)]*len(names), spec)
         fit_step(model, opt, steps[0], 0, names)
         began = time.perf_counter()

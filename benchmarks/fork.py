@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from hydramoe.models.load import load_base
 from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps
 from hydramoe.experts.stages import cache_trunk
-from hydramoe.hydra.spec import training_settings
+from hydramoe.experts.train import training_mode
 from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.plan import one_hot
 from hydramoe.experts.model import gated, logits
@@ -52,7 +52,7 @@ def trained(a, full, forked, rows, states):
     "Seconds and tokens of each step on both sides, in turn"
     names, spec = list(rows), TrainSpec(rows=1., micro_tokens=a.micro)
     steps, took = plan_steps(list(rows.values()), names, spec), []
-    with training_settings(full), training_settings(forked):
+    with training_mode(full), training_mode(forked):
         opt = [Optimizers(m.stack, [len(steps)]*len(names), spec) for m in (full, forked)]
         def one(side, k): return seconds(lambda: fit_step((full, forked)[side], opt[side], steps[k], k, names, states if side else None))
         for side in (0, 1): one(side, 0) # does not count
@@ -83,7 +83,7 @@ def ridge(states, rows, strength=1e-2):
 def measure(a, quant):
     "One table"
     names = list((rows := rows_of(a, load_base(a.base, quant))[0]))
-    (_, full), (base, forked) = experts(a, quant, names, 0), experts(a, quant, names, a.fork)
+    (_, full), (_, forked) = experts(a, quant, names, 0), experts(a, quant, names, a.fork)
     every, epochs = sum(rows.values(), []), (1, 3, 10)
     with tempfile.TemporaryDirectory() as d:
         cache_trunk(forked, every[:2], d, quant) # warm

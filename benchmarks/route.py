@@ -24,7 +24,7 @@ from hydramoe.data.records import DOMAINS
 from hydramoe.data.cards import card_names
 from hydramoe.data.load import load
 from hydramoe.hydra.vectors import distil_tokens, static_vectors
-from hydramoe.hydra.route import Router, calibrate, classifier_router, similarity_router
+from hydramoe.hydra.route import calibrate, classifier_router, similarity_router
 from hydramoe.hydra.kinds import knn_router, ridge_router
 from hydramoe.hydra.cascade import cascade_router, choose_margin, margin, fit_on_hidden, use_static
 
@@ -108,17 +108,12 @@ def rows(routers, parts, seen, seconds):
         alone = n.removeprefix('static, then ')
         cost, asked = seconds[v]+seconds[alone], 1.
         if r.kind=='cascade':
-            cheap = routers['static, classifier'][0]
-            asked = float((margin(calibrated_first(r)(x=seen['static']['test']))<=r.params['margin']).mean())
+            asked = float((margin(r.part('first')(x=seen['static']['test']))<=r.params['margin']).mean())
             cost = seconds['static']+seconds['static, classifier']+asked*cost
         out.append(dict(router=n, share=round(cost/seconds['prefill'], 4), asked=round(asked, 3), dev_right=round(right('dev', choice[n]['dev']), 4),
                         right=round(right('test', choice[n]['test']), 4), agreement=round(float((choice[n]['test']==choice[best]['test']).mean()), 4)))
         if v.startswith('layer') and r.kind!='cascade': out[-1]['under_fork'] = round(seconds[alone]/seconds['prefill'], 4)
     return best, out
-
-def calibrated_first(router):
-    "The cheap router of a cascade"
-    return Router(**router.params['first'], arrays={n.removeprefix('first.'): a for n,a in router.arrays.items() if n.startswith('first.')})
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

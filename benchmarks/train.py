@@ -76,6 +76,7 @@ def lora(a):
 
 def start(a, base, names):
     "Fresh adapters, the same for both sides"
+    import hydramoe.experts.adapters # noqa: F401, gives stacks save_peft and load_peft
     from hydramoe.experts.model import gated
     if (Path(a.work)/'start').exists(): return
     model = gated(base, slots=1, spec=lora(a))
@@ -91,14 +92,14 @@ def tokens(rows): return sum(len(x.ids) for x in rows)
 def ours(a):
     "All experts fused"
     from hydramoe.experts.train import Optimizers, fit_step
-    from hydramoe.hydra.spec import training_settings
+    from hydramoe.experts.train import training_mode
     from hydramoe.experts.model import gated
     base, spec, rows, _, steps = prepared(a)
     names = list(rows)
     start(a, base, names)
     model = gated(base, slots=len(names), spec=lora(a))
     for e,n in enumerate(names): model.stack.load_peft(Path(a.work)/'start'/n, e, n)
-    with training_settings(model, a.checkpointing):
+    with training_mode(model, a.checkpointing):
         opt, seconds = Optimizers(model.stack, [sum(any(f==e for f,_ in s) for s in steps) for e in range(len(names))], spec), []
         for k,step in enumerate(steps):
             t = clock(a)

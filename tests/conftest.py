@@ -1,5 +1,5 @@
 "What holds for all tests: one thread, and hypothesis draws the same examples in every run."
-import os, subprocess, sys
+import errno, os, subprocess, sys
 
 import hydramoe # noqa: F401, sets OMP_WAIT_POLICY before torch is imported
 
@@ -47,3 +47,16 @@ def in_two_processes(tmp_path):
             outs.append({p.name: p.read_bytes() for p in out.iterdir()})
         return outs
     return run
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    "A file system that knows no locks"
+    from hydramoe.foundations import files
+    def none(*args): raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(files.fcntl, 'flock', none)
+
+@pytest.fixture(scope='module')
+def tiny():
+    "The tiny base, one for all tests of a file"
+    from hydramoe.models.base import tiny_base
+    return tiny_base()

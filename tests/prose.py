@@ -2,27 +2,23 @@
 
 For each page, its phrases with a number. A {} is filled from what stands beside the phrase, which is read from its source when the
 test runs; where a text stands beside it, the number follows from no file, and the text says from what. Every phrase must stand in its
-page exactly once, and outside of phrases and NAMES a page holds no number. So a number that is changed, here, there or in its source,
+page exactly once, and outside of phrases and WITH_DIGITS a page holds no number. So a number that is changed, here, there or in its source,
 fails; one that is new has to be entered, or better: made from results, in a cell of nbs/index.ipynb or by \\result{} in main.tex.
 """
 import ast, json, re, tomllib
-from pathlib import Path
 
 from hydramoe.foundations.files import read_json
 from hydramoe.data.records import DOMAINS
 from hydramoe.use.reproduce import Graph, experiments_at, load_result, params_at
-from hydramoe.use.publish import SPEEDS, chapters_table, notebooks_page, published
-from hydramoe.data.parts import PARTS
-
-root = Path(__file__).parents[1]
-def text(*parts): return root.joinpath(*parts).read_text(encoding='utf-8')
+from hydramoe.use.publish import SPEEDS, notebooks_page, published
+from helpers import root, text
 
 WORDS = 'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty'.split()
 MORE = ('half', 'halves', 'twice', 'third', 'thirds', 'quarter', 'dozen', 'double', 'triple', *'thirty forty fifty sixty seventy eighty ninety hundred thousand million billion'.split())
 # `one` is mostly no number in English, and cannot be made of another number without a trace: what it becomes is found
 NUMBER = re.compile(rf"\d+(?:[.,]\d+)*|\b(?:{'|'.join([w for w in WORDS if w!='one']+list(MORE))})s?\b", re.I)
 MEASURE = re.compile(r'\d+(?:[.,]\d+)*(?: ?[×%](?! \d)| (?:ms|seconds|minutes|hours|MB|GB|tokens a second)\b)')
-NAMES = [rf'\b(?:{"|".join(p.stem for p in sorted((root/"nbs").rglob("*.ipynb")))})\b', r'\b(?:bf16|fp32|nf4)\b', r'\bSHA-256\b', r'\bsha256sum\b', r'\bSHA256SUMS\b', r'\bApache-2\.0\b', r'\bSmolLM2(?:-135M)?\b', r'(?m)^\d\. '] # with digits in them; and items of lists
+WITH_DIGITS = [rf'\b(?:{"|".join(p.stem for p in sorted((root/"nbs").rglob("*.ipynb")))})\b', r'\b(?:bf16|fp32|nf4)\b', r'\bSHA-256\b', r'\bsha256sum\b', r'\bSHA256SUMS\b', r'\bApache-2\.0\b', r'\bSmolLM2(?:-135M)?\b', r'(?m)^\d\. '] # names; and items of lists
 
 def word(n): return WORDS[n]
 def scale(s): return {n: load_result(root/'results'/f'{n}-{s}.json') for n in ('e1_domains', 'e2_experts', 'e3_routing')}
@@ -78,6 +74,8 @@ def paper():
     }
 
 def contributing(): return {
+    '`24a` to `24f` are the crafted sets': 'names of notebooks', '(`45`) and losses are scored (`47`)': 'names of notebooks',
+    'A bundle (`63`) comes before the Hydra (`64`)': 'names of notebooks', 'crafted sets (`24`) before': 'names of notebooks',
     'through nbdev {} (`settings.ini`)': [pin('nbdev')],
     'whose gradient is zero': 'how AdamW works',
     'the next cell or two show it': 'advice',
@@ -108,7 +106,7 @@ def makefile(): return {
     'under 20 minutes': 'the budget of the suite',
 }
 
-def notebooks(): return { # measures alone: a number with a unit
+def notebook_measures(): return { # measures alone: a number with a unit
     'we measured 32 ms a layer against 3.5 ms for the plain formula': 'measured once, not kept',
     'We compared: 79 % of 300 of its questions': 'compared once with a set that is not among the assets',
     'Does a 95 % interval hold': 'the interval', 'a difference of exactly 2 %': 'planted', "each system's own 95 % interval": 'the interval',
@@ -145,7 +143,7 @@ PAGES = dict( # name → its text, and its phrases
     paper=lambda: (tex(text('papers', 'hydra', 'main.tex')), paper()),
     CONTRIBUTING=lambda: (without_code(text('CONTRIBUTING.md')), contributing()),
     Makefile=lambda: ('\n'.join(re.findall(r'(?m)^(?:[a-z-]+:.*## |.*echo ").*$', text('Makefile'))), makefile()),
-    notebooks=lambda: (''.join(prose_of_notebooks()), notebooks(), MEASURE))
+    notebooks=lambda: (''.join(prose_of_notebooks()), notebook_measures(), MEASURE))
 
 def unsupported(
     page, # its text
@@ -158,5 +156,5 @@ def unsupported(
         whole = phrase if isinstance(source, str) else phrase.format(*source)
         if page.count(whole)!=1: wrong.append(f'{whole!r} stands {page.count(whole)} times')
         page = page.replace(whole, '')
-    for name in NAMES: page = re.sub(name, '', page)
+    for name in WITH_DIGITS: page = re.sub(name, '', page)
     return wrong+[f'{m[0]!r} in {page[max(0, m.start()-40):m.end()+40]!r}' for m in number.finditer(page)]

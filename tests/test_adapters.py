@@ -11,30 +11,11 @@ from hydramoe.experts.plan import make_plan, one_hot
 from hydramoe.experts.model import GatedLinear, gated, hidden
 from hydramoe.experts.adapter_files import ADAPTER_FIELDS, adapter_config
 from hydramoe.experts.adapters import with_adapters
-
-def fill(stack, seed=0):
-    for e in range(stack.slots): stack.init_expert(e, e, f'expert{e}')
-    with torch.no_grad(): stack.theta.add_(.05*torch.randn(stack.theta.shape, generator=torch.Generator().manual_seed(seed)))
-    return stack
-
-def ready(quant='fp32', slots=4, rank=4, **kw):
-    m = gated(tiny_base(quant=quant), slots, LoraSpec(rank, 2*rank, **kw))
-    fill(m.stack)
-    return m
-
-def batch(rows=3, length=12, seed=0, vocab=250, pads=(0,3,5)):
-    ids = torch.randint(3, vocab, (rows,length), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    for r in range(rows): mask[r,:pads[r%len(pads)]] = 0
-    return dict(input_ids=ids, attention_mask=mask)
-
-def peft(base_model, dir):
-    from peft import PeftModel
-    with warnings.catch_warnings(action='ignore'): return PeftModel.from_pretrained(base_model, dir)
+from stacks import batch, fill, filled, forked_model, peft
 
 # ---- ranks
 def test_smaller_rank_equals_peft_and_its_padding_never_moves(tmp_path):
-    m = ready(slots=2, rank=6)
+    m = filled(slots=2, rank=6)
     m.stack.init_expert(0, 3, 'small', rank=2, alpha=5)
     x = batch()
     m.stack.trainable()
@@ -150,7 +131,7 @@ def ours(dir):
     m = with_adapters(tiny_base(), {'x': dir})
     with torch.no_grad(): return m(input_ids=IDS, gates=one_hot([0,0],1)).logits
 
-def said(dir, base=None):
+def refusal(dir, base=None):
     "What is said of an adapter that is refused; the base is as it was"
     base = base or tiny_base()
     with pytest.raises(HydraError) as e: with_adapters(base, {'x': dir})
@@ -182,7 +163,7 @@ def test_what_is_accepted_is_what_it_is_in_peft(tmp_path, kw):
 @pytest.mark.parametrize('how', ['pissa', 'pissa_niter_2', 'olora'])
 def test_an_initialisation_that_changed_the_base_is_refused_and_its_conversion_is_right(tmp_path, how):
     d,want = by_peft(tmp_path/'raw', init_lora_weights=how)
-    assert "changed the base's own weights" in (why := said(d)) and f"init_lora_weights='{how}'" in why
+    assert "changed the base's own weights" in (why := refusal(d)) and f"init_lora_weights='{how}'" in why
     torch.testing.assert_close(ours(by_peft(tmp_path/'converted', True, init_lora_weights=how)[0]), want, atol=2e-3, rtol=1e-3)
 
 def test_every_field_of_peft_is_decided_and_its_defaults_pass(tmp_path):
@@ -201,21 +182,21 @@ def test_every_field_of_peft_is_decided_and_its_defaults_pass(tmp_path):
     ('target_modules', []), ('target_modules', ''), ('target_modules', 3), ('target_modules', [3]), ('target_modules', '('), ('target_modules', {'q_proj': 1}), ('exclude_modules', '('), ('exclude_modules', [1]), ('exclude_modules', 1),
     ('layers_to_transform', 'all'), ('layers_to_transform', [True]), ('layers_to_transform', 1.5), ('layers_pattern', '('), ('layers_pattern', 'layers'), ('base_model_name_or_path', 3), ('base_model_name_or_path', ['x'])], ids=lambda x: str(x)[:20])
 def test_a_value_that_is_not_accepted_is_refused_by_name(plain, field, value):
-    why = said(change(plain, **{field: value}))
+    why = refusal(change(plain, **{field: value}))
     assert field in why or value==10**9 and 'rank 1000000000' in why # a rank that the tensors do not have: no room is made for it
 
 def test_an_expression_names_its_blocks_itself(tmp_path):
-    assert 'layers_to_transform' in said(change(by_peft(tmp_path, target_modules='.*q_proj')[0], layers_to_transform=[0]))
+    assert 'layers_to_transform' in refusal(change(by_peft(tmp_path, target_modules='.*q_proj')[0], layers_to_transform=[0]))
 
 @pytest.mark.parametrize('field', ['peft_type', 'r', 'lora_alpha', 'target_modules'])
 @pytest.mark.parametrize('null', [True, False])
 def test_what_must_be_said_is_asked_for(plain, field, null):
-    assert f'lacks {field}' in said(change(plain, **{field: None}) if null else change(plain, field))
+    assert f'lacks {field}' in refusal(change(plain, **{field: None}) if null else change(plain, field))
 
 @pytest.mark.parametrize('text', [b'[]', b'3', b'"x"', b'null', b'{', b'\xff\xfe{\x00', b'['*900+b']'*900, b'{"r": '+b'['*900+b']'*900+b'}', b'['*10**5, b'{"peft_type": "LORA", "lora_alpha": 1, "target_modules": ["q_proj"], "r": '+b'['*900+b']'*900+b'}', b'{"r": '+b'1'*5000+b'}'], ids=lambda t: t[:9])
 def test_hard_configurations(plain, text):
     (plain/'adapter_config.json').write_bytes(text)
-    assert 'adapter_config.json' in said(plain)
+    assert 'adapter_config.json' in refusal(plain)
 
 # ---- what an adapter's tensors are for
 PRE = 'base_model.model.'
@@ -228,25 +209,25 @@ PRE = 'base_model.model.'
 def test_a_tensor_that_has_no_place_gets_the_true_reason(tmp_path, plain, made, rename, words):
     d = by_peft(tmp_path/'other', **made)[0] if made else plain
     if rename: retensor(d, lambda t: {rename(k): v for k,v in t.items()})
-    why = said(d)
+    why = refusal(d)
     assert all(w in why for w in words) and ('another' in words) is ('another one' in why)
 
 @pytest.mark.parametrize('key, words', [('model.layers.0.self_attn.q_proj.lora_magnitude_vector', 'DoRA'), ('model.layers.0.self_attn.q_proj.base_layer.weight', 'the base itself'), ('model.layers.0.self_attn.q_proj.lora_B.bias', 'bias'),
     ('lm_head.modules_to_save.weight', 'modules_to_save'), ('lm_head.weight', 'lm_head whole'), ('model.norm.weight', 'model.norm whole'), ('model.norm.lora_A.weight', 'adapt linear layers'), ('model.layers.0.self_attn.o_proj.lora_A.weight', 'does not name'), ('x', 'neither')])
 def test_an_extra_tensor_gets_the_true_reason(plain, key, words):
-    assert words in (why := said(retensor(plain, lambda t: t.update({PRE+key: torch.zeros(4)})))) and key in why
+    assert words in (why := refusal(retensor(plain, lambda t: t.update({PRE+key: torch.zeros(4)})))) and key in why
 
 def test_a_missing_half_and_another_shape(plain, made_once):
     half = PRE+'model.layers.0.mlp.up_proj.lora_B.weight'
     retensor(plain, lambda t: {k: v for k,v in t.items() if k!=half})
-    assert f'lacks {half}' in (why := said(plain)) and 'is there, and is nothing without it' in why
-    assert 'reads 128 numbers' in (why := said(made_once, tiny_base(width=128))) and 'another base' in why and '(4, 64)' in why and '(4, 128)' in why
+    assert f'lacks {half}' in (why := refusal(plain)) and 'is there, and is nothing without it' in why
+    assert 'reads 128 numbers' in (why := refusal(made_once, tiny_base(width=128))) and 'another base' in why and '(4, 64)' in why and '(4, 128)' in why
 
 @pytest.mark.parametrize('kind', [torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_types_that_are_no_adapters(plain, kind):
     "Also where the numbers would be the same"
     d = retensor(plain, lambda t: {k: v.round().to(kind) if kind!=torch.bool else v>0 for k,v in t.items()})
-    assert 'float32, float16, bfloat16' in said(d)
+    assert 'float32, float16, bfloat16' in refusal(d)
 
 @pytest.mark.parametrize('kind', [torch.float16, torch.bfloat16])
 def test_types_of_sixteen_bits(plain, kind):
@@ -257,10 +238,10 @@ def test_types_of_sixteen_bits(plain, kind):
 def test_finite_is_what_is_so_after_the_cast_and_the_scale(plain, half, number, alpha):
     key = PRE+f'model.layers.0.mlp.up_proj.lora_{half}.weight'
     d = change(retensor(plain, lambda t: t[key].view(-1)[3:4].fill_(number) and None), lora_alpha=alpha)
-    assert key in (why := said(d)) and 'bfloat16' in why
+    assert key in (why := refusal(d)) and 'bfloat16' in why
 
 def test_scales_too_far_apart(plain):
-    assert 'too far' in said(change(plain, lora_alpha=1e-37, alpha_pattern={'layers.0.mlp.up_proj': 1e30}))
+    assert 'too far' in refusal(change(plain, lora_alpha=1e-37, alpha_pattern={'layers.0.mlp.up_proj': 1e30}))
 
 def test_no_adapters_and_a_base_that_carries_some():
     base = tiny_base()
@@ -268,7 +249,7 @@ def test_no_adapters_and_a_base_that_carries_some():
     gated(base, 1)
     with pytest.raises(HydraError, match='carries a stack already'): with_adapters(base, {'x': '/nowhere'})
 
-SAVE = """
+SAVE_PEFT = """
 import sys, hashlib
 from hydramoe.models.base import tiny_base
 from hydramoe.experts.stack import Stack, LoraSpec
@@ -278,18 +259,13 @@ s = Stack(b.model, 2, LoraSpec(4)); s.init_expert(1, 5, 'x'); d = s.save_peft(sy
 print(b.fingerprint, *[hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(d.iterdir())])
 """
 def test_the_same_bytes_under_two_hash_seeds(tmp_path):
-    said = [subprocess.run([sys.executable, '-W', 'ignore', '-c', SAVE, str(tmp_path/h)], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True, text=True, check=True).stdout for h in ('1','2')]
+    said = [subprocess.run([sys.executable, '-W', 'ignore', '-c', SAVE_PEFT, str(tmp_path/h)], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True, text=True, check=True).stdout for h in ('1','2')]
     assert said[0]==said[1] and len(said[0].split())==3
 
 # ---- the fork
-def forked(fork=.5, slots=3, layers=4):
-    m = gated(tiny_base(layers=layers), slots, LoraSpec(4, 8, fork=fork))
-    fill(m.stack)
-    m.stack.trunk.add_(.05*torch.randn(m.stack.trunk.shape, generator=torch.Generator().manual_seed(9)))
-    return m
 
 def test_an_expert_of_a_forked_stack_loads_in_peft_and_again(tmp_path):
-    m,x = forked(),batch()
+    m,x = forked_model(),batch()
     for e in range(3): m.stack.save_peft(tmp_path/str(e), e, 'tiny-0')
     keep = x['attention_mask'].bool()
     want = m(**x, gates=one_hot([1]*3,3)).logits[keep]
@@ -301,7 +277,7 @@ def test_an_expert_of_a_forked_stack_loads_in_peft_and_again(tmp_path):
         assert again.stack.save_peft(tmp_path/'again', 1, 'tiny-0') and (tmp_path/'again'/'adapter_model.safetensors').read_bytes()==(tmp_path/'1'/'adapter_model.safetensors').read_bytes()
 
 def test_an_expert_of_another_seed_expert_is_refused(tmp_path):
-    m = forked()
+    m = forked_model()
     m.stack.save_peft(tmp_path/'a', 0, 'tiny-0')
     m.stack.trunk[0,5] += 1
     m.stack.save_peft(tmp_path/'b', 1, 'tiny-0')

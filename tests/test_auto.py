@@ -1,8 +1,7 @@
 "A Hydra as transformers knows models: equal to Hydra, to its rows, to PEFT, in every way to generate, on other architectures"
-import json, os, subprocess, sys, threading
+import json, os, threading
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 import hydramoe.hydra.auto as auto
 from hydramoe.hydra.auto import HydraConfig, HydraForCausalLM, prompts_of, unrender
@@ -22,11 +21,11 @@ from hydramoe.experts.plan import one_hot
 from hydramoe.experts.model import gated, hidden, using
 from hydramoe.experts.packing import packed_attention, packed_plan
 
-from test_template import LAYOUTS, TALKS, laid_out, last_label
-from test_hydra import scripted
+from helpers import files_in, printed
+from hydras import NAMES, TEXTS, scripted
+from strategies import utf8
+from templates import LAYOUTS, TALKS, laid_out, last_label
 
-NAMES = ['law', 'sea', 'sum']
-TEXTS = ['the court and the law', 'a ship at sea', 'add the numbers to a sum']
 ASKS = ['which court applies this law?', 'how deep is the sea under a ship?', 'what is the sum of the numbers?']
 
 def hydra_on(base, rank=4, noise=.1):
@@ -40,7 +39,7 @@ def inputs(hydra, prompts, **kw):
     texts = [render(hydra.base.tokenizer, p if isinstance(p, list) else [dict(role='user', content=p)]) for p in prompts]
     return hydra.base.tokenizer(texts, return_tensors='pt', padding=True, padding_side='left', add_special_tokens=False, **kw)
 
-def said(hydra, out, x): return [t.strip() for t in hydra.base.tokenizer.batch_decode(out[:,x['input_ids'].shape[1]:], skip_special_tokens=True)]
+def answers_in(hydra, out, x): return [t.strip() for t in hydra.base.tokenizer.batch_decode(out[:,x['input_ids'].shape[1]:], skip_special_tokens=True)]
 
 @pytest.fixture(scope='module')
 def hydra(): return hydra_on(tiny_base())
@@ -49,21 +48,20 @@ def bundle(hydra, tmp_path_factory): return hydra.save(tmp_path_factory.mktemp('
 @pytest.fixture(scope='module')
 def model(bundle): return AutoModelForCausalLM.from_pretrained(bundle)
 
-def fresh(code):
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=os.environ|dict(HYDRAMOE_QUIET='1')).stdout.strip()
-
 # ---- where transformers learns of us
+QUIET = os.environ | dict(HYDRAMOE_QUIET='1')
+
 @pytest.mark.parametrize('first', ['from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline; import hydramoe',
                                    'import hydramoe; from transformers import GenerationMixin, AutoModelForCausalLM, AutoTokenizer, pipeline'])
 def test_a_fresh_process_knows_bundles(bundle, hydra, first):
     code = f"{first}; b={str(bundle)!r}; m,t=AutoModelForCausalLM.from_pretrained(b),AutoTokenizer.from_pretrained(b)\np=pipeline('text-generation', model=b, max_new_tokens=6, do_sample=False)\nprint(repr(p([dict(role='user', content={ASKS[1]!r})])[0]['generated_text'][-1]['content'].strip()), type(m).__name__, len(t))"
-    assert fresh(code)==f"{hydra.ask(ASKS[1], max_new_tokens=6)!r} HydraForCausalLM 259"
+    assert printed(code, QUIET).strip()==f"{hydra.ask(ASKS[1], max_new_tokens=6)!r} HydraForCausalLM 259"
 
 def test_importing_hydramoe_is_light():
     "Neither torch nor transformers, and the names that are offered are there when asked for"
-    assert fresh("import sys, hydramoe, hydramoe.use.cli; print([m for m in ('torch', 'transformers', 'hydramoe.hydra.auto', 'hydramoe.hydra.model') if m in sys.modules])")=='[]'
-    assert fresh("import hydramoe; print(hydramoe.HydraForCausalLM.__name__, hydramoe.Hydra.__name__, hydramoe.HydraConfig.model_type)")=='HydraForCausalLM Hydra hydra_moe'
-    assert fresh("import sys, hydramoe, transformers.models.auto.configuration_auto as c; print('hydra_moe' in c.CONFIG_MAPPING, 'torch' in sys.modules and 'hydramoe.experts.stack' in sys.modules, sum('hydramoe' in type(f).__module__ for f in sys.meta_path))")=='True False 0'
+    assert printed("import sys, hydramoe, hydramoe.use.cli; print([m for m in ('torch', 'transformers', 'hydramoe.hydra.auto', 'hydramoe.hydra.model') if m in sys.modules])", QUIET).strip()=='[]'
+    assert printed("import hydramoe; print(hydramoe.HydraForCausalLM.__name__, hydramoe.Hydra.__name__, hydramoe.HydraConfig.model_type)", QUIET).strip()=='HydraForCausalLM Hydra hydra_moe'
+    assert printed("import sys, hydramoe, transformers.models.auto.configuration_auto as c; print('hydra_moe' in c.CONFIG_MAPPING, 'torch' in sys.modules and 'hydramoe.experts.stack' in sys.modules, sum('hydramoe' in type(f).__module__ for f in sys.meta_path))", QUIET).strip()=='True False 0'
     with pytest.raises(AttributeError, match='no_such'): __import__('hydramoe').no_such
 
 # ---- the configuration
@@ -89,9 +87,9 @@ def test_a_base_that_is_none(text):
     with pytest.raises(HydraError, match='text_config'): HydraConfig(text_config=text)
 
 # ---- reading back
-turn = st.text(st.characters(codec='utf-8', exclude_categories=['Cs']), max_size=20)
+turn_text = st.text(utf8, max_size=20)
 @settings(max_examples=60, deadline=None)
-@given(st.lists(turn, min_size=1, max_size=5), st.none()|turn)
+@given(st.lists(turn_text, min_size=1, max_size=5), st.none()|turn_text)
 def test_unrender_inverts_render_or_says_none(turns, system):
     t = byte_tokenizer()
     talk = [dict(role='system', content=system)]*(system is not None)+[dict(role=('user', 'assistant')[i%2], content=c) for i,c in enumerate(turns)]
@@ -101,7 +99,7 @@ def test_unrender_inverts_render_or_says_none(turns, system):
     assert got is None or render(t, got)==text
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(turn.map(str.strip).filter(lambda s: s and '<' not in s), min_size=1, max_size=3))
+@given(st.lists(turn_text.map(str.strip).filter(lambda s: s and '<' not in s), min_size=1, max_size=3))
 def test_unrender_with_a_template_that_trims_and_has_no_system_turn(turns):
     t = byte_tokenizer(); t.chat_template = gemma_chat
     talk = [dict(role=('user', 'assistant')[i%2], content=c) for i,c in enumerate(turns)]
@@ -121,16 +119,16 @@ def test_padding_is_not_read(hydra):
     assert prompts_of(hydra.base.tokenizer, right['input_ids'], right['attention_mask'])==want
 
 # ---- generate
-HOW = [dict(), dict(num_beams=3), dict(num_beams=2, length_penalty=.5), dict(repetition_penalty=1.3), dict(use_cache=False), dict(cache_implementation='static'), dict(cache_implementation='dynamic')]
+WAYS = [dict(), dict(num_beams=3), dict(num_beams=2, length_penalty=.5), dict(repetition_penalty=1.3), dict(use_cache=False), dict(cache_implementation='static'), dict(cache_implementation='dynamic')]
 
-@pytest.mark.parametrize('how', HOW, ids=str)
+@pytest.mark.parametrize('how', WAYS, ids=str)
 def test_generate_equals_hydra_and_its_rows(hydra, model, how):
     x = inputs(hydra, ASKS)
     out = model.generate(**x, max_new_tokens=7, do_sample=False, **how)
-    assert said(hydra, out, x)==hydra.generate(ASKS, max_new_tokens=7, **how)
+    assert answers_in(hydra, out, x)==hydra.generate(ASKS, max_new_tokens=7, **how)
     for i,a in enumerate(ASKS):
         one = inputs(hydra, [a])
-        assert said(hydra, model.generate(**one, max_new_tokens=7, do_sample=False, **how), one)==said(hydra, out[i:i+1], x)
+        assert answers_in(hydra, model.generate(**one, max_new_tokens=7, do_sample=False, **how), one)==answers_in(hydra, out[i:i+1], x)
     assert model.gates_for(**x).argmax(1).tolist()==[0,1,2]
 
 SHAPED = [dict(), dict(top_k=5), dict(top_k=0), dict(top_p=.6), dict(min_p=.1), dict(typical_p=.5), dict(epsilon_cutoff=.01), dict(eta_cutoff=.01), dict(top_h=.5), dict(repetition_penalty=1.5), dict(num_return_sequences=2), dict(top_k=9, top_p=.8, renormalize_logits=True)]
@@ -142,14 +140,14 @@ def test_sampling_draws_what_hydra_draws(hydra, model, prompts, seed, temperatur
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, 'generate'))
         out = model.generate(**x, max_new_tokens=5, do_sample=True, temperature=temperature, **how)
-    assert said(hydra, out, x)==hydra.generate(prompts, max_new_tokens=5, temperature=temperature, seed=seed, **how)
+    assert answers_in(hydra, out, x)==hydra.generate(prompts, max_new_tokens=5, temperature=temperature, seed=seed, **how)
 
 def test_several_answers_keep_the_gates_of_their_prompt(hydra, model):
     x = inputs(hydra, ASKS)
     out = model.generate(**x, max_new_tokens=6, do_sample=False, num_beams=4, num_return_sequences=2)
     for i,a in enumerate(ASKS):
         one = inputs(hydra, [a])
-        assert said(hydra, out[2*i:2*i+2], x)==said(hydra, model.generate(**one, expert=NAMES[i], max_new_tokens=6, do_sample=False, num_beams=4, num_return_sequences=2), one)
+        assert answers_in(hydra, out[2*i:2*i+2], x)==answers_in(hydra, model.generate(**one, expert=NAMES[i], max_new_tokens=6, do_sample=False, num_beams=4, num_return_sequences=2), one)
 
 def test_a_stream_is_the_answer(hydra, model):
     x = inputs(hydra, ASKS[:1])
@@ -161,7 +159,7 @@ def test_a_stream_is_the_answer(hydra, model):
 def test_gates_and_experts_by_hand(hydra, model):
     x, kw = inputs(hydra, ASKS), dict(max_new_tokens=6, do_sample=False)
     mix = ['base', 'sea', {'law': .3, 'sum': .7}]
-    assert said(hydra, model.generate(**x, expert=mix, **kw), x)==hydra.generate(ASKS, expert=mix, max_new_tokens=6)
+    assert answers_in(hydra, model.generate(**x, expert=mix, **kw), x)==hydra.generate(ASKS, expert=mix, max_new_tokens=6)
     assert torch.equal(model.generate(**x, expert=mix, **kw), model.generate(**x, gates=hydra.gates(ASKS, mix), **kw))
     assert torch.equal(model.generate(x['input_ids'], attention_mask=x['attention_mask'], **kw), model.generate(**x, **kw))
     with torch.no_grad():
@@ -204,15 +202,14 @@ def test_the_model_stops_where_hydra_does(name, tmp_path):
     for end in b.ends:
         says = [t('H', add_special_tokens=False).input_ids[-1], end, 9, 9]
         with scripted(m.base, says): assert m.generate(**x, max_new_tokens=4, do_sample=False)[0, x['input_ids'].shape[1]:].tolist()==says[:2]
-        with scripted(m.base, says): assert said(m.hydra, m.generate(**x, max_new_tokens=4, do_sample=False), x)==['H']
+        with scripted(m.base, says): assert answers_in(m.hydra, m.generate(**x, max_new_tokens=4, do_sample=False), x)==['H']
 
 # ---- in and out
-def files(d): return {p.relative_to(d).as_posix(): p.read_bytes() for p in Path(d).rglob('*') if p.is_file()}
 
 def test_saved_is_the_bundle(model, bundle, tmp_path):
     model.save_pretrained(tmp_path/'a', max_shard_size='1GB')
     (tmp_path/'b').mkdir(); model.save_pretrained(tmp_path/'b')
-    assert files(tmp_path/'a')==files(bundle)==files(tmp_path/'b')
+    assert files_in(tmp_path/'a')==files_in(bundle)==files_in(tmp_path/'b')
 
 @pytest.mark.parametrize('kw, words', [(dict(load_in_4bit=True), 'load_in_4bit'), (dict(dtype=torch.float16), 'float16'), (dict(subfolder='x'), 'subfolder'), (dict(attn_implementation='flash_attention_2'), 'attn_implementation'), (dict(base=tiny_base(seed=1)), 'another base')])
 def test_what_cannot_be_kept_is_refused(bundle, kw, words):
@@ -228,7 +225,7 @@ def test_from_the_hub_the_links_of_its_cache_are_copied(bundle, tmp_path, monkey
     seen = []
     def hub(id, revision):
         seen.append((id, revision))
-        for f,b in files(bundle).items():
+        for f,b in files_in(bundle).items():
             blob, link = tmp_path/'blobs'/f.replace('/', '_'), tmp_path/'snap'/f
             blob.parent.mkdir(exist_ok=True); link.parent.mkdir(parents=True, exist_ok=True)
             blob.write_bytes(b)
@@ -251,20 +248,20 @@ def test_pipeline_of_texts_and_chats(bundle, hydra):
 
 # ---- other architectures
 SMALL = dict(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-KINDS = dict(llama=dict(tie_word_embeddings=False), qwen2=dict(tie_word_embeddings=True), qwen3=dict(head_dim=16), mistral=dict(sliding_window=16), gemma=dict(head_dim=16), gemma2=dict(head_dim=16, sliding_window=16),
+ARCHITECTURES = dict(llama=dict(tie_word_embeddings=False), qwen2=dict(tie_word_embeddings=True), qwen3=dict(head_dim=16), mistral=dict(sliding_window=16), gemma=dict(head_dim=16), gemma2=dict(head_dim=16, sliding_window=16),
              gemma3_text=dict(head_dim=16, sliding_window=16), gpt_neox=dict(use_parallel_residual=True, num_key_value_heads=None), phi3=dict(), olmo2=dict())
 
 def checkpoint(kind, to):
     "A random model of an architecture, saved with the tokenizer of bytes"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{k:v for k,v in (SMALL|KINDS[kind]).items() if v is not None})).float()
+        m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{k:v for k,v in (SMALL|ARCHITECTURES[kind]).items() if v is not None})).float()
         for p in m.parameters():
             if p.dim()>1: p.data.normal_(0, .1)
     m.save_pretrained(to); byte_tokenizer().save_pretrained(to)
     return str(to)
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', ARCHITECTURES)
 def test_architecture(kind, tmp_path):
     "A bundle on it opens; each expert is what PEFT makes of its adapter; every way to generate agrees"
     from peft import PeftModel
@@ -284,11 +281,11 @@ def test_architecture(kind, tmp_path):
         assert (ours-m(**x, gates=torch.zeros(3, 3)).logits[keep]).abs().max()>.01
     assert torch.equal(m.generate(**x, expert='sea', num_beams=2, **kw), adapted.generate(**x, num_beams=2, **kw))
     out = m.generate(**x, **kw)
-    assert said(h, out, x)==h.generate(ASKS, max_new_tokens=6)
+    assert answers_in(h, out, x)==h.generate(ASKS, max_new_tokens=6)
     for how in (dict(cache_implementation='static'), dict(use_cache=False)): assert torch.equal(m.generate(**x, **kw, **how), out)
 
 @pytest.mark.parametrize('quant', ['fp32', 'bf16'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', ARCHITECTURES)
 def test_rows_in_a_line_are_what_they_are_alone(kind, quant, tmp_path):
     "Longer than a sliding window, behind rows of other experts"
     m = gated(load_base(checkpoint(kind, tmp_path/'base'), quant, 'cpu'), 3, LoraSpec(4, 8))
@@ -310,7 +307,7 @@ def test_real_bases(name, tmp_path):
     h = hydra_on(load_base(name, 'fp32', 'cpu'), noise=.02)
     bundle = h.save(tmp_path/'bundle')
     x, kw = inputs(h, ASKS), dict(max_new_tokens=6, do_sample=False)
-    out, said_alone = said(h, HydraForCausalLM(h).generate(**x, **kw), x), [h.ask(a, max_new_tokens=6) for a in ASKS]
+    out, said_alone = answers_in(h, HydraForCausalLM(h).generate(**x, **kw), x), [h.ask(a, max_new_tokens=6) for a in ASKS]
     assert out==said_alone
     with torch.no_grad(): ours = h.model(**x, gates=one_hot([1]*3, 3)).logits
     adapted = PeftModel.from_pretrained(h.model.detach(), bundle/'experts'/'sea').eval()

@@ -6,12 +6,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment
 from hydramoe.domains.balance import assign_balanced, balanced_kmeans
 from hydramoe.foundations.core import digest, repo_root, rng
-
-def run(code, **env):
-    "A fresh process's last line"
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|env)
-    assert r.returncode==0, r.stderr
-    return r.stdout.splitlines()[-1]
+from helpers import printed
 
 def optimum(costs):
     "Least total cost with ⌈n/k⌉ places a cluster, by the Hungarian method"
@@ -63,7 +58,7 @@ def test_balanced_kmeans_streams_a_file_and_minds_no_threads(tmp_path):
     code = """if 1:
         import numpy as np; from hydramoe.domains.balance import balanced_kmeans; from hydramoe.foundations.core import digest
         print(digest(list(balanced_kmeans(np.load({!r}, mmap_mode='r'), 9, block=1000))))"""
-    seen = {run(code.format(str(tmp_path/'x.npy')), OMP_NUM_THREADS=t) for t in '12'}
+    seen = {printed(code.format(str(tmp_path/'x.npy')), os.environ | dict(OMP_NUM_THREADS=t)).splitlines()[-1] for t in '12'}
     assert seen=={digest(list(balanced_kmeans(x, 9, block=1000)))}
 
 def test_a_common_offset_changes_nothing_that_matters():

@@ -16,8 +16,10 @@ from hydramoe import Hydra
 from hydramoe.hydra.bundle import BundleError, check_bundle
 from hydramoe.hydra.chat import Chat
 from hydramoe.hydra.cascade import load_router
-from test_chat import Fickle, fickle
-from test_hydra import files
+from helpers import TINY, files_in, here
+from hydras import Fickle, fickle, save_base
+from rows import jsonl, row
+from templates import IN_TURN, NO_SYSTEM
 
 # --- building --------------------------------------------------------------------------------------------------------
 
@@ -28,21 +30,20 @@ from test_build import build
 build(sys.argv[1])
 """
 
-def rows(answers=2):
+def lesson_rows(answers=2):
     texts, topics = lesson_texts()
-    return [dict(id=str(i), prompt=[dict(role='user', content=t)], completion=[dict(role='assistant', content=' '.join([a]*answers))], domain='user', source='mine', license='mine')
-            for i, (t, a) in enumerate(zip(texts, topics))]
+    return [row(t, ' '.join([a]*answers), id=str(i), domain='user', source='mine', license='mine') for i, (t, a) in enumerate(zip(texts, topics))]
 
-def build(out, **kw): return Hydra.build(rows(), out, **(dict(base='tiny', quant='fp32', encoder='words', k=3, epochs=6, tokens=20_000) | kw))
+def build(out, **kw): return Hydra.build(lesson_rows(), out, **(dict(base='tiny', quant='fp32', encoder='words', k=3, epochs=6, tokens=20_000) | kw))
 
-def start(out, cache, seed='0'):
+def start_build(out, cache, seed='0'):
     code = BUILD.format(tests=str(Path(__file__).parent))
     return subprocess.Popen([sys.executable, '-c', code, str(out)], env=os.environ | dict(HYDRAMOE_CACHE=str(cache), PYTHONHASHSEED=seed, HYDRAMOE_QUIET='1'))
 
 def test_build_does_not_depend_on_the_order_of_rows(tmp_path, monkeypatch):
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     a = build(tmp_path/'a', epochs=1)
-    b = Hydra.build(rows()[::-1] + rows()[:5], tmp_path/'b', base='tiny', quant='fp32', encoder='words', k=3, epochs=1, tokens=20_000)
+    b = Hydra.build(lesson_rows()[::-1] + lesson_rows()[:5], tmp_path/'b', base='tiny', quant='fp32', encoder='words', k=3, epochs=1, tokens=20_000)
     assert sorted(a.names) == sorted(b.names)
 
 def test_wishes_that_cannot_be_met(tmp_path, monkeypatch):
@@ -54,20 +55,19 @@ def test_wishes_that_cannot_be_met(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_bundle_is_the_same(tmp_path):
-    assert start(tmp_path/'whole', tmp_path/'cache', '1').wait() == 0
-    want, rounds = files(tmp_path/'whole'), 0
+    assert start_build(tmp_path/'whole', tmp_path/'cache', '1').wait() == 0
+    want, rounds = files_in(tmp_path/'whole'), 0
     for wait in (4, 6, 7, 8, 9, 10, 11):
-        p = start(tmp_path/'killed', tmp_path/'cache2', '2')
+        p = start_build(tmp_path/'killed', tmp_path/'cache2', '2')
         time.sleep(wait)
         rounds += p.poll() is None
         p.send_signal(signal.SIGKILL); p.wait()
     assert rounds
-    assert start(tmp_path/'killed', tmp_path/'cache2', '3').wait() == 0
-    assert files(tmp_path/'killed') == want
+    assert start_build(tmp_path/'killed', tmp_path/'cache2', '3').wait() == 0
+    assert files_in(tmp_path/'killed') == want
     assert not list(tmp_path.glob('.writing-killed*')) or check_bundle(tmp_path/'killed')
 
-BIRDS = [dict(id=f'b{i}', domain='user', source='mine', license='mine', prompt=[dict(role='user', content=f'Which bird {w}?')],
-              completion=[dict(role='assistant', content='birds')]) for i,w in enumerate('sings|swims|hunts mice|cannot fly|migrates|talks'.split('|'))]
+BIRDS = [row(f'Which bird {w}?', 'birds', id=f'b{i}', domain='user', source='mine', license='mine') for i,w in enumerate('sings|swims|hunts mice|cannot fly|migrates|talks'.split('|'))]
 
 def sealed(bundle, *parts): return {f: sha for f,sha in check_bundle(bundle)['files'].items() if f.startswith(parts)}
 
@@ -76,7 +76,7 @@ def test_one_more_and_one_less(tmp_path, monkeypatch):
     from hydramoe.domains.embed import embed, prompt_text
     from hydramoe.domains.discover import Domains
     from hydramoe.hydra.change import add_expert, remove_expert
-    from hydramoe.hydra.route import Router, similarity_router
+    from hydramoe.hydra.route import similarity_router
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     old = build(tmp_path/'old', epochs=1)
     add_expert(tmp_path/'old', BIRDS, 'birds', tmp_path/'new')
@@ -106,7 +106,7 @@ def test_a_router_that_cannot_grow_is_refused_before_anything_is_trained(tmp_pat
     from hydramoe.hydra.route import classifier_router
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     h = build(tmp_path/'h', epochs=1)
-    x = embed([prompt_text(r) for r in rows()], 'words')
+    x = embed([prompt_text(r) for r in lesson_rows()], 'words')
     h.router = classifier_router(h.names, x, [h.names[i%3] for i in range(len(x))], encoder='words')
     h.save(tmp_path/'odd')
     made = set((tmp_path/'cache'/'stages').iterdir())
@@ -158,7 +158,6 @@ def test_whichever_router_a_build_keeps_experts_join_and_leave(which, tmp_path, 
     from hydramoe.hydra import build as built
     from hydramoe.hydra.model import explain_bundle
     from hydramoe.hydra.change import add_expert, remove_expert
-    from hydramoe.hydra.route import Router
     from hydramoe.hydra.cascade import needs_base
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     seen, best, kind = [], TRIED[which], which.split()[0]
@@ -208,40 +207,36 @@ def test_groups_and_workers(tmp_path, monkeypatch):
     a = build(tmp_path/'a', epochs=1, memory=memory, root=tmp_path/'one')
     b = build(tmp_path/'b', epochs=1, memory=memory, root=tmp_path/'two', run=dict(executor='local', workers=2))
     assert len(list((tmp_path/'two').glob('experts_stage-*/seal.json')))==2 and len(list((tmp_path/'two').glob('collect-*/seal.json')))==1
-    assert files(tmp_path/'a')==files(tmp_path/'b') and a.names==b.names
+    assert files_in(tmp_path/'a')==files_in(tmp_path/'b') and a.names==b.names
 
 # --- rows in the light of the base, and on which side of the split -------------------------------------------------------
 
-REFUSES = "{% if messages[0]['role']=='system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}{% if (m['role']=='user')!=(loop.index0%2==0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}"
-
-def strict_base(to, change=lambda t: t, refuses=REFUSES):
+def strict_base(to, change=lambda t: t, refuses=NO_SYSTEM+IN_TURN):
     "The tiny base in a folder, with a template that refuses system turns and roles that do not alternate"
     b = tiny_base()
-    b.model.save_pretrained(to)
     b.tokenizer.chat_template = refuses + b.tokenizer.chat_template
     change(b.tokenizer)
-    b.tokenizer.save_pretrained(to)
-    return str(to)
+    return str(save_base(b, to))
 
 def lines(file, rows):
-    file.write_text('\n'.join(map(json.dumps, rows))+'\n')
+    file.write_text(jsonl(rows)+'\n')
     return file
 
 GOOD = [dict(prompt=f'What is {i} plus {i}?', completion=str(2*i)) for i in range(40)]
 TOOL = dict(prompt=[dict(role='user', content='2+2?'), dict(role='assistant', content='add(2, 2)'), dict(role='tool', content='4')], completion='It is 4.')
-QUICK = dict(quant='fp32', encoder='words', k=2, epochs=1, rank=2)
+TWO_EXPERTS = dict(quant='fp32', encoder='words', k=2, epochs=1, rank=2)
 
 def test_rows_that_a_template_refuses_are_folded_or_named_and_the_rest_is_trained_on(tmp_path):
     "Case 3: one row with a system turn is repaired and counted, one with a tool's answer is a reject with file, line and the template's words, a long one and those beyond the budget are named"
     from hydramoe.hydra.spec import BuildSpec
     from hydramoe.hydra.rows import gather_rows, left_out
     base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [*GOOD, dict(system='Be brief.', prompt='Who wrote Faust?', completion='Goethe.'), TOOL, dict(prompt='long', completion='x'*400)])
-    h = Hydra.build(f, tmp_path/'h', tmp_path/'stages', base=base, tokens=900, **QUICK)
+    h = Hydra.build(f, tmp_path/'h', tmp_path/'stages', base=base, tokens=900, **TWO_EXPERTS)
     assert 'dealt by conversation, whole, and rows with one prompt count as one: 4 rows of 4 conversations' in (tmp_path/'h'/'README.md').read_text()
     c = h.about['built']['counts']
     assert (c['rows'], c['refused'], c['folded'], c['too_long']) == (43, 1, 1, 1) and c['beyond_tokens'] > 0
     assert c['rows'] == c['train']+c['dev']+c['refused']+c['too_long']+c['beyond_tokens']+c['twice']
-    lost = {r['line']: r for r in left_out(gather_rows(f)[0], BuildSpec(base=base, tokens=900, **QUICK), tmp_path/'stages')}
+    lost = {r['line']: r for r in left_out(gather_rows(f)[0], BuildSpec(base=base, tokens=900, **TWO_EXPERTS), tmp_path/'stages')}
     assert len(lost) == c['rows']-c['train']-c['dev'] and all(r['file'] == str(f) and json.loads(r['raw'])['prompt'] for r in lost.values())
     assert 'Conversation roles must alternate' in lost[42]['reason'] and lost[43]['reason'] == 'longer than max_length=300: answer has 402 tokens'
     assert {r['reason'] for n, r in lost.items() if n < 42} == {'beyond tokens=900'}
@@ -270,7 +265,7 @@ def test_if_the_base_refuses_every_row_the_first_are_named_by_line(tmp_path):
     from hydramoe.hydra.spec import BuildSpec
     from hydramoe.hydra.rows import run_deal, gather_rows
     base, f = strict_base(tmp_path/'base'), lines(tmp_path/'mine.jsonl', [TOOL | dict(completion=str(i)) for i in range(5)])
-    with pytest.raises(HydraError, match=r'of 5 rows none is left to train on: 5 are refused.*mine.jsonl line 1: .*must alternate.*mine.jsonl line 2'): Hydra.build(f, root=tmp_path/'stages', base=base, **QUICK)
+    with pytest.raises(HydraError, match=r'of 5 rows none is left to train on: 5 are refused.*mine.jsonl line 1: .*must alternate.*mine.jsonl line 2'): Hydra.build(f, root=tmp_path/'stages', base=base, **TWO_EXPERTS)
     strict_base(tmp_path/'base', refuses='') # the way out: another template, and no stale stage in the way
     assert run_deal(gather_rows(f)[0], BuildSpec(base=base), tmp_path/'stages')[1]['train'] == 5
 
@@ -288,7 +283,7 @@ def test_a_pad_is_found_and_a_base_that_cannot_serve_is_refused_before_training(
         h = fickle(b)
         assert h.generate([p['prompt'] for p in ask], max_new_tokens=4) == [h.ask(p['prompt'], max_new_tokens=4) for p in ask]
         return
-    with pytest.raises(HydraError, match=works): Hydra.build(f, root=tmp_path/'stages', base=base, **QUICK)
+    with pytest.raises(HydraError, match=works): Hydra.build(f, root=tmp_path/'stages', base=base, **TWO_EXPERTS)
     with pytest.raises(HydraError, match=works): load_base(base, 'fp32', 'cpu')
     assert not list((tmp_path/'stages').glob('*/seal.json'))
 
@@ -325,7 +320,7 @@ def test_one_conversation_one_side(tmp_path, grouped):
 def test_rows_without_conversations_are_dealt_as_ever(tmp_path):
     from hydramoe.hydra.spec import BuildSpec
     from hydramoe.hydra.rows import row_digest, run_deal
-    rows = [dict(prompt=[dict(role='user', content=f'q{i}')], completion=[dict(role='assistant', content=f'a{i}')], domain='d') for i in range(90)]
+    rows = [row(f'q{i}', f'a{i}', domain='d') for i in range(90)]
     order = sorted(map(row_digest, rows), key=lambda i: digest([5, i]))
     p = parts(run_deal(rows, BuildSpec(base='tiny', dev=.2, seed=5), tmp_path)[0])
     assert [r['id'] for r in p['dev']] == order[:18] and [r['id'] for r in p['train']] == order[18:]
@@ -342,7 +337,7 @@ def test_groups_are_dealt_whole_and_about_so_many_as_were_asked_for(sizes, dev, 
 def test_one_group_alone_is_trained_on_and_answers_to_one_prompt_stay_together(tmp_path):
     from hydramoe.hydra.spec import BuildSpec
     from hydramoe.hydra.rows import run_deal, keep_records
-    rows = [dict(prompt=[dict(role='user', content=f'q{i}')], completion=[dict(role='assistant', content=f'a{i}')], domain='d') for i in range(30)]
+    rows = [row(f'q{i}', f'a{i}', domain='d') for i in range(30)]
     one = [dict(r, group='mine') for r in rows]
     assert keep_records(one, tmp_path) != keep_records(rows, tmp_path)
     counts = run_deal(one, BuildSpec(base='tiny', dev=.4), tmp_path)[1]
@@ -357,7 +352,7 @@ def test_too_few_prompts_for_the_default_k(tmp_path):
     from hydramoe.hydra.spec import BuildSpec, resolve_spec
     from hydramoe.hydra.rows import run_deal
     from hydramoe.hydra.build import run_discovery
-    rows = [dict(prompt=[dict(role='user', content=['sea', 'law', ' LAW ', 'sum of it'][i%4])], completion=[dict(role='assistant', content=str(i))], domain='d') for i in range(100)]
+    rows = [row(['sea', 'law', ' LAW ', 'sum of it'][i%4], str(i), domain='d') for i in range(100)]
     how = dict(base='tiny', quant='fp32', encoder='words', rank=2, dev=0.)
     d, c = run_deal(rows, BuildSpec(**how), tmp_path)
     spec = resolve_spec(BuildSpec(**how), c['train'], c['prompts'])
@@ -366,7 +361,6 @@ def test_too_few_prompts_for_the_default_k(tmp_path):
     with pytest.raises(HydraError, match='k=4 experts cannot be made from 100 training rows, of whose prompts 3 differ'): dry_run(rows, BuildSpec(k=4, **how))
 
 def test_the_command_names_what_the_base_refuses(tmp_path):
-    from test_cli import TINY, here
     base = strict_base(tmp_path/'base')
     lines(tmp_path/'mine.jsonl', [*GOOD, TOOL, dict(nothing=1)])
     for more in (['--dry-run'], []):

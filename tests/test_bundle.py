@@ -1,7 +1,7 @@
 """What a bundle must survive, and what it must refuse, found by search; and a bundle of each format that must open for ever.
 
 `python tests/test_bundle.py` writes the golden bundle of the present format, once: tests/data/bundle-FORMAT."""
-import json, os, re, shutil, struct, warnings
+import contextlib, json, re, shutil, struct, warnings
 from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -15,7 +15,7 @@ from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, digest, rng
 from hydramoe.foundations.files import file_sha256, read_json, write_json
 from hydramoe import Hydra
-from hydramoe.hydra.bundle import BUNDLE_FORMAT, BundleError, check_bundle, check_adapter, seal_bundle
+from hydramoe.hydra.bundle import BUNDLE_FORMAT, BundleError, check_bundle, check_adapter
 from hydramoe.hydra.card import model_card, unlearnt
 from hydramoe.hydra.saving import uri_id
 from hydramoe.hydra.model import explain_bundle
@@ -27,19 +27,21 @@ from hydramoe.hydra.kinds import ridge_router
 from hydramoe.hydra.cascade import fit_on_hidden
 from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.model import gated
-from test_hydra import put, spots
+from helpers import exchange, files_in, put, set_fields, sign, spots
+from hydras import NAMES, TEXTS, reseal, save_base
+from rows import row
 
 DATA = Path(__file__).parent/'data'
-NAMES, TEXTS = ['law', 'sea'], ['the court and the law', 'a ship at sea']
-ASKS = ['Which court?', 'A ship and a law', 'hm'] # of which the likeliest tokens lead clearly
+PAIR, PAIR_TEXTS = NAMES[:2], TEXTS[:2]
+QUESTIONS = ['Which court?', 'A ship and a law', 'hm'] # of which the likeliest tokens lead clearly
 
 def golden():
     "Two experts of rank 1 on three kinds of layers of the tiny base, large enough to be heard; a router that reads words"
     base = tiny_base()
     model = gated(base, 2, LoraSpec(1, 2, 'q_proj,o_proj,down_proj'))
-    for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
+    for e,n in enumerate(PAIR): model.stack.init_expert(e, e, n)
     model.stack.theta += torch.from_numpy(rng(0, 'golden').normal(0, .3, model.stack.theta.shape)).float()
-    return Hydra(base, model, similarity_router(Domains(embed(TEXTS, 'words'), NAMES, 'words'), .5))
+    return Hydra(base, model, similarity_router(Domains(embed(PAIR_TEXTS, 'words'), PAIR, 'words'), .5))
 
 def greedy(h, prompt, expert=None, n=6):
     "Token ids of the greedy answer, the gates, and by how much the likeliest token led at its tightest"
@@ -53,7 +55,7 @@ def greedy(h, prompt, expert=None, n=6):
 if __name__=='__main__':
     h, to = golden(), DATA/f'bundle-{BUNDLE_FORMAT}'
     h.save(to)
-    both = [greedy(h, p, e) for p in ASKS for e in (None, 'law', 'sea', 'base')]
+    both = [greedy(h, p, e) for p in QUESTIONS for e in (None, 'law', 'sea', 'base')]
     assert min(m for _,m in both)>.02, [m for _,m in both]
     write_json(DATA/f'bundle-{BUNDLE_FORMAT}.json', [g for g,_ in both])
     raise SystemExit
@@ -67,16 +69,20 @@ def test_a_bundle_of_each_format_opens_and_answers_as_ever(at):
         assert margin>.01 and got['tokens']==want['tokens'] and got['gates']==pytest.approx(want['gates'], abs=1e-5)
     assert len({str(w['tokens']) for w in said})>3 and sum(f.stat().st_size for f in at.rglob('*'))<60_000
 
+def without_card(bundle):
+    "The files of a bundle but for its card"
+    return {f: b for f,b in files_in(bundle).items() if f!='README.md'}
+
 def test_the_present_format_has_its_golden_bundle(): assert read_json(DATA/f'bundle-{BUNDLE_FORMAT}'/'hydra.json')['format']==BUNDLE_FORMAT
 
 def test_what_is_written_today_is_the_golden_bundle(tmp_path):
     "To the byte, but for what the card says"
     golden().save(tmp_path/'now')
-    a, b = ({p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file() and p.name!='README.md'} for d in (tmp_path/'now', DATA/f'bundle-{BUNDLE_FORMAT}'))
+    a, b = (without_card(d) for d in (tmp_path/'now', DATA/f'bundle-{BUNDLE_FORMAT}'))
     assert a.keys()==b.keys() and [f for f in a if a[f]!=b[f]]==[]
 
 # ---- search
-BYTES = {p.relative_to(DATA/f'bundle-{BUNDLE_FORMAT}').as_posix(): p.read_bytes() for p in sorted((DATA/f'bundle-{BUNDLE_FORMAT}').rglob('*')) if p.is_file() and p.name!='README.md'}
+BYTES = without_card(DATA/f'bundle-{BUNDLE_FORMAT}')
 TENSORS, TEXT = [f for f in BYTES if f.endswith('.safetensors')], [f for f in BYTES if f.endswith('.json')]
 WHOLE = Hydra.load(DATA/f'bundle-{BUNDLE_FORMAT}')
 MOST = settings.default.max_examples # 100, or more under HYPOTHESIS_PROFILE=search
@@ -92,18 +98,17 @@ def reset(at):
     for f,b in BYTES.items(): (at/f).parent.mkdir(parents=True, exist_ok=True); (at/f).write_bytes(b)
     return at
 
+def reseal_if_possible(at):
+    "What a forger can do who may not even get that far"
+    with contextlib.suppress(HydraError): reseal(at)
+
 def refused_or_same(at):
     "The only two ends: an error of ours that names a file of the bundle, or the very same Hydra"
     try: h = Hydra.load(at)
     except HydraError as e:
         assert str(e)
         return str(e)
-    assert h.names==NAMES and torch.equal(h.model.stack.theta, WHOLE.model.stack.theta) and torch.equal(h.model.stack.scale, WHOLE.model.stack.scale)
-
-def reseal(at):
-    "Every digest made to fit, as a forger would"
-    try: old = read_json(at/'hydra.json'); (at/'hydra.json').unlink(); seal_bundle(at, {k: old[k] for k in ('base', 'experts', 'router', 'built')})
-    except HydraError: pass
+    assert h.names==PAIR and torch.equal(h.model.stack.theta, WHOLE.model.stack.theta) and torch.equal(h.model.stack.scale, WHOLE.model.stack.scale)
 
 @fuzz(100)
 @given(st.data())
@@ -157,7 +162,7 @@ def test_no_forged_json_does_harm(at, data):
 @pytest.mark.parametrize('text', ['['*100_000, '{"a":'*5000+'1'+'}'*5000, '{"format": 1, "format": 2}', 'NaN', '1'*5000, '\ufeff{}', '"', '{"a": "\\ud800"}'], ids=lambda t: t[:9])
 def test_hard_json(at, file, text):
     reset(at); (at/file).write_text(text)
-    if file!='hydra.json': reseal(at)
+    if file!='hydra.json': reseal_if_possible(at)
     assert refused_or_same(at)
 
 def header(b): n = struct.unpack('<Q', b[:8])[0]; return json.loads(b[8:8+n]), b[8+n:]
@@ -185,19 +190,22 @@ def test_no_forged_tensor_file_does_harm(at, data):
     if file.startswith('router'):
         body = {k:v for k,v in read_json(at/'router'/'router.json').items() if k!='digest'} | dict(sha256=file_sha256(at/file))
         write_json(at/'router'/'router.json', body | dict(digest=digest(body)))
-    reseal(at)
+    reseal_if_possible(at)
     try: loaded = Hydra.load(at)
     except HydraError as e: assert str(e)
-    else: assert torch.isfinite(loaded.model.stack.theta).all() and loaded.names==NAMES
+    else: assert torch.isfinite(loaded.model.stack.theta).all() and loaded.names==PAIR
 
 # ---- by name
-def adapter(at, **kw): f = at/'experts'/'law'/'adapter_config.json'; write_json(f, read_json(f) | kw); reseal(at)
+def forge_adapter(at, **kw):
+    "An expert whose configuration says something else"
+    set_fields(at/'experts'/'law'/'adapter_config.json', **kw)
+    reseal(at)
 
 @pytest.mark.parametrize('kw, words', [(dict(lora_alpha=200), 'lora_alpha=200'), (dict(lora_alpha=2.5), 'lora_alpha=2.5'), (dict(r=2), 'r=2'), (dict(use_rslora=True), 'use_rslora'), (dict(use_dora=True), 'use_dora'), (dict(alpha_pattern={'q_proj': 9}), 'alpha_pattern'),
                                        (dict(rank_pattern={'q_proj': 9}), 'rank_pattern'), (dict(modules_to_save=['lm_head']), 'modules_to_save'), (dict(megatron_config={}, megatron_core='os'), 'megatron_co'), (dict(fan_in_fan_out=True), 'fan_in_fan_out'), (dict(bias='all'), 'bias'), (dict(peft_type='IA3'), 'peft_type')])
 def test_an_adapter_that_says_more_than_plain_lora_is_refused(at, kw, words):
     "PEFT alone would compute something else than we do, or import what it is told to"
-    adapter(reset(at), **kw)
+    forge_adapter(reset(at), **kw)
     with pytest.raises(HydraError, match=f'law.*{words}'): Hydra.load(at)
 
 def forged(at, tensors=lambda t: None, **said):
@@ -207,8 +215,7 @@ def forged(at, tensors=lambda t: None, **said):
     t = load_file(f/'adapter_model.safetensors')
     save_file(tensors(t) or t, f/'adapter_model.safetensors', metadata={'format': 'pt'})
     law = dict(man['experts'][0], **{m: said[c] for m,c in (('rank', 'r'), ('alpha', 'lora_alpha')) if c in said})
-    (at/'hydra.json').unlink()
-    seal_bundle(at, {k: man[k] for k in ('base', 'router', 'built')} | dict(experts=[law, *man['experts'][1:]]))
+    reseal(at, lambda about: about.update(experts=[law, *man['experts'][1:]]))
     return at
 
 @pytest.mark.parametrize('said', [dict(lora_alpha=1e308), dict(lora_alpha=10**400), dict(lora_alpha=0), dict(lora_alpha=-2), dict(lora_alpha=1e-60), dict(r=0), dict(r=-1), dict(r=10**9)], ids=lambda x: str(x)[:24])
@@ -230,8 +237,8 @@ def test_an_adapter_of_hard_json_is_an_error_of_ours(at, text):
     with pytest.raises(BundleError, match='law'): check_adapter(f.parent, 1, 2)
 
 # ---- experts that learnt nothing
-ROWS = [dict(id=str(i), domain='', source='toy', license='CC0', prompt=[dict(role='user', content=f'tell me of {t} number {i} {t}')], completion=[dict(role='assistant', content=f'{t} {i}')]) for i in range(30) for t in [('law', 'sea')[i%2]]]
-TINY = dict(base='tiny', quant='fp32', encoder='words', k=2, rank=2)
+LAW_OR_SEA = [row(f'tell me of {t} number {i} {t}', f'{t} {i}', id=str(i), domain='', source='toy', license='CC0') for i in range(30) for t in [PAIR[i%2]]]
+TINY_BUILD = dict(base='tiny', quant='fp32', encoder='words', k=2, rank=2)
 
 @pytest.mark.parametrize('fork', [0, 1])
 def test_a_build_that_learnt_nothing_says_so(tmp_path, monkeypatch, capfd, fork):
@@ -239,7 +246,7 @@ def test_a_build_that_learnt_nothing_says_so(tmp_path, monkeypatch, capfd, fork)
     from hydramoe.use.cli import main
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     file = tmp_path/'rows.jsonl'
-    file.write_text(''.join(json.dumps(r)+'\n' for r in ROWS))
+    file.write_text(''.join(json.dumps(r)+'\n' for r in LAW_OR_SEA))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         assert main(['build', str(file), '--base', 'tiny', '--quant', 'fp32', '--encoder', 'words', '--k', '2', '--rank', '2', '--fork', str(fork), '--lr', '1e30', '--out', str(tmp_path/'b'), '--json', '--quiet'])==3
@@ -255,12 +262,12 @@ def test_a_build_that_learnt_nothing_says_so(tmp_path, monkeypatch, capfd, fork)
         err = capfd.readouterr().err
         assert err.count('hydramoe:')==1 and 'more learnt nothing' in err and names[0] not in err.split('hydramoe:')[1]
         assert main(['remove', str(tmp_path/'b-with-more'), 'more', '--quiet'])==0
-    with pytest.warns(UnlearntWarning, match=f'{names[0]}.* learnt nothing: all .*lower learning rate'): Hydra.build(ROWS, **TINY, fork=fork, lr=1e30, root=tmp_path/'cache'/'stages')
+    with pytest.warns(UnlearntWarning, match=f'{names[0]}.* learnt nothing: all .*lower learning rate'): Hydra.build(LAW_OR_SEA, **TINY_BUILD, fork=fork, lr=1e30, root=tmp_path/'cache'/'stages')
 
 def test_a_build_that_learns_says_nothing_of_steps(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error', UnlearntWarning)
-        h = Hydra.build(ROWS, tmp_path/'b', **TINY, root=tmp_path/'s')
+        h = Hydra.build(LAW_OR_SEA, tmp_path/'b', **TINY_BUILD, root=tmp_path/'s')
     assert unlearnt(h.about)=={} and 'skipped' not in (tmp_path/'b'/'hydra.json').read_text()+(tmp_path/'b'/'README.md').read_text() and 'seed' not in h.about['built']
     man = check_bundle(tmp_path/'b')
     for odd in (dict(skipped='x'), dict(skipped=3, steps=None), dict(skipped=-1), dict(skipped=True), dict(skipped=10**9)): assert 'skipped' not in model_card(dict(man, experts=[man['experts'][0] | odd]))
@@ -269,7 +276,7 @@ def test_a_build_that_learns_says_nothing_of_steps(tmp_path):
 @pytest.fixture(scope='module')
 def split(tmp_path_factory):
     "Three experts that part at block 1 of 2, kept as a bundle"
-    base, names = tiny_base(), [*NAMES, 'sky']
+    base, names = tiny_base(), [*PAIR, 'sky']
     model = gated(base, 3, LoraSpec(4, 8, fork=1))
     for e,n in enumerate(names): model.stack.init_expert(e, e, n)
     for t in (model.stack.theta, model.stack.trunk): t += torch.from_numpy(rng(0, 'split').normal(0, .1, t.shape)).float()
@@ -282,7 +289,7 @@ def test_a_forked_bundle_opens_forked(split):
     assert read_json(at/'hydra.json')['fork']==again.model.stack.fork==1 and again.save(at)
     assert torch.equal(again.model.stack.theta, h.model.stack.theta) and torch.equal(again.model.stack.trunk, h.model.stack.trunk)
     mixed = ['sea', {'law': .3, 'sky': .7}, 'base']
-    assert again.generate(ASKS, expert=mixed, max_new_tokens=8)==h.generate(ASKS, expert=mixed, max_new_tokens=8)
+    assert again.generate(QUESTIONS, expert=mixed, max_new_tokens=8)==h.generate(QUESTIONS, expert=mixed, max_new_tokens=8)
 
 def test_each_expert_of_a_forked_bundle_is_whole_in_peft_alone_and_for_a_reader_that_knows_no_fork(split):
     from peft import PeftModel
@@ -304,9 +311,7 @@ def test_another_trunk_is_refused_by_name(split, tmp_path, block):
     k = next(k for k in sorted(t) if f'.layers.{block}.' in k)
     t[k][0,0] += 1
     save_file(t, f, metadata={'format': 'pt'})
-    man = read_json(d/'hydra.json')
-    (d/'hydra.json').unlink()
-    seal_bundle(d, {k: man[k] for k in ('base', 'experts', 'router', 'built', 'fork')})
+    reseal(d)
     if block: assert Hydra.load(d).model.stack.fork==1
     else:
         with pytest.raises(BundleError, match=f'sky is of another seed expert.*block 1.*{re.escape(k)}'): check_bundle(d)
@@ -315,8 +320,7 @@ def test_another_trunk_is_refused_by_name(split, tmp_path, block):
 @pytest.mark.parametrize('fork, words', [(v, 'not the number of a block') for v in (0, -1, 1.0, .5, True, None, '1', [1])]+[(2, 'experts.*is of another seed expert'), (10**9, 'another seed expert')])
 def test_a_fork_that_is_none(split, tmp_path, fork, words):
     d = Path(shutil.copytree(split[1], tmp_path/'d'))
-    man = {k: v for k,v in (read_json(d/'hydra.json') | dict(fork=fork)).items() if k!='seal'}
-    write_json(d/'hydra.json', man | dict(seal=digest(man)))
+    write_json(d/'hydra.json', sign(read_json(d/'hydra.json') | dict(fork=fork)))
     with pytest.raises(BundleError, match=words): check_bundle(d)
 
 def test_one_expert_under_a_fork_that_the_base_does_not_have(tmp_path):
@@ -326,27 +330,24 @@ def test_one_expert_under_a_fork_that_the_base_does_not_have(tmp_path):
     model.stack.init_expert(0, 0, 'law')
     d = Hydra(base, model, uniform_router(['law'])).save(tmp_path/'d')
     assert Hydra.load(d).model.stack.fork==1
-    man = {k: v for k,v in (read_json(d/'hydra.json') | dict(fork=2)).items() if k!='seal'}
-    write_json(d/'hydra.json', man | dict(seal=digest(man)))
+    write_json(d/'hydra.json', sign(read_json(d/'hydra.json') | dict(fork=2)))
     base = tiny_base()
     with pytest.raises(HydraError, match='fork=2: a model of 2 blocks can fork at 0 to 1'): Hydra.load(d, base)
     assert Hydra.from_adapters({'law': d/'experts'/'law'}, base, uniform_router(['law'])).names==['law'] # the base is as it was
 
 # ---- what a base is
-def edit(file, **kw): write_json(file, read_json(file) | kw)
 
 def on(base, router=None):
     "A Hydra of two experts on a base"
     model = gated(base, 2, LoraSpec(1, 2, 'q_proj,o_proj'))
-    for e,n in enumerate(NAMES): model.stack.init_expert(e, e, n)
-    return Hydra(base, model, router or uniform_router(NAMES))
+    for e,n in enumerate(PAIR): model.stack.init_expert(e, e, n)
+    return Hydra(base, model, router or uniform_router(PAIR))
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     "The tiny base in a folder, and a Hydra that was built on it"
     d = tmp_path_factory.mktemp('base')
-    b = tiny_base()
-    b.model.save_pretrained(d/'base'); b.tokenizer.save_pretrained(d/'base')
+    save_base(tiny_base(), d/'base')
     return d, on(load_base(d/'base', device='cpu')).save(d/'b')
 
 @pytest.fixture
@@ -361,21 +362,21 @@ def swapped(d):
     v['a'], v['b'] = v['b'], v['a']
     write_json(d/'tokenizer.json', t)
 
-def normalised(d): edit(d/'tokenizer.json', normalizer=dict(type='Lowercase'))
+def normalised(d): set_fields(d/'tokenizer.json', normalizer=dict(type='Lowercase'))
 def template(d): (d/'chat_template.jinja').write_text((d/'chat_template.jinja').read_text().replace("m['role']", "m['role']|upper"))
-def template_in_config(d): (d/'chat_template.jinja').unlink(); edit(d/'tokenizer_config.json', chat_template=tiny_base().tokenizer.chat_template+' ')
-def config(**kw): return lambda d: edit(d/'config.json', **kw)
+def template_in_config(d): (d/'chat_template.jinja').unlink(); set_fields(d/'tokenizer_config.json', chat_template=tiny_base().tokenizer.chat_template+' ')
+def config(**kw): return lambda d: set_fields(d/'config.json', **kw)
 
-OTHER = {'rms_norm_eps is 0.01': config(rms_norm_eps=.01), 'rope_parameters.rope_theta is 500': config(rope_parameters=dict(rope_theta=500., rope_type='default')), 'rope_parameters.factor is 2': config(rope_parameters=dict(rope_theta=10000., rope_type='linear', factor=2.)),
+OTHER_BASE = {'rms_norm_eps is 0.01': config(rms_norm_eps=.01), 'rope_parameters.rope_theta is 500': config(rope_parameters=dict(rope_theta=500., rope_type='default')), 'rope_parameters.factor is 2': config(rope_parameters=dict(rope_theta=10000., rope_type='linear', factor=2.)),
          'hidden_act is gelu': config(hidden_act='gelu'), 'max_position_embeddings is 32': config(max_position_embeddings=32), 'vocab': swapped, 'normalizer': normalised, 'chat template': template, 'chat template: ': template_in_config,
-         'special tokens': lambda d: edit(d/'tokenizer_config.json', eos_token='<|endoftext|>'), 'ends at token': lambda d: edit(d/'generation_config.json', eos_token_id=[0, 2])}
+         'special tokens': lambda d: set_fields(d/'tokenizer_config.json', eos_token='<|endoftext|>'), 'ends at token': lambda d: set_fields(d/'generation_config.json', eos_token_id=[0, 2])}
 
-@pytest.mark.parametrize('words', OTHER)
+@pytest.mark.parametrize('words', OTHER_BASE)
 def test_a_base_with_the_same_weights_is_another_if_it_reads_or_computes_otherwise(moved, words):
     base, at = moved
-    assert Hydra.load(at, base, device='cpu').names==NAMES
+    assert Hydra.load(at, base, device='cpu').names==PAIR
     key = base_key(base)
-    OTHER[words](base)
+    OTHER_BASE[words](base)
     with pytest.raises(BundleError, match=f'another base: .*{re.escape(words)}'): Hydra.load(at, base, device='cpu')
     assert base_key(base)!=key # nor is a stage answered that was made before
 
@@ -385,15 +386,14 @@ def test_a_base_that_is_handed_over_is_looked_at_too(folder):
     with pytest.raises(BundleError, match='chat template'): Hydra.load(folder[1], b)
 
 def resaved(d):
-    b = load_base(d, 'bf16', 'cpu')
-    b.model.save_pretrained(d); b.tokenizer.save_pretrained(d)
+    save_base(load_base(d, 'bf16', 'cpu'), d)
 
 @pytest.mark.parametrize('harmless', [config(transformers_version='4.1', _name_or_path='elsewhere', torch_dtype='bfloat16', use_cache=False, architectures=['X'], pad_token_id=2, attention_dropout=.1, something_new=3), resaved,
-                                      lambda d: (d/'README.md').write_text('hi'), lambda d: edit(d/'tokenizer_config.json', pad_token='<|im_end|>'),
+                                      lambda d: (d/'README.md').write_text('hi'), lambda d: set_fields(d/'tokenizer_config.json', pad_token='<|im_end|>'),
                                       lambda d: (d/'generation_config.json').unlink()], ids=['idle', 'saved again', 'readme', 'padding', 'no generation config'])
 def test_what_decides_nothing_makes_no_other_base(moved, harmless):
     harmless(moved[0])
-    assert Hydra.load(moved[1], moved[0], 'fp32', 'cpu').names==NAMES
+    assert Hydra.load(moved[1], moved[0], 'fp32', 'cpu').names==PAIR
 
 def test_weights_exchanged_in_place_with_equal_size_and_date_are_seen(moved):
     base, at = moved
@@ -401,8 +401,7 @@ def test_weights_exchanged_in_place_with_equal_size_and_date_are_seen(moved):
     Hydra.load(at, base, device='cpu')
     s, key = f.stat(), base_key(base)
     b = bytearray(f.read_bytes()); b[-1000:] = bytes(1000)
-    with open(f, 'r+b') as h: h.write(b)
-    os.utime(f, ns=(s.st_atime_ns, s.st_mtime_ns))
+    exchange(f, b)
     assert (f.stat().st_size, f.stat().st_mtime_ns)==(s.st_size, s.st_mtime_ns)
     with pytest.raises(BundleError, match='experts are noise on another base'): Hydra.load(at, base, device='cpu')
     assert base_key(base)!=key
@@ -411,23 +410,21 @@ def test_transformers_open_no_other_base_either(moved):
     from transformers import AutoTokenizer, AutoModelForCausalLM
     base, at = moved
     assert AutoTokenizer.from_pretrained(at, base=base)('x')['input_ids']
-    template(base); edit(base/'config.json', rms_norm_eps=.1)
+    template(base); set_fields(base/'config.json', rms_norm_eps=.1)
     with pytest.raises(BundleError, match='chat template'): AutoTokenizer.from_pretrained(at, base=base)
     with pytest.raises(BundleError, match='rms_norm_eps is 0.1'): AutoModelForCausalLM.from_pretrained(at, base=base, device_map='cpu')
 
 def test_a_bundle_from_before_identities_opens(moved):
     base, at = moved
-    man = {k: v for k,v in read_json(at/'hydra.json').items() if k in ('base', 'experts', 'router', 'built')}
-    man['base'].pop('identity'); (at/'hydra.json').unlink(); seal_bundle(at, man)
-    assert Hydra.load(at, base, device='cpu').names==NAMES
-    edit(base/'config.json', rms_norm_eps=.01) # its config.json has always told
+    reseal(at, lambda about: about['base'].pop('identity'))
+    assert Hydra.load(at, base, device='cpu').names==PAIR
+    set_fields(base/'config.json', rms_norm_eps=.01) # its config.json has always told
     with pytest.raises(BundleError, match='rms_norm_eps'): Hydra.load(at, base, device='cpu')
 
 @pytest.mark.parametrize('identity', [1, [], 'x', dict(tokenizer=3), dict(ends='x'), dict(template=None)])
 def test_an_identity_of_another_shape(moved, identity):
     base, at = moved
-    man = {k: v for k,v in read_json(at/'hydra.json').items() if k in ('base', 'experts', 'router', 'built')}
-    man['base']['identity'] = identity; (at/'hydra.json').unlink(); seal_bundle(at, man)
+    reseal(at, lambda about: about['base'].update(identity=identity))
     with pytest.raises(BundleError, match='identity'): check_bundle(at)
 
 # ---- places come from the user
@@ -436,15 +433,14 @@ def test_a_folder_that_a_bundle_names_is_opened_only_where_the_user_opened_one(m
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     with pytest.raises(BundleError, match="opens no folder: give its place yourself"): Hydra.load(at)
     assert Hydra.load(at, base, device='cpu').save(tmp_path/'mine') # now this folder is known here
-    assert Hydra.load(tmp_path/'mine', device='cpu').names==NAMES
+    assert Hydra.load(tmp_path/'mine', device='cpu').names==PAIR
     base.rename(tmp_path/'gone')
     with pytest.raises(BundleError, match='is not on this machine'): Hydra.load(tmp_path/'mine')
 
 @pytest.mark.parametrize('id', ['tiny:x', 'tiny:', 'tiny:'+'1'*5000, 'path:', 'hub:/etc', 'hub:../etc', 'hub:~root/x', 'hub:a', 'pypi:os', 'etc', 'x'*5000])
 def test_how_a_base_may_be_named(at, id):
     reset(at)
-    man = {k: v for k,v in read_json(at/'hydra.json').items() if k in ('base', 'experts', 'router', 'built')}
-    man['base']['id'] = id; (at/'hydra.json').unlink(); seal_bundle(at, man)
+    reseal(at, lambda about: about['base'].update(id=id))
     with pytest.raises(BundleError, match='names no base'): Hydra.load(at)
 
 def test_a_hub_id_is_never_a_folder_here(tmp_path, monkeypatch):
@@ -461,7 +457,7 @@ def test_what_an_adapter_may_say_of_its_base(tmp_path, said, want):
     write_json(tmp_path/'adapter_config.json', dict(PLAIN_LORA, base_model_name_or_path=said))
     assert adapters_base(dict(x=tmp_path))==want
     if want=='hub:a/b':
-        edit(tmp_path/'adapter_config.json', revision='v2')
+        set_fields(tmp_path/'adapter_config.json', revision='v2')
         assert adapters_base(dict(x=tmp_path))=='hub:a/b@v2'
 
 @pytest.mark.parametrize('said', ['/etc', './x', '../x/y', '~/models', 'C:\\models', '/', 'a/b/c'])
@@ -474,7 +470,7 @@ def router_says(at, arrays=None, **params):
     "A bundle whose router says something else, with every digest made to fit"
     a, meta = load_arrays(at/'router', 'router')
     save_arrays(at/'router', 'router', a | (arrays or {}), dict(meta, params=dict(meta['params'], **params)))
-    reseal(at)
+    reseal_if_possible(at)
 
 @pytest.mark.parametrize('params, words', [(dict(encoder='/etc'), 'names a folder.*--encoder'), (dict(encoder='some-folder'), 'names a folder'), (dict(encoder=None), 'encoder=None'), (dict(encoder=['words']), 'encoder='), (dict(encoder=3), 'encoder=3'),
                                            (dict(encoder='minilm'), 'vectors of 384 numbers'), (dict(encoder='sha256:'+'0'*64), 'give its place, encoder= .--encoder'), (dict(encoder='sha256:0'), 'names a folder'),
@@ -485,18 +481,18 @@ def test_a_saved_router_says_only_what_is_on_the_list(at, monkeypatch, params, w
     router_says(reset(at), **params)
     with pytest.raises(HydraError, match=words): Hydra.load(at)
 
-@pytest.mark.parametrize('meta', [dict(kind='similarity', names=None, params={}), dict(kind='similarity', names='law', params={}), dict(kind=None, names=NAMES, params={}), dict(kind={}, names=NAMES, params={}), dict(kind='similarity', names=NAMES, params=[]), dict(kind='similarity', names=[1, 2], params={}),
-                                  dict(names=NAMES, params={}), {}, dict(kind='cascade', names=NAMES, params=dict(margin=1, first=3, second={})), dict(kind='cascade', names=NAMES, params=dict(margin=1, first=dict(kind='uniform', names=NAMES, params={}, base=1), second={}))])
+@pytest.mark.parametrize('meta', [dict(kind='similarity', names=None, params={}), dict(kind='similarity', names='law', params={}), dict(kind=None, names=PAIR, params={}), dict(kind={}, names=PAIR, params={}), dict(kind='similarity', names=PAIR, params=[]), dict(kind='similarity', names=[1, 2], params={}),
+                                  dict(names=PAIR, params={}), {}, dict(kind='cascade', names=PAIR, params=dict(margin=1, first=3, second={})), dict(kind='cascade', names=PAIR, params=dict(margin=1, first=dict(kind='uniform', names=PAIR, params={}, base=1), second={}))])
 def test_a_router_of_another_shape_is_no_traceback(at, meta):
     a, _ = load_arrays(reset(at)/'router', 'router')
-    save_arrays(at/'router', 'router', a, meta); reseal(at)
+    save_arrays(at/'router', 'router', a, meta); reseal_if_possible(at)
     with pytest.raises(HydraError): Hydra.load(at)
 
 def test_a_router_that_reads_a_layer_which_the_base_does_not_have(tmp_path):
     import numpy as np
     base = tiny_base()
     x = rng(0, 'states').normal(size=(6, 64))
-    at = on(base, fit_on_hidden(ridge_router, NAMES, x, NAMES*3, layer=1)).save(tmp_path/'b')
+    at = on(base, fit_on_hidden(ridge_router, PAIR, x, PAIR*3, layer=1)).save(tmp_path/'b')
     assert Hydra.load(at).ask('hi', max_new_tokens=1) is not None
     router_says(at, layer=3)
     with pytest.raises(HydraError, match='reads layer 3'): Hydra.load(at)
@@ -504,18 +500,18 @@ def test_a_router_that_reads_a_layer_which_the_base_does_not_have(tmp_path):
     with pytest.raises(HydraError, match='spread'): Hydra.load(at)
 
 def test_an_encoder_in_a_folder_is_named_by_what_is_in_it_and_its_place_is_given(tmp_path):
-    texts = [*TEXTS, 'a judge in a court', 'the sea and its waves']
+    texts = [*PAIR_TEXTS, 'a judge in a court', 'the sea and its waves']
     fit_tfidf(texts, tmp_path/'enc')
-    router = similarity_router(Domains(embed(TEXTS, tmp_path/'enc'), NAMES, str(tmp_path/'enc')), .5)
+    router = similarity_router(Domains(embed(PAIR_TEXTS, tmp_path/'enc'), PAIR, str(tmp_path/'enc')), .5)
     at = on(tiny_base(), router).save(tmp_path/'b')
     said = read_json(at/'router'/'router.json')['meta']['params']['encoder']
     assert said.startswith('sha256:') and str(tmp_path) not in ''.join(p.read_text() for p in at.rglob('*.json'))
     with pytest.raises(BundleError, match='give its place, encoder='): Hydra.load(at)
     h = Hydra.load(at, encoder=tmp_path/'enc')
-    want = h.gates(TEXTS)
-    assert torch.equal(want, Hydra.load(at, encoder=Path(shutil.copytree(tmp_path/'enc', tmp_path/'copy'))).gates(TEXTS))
-    assert explain_bundle(at, TEXTS[0], encoder=tmp_path/'copy')[0]['experts'][0]['name']=='law'
+    want = h.gates(PAIR_TEXTS)
+    assert torch.equal(want, Hydra.load(at, encoder=Path(shutil.copytree(tmp_path/'enc', tmp_path/'copy'))).gates(PAIR_TEXTS))
+    assert explain_bundle(at, PAIR_TEXTS[0], encoder=tmp_path/'copy')[0]['experts'][0]['name']=='law'
     shutil.rmtree(tmp_path/'enc'); fit_tfidf(texts[::-1]+['and more'], tmp_path/'enc') # exchanged
     with pytest.raises(HydraError, match='is not the one that this router was made with'): Hydra.load(at, encoder=tmp_path/'enc')
-    with pytest.raises(HydraError, match='its files were exchanged'): h.gates(TEXTS) # also of one that is open already
+    with pytest.raises(HydraError, match='its files were exchanged'): h.gates(PAIR_TEXTS) # also of one that is open already
     with pytest.raises(HydraError, match='is not the one'): Hydra.load(at, encoder='words')

@@ -1,5 +1,5 @@
 "Cards: complete, true to their archives, found in a checkout and in a wheel"
-import csv, functools, json, os, re, sqlite3, subprocess, sys, zipfile
+import csv, json, os, re, sqlite3, subprocess, sys, zipfile
 from collections import Counter
 import pytest, yaml
 from hydramoe.data.records import DOMAINS, record
@@ -10,15 +10,14 @@ from hydramoe.data.load import load
 from hydramoe.foundations import fetch
 from hydramoe.foundations.core import HydraError, repo_root
 from hydramoe.data.leaks import find_leaks
+from cards import FETCHED, cached_load
 
-NAMES = card_names()
-PUBLIC = [n for n in card_names(verified=None) if n not in NAMES]
+PUBLIC = [n for n in card_names(verified=None) if n not in FETCHED]
 OURS = {'domain', 'use', 'verified', 'map', 'canary', 'rows', 'faults', 'roles'}
-cached_load = functools.cache(load)
 def front_of(name): return yaml.safe_load((repo_root()/'data_cards'/f'{name}.md').read_text().split('---\n', 2)[1])
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', FETCHED)
 def test_a_card_gives_what_it_says(name):
     card, rows = load_card(name), cached_load(name)
     assert len(rows) == card['rows'] == len({r['id'] for r in rows})
@@ -34,7 +33,7 @@ def test_a_sample_is_drawn_by_the_seed(name):
     assert {r['id'] for r in few} < {r['id'] for r in cached_load(name)} and len(few) == 3
 
 
-@pytest.mark.parametrize('name', NAMES + PUBLIC)
+@pytest.mark.parametrize('name', FETCHED + PUBLIC)
 def test_front_matter_is_the_hubs(name):
     from huggingface_hub import DatasetCardData
     front = front_of(name)
@@ -43,7 +42,7 @@ def test_front_matter_is_the_hubs(name):
     assert known.pretty_name and known.license and known.language and known.size_categories
     assert known.license != 'other' or front.get('license_name')
     assert set(front) <= {'pretty_name', 'license', 'license_name', 'license_link', 'language', 'task_categories', 'size_categories', 'tags'}
-    assert set(ours) <= OURS | ({'package', 'members', 'generator', 'args'} if name in NAMES else {'hub', 'revision', 'config', 'split', 'data_dir', 'data_files', 'layout', 'columns', 'sample', 'size'})
+    assert set(ours) <= OURS | ({'package', 'members', 'generator', 'args'} if name in FETCHED else {'hub', 'revision', 'config', 'split', 'data_dir', 'data_files', 'layout', 'columns', 'sample', 'size'})
     assert isinstance(ours['canary'], bool) and isinstance(ours['faults'], list) and len(load_card(name)['prose']) > 150
 
 
@@ -71,10 +70,10 @@ def test_a_public_card_claims_no_more_than_it_knows(name):
 
 PLAIN = dict(name='plain', license='mit', domain='general', use='train', verified='schema', hub='owner/set', revision='unknown', layout=dict(repository='owner/code', path='README.md'),
              columns=['q', 'a'], map=dict(prompt='{q}', completion='{a}'), sample=[dict(row=dict(q='Why?', a='So.'), prompt='Why?', completion='So.')], canary=False, rows='unknown', faults=[])
-TALK = dict(columns=['chat'], map={'sharegpt': 'chat', 'from': 'who', 'value': 'text'}, roles=dict(sage='assistant'),
+SHAREGPT = dict(columns=['chat'], map={'sharegpt': 'chat', 'from': 'who', 'value': 'text'}, roles=dict(sage='assistant'),
             sample=[dict(row=dict(chat=[dict(who=w, text=t) for w, t in (('system', 's'), ('human', 'a'), ('sage', 'b'), ('human', 'c'), ('sage', 'd'))]), prompt=['a', 'c'], completion=['b', 'd'])])
 
-@pytest.mark.parametrize('change', [{}, TALK, TALK | dict(sample=[dict(TALK['sample'][0], prompt='c', completion='d')]), dict(map='pairs', columns=['prompt', 'completion'], sample=[dict(row=dict(prompt='x', completion='y'), prompt='x', completion='y')]),
+@pytest.mark.parametrize('change', [{}, SHAREGPT, SHAREGPT | dict(sample=[dict(SHAREGPT['sample'][0], prompt='c', completion='d')]), dict(map='pairs', columns=['prompt', 'completion'], sample=[dict(row=dict(prompt='x', completion='y'), prompt='x', completion='y')]),
                                     dict(columns=['instruction', 'output'], map='alpaca', sample=[dict(row=dict(instruction='x', output='y'), prompt='x', completion='y')]), dict(verified='unverified', map='unknown')])
 def test_a_whole_public_card_passes(change): assert validate_card(PLAIN | change)
 
@@ -82,13 +81,13 @@ def test_a_whole_public_card_passes(change): assert validate_card(PLAIN | change
     (dict(verified='data'), "'data' is for a card with `package`"), (dict(verified='sure'), 'verified'), (dict(domain='misc'), 'domain'), (dict(hub='https://x/y'), 'need owner/name'), (dict(revision='abc'), '40 hex'),
     (dict(layout=dict(repository='owner', path='x')), 'need the repository'), (dict(sample=[]), 'needs one row'), (dict(sample=[dict(row=dict(q='x'))]), 'needs one row'), (dict(map='unknown'), 'map names unknown'),
     (dict(columns=['q']), "needs the column 'a'"), (dict(sample=[dict(PLAIN['sample'][0], row=dict(q='Why?', a='So.', z=1))]), "has the column 'z'"), (dict(canary=True), 'never be trained on'),
-    (TALK | dict(roles={}), 'role "sage" is none of'), (TALK | dict(sample=[dict(TALK['sample'][0], prompt=['a'], completion=['b'])]), 'the card says')])
+    (SHAREGPT | dict(roles={}), 'role "sage" is none of'), (SHAREGPT | dict(sample=[dict(SHAREGPT['sample'][0], prompt=['a'], completion=['b'])]), 'the card says')])
 def test_a_public_card_with_a_fault_is_refused(change, why):
     with pytest.raises(HydraError, match=why): validate_card(PLAIN | change)
 
 
 def test_a_card_of_another_state_is_asked_for_by_name():
-    assert set(NAMES) == set(card_names(verified='data')) and not set(NAMES) & set(card_names(verified='schema'))
+    assert set(FETCHED) == set(card_names(verified='data')) and not set(FETCHED) & set(card_names(verified='schema'))
     assert not card_names('general') and set(card_names('general', verified=None)) <= set(PUBLIC)
 
 
@@ -98,7 +97,7 @@ def test_every_domain_is_fed_and_examined():
 
 
 def test_nothing_with_a_canary_is_trained_on():
-    for n in NAMES:
+    for n in FETCHED:
         c = load_card(n)
         if c['use'] == 'train' and 'package' in c:
             assert not any(b'SHOULD NEVER APPEAR IN TRAINING' in fetch.member(c['package'].split('==')[0], p) for p in c['members'] if '*' not in p)
@@ -164,12 +163,12 @@ def test_tables_and_claims_are_right():
     for r in cached_load('element_tables'):
         m = re.match(r'Convert this (\w+) table to (\w+):\n\n(.*)', r['prompt'][0]['content'], re.S)
         if not m: continue
-        assert cells(m[1], m[3]) == cells(m[2], r['completion'][0]['content'])
+        assert table_cells(m[1], m[3]) == table_cells(m[2], r['completion'][0]['content'])
         checked += 1
     assert checked > 500
 
 
-def cells(kind, text):
+def table_cells(kind, text):
     "A table in any of the three formats as lists of strings"
     if kind == 'JSON':
         rows = json.loads(text)
@@ -215,4 +214,4 @@ def test_cards_ship_in_the_wheel(tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     code = 'import hydramoe.data.cards as d; assert "site" in d.__file__, d.__file__; print(len(d.card_names()), d.load_card("gsm8k")["rows"])'
     out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(site)), capture_output=True, text=True)
-    assert out.stdout.split() == [str(len(NAMES)), '1319'], out.stderr
+    assert out.stdout.split() == [str(len(FETCHED)), '1319'], out.stderr

@@ -8,26 +8,13 @@ from transformers import DynamicCache
 
 from hydramoe.models.base import tiny_base
 from hydramoe.models.load import load_base
-from hydramoe.domains.embed import prompt_text
-from hydramoe.foundations.core import HydraError, rng
+from hydramoe.foundations.core import HydraError
 from hydramoe.hydra import Hydra
 from hydramoe.hydra.chat import Chat
-from hydramoe.hydra.route import uniform_router
-from hydramoe.experts.stack import LoraSpec
-from hydramoe.experts.model import gated
-from test_hydra import NAMES, by_hand, by_hand_on, ids
+from hydras import NAMES, by_hand, fickle, ids, noisy
+from stacks import contents
 
 # --- conversations ---------------------------------------------------------------------------------------------------
-
-class Fickle:
-    "A router by the first word of the user"
-    kind, names, params = 'fickle', NAMES, {}
-    def __call__(self, prompts): return np.array([[float(prompt_text(dict(prompt=p)).startswith(n)) for n in NAMES] for p in prompts])
-
-def fickle(base=None):
-    h = by_hand() if base is None else Hydra(base, by_hand_on(base), uniform_router(NAMES))
-    h.router = Fickle()
-    return h
 
 SAID = ['law of the sea?', 'and who says so?', 'sea or land?', 'sea again?', 'nothing of it', 'sum it up']
 
@@ -104,18 +91,9 @@ def test_a_sliding_window_in_a_conversation(tmp_path):
 
 # --- a conversation under a fork
 
-def noisy(base, fork):
-    "Three experts of noise that part at a fork, on a trunk of noise"
-    model = gated(base, 3, LoraSpec(rank=4, fork=fork))
-    for e, name in enumerate(NAMES): model.stack.init_expert(e, seed=0, name=name)
-    for t in (model.stack.theta, model.stack.trunk): t += torch.from_numpy(rng(0, 'noise').normal(0, .1, t.shape)).float()
-    return model
-
-def forked(base=None, fork=.5, router=None):
-    base = base or tiny_base(layers=4)
-    h = Hydra(base, noisy(base, fork), uniform_router(NAMES))
-    h.router = router or Fickle()
-    return h
+def forked_hydra(base=None):
+    "A fickle Hydra that forks in the middle of four blocks"
+    return fickle(base or tiny_base(layers=4), fork=.5)
 
 @contextlib.contextmanager
 def counted(h):
@@ -127,8 +105,6 @@ def counted(h):
     finally:
         for k in hooks: k.remove()
 
-def contents(cache): return [t for l in cache.layers for t in (l.keys, l.values)]
-
 def read_whole(h, ids, gates):
     "What one pass over all of it leaves in a cache"
     cache = DynamicCache()
@@ -138,7 +114,7 @@ def read_whole(h, ids, gates):
 @pytest.mark.parametrize('n', [1, 9])
 def test_a_forked_conversation_equals_reading_all_of_it_and_costs_what_it_says(n):
     "Answers and cache are those of an expert that was there from the beginning; no block below the fork reads a token twice, unless the base alone spoke"
-    h, fresh = forked(), forked()
+    h, fresh = forked_hydra(), forked_hydra()
     chat = Chat(h, 'Be brief.')
     for t in ['law of the sea?', 'sea or land?', 'sea again?', 'sum it up', 'nothing of it', 'nothing at all', 'law now', 'sum now']:
         with counted(h) as ran: answer = chat(t, max_new_tokens=n)
@@ -153,7 +129,7 @@ def test_a_forked_conversation_equals_reading_all_of_it_and_costs_what_it_says(n
 
 def test_the_lower_half_of_a_stale_cache_would_be_seen():
     "What the test above would find: a refill from states of another conversation gives another cache"
-    h = forked()
+    h = forked_hydra()
     chat = Chat(h)
     chat('law of the sea?', max_new_tokens=3)
     chat.states = chat.states.flip(1)
@@ -161,7 +137,7 @@ def test_the_lower_half_of_a_stale_cache_would_be_seen():
     assert not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(contents(chat.cache), read_whole(h, chat.ids, chat.gates)))
 
 def test_beams_and_interruptions_under_a_fork(monkeypatch):
-    h, fresh = forked(), forked()
+    h, fresh = forked_hydra(), forked_hydra()
     chat = Chat(h)
     for t, kw in (('law?', {}), ('sea?', dict(num_beams=2)), ('sum?', {}), ('law!', {})):
         assert chat(t, max_new_tokens=5, **kw) == fresh.ask(chat.messages[:-1], expert=t[:3], max_new_tokens=5, **kw)
@@ -172,7 +148,7 @@ def test_beams_and_interruptions_under_a_fork(monkeypatch):
     assert chat('sea?', max_new_tokens=5) == fresh.ask(chat.messages[:-1], expert='sea', max_new_tokens=5)
 
 def test_a_gate_and_an_expert_by_hand_take_turns_under_a_fork(tmp_path):
-    made = noisy(tiny_base(), 1)
+    made = noisy(tiny_base(), fork=1)
     folders = {n: made.stack.save_peft(tmp_path/n, e, 'tiny-0') for e, n in enumerate(NAMES)}
     h = Hydra.from_adapters(folders, tiny_base(), dict(kind='arrow', top_k=2), fork=1)
     chat = Chat(h)
@@ -181,15 +157,15 @@ def test_a_gate_and_an_expert_by_hand_take_turns_under_a_fork(tmp_path):
     assert [t.get('above', 0) for t in chat.turns] == [0, 1, 1, 1, 1]
 
 def test_a_sliding_window_under_a_fork(tmp_path):
-    h = forked(windowed(tmp_path, 4))
+    h = forked_hydra(windowed(tmp_path, 4))
     chat = Chat(h)
     for t in ['sea'*9, 'sea again?', 'law now', 'sum it']: assert chat(t, max_new_tokens=12) == h.ask(chat.messages[:-1], expert=t[:3], max_new_tokens=12)
     assert [t.get('above', 0) for t in chat.turns] == [0, 0, 2, 2]
 
 def test_the_base_alone_has_no_trunk():
     "By hand or because a router abstains, alone or in a batch; beside it, rows answer as ever"
-    h, base = forked(), tiny_base(layers=4)
-    bare = Hydra(base, by_hand_on(base), uniform_router(NAMES))
+    h, base = forked_hydra(), tiny_base(layers=4)
+    bare = by_hand(base)
     want = [bare.ask(p, expert='base', max_new_tokens=8) for p in ('nothing', 'else')]
     assert [h.ask(p, max_new_tokens=8) for p in ('nothing', 'else')] == want
     batch = ['law', 'nothing', 'sea', 'else']
@@ -215,7 +191,7 @@ def seer(h, layer, farthest=None):
 @pytest.mark.parametrize('kind', ['llama', 'window'])
 def test_routed_on_the_way_is_routed_first(kind, tmp_path, monkeypatch):
     "The same gates to the bit and the same answers, sampled or not, turn by turn too, when the router looks while the trunk reads; and the trunk reads once"
-    plain = forked(windowed(tmp_path, 4) if kind=='window' else None)
+    plain = forked_hydra(windowed(tmp_path, 4) if kind=='window' else None)
     for layer in (1, 2):
         h, looked = seer(plain, layer), []
         monkeypatch.setattr(Hydra, '_route_on_the_way', lambda *x, f=Hydra._route_on_the_way: looked.append(f(*x)) or looked[-1])
@@ -235,7 +211,7 @@ def test_routed_on_the_way_is_routed_first(kind, tmp_path, monkeypatch):
         monkeypatch.undo()
 
 def test_a_router_that_abstains_on_the_way_asks_the_bare_base():
-    h = forked()
+    h = forked_hydra()
     bare, shy = h.ask('who?', expert='base', max_new_tokens=9), seer(h, 1, farthest=1e-9)
     assert not shy.gates(['who?']).any() and shy.ask('who?', max_new_tokens=9) == bare
     assert shy.generate(['who?', 'what?'], max_new_tokens=9)[0] == bare

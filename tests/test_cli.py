@@ -1,7 +1,6 @@
 "The command as a shell sees it: exit codes, streams, signals, speed"
 import contextlib, io, json, os, shlex, signal, subprocess, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 import pytest
 
 from hydramoe.use.cli import main
@@ -14,30 +13,15 @@ from hydramoe.hydra.rows import gather_rows
 from hydramoe.hydra.propose import propose_domains
 from hydramoe.hydra.change import add_expert, remove_expert
 from hydramoe.hydra.adopt import adopt
-from hydramoe.use import command
+from hydramoe.use import cli, command
+from helpers import TINY, here
 
 COMMANDS = ['build', 'domains', 'add', 'remove', 'adopt', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce',
             'data list', 'data show', 'data prepare', 'data check', 'data card']
-TINY = ['--base', 'tiny', '--quant', 'fp32', '--encoder', 'words']
 
 def hydramoe(*argv, **kw):
     "In a process of its own"
     return subprocess.run([sys.executable, '-m', 'hydramoe.use.cli', *map(str, argv)], capture_output=True, text=True, **kw)
-
-def here(*argv, cwd, input=''):
-    "In this process, which has torch in memory already: what a shell would see"
-    out, err, stdin, old, env = io.StringIO(), io.StringIO(), sys.stdin, os.getcwd(), dict(os.environ)
-    os.chdir(cwd)
-    sys.stdin = io.StringIO(input)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try: code = main([str(a) for a in argv])
-            except SystemExit as e: code = e.code
-    finally:
-        os.chdir(old)
-        sys.stdin = stdin
-        os.environ.clear(); os.environ.update(env)
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -170,7 +154,7 @@ def test_input_that_is_no_text(made, how, monkeypatch):
 @pytest.mark.parametrize('error', [ZeroDivisionError(), RuntimeError('boom\nand more'), RecursionError(), MemoryError(), TypeError('x\udcff'), AssertionError('ä'*5000)], ids=lambda e: type(e).__name__)
 def test_the_last_net(error, monkeypatch, tmp_path):
     def bug(a): raise error
-    monkeypatch.setitem(command.COMMANDS, 'bug', command.Command(bug, 'x', (), ()))
+    monkeypatch.setitem(cli.COMMANDS, 'bug', command.Command(bug, 'x', (), ()))
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     out = here('bug', cwd=tmp_path)
     assert (out.returncode, out.stdout) == (1, '')
@@ -296,7 +280,7 @@ def test_an_option_that_became_a_command_names_it(old, new, tmp_path):
 def test_each_option_is_documented_once():
     "The same option means the same in every command: one sentence, but where a command says its own"
     said = {}
-    for name, c in command.COMMANDS.items():
+    for name, c in cli.COMMANDS.items():
         for names, how in c.args: said.setdefault(names[-1], set()).add(how.get('help'))
     own = {'--out', '--base', '--encoder', '--name', '--top-k', '--gate', '--domain', '--rows', '--domains', 'name', 'names', 'file', 'files', 'prompt', '--format', '--start'}
     assert {n for n, helps in said.items() if len(helps)>1} <= own

@@ -1,5 +1,5 @@
 "Clusters: repeatable in any process, as many as asked for, no better than chance where there is nothing"
-import os, subprocess, sys
+import os
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -7,18 +7,7 @@ from hydramoe.domains.cluster import agreement, choose_k, hierarchical, kmeans, 
 from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, rng
 from hydramoe.foundations.files import file_sha256
-
-def blobs(n=90, k=3, d=8, seed=0):
-    "k separate heaps of rows, and the heap of each"
-    g = rng(seed, 'blobs')
-    truth = np.arange(n)%k
-    return (10*g.normal(size=(k,d))[truth] + g.normal(size=(n,d))).astype(np.float32), truth
-
-def run(code, **env):
-    "A fresh process's last line"
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|env)
-    assert r.returncode==0, r.stderr
-    return r.stdout.splitlines()[-1]
+from helpers import blobs, printed
 
 # --- clustering
 
@@ -36,7 +25,7 @@ def test_the_same_in_two_processes_with_other_threads_and_hash_seeds(tmp_path):
         from hydramoe.foundations.core import digest
         texts,_ = lesson_texts(); domains,labels,x = cluster_texts(texts, 5, encoder='words'); domains.save({!r})
         print(digest([domains.names, domains.centroids, labels, project_2d(x)]))"""
-    seen = {run(code.format(str(tmp_path/h)), PYTHONHASHSEED=h, OMP_NUM_THREADS=t) for h,t in (('1','1'), ('2','2'))}
+    seen = {printed(code.format(str(tmp_path/h)), os.environ | dict(PYTHONHASHSEED=h, OMP_NUM_THREADS=t)).splitlines()[-1] for h,t in (('1','1'), ('2','2'))}
     assert len(seen)==1
     assert len({file_sha256(p) for p in tmp_path.glob('*/domains.json')})==1
     assert len({file_sha256(p) for p in tmp_path.glob('*/domains.safetensors')})==1

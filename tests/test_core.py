@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 from hydramoe.foundations import core
 from hydramoe.foundations.core import HydraError, canonical, derive_seed, digest, number, one_of, repo_root, rng
+from strategies import scalars
 
-scalars = st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=['Cs']))
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), max_size=5), v, max_size=4), max_leaves=12)
 
 @given(values)

@@ -2,7 +2,6 @@
 import functools, json, os, re, subprocess, sys
 from collections import Counter
 import pytest
-from hydramoe.models.encode import encode
 from hydramoe.data.splits import ngrams, prompt_key
 from hydramoe.data.cards import card_names, load_card, rows_of
 from hydramoe.data.sources import eval_docs, open_database
@@ -16,13 +15,13 @@ from hydramoe.data.craft_writing import gives_back, keeps_condition, paragraphs
 from hydramoe.data.load import MAPS, load
 from hydramoe.foundations import fetch
 from hydramoe.foundations.core import HydraError, rng
+from cards import cached_load
 
 TRAIN = ['element_sql', 'scenes', 'swapped_calls', 'filled_calls', 'no_calls', 'deduction_puzzles', 'procedure_puzzles',
          'fact_claims', 'support_claims', 'verse_tasks', 'prose_tasks', 'passage_tasks']
-cached_load = functools.cache(load)
 ask = lambda r: r['prompt'][-1]['content']
 answer = lambda r: r['completion'][0]['content']
-runs = lambda text, n=13: {g for g in ngrams(text, n) if g.count(' ') == n-1}
+gram_runs = lambda text, n=13: {g for g in ngrams(text, n) if g.count(' ') == n-1}
 
 
 def files_of(name):
@@ -237,14 +236,14 @@ def test_nothing_held_out_is_crafted(name):
     keys, seen = held_out()
     for r in cached_load(name):
         assert prompt_key(r) not in keys and ask(r) not in keys, r['id']
-        shared = sorted(seen & (runs(ask(r)) | runs(answer(r))))[:3]
+        shared = sorted(seen & (gram_runs(ask(r)) | gram_runs(answer(r))))[:3]
         assert not shared, (r['id'], shared)
 
 
 @functools.cache
 def held_out():
     held = [r for n in card_names(use='evaluate') for r in load(n)]
-    return {prompt_key(r) for r in held} | {ask(r) for r in held}, set().union(*(runs(ask(r)) | runs(answer(r)) for r in held))
+    return {prompt_key(r) for r in held} | {ask(r) for r in held}, set().union(*(gram_runs(ask(r)) | gram_runs(answer(r)) for r in held))
 
 
 @pytest.mark.slow

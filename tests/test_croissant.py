@@ -11,8 +11,7 @@ from hydramoe.data.new_card import new_card
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import read_jsonl
 from hydramoe.foundations.store import open_sealed
-
-FETCHED = card_names()
+from cards import FETCHED
 
 @pytest.mark.parametrize('name', card_names(verified=None))
 def test_a_card_has_no_faults(name): assert check_card(name, fetch=False)['faults']==[]

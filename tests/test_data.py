@@ -12,6 +12,9 @@ from hydramoe.models.packaged import gemma_chat, smollm2_dir
 from hydramoe.models.load import check_base
 from hydramoe.models.template import fold_system_turns
 from hydramoe.foundations.core import HydraError
+from rows import BAD, FORMS
+from strategies import utf8
+from templates import IN_TURN, NO_SYSTEM, SAYS_SO, SILENT, SPACE, STRIPS, THINKS, TURNS, with_template
 
 
 @pytest.fixture(scope='module')
@@ -20,7 +23,7 @@ def smol():
     return AutoTokenizer.from_pretrained(smollm2_dir())
 
 
-ROWS = [record('Hi', 'Hello', 'x'), record('  What\r\nis this? ', 'Ünïcode ✓ 你好', 'x'),
+RECORDS = [record('Hi', 'Hello', 'x'), record('  What\r\nis this? ', 'Ünïcode ✓ 你好', 'x'),
         record([dict(role='system', content='Be brief.'), dict(role='user', content='a'), dict(role='assistant', content='b'), dict(role='user', content='c')], 'd\n\ne', 'x'),
         record('<|im_end|> in text', 'x <|im_start|> y', 'x'), *toy_records(2)]
 
@@ -33,11 +36,11 @@ def test_encode_equals_trl(which, request, tmp_path):
     from hydramoe.models.base import tiny_base
     base = tiny_base()
     tok = base.tokenizer if which == 'byte' else request.getfixturevalue('smol')
-    rows = Dataset.from_list([dict(prompt=r['prompt'], completion=r['completion']) for r in ROWS])
+    rows = Dataset.from_list([dict(prompt=r['prompt'], completion=r['completion']) for r in RECORDS])
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to='none', max_length=None, shuffle_dataset=False)
     got = SFTTrainer(model=base.model, args=args, train_dataset=rows, processing_class=tok).train_dataset
-    assert len(got) == len(ROWS)
-    for r, g in zip(ROWS, got):
+    assert len(got) == len(RECORDS)
+    for r, g in zip(RECORDS, got):
         e = encode(r, tok, 1000, 1000)
         assert e.ids == g['input_ids']
         assert g['labels'] == [-100]*e.n_prompt + e.ids[e.n_prompt:]
@@ -69,33 +72,20 @@ def test_split_is_disjoint_and_keeps_conversations_whole():
     assert len(parts['test']) == 20 and len(parts['train']) == 84
 
 
-BAD = [('{"prompt": 1, "completion": "x"}', 'prompt is 1'), ('[1, 2]', 'need an object'), ('"x"', 'need an object'), ('{"prompt": "x"}', 'has the fields prompt'),
-       ('{"prompt": "x", "completion": "  "}', 'completion is empty'), ('{"prompt": [], "completion": "x"}', 'prompt is []'),
-       ('{"prompt": [{"role": "user"}], "completion": "x"}', 'prompt holds'), ('{"prompt": [{"role": "wizard", "content": "x"}], "completion": "x"}', 'wizard'),
-       ('{"messages": "hello"}', 'messages must be a list'), ('{"messages": [{"role": "user", "content": "x"}]}', 'no assistant turn'),
-       ('{"messages": [{"role": "assistant", "content": "x"}]}', 'no assistant turn'), ('{"prompt": "\\ud800", "completion": "x"}', 'surrogates'),
-       ('{"prompt": "x", "completion": null}', 'completion is null'), ('{"conversations": [{"from": "human"}]}', "objects with 'from' and 'value'"),
-       ('{}', 'none')]
-
-
 @pytest.mark.parametrize('line,reason', BAD)
 def test_a_bad_row_is_a_value_error_that_says_why(line, reason):
     with pytest.raises(ValueError, match=re.escape(reason)): row_records(json.loads(line), 'x')
 
-
-FORMS = [dict(prompt='Hi', completion='Yo'), dict(prompt=[dict(role='user', content='Hi')], completion=[dict(role='assistant', content='Yo')]),
-         dict(messages=[dict(role='user', content='Hi'), dict(role='assistant', content='Yo')]),
-         dict(conversations=[{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Yo'}]), dict(instruction='Hi', input='', output='Yo'), dict(instruction='Hi', output='Yo')]
 
 def test_formats_in_the_wild_agree():
     assert len({r['id'] for form in FORMS for r in row_records(form, 'x')}) == 1
 
 
 names = st.sampled_from(['prompt', 'completion', 'messages', 'conversations', 'instruction', 'input', 'output', 'role', 'content', 'from', 'value', 'tools', 'domain'])
-anything = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(['user', 'assistant', 'human', 'gpt']), lambda c: st.lists(c, max_size=3) | st.dictionaries(names, c, max_size=5), max_leaves=10)
+any_value = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(['user', 'assistant', 'human', 'gpt']), lambda c: st.lists(c, max_size=3) | st.dictionaries(names, c, max_size=5), max_leaves=10)
 
 @settings(max_examples=200, deadline=None)
-@given(anything)
+@given(any_value)
 @example(row={'prompt': '0', 'completion': '0', 'tools': 1})
 @example(row={'instruction': None, 'output': 'x'})
 def test_any_json_ends_as_records_or_a_value_error(row):
@@ -106,7 +96,7 @@ def test_any_json_ends_as_records_or_a_value_error(row):
 
 
 @settings(max_examples=100, deadline=None)
-@given(anything, st.sampled_from(['pairs', 'alpaca', 'messages', 'sharegpt', {'messages': 'prompt', 'role': 'from'}, {'prompt': '{prompt}', 'completion': '{output[0]} {input?}', 'system': '{domain?}'}, {'alpaca': {'instruction': 'prompt'}}]))
+@given(any_value, st.sampled_from(['pairs', 'alpaca', 'messages', 'sharegpt', {'messages': 'prompt', 'role': 'from'}, {'prompt': '{prompt}', 'completion': '{output[0]} {input?}', 'system': '{domain?}'}, {'alpaca': {'instruction': 'prompt'}}]))
 def test_any_row_under_any_map_ends_as_pairs_or_a_value_error(row, map):
     try: pairs = map_row(row, map)
     except ValueError: return
@@ -125,20 +115,6 @@ def test_a_template_puts_each_value_where_its_column_is_named(row, draw):
 
 # --- a row in the light of its base ----------------------------------------------------------------------------------
 
-TURNS = "{% for m in messages %}{{ '<|im_start|>'+m['role']+'\\n'+m['content']+'<|im_end|>\\n' }}{% endfor %}"
-SPACE = "{% for m in messages %}{{ m['role'].capitalize()+': '+m['content']+'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-THINKS = TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
-SILENT = TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"
-STRIPS = THINKS.replace("m['content']", "m['content'].split('</think>')[-1].lstrip()") # the past has no thoughts
-SAYS_SO = THINKS.replace("+m['content']", "+('<think>\\n' if m['role']=='assistant' else '')+m['content']") # the past has them too
-NO_SYSTEM = "{% if messages[0]['role']=='system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-IN_TURN = "{% for m in messages %}{% if (m['role']=='user')!=(loop.index0%2==0) %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
-
-def with_template(tok, template):
-    tok = copy.deepcopy(tok)
-    tok.chat_template = template
-    return tok
-
 def ids_of(tok, text): return tok(text, add_special_tokens=False)['input_ids']
 
 @pytest.mark.parametrize('which', ['byte', 'smol'])
@@ -146,7 +122,7 @@ def ids_of(tok, text): return tok(text, add_special_tokens=False)['input_ids']
 def test_the_boundary_is_made_where_generation_begins(which, template, request):
     "Case 5: whatever a template writes where the answer begins, the prompt's ids are those that generation is given, and the answer is learned to its end"
     tok = with_template(byte_tokenizer() if which == 'byte' else request.getfixturevalue('smol'), template)
-    for r in ROWS[:3] + [record('q', a, 'x') for a in ('e', '<|im_end|>', 'Goethe. Goethe.', '12')]:
+    for r in RECORDS[:3] + [record('q', a, 'x') for a in ('e', '<|im_end|>', 'Goethe. Goethe.', '12')]:
         e, said = encode(r, tok, 1000, 1000), r['completion'][0]['content']
         assert e.ids[:e.n_prompt] == ids_of(tok, render(tok, r['prompt']))
         assert tok.decode(e.ids[e.n_prompt:]) == said+'<|im_end|>\n'
@@ -158,7 +134,7 @@ def test_thoughts_in_an_answer_are_learned_once(template):
     text = tok.decode(e.ids)
     assert text.count('Hm.') == 1 and text.endswith('Goethe.<|im_end|>\n') and (template == SILENT or text.count('<think>') == 1)
 
-words = st.text(st.characters(codec='utf-8', exclude_categories=['Cs']), min_size=1, max_size=30).filter(str.strip)
+spoken = st.text(utf8, min_size=1, max_size=30).filter(str.strip)
 
 @pytest.fixture(scope='module')
 def packaged(smol):
@@ -167,7 +143,7 @@ def packaged(smol):
     return [smol, byte_tokenizer(), gemma, with_template(smol, chatml)]
 
 @settings(max_examples=40, deadline=None)
-@given(words, words, st.booleans())
+@given(spoken, spoken, st.booleans())
 def test_the_packaged_bases_are_read_as_ever(packaged, q, a, system):
     "For their templates the ids are those of the whole text at once, so nothing that was published changes"
     prompt = [*([dict(role='system', content='Be brief.')] if system else []), dict(role='user', content=q)]
@@ -179,9 +155,9 @@ def test_the_packaged_bases_are_read_as_ever(packaged, q, a, system):
 
 FAUST = [dict(role='system', content='Be brief.'), dict(role='user', content='Who wrote Faust?')]
 DROPS = TURNS.replace("{% for m in messages %}", "{% for m in messages if m['role']!='system' %}")
-ODD = ["{{ 1/0 if messages[0]['role']=='system' else '' }}", "{{ messages[0]['nothing']['x'] if messages[0]['role']=='system' else '' }}", "{% if messages[0]['role']=='system' %}{{ 1 + 'a' }}{% endif %}"]
+ODD_TEMPLATES = ["{{ 1/0 if messages[0]['role']=='system' else '' }}", "{{ messages[0]['nothing']['x'] if messages[0]['role']=='system' else '' }}", "{% if messages[0]['role']=='system' %}{{ 1 + 'a' }}{% endif %}"]
 
-@pytest.mark.parametrize('template', [NO_SYSTEM+SPACE, DROPS, *(o+SPACE for o in ODD)])
+@pytest.mark.parametrize('template', [NO_SYSTEM+SPACE, DROPS, *(o+SPACE for o in ODD_TEMPLATES)])
 def test_a_system_turn_that_is_not_taken_is_said_by_the_user(template):
     "Case 3, in training and in answering alike, whether the template raises an error of any kind or drops it in silence"
     tok = with_template(byte_tokenizer(), template)
@@ -213,9 +189,9 @@ def test_pads_are_masked_so_any_id_will_do(smol):
     added = copy.deepcopy(smol); added.add_special_tokens(dict(pad_token='[PAD]'))
     assert added.pad_token_id == 49152
     for tok in (bare, added):
-        before = encode(ROWS[1], tok).ids
+        before = encode(RECORDS[1], tok).ids
         assert check_base(tok, 49152).pad_token_id < 49152
-        assert tok(['a', 'a b c'], padding=True)['input_ids'] and encode(ROWS[1], tok).ids == before
+        assert tok(['a', 'a b c'], padding=True)['input_ids'] and encode(RECORDS[1], tok).ids == before
         assert tok.decode(ids_of(tok, 'Ahoy! #0'), skip_special_tokens=True) == 'Ahoy! #0'
     mute = with_template(bare, chatml.replace('<|im_end|>', ''))
     with pytest.raises(HydraError, match='base here: nothing says where an answer ends'): check_base(mute, 49152, 'here')
@@ -236,9 +212,9 @@ def test_records_of_one_conversation_stay_on_one_side_whether_they_say_so_or_not
 
 # --- imports ---------------------------------------------------------------------------------------------------------
 
-LIGHT = ['records', 'rows', 'splits', 'toy', 'cards', 'sources', 'tools', 'craft', 'load']
+LIGHT_ROOMS = ['records', 'rows', 'splits', 'toy', 'cards', 'sources', 'tools', 'craft', 'load']
 
 def test_cards_are_listed_without_torch_and_transformers():
-    code = f'import sys; {"; ".join(f"import hydramoe.data.{m}" for m in LIGHT)}; from hydramoe.data.cards import card_names; assert card_names()'
+    code = f'import sys; {"; ".join(f"import hydramoe.data.{m}" for m in LIGHT_ROOMS)}; from hydramoe.data.cards import card_names; assert card_names()'
     heavy = 'assert not {"torch", "transformers", "matplotlib", "reasoning_gym"} & set(sys.modules), sorted(sys.modules)'
     subprocess.run([sys.executable, '-c', f'{code}; {heavy}'], check=True)

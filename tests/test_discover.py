@@ -2,18 +2,12 @@
 import json
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 from hydramoe.domains.cluster import kmeans
 from hydramoe.domains.discover import Domains
 from hydramoe.foundations.arrays import load_arrays, save_arrays
 from hydramoe.foundations.core import HydraError, digest, rng
 from hydramoe.foundations.files import file_sha256, read_json, write_json
-
-def blobs(n=90, k=3, d=8, seed=0):
-    "k separate heaps of rows, and the heap of each"
-    g = rng(seed, 'blobs')
-    truth = np.arange(n)%k
-    return (10*g.normal(size=(k,d))[truth] + g.normal(size=(n,d))).astype(np.float32), truth
+from helpers import blobs, forge, set_at
 
 @pytest.fixture
 def saved(tmp_path):
@@ -44,19 +38,9 @@ def test_any_altered_byte_is_noticed(saved, name):
         else: # white space between JSON's tokens means nothing
             assert name=='domains.json' and json.loads(changed)==json.loads(data), (i, data[i:i+1], loaded)
 
-def forge(path, change):
-    "Files that fit each other, holding something wrong"
-    arrays,body = load_file(path/'domains.safetensors'),read_json(path/'domains.json')
-    change(arrays, body); body.pop('digest')
-    save_file(arrays, path/'domains.safetensors')
-    body['sha256'] = file_sha256(path/'domains.safetensors')
-    write_json(path/'domains.json', body | dict(digest=digest(body)))
-
-def put(x, i, v): x['centroids'][i] = v
-
 @pytest.mark.parametrize('change,message', [
-    (lambda a,b: put(a, (1,2), np.nan), "'centroids' holds a value that is not finite"),
-    (lambda a,b: put(a, (1,2), np.inf), "'centroids' holds a value that is not finite"),
+    (lambda a,b: set_at(a, 'centroids', (1,2), np.nan), "'centroids' holds a value that is not finite"),
+    (lambda a,b: set_at(a, 'centroids', (1,2), np.inf), "'centroids' holds a value that is not finite"),
     (lambda a,b: a.update(more=np.zeros(2)), "holds arrays"),
     (lambda a,b: a.update(centroids=a['centroids'][:2]), 'tells of'),
     (lambda a,b: b.update(format=2), 'reads format 1'),
@@ -64,7 +48,7 @@ def put(x, i, v): x['centroids'][i] = v
     (lambda a,b: b['meta'].update(names=['one','two','../x']), 'cannot name a folder'),
     (lambda a,b: b['meta'].update(names=['one','two']), '2 names need centroids')])
 def test_what_fits_but_is_wrong_is_refused(saved, change, message):
-    forge(saved, change)
+    forge(saved, 'domains', change)
     with pytest.raises(HydraError, match=message): Domains.load(saved)
 
 def test_a_file_that_is_no_safetensors(saved):

@@ -5,13 +5,8 @@ from hypothesis import given, settings, strategies as st
 from hydramoe.domains.cluster import agreement, kmeans
 from hydramoe.domains.discover import Domains
 from hydramoe.domains.edit import edit_domains, read_domains_yaml, write_domains_yaml
-from hydramoe.foundations.core import HydraError, rng
-
-def blobs(n=90, k=3, d=8, seed=0):
-    "k separate heaps of rows, and the heap of each"
-    g = rng(seed, 'blobs')
-    truth = np.arange(n)%k
-    return (10*g.normal(size=(k,d))[truth] + g.normal(size=(n,d))).astype(np.float32), truth
+from hydramoe.foundations.core import HydraError
+from helpers import blobs
 
 YAML = st.recursive(st.none()|st.booleans()|st.integers(-3,9)|st.floats()|st.text(max_size=8),
                     lambda c: st.lists(c, max_size=4)|st.dictionaries(st.sampled_from(['cluster','name','split','line','rows','x'])|st.text(max_size=4), c, max_size=5), max_leaves=12)

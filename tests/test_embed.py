@@ -1,5 +1,5 @@
 "Embedding: the same in any batch, goes on after a kill, and an encoder is what is in its folder"
-import json, os
+import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -9,6 +9,7 @@ from hydramoe.domains.cluster import agreement, kmeans
 from hydramoe.domains.discover import cluster_texts
 from hydramoe.domains.examples import lesson_texts
 from hydramoe.foundations.core import HydraError
+from helpers import exchange
 
 texts, topics = lesson_texts()
 
@@ -66,13 +67,12 @@ def encoder(tmp_path):
     SentenceTransformer(modules=[whole, models.Pooling(32)]).save(str(tmp_path/'enc'))
     return tmp_path/'enc'
 
-def flipped(file):
-    "Other bytes in place, of equal size and date"
-    s, b = file.stat(), bytearray(file.read_bytes())
-    n = len(b)//4
-    b[n:-n] = bytes(len(b)-2*n)
-    with open(file, 'r+b') as f: f.write(b)
-    os.utime(file, ns=(s.st_atime_ns, s.st_mtime_ns))
+def zeroed(file):
+    "Zeros in the middle, in place, of equal size and date"
+    data = bytearray(file.read_bytes())
+    n = len(data)//4
+    data[n:-n] = bytes(len(data)-2*n)
+    exchange(file, data)
 
 def other_weights(file):
     "Weights of an encoder in reverse: finite, and another space"
@@ -87,7 +87,7 @@ def test_an_encoder_is_what_is_in_its_folder(encoder, tmp_path):
     assert made()==first and x.shape==(3, 32)
     (encoder/'README.md').write_text('other words')
     assert made()==first and encoder_id(encoder)==name
-    flipped(encoder/'model.safetensors')
+    zeroed(encoder/'model.safetensors')
     assert encoder_id(encoder)!=name and made()!=first
     assert not np.allclose(embed(texts[:3], str(encoder)), x) # nor is the old model at work in this process
     names = {encoder_id(encoder)}

@@ -1,9 +1,10 @@
 "Fetching against a local index: what a notebook cell cannot show, plus the pins themselves"
-import multiprocessing as mp, os, signal, subprocess, sys, textwrap, time, zipfile
+import os, signal, subprocess, sys, textwrap, time, zipfile
 import pytest
 from hydramoe.foundations import fetch
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import file_sha256
+from helpers import exchange
 
 
 def make_wheel(folder, name='hydra_toy', version='1.0', payload=b'x'):
@@ -60,7 +61,7 @@ def test_escaping_member_is_refused(toy, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob('escape.txt'))
 
 
-CHILD = textwrap.dedent('''
+FETCH = textwrap.dedent('''
     import sys
     from hydramoe.foundations import fetch
     fetch.PACKAGES['hydra-toy'] = fetch.Package('1.0', sys.argv[1], .05)
@@ -70,7 +71,7 @@ CHILD = textwrap.dedent('''
 
 def test_two_processes_at_once(toy):
     sha = fetch.PACKAGES['hydra-toy'].sha256
-    ps = [subprocess.Popen([sys.executable, '-c', CHILD, sha], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    ps = [subprocess.Popen([sys.executable, '-c', FETCH, sha], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outs = [p.communicate(timeout=120)[0].strip() for p in ps]
     assert [p.returncode for p in ps] == [0, 0] and outs[0] == outs[1]
     assert file_sha256(outs[0]) == sha
@@ -79,7 +80,7 @@ def test_two_processes_at_once(toy):
 def test_killed_then_run_again(toy):
     sha = fetch.PACKAGES['hydra-toy'].sha256
     for wait in (.3, .8, 1.2):
-        p = subprocess.Popen([sys.executable, '-c', CHILD, sha], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        p = subprocess.Popen([sys.executable, '-c', FETCH, sha], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(wait); p.send_signal(signal.SIGKILL); p.wait()
     assert file_sha256(fetch.archive('hydra-toy')) == sha
 
@@ -90,10 +91,9 @@ def test_no_pin_is_bigbench():
 
 def test_an_archive_exchanged_in_place_with_equal_size_and_date_is_seen(toy):
     p = fetch.archive('hydra-toy')
-    s, data = p.stat(), bytearray(p.read_bytes())
+    data = bytearray(p.read_bytes())
     data[1000] ^= 1
-    with open(p, 'r+b') as f: f.write(data)
-    os.utime(p, ns=(s.st_atime_ns, s.st_mtime_ns))
+    exchange(p, data)
     assert file_sha256(fetch.archive('hydra-toy')) == fetch.PACKAGES['hydra-toy'].sha256 # in the same process, nothing cleared
     assert fetch.member('hydra-toy', 'hydra_toy/data.bin')
 

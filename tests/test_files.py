@@ -1,15 +1,13 @@
 "Files and directories that are whole or absent, locks and JSON, beyond what the lesson shows."
-import errno, os, signal, subprocess, sys, tempfile, textwrap, threading
+import errno, os, subprocess, sys, tempfile, textwrap, threading
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
-from hydramoe.foundations import files
 from hydramoe.foundations.core import HydraError, canonical
 from hydramoe.foundations.files import (check_writable, locked, read_json, read_jsonl, remove_stale_lock, write_bytes, write_json, write_jsonl, writing,
                                         writing_dir)
-from helpers import killed_at
-
-scalars = st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=['Cs']))
+from helpers import killed_at, parts_are_whole, write_parts
+from strategies import scalars
 
 # --- one file ---
 
@@ -23,16 +21,7 @@ def test_killed_while_writing(tmp_path):
     write_json(f, 'old')
     seen = set()
     for k in range(60):
-        pid = os.fork()
-        if not pid:
-            left = [k]
-            def hook(event, args):
-                left[0] -= event.split('.')[0] in ('open', 'os')
-                if left[0]==-1: left[0] = -10**6; os.kill(os.getpid(), signal.SIGKILL)
-            sys.addaudithook(hook)
-            try: write_json(f, 'new'*1000)
-            finally: os._exit(0)
-        killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        killed = killed_at(k, lambda: write_json(f, 'new'*1000))
         seen.add(read_json(f)); write_json(f, 'old')
         if not killed: break
     assert seen=={'old', 'new'*1000}
@@ -94,22 +83,17 @@ def test_a_streamed_file_is_whole_or_the_old_one(parts, fail_at):
 
 # --- a directory ---
 
-def fill(out, text='hydra'):
-    for i in range(3): (out/f'part{i}').write_text(text*(i+1))
-
-def is_whole(d, text='hydra'): return all((d/f'part{i}').read_text()==text*(i+1) for i in range(3))
-
 def fill_dir(d, text='hydra'):
-    with writing_dir(d, if_taken=lambda path: None) as out: fill(out, text)
+    with writing_dir(d, if_taken=lambda path: None) as out: write_parts(out, text)
 
 def test_a_directory_is_whole_or_absent_wherever_its_maker_is_killed(tmp_path):
     for k in range(100):
         d = tmp_path/str(k)/'d'
         d.parent.mkdir()
         killed = killed_at(k, lambda: fill_dir(d))
-        assert not d.exists() or is_whole(d), f'half a directory after operation {k}'
+        assert not d.exists() or parts_are_whole(d), f'half a directory after operation {k}'
         fill_dir(d)
-        assert is_whole(d) and [p.name for p in d.parent.iterdir()]==['d'], f'operation {k}'
+        assert parts_are_whole(d) and [p.name for p in d.parent.iterdir()]==['d'], f'operation {k}'
         if not killed: break
     assert 10 < k < 99
 
@@ -117,12 +101,12 @@ def test_a_place_that_is_taken_is_the_callers_to_judge(tmp_path):
     (tmp_path/'d').mkdir()
     (tmp_path/'d'/'thesis.tex').write_text('years of work')
     asked = []
-    with writing_dir(tmp_path/'d', asked.append) as out: fill(out)
+    with writing_dir(tmp_path/'d', asked.append) as out: write_parts(out)
     with pytest.raises(HydraError, match='d exists already'):
-        with writing_dir(tmp_path/'d') as out: fill(out)
+        with writing_dir(tmp_path/'d') as out: write_parts(out)
     def refuse(path): raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError):
-        with writing_dir(tmp_path/'d', refuse) as out: fill(out)
+        with writing_dir(tmp_path/'d', refuse) as out: write_parts(out)
     assert asked==[tmp_path/'d'] and [p.name for p in tmp_path.rglob('*')]==['d', 'thesis.tex']
 
 def test_an_error_of_the_rename_itself_goes_through(tmp_path, monkeypatch):
@@ -141,14 +125,14 @@ HOLDER = textwrap.dedent('''
         if sys.argv[2]=='hold': time.sleep(60)
 ''')
 
-def start(*args): return subprocess.Popen([sys.executable, '-c', HOLDER, *map(str, args)], stdout=subprocess.PIPE, text=True)
+def start_holder(*args): return subprocess.Popen([sys.executable, '-c', HOLDER, *map(str, args)], stdout=subprocess.PIPE, text=True)
 
 def test_a_lock_goes_with_its_process(tmp_path):
-    first = start(tmp_path/'lock', 'hold')
+    first = start_holder(tmp_path/'lock', 'hold')
     assert first.stdout.readline()=='mine\n'
     remove_stale_lock(tmp_path/'lock')
     assert (tmp_path/'lock').exists(), 'it is held'
-    second = start(tmp_path/'lock', 'go')
+    second = start_holder(tmp_path/'lock', 'go')
     assert second.stdout.readline()=='waiting\n'
     first.kill()
     first.communicate()
@@ -167,8 +151,6 @@ def test_what_is_locked_runs_one_at_a_time(tmp_path):
     ps = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path)]) for _ in range(3)]
     assert [p.wait() for p in ps]==[0]*3 and (tmp_path/'n').read_text()=='150'
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def none(*args): raise OSError(errno.ENOLCK, 'No locks available')
-    monkeypatch.setattr(files.fcntl, 'flock', none)
+def test_a_file_system_without_locks(tmp_path, no_locks):
     with locked(tmp_path/'lock'): fill_dir(tmp_path/'d')
-    assert is_whole(tmp_path/'d') and [p.name for p in tmp_path.iterdir()]==['d']
+    assert parts_are_whole(tmp_path/'d') and [p.name for p in tmp_path.iterdir()]==['d']

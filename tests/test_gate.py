@@ -1,18 +1,16 @@
 "Gates against full SVD, against PEFT, against themselves in other batches; adapters of others; bundles that lie"
-import contextlib, io, json, os, subprocess, sys, threading, warnings
+import json, os, subprocess, sys, threading, warnings
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
+from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from hydramoe.hydra.auto import HydraForCausalLM
-from hydramoe.models.template import byte_tokenizer
 from hydramoe.models.base import tiny_base
-from hydramoe.use.cli import main
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import read_json, write_json
 from hydramoe.hydra.gate import GATES, arrow, gate_use, lag, load_gate, make_gate, svd_factors, save_gate, spectr
-from hydramoe.hydra.bundle import BundleError, check_bundle, seal_bundle
+from hydramoe.hydra.bundle import BundleError, check_bundle
 from hydramoe.hydra import Hydra
 from hydramoe.hydra.chat import Chat
 from hydramoe.hydra.change import remove_expert
@@ -22,33 +20,27 @@ from hydramoe.experts.plan import make_plan, one_hot
 from hydramoe.experts.model import gated, hidden
 from hydramoe.experts.trunk import run_trunk, run_above
 from hydramoe.experts.adapters import with_adapters
+from helpers import files_in, here
+from hydras import reseal, save_base
+from stacks import batch, filled, peft, rand
 
 KINDS = list(GATES)
-
-def rand(seed): return torch.Generator().manual_seed(seed)
-
-def filled(slots=4, rank=4, seed=0, quant='fp32', **kw):
-    m = gated(tiny_base(quant=quant), slots, LoraSpec(rank, 2*rank, **kw))
-    for e in range(slots): m.stack.init_expert(e, e, f'expert{e}')
-    m.stack.theta.add_(.05*torch.randn(m.stack.theta.shape, generator=rand(seed)))
-    return m
 
 def uneven():
     "Experts of rank 1, 2, 4: on all layers, the attention, the MLP of the first block"
     m = filled(3)
     for i,s in enumerate(m.stack.layers):
         A,B = m.stack.leaves[i]
-        for e,here in enumerate([True, 'attn' in s.name, '.0.mlp' in s.name]):
-            r = (4 if here else 0, 2*here, 1*here)[e]
+        for e,on in enumerate([True, 'attn' in s.name, '.0.mlp' in s.name]):
+            r = (4 if on else 0, 2*on, 1*on)[e]
             A[e,r:],B[e,:,r:] = 0.,0.
     m.stack.ranks,m.stack.scale = [4,2,1],torch.tensor([2.,.7,3.])
     return m
 
-def batch(rows=3, length=12, pads=(0,3,5)):
-    ids = torch.randint(3, 250, (rows,length), generator=rand(1))
-    mask = torch.ones_like(ids)
-    for r in range(rows): mask[r,:pads[r]] = 0
-    return dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1)-1).clamp(min=0))
+def placed_batch():
+    "Padded rows, and where each token stands"
+    x = batch(seed=1)
+    return dict(x, position_ids=(x['attention_mask'].cumsum(1)-1).clamp(min=0))
 
 # ---- exact
 @settings(deadline=None, max_examples=30)
@@ -76,7 +68,7 @@ def test_rotated_of_more_rows_than_the_layer_has_inputs():
     assert (A2.shape, B2.shape)==((2,6,6), (2,7,6))
     torch.testing.assert_close(B2@A2, B@A, atol=1e-4, rtol=1e-4)
 
-def by_hand(stack, name, x, kind, k, T, c):
+def by_svd(stack, name, x, kind, k, T, c):
     "Index and weight of a gate for the rows of x, from full SVDs of ΔW, one token at a time"
     deltas = [stack.delta(name, g) for g in torch.eye(stack.slots)]
     here = [e for e,d in enumerate(deltas) if d.abs().max()>0]
@@ -99,7 +91,7 @@ def test_a_gate_is_its_formula_whatever_ranks_and_targets(kind, make):
         x = torch.randn(6, s.n_in, generator=rand(3))
         index,weight = gate(x, s.name)
         told = torch.zeros(6, m.stack.slots).scatter(-1, index, weight)
-        torch.testing.assert_close(told, by_hand(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(told, by_svd(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
 
 # ---- what experts add to the seed they branched from
 def seed_of(folder, stack, noise, seed=7):
@@ -125,7 +117,7 @@ def test_a_gate_since_a_seed_is_the_gate_of_dense_differences(kind, make, tmp_pa
         x = torch.randn(6, s.n_in, generator=rand(3))
         index,weight = gate(x, s.name)
         told = torch.zeros(6, m.stack.slots).scatter(-1, index, weight)
-        torch.testing.assert_close(told, by_hand(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(told, by_svd(m.stack, s.name, x, kind, 2, .8, 2), atol=1e-3, rtol=1e-3)
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_since_a_seed_of_zero_it_is_the_plain_gate(kind, tmp_path):
@@ -218,7 +210,7 @@ def test_equal_to_pefts_arrow_where_one_direction_dominates(tmp_path, k, T):
     for _,B in m.stack.leaves: B[:,:,1:] *= .05
     paths = [str(m.stack.save_peft(tmp_path/f'e{e}', e, 'tiny-0')) for e in range(3)]
     with warnings.catch_warnings(action='ignore'): theirs = create_arrow_model(tiny_base().model, paths, ArrowConfig(top_k=k, router_temperature=T)).eval()
-    x = batch()
+    x = placed_batch()
     gate,keep = arrow(m.stack, k, T),x['attention_mask'].bool()
     with torch.no_grad(): ours,base,there = m(**x, gates=gate).logits,m(**x).logits,theirs(**x).logits
     torch.testing.assert_close(ours[keep], there[keep], atol=2e-3, rtol=1e-3)
@@ -229,12 +221,12 @@ def test_pefts_arrow_refuses_unequal_ranks_and_ours_takes_them(tmp_path):
     paths = {n: tmp_path/n for n in 'ab'}
     with pytest.raises(ValueError, match='rank mismatch'), warnings.catch_warnings(action='ignore'): create_arrow_model(tiny_base().model, [str(p) for p in paths.values()], ArrowConfig(top_k=1))
     m = with_adapters(tiny_base(), paths)
-    assert m.stack.ranks==[2,4] and torch.isfinite(m(**batch(), gates=arrow(m.stack)).logits).all()
+    assert m.stack.ranks==[2,4] and torch.isfinite(m(**placed_batch(), gates=arrow(m.stack)).logits).all()
 
 # ---- in the model
 @pytest.mark.parametrize('kind', KINDS)
 def test_rows_do_not_hang_on_their_batch(kind):
-    m,x = filled(),batch()
+    m,x = filled(),placed_batch()
     gate = make_gate(m.stack, kind, top_k=2)
     with torch.no_grad(): together = m(**x, gates=gate).logits
     for r in range(3):
@@ -246,7 +238,7 @@ HOW = dict(do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
 
 @pytest.mark.parametrize('kw', [dict(), dict(num_beams=3), dict(use_cache=False), dict(num_beams=2, num_return_sequences=2), dict(cache_implementation='static')])
 def test_generation_with_cache_padding_and_beams_is_one_by_one(kw):
-    m,x = filled(),batch()
+    m,x = filled(),placed_batch()
     x.pop('position_ids')
     gate,n = spectr(m.stack, 2),kw.get('num_return_sequences', 1)
     out = m.generate(**x, gates=gate, **HOW, **kw)[:,12:]
@@ -289,7 +281,7 @@ def test_few_together_and_many_one_by_one_are_one_formula(slots, k, seed):
     with torch.no_grad(): torch.testing.assert_close(make_plan(lambda *_: (index, weight), m.stack).add(y.clone(), x, i), y+sum(told[...,e:e+1]*(x@m.stack.delta(m.stack.layers[i].name, one_hot([e], slots)[0]).mT) for e in range(slots)), atol=1e-3, rtol=1e-3)
 
 def test_a_trained_gate_gets_its_gradient_through_the_whole_model():
-    m,x = filled(3),batch()
+    m,x = filled(3),placed_batch()
     def loss(w): return m(**x, gates=lambda h, name: (torch.tensor([0,2]).expand(*h.shape[:-1], 2), w.expand(*h.shape[:-1], 2))).logits.double().square().mean()
     w = torch.tensor([.6,.4], requires_grad=True)
     loss(w).backward()
@@ -299,7 +291,7 @@ def test_a_trained_gate_gets_its_gradient_through_the_whole_model():
         assert abs(w.grad[j]-slope)<.02*w.grad.abs().max()
 
 def test_below_a_fork_the_trunk_is_all_there_is():
-    m,x = filled(3, fork=.5),batch()
+    m,x = filled(3, fork=.5),placed_batch()
     m.stack.trunk.add_(.05*torch.randn(m.stack.trunk.shape, generator=rand(5)))
     gate,args = arrow(m.stack, 2),(x['input_ids'], x['attention_mask'])
     assert all('.1.' in n for n in gate.layers)
@@ -308,11 +300,11 @@ def test_below_a_fork_the_trunk_is_all_there_is():
 @pytest.mark.parametrize('quant', ['bf16', 'nf4'])
 def test_other_precisions(quant):
     m = filled(quant=quant)
-    with torch.no_grad(): out = m(**batch(), gates=lag(m.stack, 2, 3)).logits
-    assert torch.isfinite(out).all() and out.dtype==m(**batch()).logits.dtype
+    with torch.no_grad(): out = m(**placed_batch(), gates=lag(m.stack, 2, 3)).logits
+    assert torch.isfinite(out).all() and out.dtype==m(**placed_batch()).logits.dtype
 
 def test_threads_with_different_gates_never_mix():
-    m,x = filled(),batch()
+    m,x = filled(),placed_batch()
     gates = [make_gate(m.stack, k, top_k=n) for k in KINDS for n in (1,2)]
     with torch.no_grad(): want = [m(**x, gates=g).logits for g in gates]
     bad = []
@@ -326,7 +318,7 @@ def test_threads_with_different_gates_never_mix():
     assert not bad
 
 def test_use_is_what_the_gate_chose():
-    m,x = filled(2),batch()
+    m,x = filled(2),placed_batch()
     for e in range(2):
         only = lambda h, name: (torch.full((*h.shape[:-1],1), e), torch.ones(*h.shape[:-1],1))
         only.names = m.stack.names
@@ -340,7 +332,7 @@ MADE = dict(plain=dict(r=4, lora_alpha=8, target_modules=['q_proj','v_proj']),
             some=dict(r=1, lora_alpha=1, target_modules=['gate_proj','k_proj'], layers_to_transform=[1], layers_pattern='layers'),
             without=dict(r=2, lora_alpha=2, target_modules=['q_proj','k_proj'], exclude_modules=['model.layers.0.self_attn.q_proj']))
 
-def by_peft(folder, seed=0, **kw):
+def made_by_peft(folder, seed=0, **kw):
     "An adapter that PEFT made, all its numbers random"
     m = get_peft_model(tiny_base().model, LoraConfig(task_type='CAUSAL_LM', **kw))
     g = rand(seed)
@@ -355,13 +347,14 @@ def by_peft(folder, seed=0, **kw):
 @pytest.fixture(scope='module')
 def theirs(tmp_path_factory):
     d = tmp_path_factory.mktemp('theirs')
-    return {n: by_peft(d/n, i, **kw) for i,(n,kw) in enumerate(MADE.items())}
+    return {n: made_by_peft(d/n, i, **kw) for i,(n,kw) in enumerate(MADE.items())}
 
 def through_peft(folder, ids):
-    with torch.no_grad(), warnings.catch_warnings(action='ignore'): return PeftModel.from_pretrained(tiny_base().model, folder).eval()(input_ids=ids).logits
+    "What PEFT alone computes with an adapter"
+    with torch.no_grad(): return peft(tiny_base().model, folder).eval()(input_ids=ids).logits
 
 def test_each_adapter_is_what_it_is_in_peft_and_after_another_save(theirs, tmp_path):
-    m,ids = with_adapters(tiny_base(), theirs),batch()['input_ids']
+    m,ids = with_adapters(tiny_base(), theirs),placed_batch()['input_ids']
     for e,(n,folder) in enumerate(theirs.items()):
         want = through_peft(folder, ids)
         with torch.no_grad(): torch.testing.assert_close(m(input_ids=ids, gates=one_hot([e]*3, len(theirs))).logits, want, atol=1e-3, rtol=1e-3)
@@ -388,8 +381,8 @@ def test_adapters_of_another_base_or_of_the_head_are_refused_and_the_base_stays_
     deep = gated(tiny_base(layers=3), 1, LoraSpec(2)).stack
     deep.init_expert(0, 0, 'deep')
     with pytest.raises(HydraError, match=r'deep.*layers\.2\..*no linear layer of this base'): with_adapters(base, dict(b=deep.save_peft(tmp_path/'deep', 0)))
-    with pytest.raises(HydraError, match='lm_head.*no linear layer of this base'): with_adapters(base, dict(b=by_peft(tmp_path/'head', r=2, target_modules=['lm_head'])))
-    assert torch.equal(base.model(**batch()).logits, tiny_base().model(**batch()).logits)
+    with pytest.raises(HydraError, match='lm_head.*no linear layer of this base'): with_adapters(base, dict(b=made_by_peft(tmp_path/'head', r=2, target_modules=['lm_head'])))
+    assert torch.equal(base.model(**placed_batch()).logits, tiny_base().model(**placed_batch()).logits)
     gated(base, 1)
 
 def test_what_the_configuration_names_must_be_there(theirs, tmp_path):
@@ -406,11 +399,6 @@ def bundle(theirs, tmp_path):
     adopt(theirs, tmp_path/'b', quant='fp32', gate='arrow', top_k=2)
     return tmp_path/'b'
 
-def reseal(d):
-    old = read_json(d/'hydra.json')
-    for f in ('hydra.json', 'tensors.json'): (d/f).unlink()
-    seal_bundle(d, {k: old[k] for k in ('base', 'experts', 'router', 'built')})
-
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_bundle_answers_as_what_was_built(theirs, tmp_path, kind):
     a = adopt(theirs, tmp_path/'b', quant='fp32', gate=kind)
@@ -420,20 +408,20 @@ def test_a_bundle_answers_as_what_was_built(theirs, tmp_path, kind):
     b.save(tmp_path/'b2')
     assert check_bundle(tmp_path/'b2')['seal']==check_bundle(tmp_path/'b')['seal']
 
-def nan(t): t[sorted(t)[2]][0,0] = float('nan')
-def extra(t): t['more'] = torch.zeros(2)
-def gone(t): t.pop(sorted(t)[2])
+def with_nan(t): t[sorted(t)[2]][0,0] = float('nan')
+def with_more(t): t['more'] = torch.zeros(2)
+def with_one_less(t): t.pop(sorted(t)[2])
 def nudged(t): t[sorted(t)[2]][0,0] += 1e-3
 
-@pytest.mark.parametrize('change, said', [(nan, 'altered'), (extra, 'extra more'), (gone, 'missing'), (nudged, 'altered')])
+@pytest.mark.parametrize('change, said', [(with_nan, 'altered'), (with_more, 'extra more'), (with_one_less, 'missing'), (nudged, 'altered')])
 def test_altered_gate_tensors_are_named(bundle, change, said):
     f = bundle/'gates'/'gate.safetensors'
     t = load_file(f); name = sorted(t)[2]
     change(t); save_file(t, f)
     with pytest.raises(BundleError, match=rf"gates/gate\.safetensors was altered.*{said}.*") as e: check_bundle(bundle)
-    assert change is extra or name in str(e.value)
+    assert change is with_more or name in str(e.value)
 
-@pytest.mark.parametrize('change', [nan, extra, gone])
+@pytest.mark.parametrize('change', [with_nan, with_more, with_one_less])
 def test_a_resealed_lie_is_refused_too(bundle, change):
     f = bundle/'gates'/'gate.safetensors'
     t = load_file(f); change(t); save_file(t, f); reseal(bundle)
@@ -464,39 +452,33 @@ def test_two_processes_write_the_same_bytes(theirs, tmp_path):
     where = next(iter(theirs.values())).parent
     both = [subprocess.Popen([sys.executable, '-c', TWICE, str(where), str(tmp_path/s)], env=os.environ|dict(PYTHONHASHSEED=s)) for s in '12']
     assert [p.wait() for p in both]==[0,0]
-    a,b = ({p.relative_to(tmp_path/s): p.read_bytes() for p in (tmp_path/s).rglob('*') if p.is_file()} for s in '12')
+    a,b = (files_in(tmp_path/s) for s in '12')
     assert a==b and len(a)==2*len(theirs)+6
 
 # ---- the command
-def shell(*argv):
-    out,err = io.StringIO(),io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: code = main([str(a) for a in argv])
-        except SystemExit as e: code = e.code
-    return code,out.getvalue(),err.getvalue()
 
 def test_from_adapters_to_an_answer_on_a_base_in_a_folder(theirs, tmp_path, monkeypatch):
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
-    tiny_base().model.save_pretrained(tmp_path/'base'); byte_tokenizer().save_pretrained(tmp_path/'base')
+    save_base(tiny_base(), tmp_path/'base')
     for f in theirs.values(): write_json(f/'adapter_config.json', dict(read_json(f/'adapter_config.json'), base_model_name_or_path=str(tmp_path/'base')))
     try:
         how = ('adopt', theirs['plain'], theirs['regex'], f"odd={theirs['patterned']}", '--out', tmp_path/'b', '--quant', 'fp32', '--gate', 'spectr', '--top-k', 2)
-        code,out,err = shell(*how)
-        assert code==2 and 'opens no folder here: say where the base is, base= (--base)' in err
-        code,out,err = shell(*how, '--base', tmp_path/'base')
-        assert code==0, err
-        assert 'plain  rank 4, scale 2, 4 layers' in out and 'odd    rank 5' in out and 'spectr gate (top-k 2' in out
-        code,out,err = shell('ask', tmp_path/'b', 'Who was that?', '--max-new-tokens', 6, '--json')
-        assert code==0, err
-        said = json.loads(out)
+        out = here(*how)
+        assert out.returncode==2 and 'opens no folder here: say where the base is, base= (--base)' in out.stderr
+        out = here(*how, '--base', tmp_path/'base')
+        assert out.returncode==0, out.stderr
+        assert 'plain  rank 4, scale 2, 4 layers' in out.stdout and 'odd    rank 5' in out.stdout and 'spectr gate (top-k 2' in out.stdout
+        out = here('ask', tmp_path/'b', 'Who was that?', '--max-new-tokens', 6, '--json')
+        assert out.returncode==0, out.stderr
+        said = json.loads(out.stdout)
         assert set(said['route'])=={'plain','regex','odd'}
         assert said['answer']==Hydra.load(tmp_path/'b').ask('Who was that?', max_new_tokens=6)
-        code,out,err = shell('explain', tmp_path/'b', 'Who was that?', '--json', '--png', tmp_path/'r.png')
-        layers = json.loads(out)['layers']
-        assert code==0 and set(layers)==set(load_gate(tmp_path/'b'/'gates').layers) and (tmp_path/'r.png').stat().st_size>3000
-        assert 'spectr gate' in shell('check', tmp_path/'b')[1]
-        assert shell('ask', tmp_path/'b', 'Who?', '--expert', 'odd', '--max-new-tokens', 3)[0]==0
-        assert shell('adopt', theirs['plain'], '--out', tmp_path/'b')[0]==2
+        out = here('explain', tmp_path/'b', 'Who was that?', '--json', '--png', tmp_path/'r.png')
+        layers = json.loads(out.stdout)['layers']
+        assert out.returncode==0 and set(layers)==set(load_gate(tmp_path/'b'/'gates').layers) and (tmp_path/'r.png').stat().st_size>3000
+        assert 'spectr gate' in here('check', tmp_path/'b').stdout
+        assert here('ask', tmp_path/'b', 'Who?', '--expert', 'odd', '--max-new-tokens', 3).returncode==0
+        assert here('adopt', theirs['plain'], '--out', tmp_path/'b').returncode==2
     finally:
         for f in theirs.values(): write_json(f/'adapter_config.json', dict(read_json(f/'adapter_config.json'), base_model_name_or_path='tiny-0'))
 

@@ -1,5 +1,5 @@
 "What a Hydra promises beyond its lesson: two processes, kill -9, PEFT alone"
-import contextlib, gc, json, os, shutil, subprocess, sys, threading, time, tracemalloc
+import gc, json, os, shutil, subprocess, sys, threading, time, tracemalloc
 from pathlib import Path
 import numpy as np
 import pytest, torch
@@ -8,30 +8,17 @@ from transformers import TextStreamer
 
 from hydramoe.models.base import tiny_base
 from hydramoe.models.load import load_base
-from hydramoe.foundations.core import HydraError, digest, rng
+from hydramoe.foundations.core import HydraError, rng
 from hydramoe.foundations.files import file_sha256, read_json, write_json
-from hydramoe.hydra.bundle import BundleError, check_bundle, seal_bundle
+from hydramoe.hydra.bundle import BundleError, check_bundle
 from hydramoe.hydra.generation import Draw, Request, sampling_keywords
 from hydramoe.hydra import Hydra
 from hydramoe.hydra.chat import Chat
 from hydramoe.hydra.route import uniform_router
-from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.plan import one_hot
-from hydramoe.experts.model import gated
-
-NAMES = ['law', 'sea', 'sum']
-
-def by_hand(seed=0, names=NAMES):
-    "Three experts of noise on the tiny base"
-    base = tiny_base()
-    model = gated(base, slots=len(names), spec=LoraSpec(rank=4))
-    for e, name in enumerate(names): model.stack.init_expert(e, seed=seed, name=name)
-    model.stack.theta += torch.from_numpy(rng(seed, 'noise').normal(0, .1, model.stack.theta.shape)).float()
-    return Hydra(base, model, uniform_router(names))
-
-def files(root): return {str(p.relative_to(root)): file_sha256(p) for p in sorted(Path(root).rglob('*')) if p.is_file()}
-
-def ids(hydra, text): return hydra.base.tokenizer(text, return_tensors='pt').input_ids
+from helpers import files_in, put, sign, spots
+from hydras import NAMES, by_hand, ids, noisy, reseal, save_base, scripted
+from templates import TALKS, laid_out, last_label
 
 @pytest.fixture(scope='module')
 def bundle(tmp_path_factory): return by_hand().save(tmp_path_factory.mktemp('bundle')/'h')
@@ -61,7 +48,7 @@ def test_expert_loads_in_peft_alone(bundle):
 MAKE = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_hydra import by_hand
+from hydras import by_hand
 by_hand().save(sys.argv[1])
 """
 
@@ -75,7 +62,7 @@ def test_two_processes_write_the_same_bytes(tmp_path, bundle):
     code = MAKE.format(tests=str(Path(__file__).parent))
     both = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path/seed)], env=os.environ | dict(PYTHONHASHSEED=seed)) for seed in ('1', '2')]
     assert [p.wait() for p in both] == [0, 0]
-    assert files(tmp_path/'1') == files(tmp_path/'2') == files(bundle)
+    assert files_in(tmp_path/'1') == files_in(tmp_path/'2') == files_in(bundle)
 
 def test_a_mixed_batch_is_its_rows(bundle):
     h = Hydra.load(bundle)
@@ -115,8 +102,7 @@ def resealed(bundle, tmp_path, change=lambda man: None, file=None, text=None):
     if file:
         (d/file).write_text(text)
         man['files'][file] = file_sha256(d/file)
-    man.pop('seal')
-    write_json(d/'hydra.json', dict(man, seal=digest(man)))
+    write_json(d/'hydra.json', sign(man))
     return d
 
 @pytest.mark.parametrize('id', ['tiny:x', 'tiny:', 'tiny:-1', 'tiny:'+'9'*40, 'tiny:١', 'hub:'+'x'*5000, 'path:/'+'x'*900, 'path:'+'x/'*300, 'path:a\0b', 'hub:a/b c', 'hub:~nobody-at-all/x', 'pypi:x', '', 'zip:x', 'hub:', 'path:a\nb'], ids=lambda i: ascii(i[:20]))
@@ -144,12 +130,6 @@ def test_an_expert_cannot_be_called_base(bundle, tmp_path):
     with pytest.raises(HydraError, match="'BASE' is taken"): Domains(np.eye(2), ['BASE', 'x'])
     texts = ['base base', 'base', 'height height', 'height']
     assert 'base' not in name_domains(texts, np.array([0, 0, 1, 1]))
-
-def by_hand_on(base):
-    model = gated(base, 3, LoraSpec(rank=4))
-    for e, name in enumerate(NAMES): model.stack.init_expert(e, seed=0, name=name)
-    model.stack.theta += torch.from_numpy(rng(0, 'noise').normal(0, .1, model.stack.theta.shape)).float()
-    return model
 
 # --- threads and long runs -------------------------------------------------------------------------------------------
 
@@ -198,7 +178,7 @@ def test_the_base_is_bit_equal_before_with_and_after(quant):
     say = lambda m, **kw: m(x, **kw).logits
     with torch.no_grad():
         before, weights = say(base.model), {n: p.clone() for n, p in base.model.named_parameters()}
-        model = by_hand_on(base)
+        model = noisy(base)
         h = Hydra(base, model, uniform_router(NAMES))
         assert torch.equal(say(model), before) and torch.equal(say(model, gates=torch.zeros(1, 3)), before) and torch.equal(say(base.model), before)
         h.generate(['ahoy', 'sum up'], expert=['sea', {'law': .3, 'sum': .7}], max_new_tokens=5)
@@ -210,20 +190,6 @@ def test_the_base_is_bit_equal_before_with_and_after(quant):
 
 # --- where an answer ends -------------------------------------------------------------------------------------------
 
-from test_template import TALKS, laid_out, last_label
-
-@contextlib.contextmanager
-def scripted(model, says):
-    "The model says these ids, one a forward, whatever it is asked; gives how many it has said"
-    said = [0]
-    def told(module, args, out):
-        out.logits[:, -1] = -1e4
-        out.logits[:, -1, says[said[0]%len(says)]] = 1e4
-        said[0] += 1
-    hook = model.register_forward_hook(told)
-    try: yield said
-    finally: hook.remove()
-
 def rambling(tokenizer, end):
     "An answer, its end, and the next user whom a model invents"
     return tokenizer('Hm.', add_special_tokens=False).input_ids + [end] + tokenizer('and then user?', add_special_tokens=False).input_ids
@@ -232,7 +198,7 @@ def rambling(tokenizer, end):
 def test_an_answer_ends_where_training_ends_it(name, tmp_path):
     "Asked alone, in a batch, sampled, with beams, in a conversation, by the base: it stops, and no mark is in the answer or in the stream"
     b = laid_out(name, tmp_path)
-    h, t = Hydra(b, by_hand_on(b), uniform_router(NAMES)), b.tokenizer
+    h, t = by_hand(b), b.tokenizer
     for end in {last_label(t, TALKS[0]), *b.ends}:
         says = [i for i in rambling(t, end) if b.tokenizer.bos_token is None or i != b.tokenizer.bos_token_id]
         for ask in (lambda **kw: h.ask('?', **kw), lambda **kw: h.ask('?', expert='base', **kw), lambda **kw: h.ask('?', temperature=1., **kw), lambda **kw: h.generate(['?', 'What is the law?'], **kw)[1], lambda **kw: Chat(h)('?', **kw)):
@@ -248,7 +214,7 @@ def test_an_answer_ends_where_training_ends_it(name, tmp_path):
 def test_marks_written_as_text_are_no_part_of_the_answer(tmp_path):
     "ChatML on a vocabulary that has its marks as letters: they are said, then the end of text; the answer has neither"
     b = laid_out('pythia-chatml', tmp_path)
-    h, t = Hydra(b, by_hand_on(b), uniform_router(NAMES)), b.tokenizer
+    h, t = by_hand(b), b.tokenizer
     says = t('Hm.<|im_end|>\n').input_ids + [last_label(t, TALKS[0])] + t('more').input_ids
     with scripted(b.model, says): assert h.ask('?', max_new_tokens=40) == 'Hm.'
     assert h.base.ends == [t.eos_token_id]
@@ -257,7 +223,7 @@ def test_smollm2_with_another_end_of_text_stops_after_its_answer():
     "Laid out as Gemma-it and Phi-3 are: the tokenizer ends texts, generation_config lists both ends"
     b = load_base('smollm2', 'fp32', 'cpu')
     ask, tok = 'What is the capital of France?', b.tokenizer
-    h = Hydra(b, by_hand_on(b), uniform_router(NAMES))
+    h = by_hand(b)
     want = h.ask(ask, expert='base', max_new_tokens=40)
     tok.eos_token, b.model.generation_config.eos_token_id = '<|endoftext|>', [0, 2]
     assert tok.eos_token_id == 0 and h.base.ends == [0, 2]
@@ -306,11 +272,6 @@ def test_beams_that_are_drawn_are_refused():
 
 # --- refused ---------------------------------------------------------------------------------------------------------
 
-def reseal(d):
-    old = read_json(d/'hydra.json')
-    (d/'hydra.json').unlink()
-    seal_bundle(d, {k: old[k] for k in ('base', 'experts', 'router', 'built')})
-
 def tensors(d, change, expert='law'):
     f = d/'experts'/expert/'adapter_model.safetensors'
     t = load_file(f)
@@ -324,17 +285,17 @@ def inf(t): t[first(t)][0, 0] = float('inf')
 def nudge(t): t[first(t)][0, 0] += 1e-3
 def both(t): name = first(t).rsplit('.lora', 1)[0]; [t.pop(k) for k in list(t) if k.startswith(name)]
 def wide(t): k = first(t).replace('lora_A', 'lora_B'); t[k] = torch.cat([t[k]]*2)
-def elsewhere(t): t['base_model.model.model.layers.9.mlp.up_proj.lora_A.weight'], t['base_model.model.model.layers.9.mlp.up_proj.lora_B.weight'] = torch.zeros(4, 64), torch.zeros(128, 4)
+def no_such_layer(t): t['base_model.model.model.layers.9.mlp.up_proj.lora_A.weight'], t['base_model.model.model.layers.9.mlp.up_proj.lora_B.weight'] = torch.zeros(4, 64), torch.zeros(128, 4)
 
 @pytest.fixture
 def copy(bundle, tmp_path): return Path(shutil.copytree(bundle, tmp_path/'copy'))
 
-@pytest.mark.parametrize('change', [drop, nan, nudge, wide, elsewhere])
+@pytest.mark.parametrize('change', [drop, nan, nudge, wide, no_such_layer])
 def test_accident_names_file_and_tensor(copy, change):
     tensors(copy, change)
     with pytest.raises(BundleError, match=r'law/adapter_model.safetensors was altered: .*lora_'): check_bundle(copy)
 
-@pytest.mark.parametrize('change', [drop, nan, inf, both, wide, elsewhere])
+@pytest.mark.parametrize('change', [drop, nan, inf, both, wide, no_such_layer])
 def test_a_resealed_lie_is_refused_by_the_tensors_themselves(copy, change):
     tensors(copy, change)
     reseal(copy)
@@ -389,8 +350,7 @@ def test_changed_scale(copy):
 
 def test_another_base_of_the_same_shape(bundle, tmp_path):
     with pytest.raises(BundleError, match='another base'): Hydra.load(bundle, base=tiny_base(seed=1))
-    other = tiny_base(seed=1)
-    other.model.save_pretrained(tmp_path); other.tokenizer.save_pretrained(tmp_path)
+    save_base(tiny_base(seed=1), tmp_path)
     with pytest.raises(BundleError, match='another base'): Hydra.load(bundle, base=str(tmp_path))
 
 def test_an_expert_that_nobody_lists(copy):
@@ -403,28 +363,13 @@ def test_config_names_no_field_that_transformers_cannot_save(bundle):
     assert cfg['model_type'] == 'hydra_moe' and cfg['text_config']['model_type'] == 'llama'
     assert not {'top_k', 'temperature'} & set(cfg) and 'auto_map' not in json.dumps(cfg)
 
-def spots(x, at=()):
-    "The path of every value in a JSON text"
-    yield at
-    for k in (x if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ()): yield from spots(x[k], at+(k,))
-
-def put(x, at, v):
-    "`x` with another value at a path; `...` takes it away"
-    if not at: return v
-    x = json.loads(json.dumps(x))
-    y = x
-    for k in at[:-1]: y = y[k]
-    if v is ...: del y[at[-1]]
-    else: y[at[-1]] = v
-    return x
-
 def rewritten(d, name, text):
     "One JSON file replaced, every digest made to fit"
     write_json(d/name, text)
     man = read_json(d/'hydra.json')
     if not isinstance(man, dict) or not isinstance(man.get('files'), dict): return
     if name != 'hydra.json': man['files'][name] = file_sha256(d/name)
-    write_json(d/'hydra.json', man | dict(seal=digest({k: v for k, v in man.items() if k != 'seal'})))
+    write_json(d/'hydra.json', sign(man))
 
 @pytest.mark.parametrize('name', ['hydra.json', 'config.json', 'tensors.json', 'experts/law/adapter_config.json', 'router/router.json'])
 def test_any_forged_value_is_refused_or_harmless(copy, bundle, name):

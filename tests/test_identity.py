@@ -1,23 +1,16 @@
 "Fingerprints: what they must survive, and what they must notice"
 import os
 import pytest, torch
-from hydramoe.models.base import hide_loading_bars, tiny_base
+from hydramoe.models.base import tiny_base
 from hydramoe.models.identity import checkpoint_fingerprint, fingerprint, remember_hash
 from hydramoe.models.load import load_base
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import file_sha256
 from transformers import LlamaForCausalLM
-
-@pytest.fixture(scope='module')
-def tiny(): return tiny_base()
-
-def saved(tiny, to, **kw):
-    with hide_loading_bars(): tiny.model.save_pretrained(to, **kw)
-    tiny.tokenizer.save_pretrained(to)
-    return to
+from hydras import save_base
 
 def test_fingerprint_of_shards(tiny, tmp_path):
-    saved(tiny, tmp_path, max_shard_size='100KB')
+    save_base(tiny, tmp_path, max_shard_size='100KB')
     shards = sorted(tmp_path.glob('model-*.safetensors'))
     assert len(shards)>1 and checkpoint_fingerprint(tmp_path)==tiny.fingerprint
     shards[1].unlink()
@@ -33,9 +26,9 @@ def test_fingerprint_of_an_untied_head(tiny, tmp_path):
     assert checkpoint_fingerprint(tmp_path)==fingerprint(model)
 
 def test_a_touched_checkpoint_is_named_anew(tiny, tmp_path):
-    saved(tiny, tmp_path)
+    save_base(tiny, tmp_path)
     first = load_base(tmp_path).fingerprint
-    saved(tiny_base(seed=1), tmp_path)
+    save_base(tiny_base(seed=1), tmp_path)
     assert load_base(tmp_path).fingerprint!=first
 
 def test_a_hash_is_remembered_by_kind_files_and_key(tmp_path, monkeypatch):

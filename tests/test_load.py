@@ -1,22 +1,15 @@
 "Bases by name: what loads, what is refused, and what is known before the weights are"
 import pytest, torch
-from hydramoe.models.base import hide_loading_bars, tiny_base
+from hydramoe.models.base import tiny_base
 from hydramoe.models.load import base_id, base_key, load_base
 from hydramoe.models.template import byte_tokenizer, chatml
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import read_json
 from hydramoe.foundations.store import stage
-
-@pytest.fixture(scope='module')
-def tiny(): return tiny_base()
-
-def saved(tiny, to, **kw):
-    with hide_loading_bars(): tiny.model.save_pretrained(to, **kw)
-    tiny.tokenizer.save_pretrained(to)
-    return to
+from hydras import save_base
 
 def test_a_pickle_is_refused(tiny, tmp_path):
-    saved(tiny, tmp_path)
+    save_base(tiny, tmp_path)
     torch.save(tiny.model.state_dict(), tmp_path/'pytorch_model.bin')
     (tmp_path/'model.safetensors').unlink()
     with pytest.raises(HydraError, match='safetensors only'): load_base(tmp_path)
@@ -26,7 +19,7 @@ def test_what_is_not_a_base(id):
     with pytest.raises(HydraError, match='neither'): load_base(id)
 
 def test_a_tokenizer_without_template_or_padding(tiny, tmp_path):
-    saved(tiny, tmp_path)
+    save_base(tiny, tmp_path)
     t = byte_tokenizer(); t.chat_template = None; t.pad_token = None
     for f in ('chat_template.jinja',): (tmp_path/f).unlink(missing_ok=True)
     t.save_pretrained(tmp_path)
@@ -53,7 +46,7 @@ def test_a_hub_base_is_known_by_its_commit(tiny, tmp_path, monkeypatch):
     from hydramoe.hydra.route import uniform_router
     from hydramoe.experts.stack import LoraSpec
     from hydramoe.experts.model import gated
-    main = on_the_hub(monkeypatch, tmp_path, saved(tiny, tmp_path/'files'))
+    main = on_the_hub(monkeypatch, tmp_path, save_base(tiny, tmp_path/'files'))
     b = load_base('org/model', device='cpu')
     assert b.id=='org/model@'+'a'*40==base_id('hub:org/model@main') and pin_base(BuildSpec(base='org/model')).base==b.id
     assert base_uri(b)=='hub:'+b.id
@@ -66,7 +59,7 @@ def test_a_hub_base_is_known_by_its_commit(tiny, tmp_path, monkeypatch):
 
 def test_a_build_records_the_commit(tiny, tmp_path, monkeypatch):
     from hydramoe.hydra import Hydra
-    main = on_the_hub(monkeypatch, tmp_path, saved(tiny, tmp_path/'files'))
+    main = on_the_hub(monkeypatch, tmp_path, save_base(tiny, tmp_path/'files'))
     rows = [dict(id=str(i), prompt=[dict(role='user', content=f'{w} {i}?')], completion=[dict(role='assistant', content=w)], domain='d', source='s', license='l') for i in range(6) for w in ('law', 'sea')]
     how = dict(base='org/model', quant='fp32', encoder='words', k=1, epochs=1, tokens=2000, dev=0, rank=1)
     Hydra.build(rows, tmp_path/'b', **how)
@@ -76,19 +69,19 @@ def test_a_build_records_the_commit(tiny, tmp_path, monkeypatch):
 
 def test_stages_know_what_is_behind_a_name(tiny, tmp_path):
     "The same name and place, another template or other weights: the stage is made again"
-    saved(tiny, tmp_path/'base')
+    save_base(tiny, tmp_path/'base')
     def first(): return stage(reads_base, dict(base=str(tmp_path/'base')), root=tmp_path/'stages')
     a = first()
     assert first()==a
     t = tmp_path/'base'/'chat_template.jinja'
     t.write_text(t.read_text()+' ')
     b = first()
-    saved(tiny_base(seed=1), tmp_path/'base')
+    save_base(tiny_base(seed=1), tmp_path/'base')
     assert len({a, b, first()})==3
 
 def reads_base(out, base): (out/'x').write_text(base)
 
 @pytest.mark.parametrize('file, words', [('config.json', 'no config.json'), ('model.safetensors', 'no model.safetensors')])
 def test_a_folder_that_lacks_something(tiny, tmp_path, file, words):
-    (saved(tiny, tmp_path)/file).unlink()
+    (save_base(tiny, tmp_path)/file).unlink()
     with pytest.raises(HydraError, match=words): base_key(tmp_path)

@@ -4,12 +4,7 @@ import numpy as np
 from hypothesis import given, settings, strategies as st
 from hydramoe.domains.map import _densest_point, _separate_labels, map_html, plot_map
 from hydramoe.foundations.core import rng
-
-def blobs(n=90, k=3, d=8, seed=0):
-    "k separate heaps of rows, and the heap of each"
-    g = rng(seed, 'blobs')
-    truth = np.arange(n)%k
-    return (10*g.normal(size=(k,d))[truth] + g.normal(size=(n,d))).astype(np.float32), truth
+from helpers import blobs
 
 def test_map_takes_few_texts_many_domains_and_a_sample():
     import matplotlib.pyplot as plt

@@ -6,7 +6,7 @@ from hydramoe.domains.examples import lesson_texts
 from hydramoe.domains.name import name_domains, top_words
 from hydramoe.foundations.core import check_names
 
-texts, topics = lesson_texts()
+LESSON = lesson_texts()[0]
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.text(max_size=30), st.integers(0,3)), min_size=1, max_size=12))
@@ -16,9 +16,9 @@ def test_any_texts_get_unique_names_that_name_folders(rows):
     assert check_names(names)==names
 
 def test_names_follow_the_clusters_not_their_numbers():
-    _,labels,_ = cluster_texts(texts, 5, encoder='words')
+    _,labels,_ = cluster_texts(LESSON, 5, encoder='words')
     turn = np.array([2,0,3,1,4])
-    assert [name_domains(texts, turn[labels])[turn[c]] for c in range(5)]==name_domains(texts, labels)
+    assert [name_domains(LESSON, turn[labels])[turn[c]] for c in range(5)]==name_domains(LESSON, labels)
 
 def test_a_word_that_is_everywhere_names_nothing():
     rows = [f'please {w} now' for w in ('apple','apple','tiger','tiger')]

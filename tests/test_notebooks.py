@@ -6,23 +6,22 @@ import pytest
 
 from hydramoe.foundations.core import cache_dir
 from hydramoe.use.reproduce import Graph, load_result, read_parameters, run_notebook, run_scale
+from helpers import page_name, root
 
-root = Path(__file__).parents[1]
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '_.' and '.ipynb_checkpoints' not in p.parts)
 experiments = [p for p in nbs if p.parent.name=='experiments']
-library = [p for p in nbs if p not in experiments]
+lessons = [p for p in nbs if p not in experiments]
 bin = Path(sys.executable).parent
 
-def rel(p): return str(p.relative_to(root/'nbs'))
-def run(*args, cwd=root): return subprocess.run([str(a) for a in args], cwd=cwd, capture_output=True, text=True, timeout=900)
-def cells(nb): return json.loads(nb.read_text())['cells']
+def run_command(*args, cwd=root): return subprocess.run([str(a) for a in args], cwd=cwd, capture_output=True, text=True, timeout=900)
+def cells_of(nb): return json.loads(nb.read_text())['cells']
 
 
-@pytest.mark.parametrize('nb', library, ids=rel)
+@pytest.mark.parametrize('nb', lessons, ids=page_name)
 def test_notebook(nb):
     # `nbdev_test` leaks state from one notebook into the next when they share a process, and a path that matches nothing
     # is a success to it: hence one process a notebook, and the look at what it prints
-    r = run(bin/'nbdev_test', '--path', nb, '--n_workers', 0)
+    r = run_command(bin/'nbdev_test', '--path', nb, '--n_workers', 0)
     assert r.returncode==0 and 'Success' in r.stdout, r.stdout+r.stderr
 
 
@@ -32,7 +31,7 @@ def toy_runs(tmp_path_factory):
     own = tmp_path_factory.getbasetemp()
     return (own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own)/'toy-runs'
 
-@pytest.mark.parametrize('nb', experiments, ids=rel)
+@pytest.mark.parametrize('nb', experiments, ids=page_name)
 def test_experiment_runs_at_toy_scale(nb, toy_runs):
     results = run_scale('toy', until=nb.stem, graph=Graph(runs=toy_runs))
     r = results[nb.stem]
@@ -88,20 +87,20 @@ def test_every_parameter_is_used(nb, name, toy_runs, tmp_path, monkeypatch):
     assert found(changed)!=found(toy), f'{name}={OTHER[name]!r} makes no difference'
 
 
-@pytest.mark.parametrize('nb', nbs, ids=rel)
+@pytest.mark.parametrize('nb', nbs, ids=page_name)
 def test_prose_has_no_stray_control_characters(nb):
     "A formula's \\top, written by a program that took it for a tab, is no formula any more"
     cells = json.loads(nb.read_text(encoding='utf-8'))['cells']
     assert not [c['id'] for c in cells if c['cell_type']=='markdown' and any(ord(x)<32 and x!='\n' for x in ''.join(c['source']))]
 
-@pytest.mark.parametrize('nb', experiments, ids=rel)
+@pytest.mark.parametrize('nb', experiments, ids=page_name)
 def test_one_parameters_cell(nb):
     # `nbdev_clean` drops the tag unless settings.ini keeps it, and then papermill silently runs the defaults
     p = read_parameters(nb)
     assert p['scale'].default=='toy' and p['scale'].type is str
     assert all(x.help for x in p.values()), f"no help for {[x.name for x in p.values() if not x.help]}"
     assert len(p) <= 25
-    directives = [c for c in cells(nb) if '#|' in ''.join(c['source'])]
+    directives = [c for c in cells_of(nb) if '#|' in ''.join(c['source'])]
     assert not directives, "papermill knows no nbdev directives: it runs cells that say `eval: false`"
 
 
@@ -116,35 +115,35 @@ def copy(tmp_path_factory):
 def test_package_is_exported(copy):
     def modules(at): return {str(p.relative_to(at)): p.read_text() for p in at.rglob('*.py') if p.name!='_modidx.py'}
     before = modules(root/'hydramoe')
-    r = run(bin/'nbdev_export', cwd=copy)
+    r = run_command(bin/'nbdev_export', cwd=copy)
     assert r.returncode==0, r.stderr
     after = modules(copy/'hydramoe')
     changed = [n for n in before.keys() | after.keys() if before.get(n)!=after.get(n)]
     assert not changed, f"{changed} are not what the notebooks export; run `make export` and commit"
 
 def test_notebooks_are_clean(copy):
-    r = run(bin/'nbdev_clean', cwd=copy)
+    r = run_command(bin/'nbdev_clean', cwd=copy)
     assert r.returncode==0, r.stderr
-    dirty = [rel(p) for p in nbs if (copy/'nbs'/rel(p)).read_text()!=p.read_text()]
+    dirty = [page_name(p) for p in nbs if (copy/'nbs'/page_name(p)).read_text()!=p.read_text()]
     assert not dirty, f"{dirty} are not clean; run `nbdev_clean`, or `make hooks` once"
 
 
-@pytest.mark.parametrize('nb', nbs, ids=rel)
+@pytest.mark.parametrize('nb', nbs, ids=page_name)
 def test_starts_with_a_title_and_a_sentence(nb):
-    first = [l for l in ''.join(cells(nb)[0]['source']).splitlines() if l]
+    first = [l for l in ''.join(cells_of(nb)[0]['source']).splitlines() if l]
     assert first[0].startswith('# ') and first[1].startswith('> ') and len(first)==2
 
-@pytest.mark.parametrize('nb', nbs, ids=rel)
+@pytest.mark.parametrize('nb', nbs, ids=page_name)
 def test_keeps_its_outputs(nb):
     # a page without outputs teaches half; one with an error teaches the wrong thing
-    outputs = [o for c in cells(nb) for o in c.get('outputs', [])]
+    outputs = [o for c in cells_of(nb) for o in c.get('outputs', [])]
     assert outputs and not [o for o in outputs if o['output_type']=='error']
     assert nb.stat().st_size < 2_000_000, "images too heavy to be read in a review"
 
-@pytest.mark.parametrize('nb', experiments, ids=rel)
+@pytest.mark.parametrize('nb', experiments, ids=page_name)
 def test_an_experiment_is_light_and_shows_no_babble(nb):
     # the outputs are the toy run's, on a random base: plots and tables teach their shape, an answer in random bytes teaches nothing
-    outputs = [o for c in cells(nb) for o in c.get('outputs', [])]
+    outputs = [o for c in cells_of(nb) for o in c.get('outputs', [])]
     text = json.dumps(outputs, ensure_ascii=False)
     assert '\ufffd' not in text and '<script' not in text and not [o for o in outputs if o.get('name')=='stderr']
     assert text.count('<style')<=1 and nb.stat().st_size < 200_000

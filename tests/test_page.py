@@ -4,11 +4,8 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given, settings, strategies as st
 from hydramoe.foundations.core import HydraError
-from hydramoe.foundations.page import (Html, figure_uri, html_bars, html_code, html_details, html_facts, html_figure, html_page, html_table,
-                                       html_text)
-
-cells = st.none() | st.text() | st.integers() | st.floats()
-tables = st.lists(st.fixed_dictionaries({'a': cells, 'b': cells, 'c': cells}), min_size=1, max_size=4)
+from hydramoe.foundations.page import Html, figure_uri, html_bars, html_code, html_details, html_facts, html_figure, html_page, html_table
+from strategies import tables
 
 class Page(HTMLParser):
     def __init__(self, text): super().__init__(); self.stack, self.tags, self.attrs = [], [], []; self.feed(text); self.close(); assert not self.stack

@@ -7,26 +7,11 @@ from hydramoe.models.base import tiny_base
 from hydramoe.experts.stack import LoraSpec, Stack
 from hydramoe.experts.model import gated
 from hydramoe.experts.pool import ExpertPool
-
-def fill(stack, seed=0):
-    for e in range(stack.slots): stack.init_expert(e, e, f'expert{e}')
-    with torch.no_grad(): stack.theta.add_(.05*torch.randn(stack.theta.shape, generator=torch.Generator().manual_seed(seed)))
-    return stack
-
-def ready(quant='fp32', slots=4, rank=4, **kw):
-    m = gated(tiny_base(quant=quant), slots, LoraSpec(rank, 2*rank, **kw))
-    fill(m.stack)
-    return m
-
-def batch(rows=3, length=12, seed=0, vocab=250, pads=(0,3,5)):
-    ids = torch.randint(3, vocab, (rows,length), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    for r in range(rows): mask[r,:pads[r%len(pads)]] = 0
-    return dict(input_ids=ids, attention_mask=mask)
+from stacks import batch, filled
 
 @pytest.fixture(scope='module')
 def library(tmp_path_factory):
-    m,d = ready(slots=6),tmp_path_factory.mktemp('library')
+    m,d = filled(slots=6),tmp_path_factory.mktemp('library')
     return m,{m.stack.names[e]: m.stack.save_peft(d/m.stack.names[e], e, 'tiny-0') for e in range(6)}
 
 @settings(max_examples=12, deadline=None)

@@ -1,15 +1,13 @@
 "What is published: executed notebooks small and without anything of the machine that ran them, tables by chapter."
 import base64, io, json, re
-from pathlib import Path
 
 import pytest
 
 from hydramoe.foundations.core import HydraError
 from hydramoe.use.publish import CHAPTERS, NOT_SHOWN, PAGE_BYTES, check_sums, fewer_colors, light_notebook, publish, notebooks_table, write_page
 from hydramoe.use.reproduce import Graph, run_scale
-from test_reproduce import notebook
+from helpers import notebook, root
 
-ROOT = Path(__file__).parents[1]
 SAVE = 'from hydramoe.use.reproduce import save_result\nsaved = save_result("{0}", scale, dict(scale=scale), [dict(system="base", ppl=1.)])'
 DRAW = '''%matplotlib inline
 import sys, matplotlib.pyplot as plt, numpy as np
@@ -96,6 +94,6 @@ def test_the_table_of_notebooks_goes_by_chapter():
     stems = re.findall(r'\[`(\w+)`\]\(([\w/]+)\.ipynb\)', notebooks_table())
     folders = [path.split('/')[0] for _, path in stems]
     assert folders==sorted(folders, key=CHAPTERS.index) and set(folders)==set(CHAPTERS)
-    assert {stem for stem, _ in stems}=={p.stem for p in (ROOT/'nbs').rglob('*.ipynb') if p.stem not in ('index', 'results') and '.ipynb_checkpoints' not in p.parts}
+    assert {stem for stem, _ in stems}=={p.stem for p in (root/'nbs').rglob('*.ipynb') if p.stem not in ('index', 'results') and '.ipynb_checkpoints' not in p.parts}
     firsts = re.findall(r'(?m)^\| (\w+) \|', notebooks_table().replace('| chapter | notebook |', '| head |'))
     assert firsts[1:]==list(dict.fromkeys(folders))

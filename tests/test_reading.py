@@ -7,8 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from helpers import page_name, root
 
-root = Path(__file__).parents[1]
 CHAPTERS = 'foundations models data domains experts hydra proof use'.split()  # each imports only from those before it
 LIMITS = dict(tokens=13, wide=.02, p90=15, definitions=1.4, unshown=40, exported=450)
 
@@ -64,7 +64,6 @@ notebooks = sorted(p for c in CHAPTERS for p in (root/'nbs'/c).glob('[0-9]*.ipyn
 pages = {p: code_cells(p) for p in notebooks}
 taught = {p: [c for c in cells if exported(c) and not imports_only(c)] for p, cells in pages.items()}
 every = [c for cells in taught.values() for c in cells]
-def name(p): return str(p.relative_to(root/'nbs'))
 
 
 def test_a_line_holds_one_idea():
@@ -83,11 +82,11 @@ def test_a_cell_defines_one_thing():
     per_page = [sum(len(definitions(c)) for c in cells)/len(cells) for cells in taught.values()]
     assert statistics.mean(per_page) <= LIMITS['definitions']
 
-@pytest.mark.parametrize('page', notebooks, ids=name)
+@pytest.mark.parametrize('page', notebooks, ids=page_name)
 def test_what_is_defined_is_soon_run(page):
     assert longest_unshown(pages[page]) <= LIMITS['unshown']
 
-@pytest.mark.parametrize('page', notebooks, ids=name)
+@pytest.mark.parametrize('page', notebooks, ids=page_name)
 def test_a_page_has_one_subject(page):
     assert sum(len(body_lines(c)) for c in taught[page]) <= LIMITS['exported']
 
@@ -120,13 +119,13 @@ def test_each_room_stands_in_the_chapter_of_its_folder():
     modules = {p.relative_to(root/'hydramoe') for p in (root/'hydramoe').rglob('*.py') if p.name[0]!='_'}
     assert modules == {Path(m.replace('.', '/')+'.py') for m in order}
 
-@pytest.mark.parametrize('page', notebooks, ids=name)
+@pytest.mark.parametrize('page', notebooks, ids=page_name)
 def test_imports_go_one_way(page):
     own = order[default_exp(page)]
     exports = '\n'.join(c for c in pages[page] if exported(c))
     assert not {m for m in imported(exports) if order[m]>=own}, 'a room imports from chapters above it, and in its chapter from rooms with a smaller number'
 
-@pytest.mark.parametrize('page', notebooks, ids=name)
+@pytest.mark.parametrize('page', notebooks, ids=page_name)
 def test_no_private_name_is_imported(page):
     names = [a.name for c in pages[page] if exported(c) for n in ast.walk(tree(c))
              if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('hydramoe.') for a in n.names]

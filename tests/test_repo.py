@@ -1,7 +1,6 @@
 "What the repository promises: pins, commands, pages made from other files."
 import ast, configparser, json, os, re, subprocess, sys, tomllib
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -11,12 +10,10 @@ from packaging.utils import canonicalize_name
 from hydramoe.use.reproduce import Graph, load_result, experiments_at
 from hydramoe.use.publish import SCALES, SPEEDS, check_sums, numbers, paper_files, published, read_older, PAGES as MADE, notebooks_page, render_page
 from hydramoe.foundations.report import latex_name
-from prose import PAGES, unsupported
+from helpers import root, text
+from prose import PAGES, project, unsupported
 
-root = Path(__file__).parents[1]
-def text(*parts): return root.joinpath(*parts).read_text()
 pins = {canonicalize_name(l.split('==')[0]): l.split('==')[1] for l in text('constraints.txt').splitlines() if l and l[0]!='#'}
-project = tomllib.loads(text('pyproject.toml'))['project']
 extras = project['optional-dependencies']
 
 

@@ -2,12 +2,10 @@
 import re, shutil, subprocess
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
 from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.report import interval, latex_name, latex_numbers, latex_table, markdown_table
-
-cells = st.none() | st.text() | st.integers() | st.floats()
-tables = st.lists(st.fixed_dictionaries({'a': cells, 'b': cells, 'c': cells}), min_size=1, max_size=4)
+from strategies import tables
 
 @given(tables)
 @settings(max_examples=60, deadline=None)

@@ -1,6 +1,5 @@
 "The runner under what happens to real runs: kills, neighbours, edits."
-import ast, json, os, signal, subprocess, sys, time
-from pathlib import Path
+import ast, json, os, signal, subprocess, sys
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -10,6 +9,7 @@ from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.files import write_json
 from hydramoe.use.publish import check_sums, write_sums
 from hydramoe.use.reproduce import Graph, Parameter, RunFailed, check_parameters, code_digests, load_result, parse_assignments, run_notebook, run_scale
+from helpers import alive, lines_of, notebook, root, wait_for
 
 ONE = '''from pathlib import Path
 import os, time
@@ -23,14 +23,6 @@ from hydramoe.use.reproduce import save_result, upstream
 first = upstream('e1_first', scale)
 with (Path(first.params['place'])/'log').open('a') as f: f.write('second\\n')
 '''
-
-def notebook(path, *cells):
-    cells = [dict(cell_type='code', id=f'c{i}', execution_count=None, outputs=[], source=s,
-                  metadata=dict(tags=['parameters']) if s.startswith('scale:') else {}) for i,s in enumerate(cells)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kernel = dict(name='python3', language='python', display_name='python3')
-    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
-    return path
 
 @pytest.fixture
 def graph(tmp_path):
@@ -47,29 +39,17 @@ def set_first(lab, place, wait=0.):
     (lab/'params').mkdir(exist_ok=True)
     (lab/'params'/'e1_first-demo.yaml').write_text(f'place: {place}\nwait: {wait}\n')
 
-def log(graph): return (graph.runs.parent/'log').read_text().split('\n')[:-1] if (graph.runs.parent/'log').exists() else []
+def log(graph): return lines_of(graph.runs.parent/'log')
 
-def start(graph):
+def start_runner(graph):
     code = f"from hydramoe.use.reproduce import Graph, run_scale\nrun_scale('demo', graph=Graph({str(graph.folder)!r}, {str(graph.runs)!r}))"
     return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-def wait_for(what, seconds=60):
-    end = time.monotonic()+seconds
-    while not what():
-        assert time.monotonic()<end, 'waited too long'
-        time.sleep(.05)
-
-def alive(pid):
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    return not Path(f'/proc/{pid}/stat').exists() or Path(f'/proc/{pid}/stat').read_text().split(')')[-1].split()[0]!='Z'
-
 
 def test_killed_runner_goes_on(graph):
     whole = {n: r.seal for n,r in run_scale('demo', graph=graph).items()}
     set_first(graph.folder, graph.runs.parent, wait=30)
     n = len(log(graph))
-    p = start(graph)
+    p = start_runner(graph)
     wait_for(lambda: len(log(graph))>n)
     kernel = int(log(graph)[-1].split()[1])
     p.kill(); p.wait()
@@ -81,7 +61,7 @@ def test_killed_runner_goes_on(graph):
 
 def test_kernel_killed_from_outside_is_a_failed_run(graph):
     set_first(graph.folder, graph.runs.parent, wait=60)
-    p = start(graph)
+    p = start_runner(graph)
     wait_for(lambda: log(graph))
     os.kill(int(log(graph)[-1].split()[1]), signal.SIGKILL)
     _, err = p.communicate(timeout=60)
@@ -91,7 +71,7 @@ def test_kernel_killed_from_outside_is_a_failed_run(graph):
 
 def test_two_runners_make_each_result_once(graph):
     set_first(graph.folder, graph.runs.parent, wait=2)
-    both = [start(graph), start(graph)]
+    both = [start_runner(graph), start_runner(graph)]
     errors = [p.communicate(timeout=120)[1] for p in both]
     assert [p.returncode for p in both]==[0, 0], errors
     assert len(log(graph))==2  # one line from each experiment
@@ -139,12 +119,10 @@ def test_progress_bars_leave_one_line(tmp_path):
     assert text.strip().endswith('299 of 299') and len(text) < 3000
 
 
-ROOT = Path(__file__).parents[1]
-
 def papermill(nb, out, *given):
     "papermill as anybody calls it, without our runner"
     return subprocess.run([sys.executable, '-m', 'papermill', '-k', 'python3', '--no-progress-bar', str(nb), str(out), *given], cwd=out.parent, capture_output=True, text=True, timeout=300,
-                          env=os.environ | dict(HYDRAMOE_RUNS=str(out.parent/'runs'), PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])))
+                          env=os.environ | dict(HYDRAMOE_RUNS=str(out.parent/'runs'), PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')])))
 
 @pytest.mark.parametrize('given,refused', [
     (('-p', 'k', '5', '-p', 'lr', '1', '-r', 'name', '7'), None), (('-p', 'unknown', '5'), "parameter='unknown' is not known"), (('-p', 'k', 'five'), "k='five' is a str"), (('-p', 'lr', 'nan'), 'finite float')])
@@ -155,7 +133,7 @@ def test_a_notebook_refuses_what_plain_papermill_would_run_with(given, refused, 
     assert (r.returncode==0)==ran==(refused is None), r.stderr
     if refused: assert refused in r.stderr
 
-EXPERIMENTS = sorted((ROOT/'nbs'/'experiments').glob('e*.ipynb'))
+EXPERIMENTS = sorted((root/'nbs'/'experiments').glob('e*.ipynb'))
 
 @pytest.mark.parametrize('nb', EXPERIMENTS, ids=lambda p: p.stem)
 def test_every_experiment_looks_at_what_it_was_given_before_it_works(nb):
@@ -176,7 +154,7 @@ def test_an_experiment_refuses_what_plain_papermill_would_run_with(tmp_path):
 
 
 def test_a_benchmark_is_kept_with_its_line(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT/'benchmarks'))
+    monkeypatch.syspath_prepend(str(root/'benchmarks'))
     import keep
     monkeypatch.setattr(subprocess, 'run', lambda *a, **kw: subprocess.CompletedProcess(a, 0, stdout='{"b": 1.5,\n "a": 2}\n'))
     assert keep.keep('train', to=tmp_path).read_text()=='{"b": 1.5,\n "a": 2}\n' and check_sums(tmp_path)==['train.json']
@@ -208,24 +186,24 @@ def write_module(package, name, code):
     f.parent.mkdir(parents=True, exist_ok=True)
     f.write_text(code+'\n')
 
-CHAPTERS = {'a.one': 'x = 1', 'a.two': 'from .one import x', 'b.three': 'from ..a.two import x\ndef f():\n    from ..c import four', 'b.five': 'import os', 'c.four': 'y = 4', 'c.six': 'import hydramoe.b.five'}
+MODULES = {'a.one': 'x = 1', 'a.two': 'from .one import x', 'b.three': 'from ..a.two import x\ndef f():\n    from ..c import four', 'b.five': 'import os', 'c.four': 'y = 4', 'c.six': 'import hydramoe.b.five'}
 
 @pytest.mark.parametrize('line,wanted', [
     ('from hydramoe.a.one import x', 'a.one'), ('from hydramoe.a.two import x', 'a.one a.two'), ('from hydramoe.b.three import f', 'a.one a.two b.three c.four'), ('from hydramoe.b import three', 'a.one a.two b.three c.four'),
     ('import hydramoe.c.six', 'b.five c.six'), ('import hydramoe.c.six as six, os', 'b.five c.six'), ('def g():\n    from hydramoe.c import six', 'b.five c.six'),
     ('from hydramoe import Hydra', 'a.one a.two b.three b.five c.four c.six'), ('import hydramoe', ''), ('from hydramoe import __version__', ''), ('%pip list\n!ls\nfrom hydramoe.a import one', 'a.one'), ('from elsewhere.a.one import x', '')])
 def test_code_is_followed_through_the_chapters(tmp_path, line, wanted):
-    for name, code in CHAPTERS.items(): write_module(tmp_path, name, code)
+    for name, code in MODULES.items(): write_module(tmp_path, name, code)
     (tmp_path/'a'/'__init__.py').write_text('')
     nb = notebook(tmp_path/'n.ipynb', 'scale: str = "toy"  # run', line)
     assert set(code_digests(nb, tmp_path)['package'])==set(wanted.split())
 
 @pytest.mark.parametrize('edited,changes', [('a.one', True), ('c.four', True), ('b.five', False)])
 def test_an_edit_anywhere_behind_a_notebook_is_seen(tmp_path, edited, changes):
-    for name, code in CHAPTERS.items(): write_module(tmp_path, name, code)
+    for name, code in MODULES.items(): write_module(tmp_path, name, code)
     nb = notebook(tmp_path/'n.ipynb', 'scale: str = "toy"  # run', 'from hydramoe.b.three import f')
     before = code_digests(nb, tmp_path)
-    write_module(tmp_path, edited, CHAPTERS[edited]+'\nz = 9')
+    write_module(tmp_path, edited, MODULES[edited]+'\nz = 9')
     assert (code_digests(nb, tmp_path)!=before)==changes
 
 @pytest.mark.parametrize('nb', EXPERIMENTS, ids=lambda p: p.stem)

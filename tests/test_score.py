@@ -37,7 +37,7 @@ def test_own_gates_for_each_example():
     together = response_losses(model, xs, g)
     for i,x in enumerate(xs): np.testing.assert_allclose(together[i], response_losses(model, [x], g[i])[0], atol=1e-4)
 
-def cost(batches, lengths, overhead): return sum(len(b)*max(lengths[i] for i in b)+overhead for b in batches)
+def padded_cost(batches, lengths, overhead): return sum(len(b)*max(lengths[i] for i in b)+overhead for b in batches)
 
 @pytest.mark.parametrize('seed', range(20))
 def test_micro_batches_are_the_best_cut(seed):
@@ -49,7 +49,7 @@ def test_micro_batches_are_the_best_cut(seed):
                 parts = [ordered[a:b] for a,b in zip((0, *at), (*at, 9))]
                 if all(len(p)*p[0]<=limit or len(p)==1 for p in parts): yield sum(len(p)*p[0]+16 for p in parts)
     ours = micro_batches(lengths, limit, overhead=16)
-    assert cost(ours, lengths, 16)==min(cuts())
+    assert padded_cost(ours, lengths, 16)==min(cuts())
     assert sorted(sum(ours, []))==list(range(9))
 
 def test_micro_batches_of_nothing_and_of_giants():

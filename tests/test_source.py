@@ -3,7 +3,7 @@ import functools, importlib, os, subprocess, sys, time
 import pytest
 from hydramoe.foundations.source import SourceError, source_hash
 
-def fill(out, text='hydra'): (out/'part').write_text(text)
+def write_part(out, text='hydra'): (out/'part').write_text(text)
 
 PACKAGE = {'__init__': '', 'low': '''
 SCALE = 2
@@ -101,5 +101,5 @@ def test_functions_closures_partials_and_hidden_inputs():
         def make(out): return n
         return make
     assert source_hash(outer(1))==source_hash(outer(1))!=source_hash(outer(2))
-    assert source_hash(functools.partial(fill, text='a'))!=source_hash(functools.partial(fill, text='b'))
+    assert source_hash(functools.partial(write_part, text='a'))!=source_hash(functools.partial(write_part, text='b'))
     with pytest.raises(SourceError, match="may not take 'n' from around it"): source_hash(outer(object()))

@@ -1,5 +1,5 @@
 "The one operation in all architectures, precisions, plans and threads; PEFT as the judge"
-import threading, warnings
+import threading
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from hydramoe.foundations.core import HydraError
@@ -10,27 +10,7 @@ from hydramoe.experts.plan import BasePlan, OnePlan, make_plan, one_hot, slow_ad
 from hydramoe.experts.model import GatedLinear, gated, hidden, logits, using
 from hydramoe.experts.packing import packed_attention, packed_plan
 from hydramoe.experts.trunk import extend_cache, rebuild_cache, run_above, run_trunk
-import hydramoe.experts.adapters # gives a stack `save_peft`
-
-def fill(stack, seed=0):
-    for e in range(stack.slots): stack.init_expert(e, e, f'expert{e}')
-    with torch.no_grad(): stack.theta.add_(.05*torch.randn(stack.theta.shape, generator=torch.Generator().manual_seed(seed)))
-    return stack
-
-def ready(quant='fp32', slots=4, rank=4, **kw):
-    m = gated(tiny_base(quant=quant), slots, LoraSpec(rank, 2*rank, **kw))
-    fill(m.stack)
-    return m
-
-def batch(rows=3, length=12, seed=0, vocab=250, pads=(0,3,5)):
-    ids = torch.randint(3, vocab, (rows,length), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    for r in range(rows): mask[r,:pads[r%len(pads)]] = 0
-    return dict(input_ids=ids, attention_mask=mask)
-
-def peft(base_model, dir):
-    from peft import PeftModel
-    with warnings.catch_warnings(action='ignore'): return PeftModel.from_pretrained(base_model, dir)
+from stacks import batch, contents, fill, filled, forked_model, peft
 
 # ---- architectures
 def neox():
@@ -141,7 +121,7 @@ def test_an_expert_that_is_not_used_is_not_read():
 
 # ---- storage
 def test_the_stack_stays_fp32_and_its_views_stay_views():
-    m = ready()
+    m = filled()
     m.to(torch.bfloat16)
     assert m.base.dtype==torch.bfloat16 and m.stack.theta.dtype==torch.float32
     m.stack.leaves[0][0][1,0,0] = 9.
@@ -153,13 +133,13 @@ def test_trainable_twice_keeps_gradients_and_off_forgets_them():
     assert s.trainable().grad.min()==1 and s.trainable(False).grad is None and not s.leaves[0][0].requires_grad
 
 def test_state_of_the_base_is_not_mixed_with_the_stack():
-    m = ready()
+    m = filled()
     assert not [k for k in m.state_dict() if 'theta' in k or 'lora' in k]
     assert not any(p.requires_grad for p in m.stack.trainable() and m.parameters())
 
 # ---- ranks
 def test_an_expert_of_raised_rank_can_use_its_whole_rank():
-    m = ready(slots=1, rank=6)
+    m = filled(slots=1, rank=6)
     m.stack.init_expert(0, 3, 'small', rank=2)
     x = batch()
     before = m(**x, gates=torch.ones(3,1)).logits
@@ -173,17 +153,17 @@ def test_an_expert_of_raised_rank_can_use_its_whole_rank():
 def answers(m, x, g, **kw): return m.generate(**x, gates=g, max_new_tokens=8, eos_token_id=None, pad_token_id=0, **{'do_sample': False, **kw})[:,x['input_ids'].shape[1]:]
 
 def test_sampled_sequences_keep_their_prompts_gates():
-    m,x = ready(),batch()
+    m,x = filled(),batch()
     g = torch.rand(3,4, generator=torch.Generator().manual_seed(2))
     once = answers(m, x, g)
     assert torch.equal(answers(m, x, g, do_sample=True, top_k=1, num_return_sequences=3), once.repeat_interleave(3, 0))
 
 @pytest.mark.parametrize('shape', [(3,5), (2,4), (3,2,7,4)])
 def test_gates_that_do_not_fit(shape):
-    with pytest.raises(HydraError, match='gates'): answers(ready(), batch(), torch.ones(shape))
+    with pytest.raises(HydraError, match='gates'): answers(filled(), batch(), torch.ones(shape))
 
 def test_threads_do_not_mix():
-    m,x = ready(),batch()
+    m,x = filled(),batch()
     gs = [one_hot([e]*3,4) for e in range(4)]+[None]
     want = [answers(m, x, g) for g in gs]
     got = [None]*5
@@ -194,7 +174,7 @@ def test_threads_do_not_mix():
     assert all(torch.equal(a, want[i]) for i in range(5) for a in got[i])
 
 def test_a_failed_generation_leaves_no_plan():
-    m,x = ready(),batch()
+    m,x = filled(),batch()
     want = m(**x).logits
     with pytest.raises(HydraError): answers(m, x, torch.ones(2,4))
     with pytest.raises(ZeroDivisionError):
@@ -244,7 +224,7 @@ def test_uneven_runs_train_as_their_rows_do():
 
 @pytest.mark.parametrize('quant', ['fp32', 'bf16', 'nf4'])
 def test_checkpointing_agrees_also_on_another_thread(quant):
-    m,x = ready(quant),batch()
+    m,x = filled(quant=quant),batch()
     m.stack.trainable()
     want = grad(m, x, [1,1,3])
     assert torch.equal(grad(m.checkpointing(), x, [1,1,3], thread=True), want)
@@ -252,7 +232,7 @@ def test_checkpointing_agrees_also_on_another_thread(quant):
 
 def test_gradient_equals_peft(tmp_path):
     from peft import PeftModel
-    m,x = ready(),batch()
+    m,x = filled(),batch()
     m.stack.save_peft(tmp_path, 2, 'tiny-0')
     p = PeftModel.from_pretrained(tiny_base().model, tmp_path, is_trainable=True)
     p(**x).logits.log_softmax(-1)[...,7].mul(x['attention_mask']).sum().backward()
@@ -268,7 +248,7 @@ def test_gradient_equals_peft(tmp_path):
 def test_nf4_gradient_equals_that_on_the_dequantised_weights(tokens):
     "Also for a batch of one token, and after the evaluation that would repack the weights"
     from bitsandbytes.functional import dequantize_4bit
-    m,x = ready('nf4'),{k: v[:1,:tokens] for k,v in batch(pads=(0,)).items()}
+    m,x = filled(quant='nf4'),{k: v[:1,:tokens] for k,v in batch(pads=(0,)).items()}
     twin = tiny_base(quant=('bf16' if m.base.dtype==torch.bfloat16 else 'fp32'))
     for s in m.stack.layers:
         w = m.base.get_submodule(s.name).base_layer.weight
@@ -283,7 +263,7 @@ def m_train(m):
     return m
 
 def test_nf4_batch_equals_its_rows_within_tolerance():
-    m,x = ready('nf4'),batch(pads=(0,))
+    m,x = filled(quant='nf4'),batch(pads=(0,))
     g = torch.rand(3,4, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         all_ = m(**x, gates=g).logits.float()
@@ -292,7 +272,7 @@ def test_nf4_batch_equals_its_rows_within_tolerance():
             assert (one-all_[i]).norm() < .03*all_[i].norm()
 
 def test_one_stack_at_a_time_and_a_bound_stack_is_released():
-    m = ready()
+    m = filled()
     with pytest.raises(ZeroDivisionError):
         with m.stack.bind(make_plan(one_hot([0],4), m.stack)): 1/0
     assert m.stack.bound is None
@@ -317,18 +297,12 @@ def test_smollm2_same_tokens_as_peft(tmp_path):
 
 def test_one_plan_for_a_generation(monkeypatch):
     import hydramoe.experts.model as hm
-    m,x,made = ready(),batch(),[]
+    m,x,made = filled(),batch(),[]
     monkeypatch.setattr(hm, 'make_plan', lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1])
     answers(m, x, torch.full((3,4), .25), num_beams=2)
     assert len(made)==1 and len(made[0].kept)==len(m.stack.groups)
 
 # ---- the fork
-def forked(fork=.5, slots=3, layers=4, make=None, **kw):
-    b = tiny_base(layers=layers, **kw) if make is None else Base(make().eval().requires_grad_(False), byte_tokenizer(), make.__name__, 'fp32', 'cpu', '')
-    m = gated(b, slots, LoraSpec(4, 8, fork=fork))
-    fill(m.stack)
-    m.stack.trunk.add_(.05*torch.randn(m.stack.trunk.shape, generator=torch.Generator().manual_seed(9)))
-    return m
 
 @pytest.mark.parametrize('fork, at', [(0, 0), (.5, 2), (.3, 1), (3, 3)])
 def test_a_fork_is_a_share_or_a_block(fork, at):
@@ -341,7 +315,7 @@ def test_forks_that_cannot_be(fork):
     with pytest.raises(HydraError, match='fork='): Stack(tiny_base(layers=4).model, 2, LoraSpec(2, fork=fork))
 
 def test_below_the_fork_all_rows_compute_the_same():
-    m,x = forked(),{k: v[:1].expand(3,-1) for k,v in batch(pads=(0,)).items()}
+    m,x = forked_model(),{k: v[:1].expand(3,-1) for k,v in batch(pads=(0,)).items()}
     seen = []
     for b in m.base.model.layers: b.register_forward_hook(lambda _,i,o: seen.append(o[0] if isinstance(o, tuple) else o))
     for g in (one_hot([0,1,2],3), torch.tensor([[1.,0,0],[0,0,0],[.2,.3,.5]]), torch.zeros(3,3)):
@@ -355,7 +329,7 @@ def test_below_the_fork_all_rows_compute_the_same():
 
 @pytest.mark.parametrize('make', [None, neox, qwen2, gemma2, granite, cohere])
 def test_trunk_and_branches_make_the_whole(make):
-    m,x = forked(make=make),batch()
+    m,x = forked_model(make=make),batch()
     for g in (one_hot([0,1,2],3), torch.rand(3,3, generator=torch.Generator().manual_seed(0)), torch.zeros(3,3)):
         torch.testing.assert_close(run_above(m, run_trunk(m, **x), x['attention_mask'], g), hidden(m, **x, gates=g))
 
@@ -364,21 +338,20 @@ def test_trunk_and_branches_make_the_whole(make):
 def test_a_cache_is_read_on_and_changes_hands(make, configured):
     "Piece by piece by expert 0, then filled again for expert 2: what a single pass of expert 2 leaves; and the states are those of the trunk"
     from transformers import DynamicCache
-    m,x = forked(make=make),batch(pads=(0,0,0))['input_ids']
+    m,x = forked_model(make=make),batch(pads=(0,0,0))['input_ids']
     def new(): return DynamicCache(config=m.config) if configured else DynamicCache()
-    def kv(cache): return [t for l in cache.layers for t in (l.keys, l.values)]
     with torch.no_grad():
         mine,whole = new(),new()
         h = torch.cat([extend_cache(m, part, mine, one_hot([0]*3,3)) for part in (x[:,:3], x[:,3:4], x[:,4:])], 1)
         torch.testing.assert_close(h, run_trunk(m, x), atol=1e-4, rtol=1e-4)
         extend_cache(m, x, whole, one_hot([2]*3,3))
-        assert (kv(mine)[-1]-kv(whole)[-1]).abs().max()>1e-3
+        assert (contents(mine)[-1]-contents(whole)[-1]).abs().max()>1e-3
         rebuild_cache(m, h, mine, one_hot([2]*3,3))
-    for a,b in zip(kv(mine), kv(whole), strict=True): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    for a,b in zip(contents(mine), contents(whole), strict=True): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 @pytest.mark.parametrize('checkpoint', [False, True])
 def test_training_above_a_fork_equals_training_from_the_cached_trunk(checkpoint):
-    m,x = forked(),batch()
+    m,x = forked_model(),batch()
     m.stack.trainable()
     m.checkpointing(checkpoint)
     with torch.no_grad(): h = run_trunk(m, **x)
@@ -391,7 +364,7 @@ def test_training_above_a_fork_equals_training_from_the_cached_trunk(checkpoint)
     assert whole[1].abs().sum()==0 and whole[0].abs().sum()>0 and m.stack.leaves[0][0].grad is None
 
 def test_a_forked_generation_equals_its_rows():
-    m,x = forked(),batch()
+    m,x = forked_model(),batch()
     g = torch.tensor([[.5,.5,0],[0,0,1.],[0,0,0]])
     together = answers(m, x, g)
     assert torch.equal(answers(m, x, g, use_cache=False), together)

@@ -14,7 +14,7 @@ from hydramoe.experts.adapters import with_adapters
 from hydramoe.experts.score import response_losses
 from hydramoe.experts.train import fit
 from hydramoe.experts.stages import by_precision, cache_trunk, start_expert, train_experts_stage, train_single_stage
-from test_train import LORA, NAMES, ROWS, SPEC, Stop, far, flipped, missing, stop_at, trained, truncated
+from training import EXPERTS, LORA, ROWS, SPEC, Stop, far, flipped, job_of, letter_row, missing, stop_at, trained, truncated
 
 def test_steps_that_were_skipped_are_counted_in_the_history(tmp_path):
     "One that learnt nothing is on record, and one whose numbers nobody can compute with is not written"
@@ -29,14 +29,14 @@ def test_steps_that_were_skipped_are_counted_in_the_history(tmp_path):
     assert not (tmp_path/'gone'/'seed').exists()
 
 def write_rows(path, n=40):
-    rows = [dict(id=f'r{i}', domain='abc'[i%3], source='test', license='CC0', prompt=[dict(role='user', content=f'question {i}')],
-                 completion=[dict(role='assistant', content='abc'[i%3]*(3+i%7))]) for i in range(n)]
-    path.mkdir(parents=True); write_jsonl(path/'train.jsonl', rows)
+    "Records of three domains in a folder"
+    path.mkdir(parents=True)
+    write_jsonl(path/'train.jsonl', [letter_row(i, 'abc'[i%3], 'abc'[i%3]) for i in range(n)])
     return path
 
-JOB = dict(base='tiny', quant='fp32', lora=asdict(LORA), spec=asdict(replace(SPEC, steps=30)))
+STAGE_JOB = job_of(steps=30)
 
-CHILD = """
+ONE_STAGE = """
 import json, os, signal, sys
 from pathlib import Path
 from hydramoe.experts import train
@@ -52,14 +52,14 @@ setattr(train, where, dying)
 with sealing(Path(root)/'target', {}) as out: train_experts_stage(out, rows_dir=rows, **json.loads(os.environ['JOB']))
 """
 
-def child(where, at, rows, root):
-    env = dict(os.environ, JOB=json.dumps(JOB), OMP_NUM_THREADS='1', HYDRAMOE_QUIET='1')
-    return subprocess.run([sys.executable, '-c', CHILD, where, str(at), str(rows), str(root)], env=env, capture_output=True, text=True)
+def run_one_stage(where, at, rows, root):
+    env = dict(os.environ, JOB=json.dumps(STAGE_JOB), OMP_NUM_THREADS='1', HYDRAMOE_QUIET='1')
+    return subprocess.run([sys.executable, '-c', ONE_STAGE, where, str(at), str(rows), str(root)], env=env, capture_output=True, text=True)
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp('whole'); rows = write_rows(root/'rows')
-    r = child('fit_step', 10**9, rows, root)
+    r = run_one_stage('fit_step', 10**9, rows, root)
     assert r.returncode==0, r.stderr
     return open_sealed(root/'target')['files'], rows
 
@@ -67,16 +67,16 @@ def whole(tmp_path_factory):
 def test_kill_9_and_again(where, at, tmp_path, whole):
     "Killed in a step, or in the middle of writing a checkpoint, and run again: the same sealed files"
     files, rows = whole
-    assert child(where, at, rows, tmp_path).returncode==-signal.SIGKILL
+    assert run_one_stage(where, at, rows, tmp_path).returncode==-signal.SIGKILL
     assert not (tmp_path/'target').exists()
-    r = child('fit_step', 10**9, rows, tmp_path)
+    r = run_one_stage('fit_step', 10**9, rows, tmp_path)
     assert r.returncode==0, r.stderr
     assert open_sealed(tmp_path/'target')['files']==files
     assert [p.name for p in tmp_path.iterdir()]==['target']
 
 def test_stages_from_records_to_adapters(tmp_path):
     rows = write_rows(tmp_path/'rows')
-    with_seed = dict(JOB, spec=asdict(replace(SPEC, steps=6)))
+    with_seed = dict(STAGE_JOB, spec=asdict(replace(SPEC, steps=6)))
     seed = stage(train_single_stage, with_seed, dict(rows_dir=seal_rows(rows, tmp_path)), root=tmp_path)
     experts = stage(train_experts_stage, with_seed, dict(rows_dir=seal_rows(rows, tmp_path), start=seed), root=tmp_path)
     assert sorted(p.name for p in experts.iterdir())==['a', 'b', 'c', 'history.json', 'seal.json']
@@ -116,7 +116,7 @@ def test_widened_expert_is_saved_whole(tmp_path):
 @pytest.mark.parametrize('groups,says', [({'x': ['nowhere']}, 'nowhere'), ({'../x': ['r1']}, "cannot name"), ({'x': ['r1'], 'y': []}, 'no rows for expert y')])
 def test_groups_that_make_no_sense_are_refused(groups, says, tmp_path):
     rows = write_rows(tmp_path/'rows')
-    with pytest.raises(HydraError, match=says): train_experts_stage(tmp_path/'out', rows_dir=rows, groups=groups, **JOB)
+    with pytest.raises(HydraError, match=says): train_experts_stage(tmp_path/'out', rows_dir=rows, groups=groups, **STAGE_JOB)
 
 @pytest.mark.parametrize('part', ['router', 'dev', 'test'])
 def test_rows_of_another_part_are_never_trained_on(tmp_path, part):
@@ -130,11 +130,11 @@ def test_rows_of_another_part_are_never_trained_on(tmp_path, part):
 
 FORKED = LoraSpec(rank=4, fork=.5)
 
-def forked(seed=0, quant='fp32', layers=4):
+def forked_noise(seed=0, quant='fp32'):
     "A forked stack whose trunk is not nothing: a seed expert, drawn from `seed`"
-    model = gated(tiny_base(quant=quant, layers=layers), slots=len(NAMES), spec=FORKED)
+    model = gated(tiny_base(quant=quant, layers=4), slots=len(EXPERTS), spec=FORKED)
     model.stack.trunk.copy_(torch.empty_like(model.stack.trunk).normal_(std=.05, generator=torch.Generator().manual_seed(seed)))
-    for e,n in enumerate(NAMES): model.stack.init_expert(e, 0, n)
+    for e,n in enumerate(EXPERTS): model.stack.init_expert(e, 0, n)
     model.stack.trainable()
     return model
 
@@ -142,71 +142,71 @@ def test_a_checkpoint_of_another_trunk_is_refused(tmp_path, monkeypatch):
     "The same experts, rows and spec above another seed expert are another run"
     with monkeypatch.context() as m:
         stop_at(m, 5)
-        with pytest.raises(Stop): fit(forked(), ROWS, SPEC, tmp_path, NAMES, every=2)
-    other = forked(1)
-    assert torch.equal(other.stack.theta, forked().stack.theta)
-    with pytest.raises(HydraError, match='step-000004.*trunk'): fit(other, ROWS, SPEC, tmp_path, NAMES)
-    assert len(fit(forked(), ROWS, SPEC, tmp_path, NAMES, every=2))==len(trained()[1])
+        with pytest.raises(Stop): fit(forked_noise(), ROWS, SPEC, tmp_path, EXPERTS, every=2)
+    other = forked_noise(1)
+    assert torch.equal(other.stack.theta, forked_noise().stack.theta)
+    with pytest.raises(HydraError, match='step-000004.*trunk'): fit(other, ROWS, SPEC, tmp_path, EXPERTS)
+    assert len(fit(forked_noise(), ROWS, SPEC, tmp_path, EXPERTS, every=2))==len(trained()[1])
 
 def cached(model, root, quant='fp32', rows=ROWS, **kw): return cache_trunk(model, sum(rows, []), root, f'tiny {quant}', **kw)
 
 @pytest.mark.parametrize('quant', ['fp32', 'bf16', 'nf4'])
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_training_from_the_cached_trunk_equals_training_without(quant, checkpointing, tmp_path):
-    whole, part = forked(quant=quant), forked(quant=quant)
+    whole, part = forked_noise(quant=quant), forked_noise(quant=quant)
     start = whole.stack.theta.clone()
     a = fit(whole, ROWS, SPEC, checkpointing=checkpointing)
     b = fit(part, ROWS, SPEC, checkpointing=checkpointing, cached=cached(part, tmp_path, quant))
     close = 1e-3 if quant=='fp32' else .1 # bf16 rounds where a sum is cut
     assert [h.keys() for h in a]==[h.keys() for h in b] and [h['tokens'] for h in a]==[h['tokens'] for h in b]
     for e in range(3): assert far(part.stack.theta[e], whole.stack.theta[e], start[e])<close
-    assert torch.equal(part.stack.trunk, forked(quant=quant).stack.trunk) and (part.stack.theta-start).abs().max()>1e-2
+    assert torch.equal(part.stack.trunk, forked_noise(quant=quant).stack.trunk) and (part.stack.theta-start).abs().max()>1e-2
 
 def test_with_the_same_batches_the_cached_trunk_gives_the_same_bits(tmp_path):
     "A row alone is a batch whose shape is the same when states are cached and when they are not"
     alone = replace(SPEC, micro_tokens=1)
-    whole, part = forked(), forked()
+    whole, part = forked_noise(), forked_noise()
     assert fit(whole, ROWS, alone)==fit(part, ROWS, alone, cached=cached(part, tmp_path, max_tokens=1))
     assert torch.equal(whole.stack.theta, part.stack.theta)
 
 def test_the_trunk_is_not_computed_again(tmp_path, monkeypatch):
     "Once for all epochs and experts: then the blocks below the fork are never run, but to ask whether rows keep apart"
     import hydramoe.experts.packing as hs
-    model = forked()
+    model = forked_noise()
     states = cached(model, tmp_path)
     monkeypatch.setattr(hs, 'keeps_rows_apart', lambda model: True)
     for block in model.base.model.layers[:model.stack.fork]: monkeypatch.setattr(block, 'forward', None)
     monkeypatch.setattr(model.base.model.embed_tokens, 'forward', None)
-    assert len(fit(model, ROWS, SPEC, cached=states))==len(fit(forked(), ROWS, SPEC))
-    assert cached(forked(), tmp_path, rows=ROWS[::-1]).path==states.path and len(list(tmp_path.glob('trunk-*')))==1
+    assert len(fit(model, ROWS, SPEC, cached=states))==len(fit(forked_noise(), ROWS, SPEC))
+    assert cached(forked_noise(), tmp_path, rows=ROWS[::-1]).path==states.path and len(list(tmp_path.glob('trunk-*')))==1
 
 @pytest.mark.parametrize('k', [1, 5, 14])
 def test_resume_from_the_cached_trunk_is_bit_equal(k, tmp_path, monkeypatch):
-    whole = forked()
-    history = fit(whole, ROWS, SPEC, tmp_path/'whole', NAMES, every=2, cached=cached(whole, tmp_path/'whole'))
+    whole = forked_noise()
+    history = fit(whole, ROWS, SPEC, tmp_path/'whole', EXPERTS, every=2, cached=cached(whole, tmp_path/'whole'))
     with monkeypatch.context() as m:
         stop_at(m, k)
-        broken = forked()
-        with pytest.raises(Stop): fit(broken, ROWS, SPEC, tmp_path/'cut', NAMES, every=2, cached=cached(broken, tmp_path/'cut'))
-    again = forked()
-    assert fit(again, ROWS, SPEC, tmp_path/'cut', NAMES, every=2, cached=cached(again, tmp_path/'cut'))==history
+        broken = forked_noise()
+        with pytest.raises(Stop): fit(broken, ROWS, SPEC, tmp_path/'cut', EXPERTS, every=2, cached=cached(broken, tmp_path/'cut'))
+    again = forked_noise()
+    assert fit(again, ROWS, SPEC, tmp_path/'cut', EXPERTS, every=2, cached=cached(again, tmp_path/'cut'))==history
     assert torch.equal(again.stack.theta, whole.stack.theta)
     if k>2:
-        with pytest.raises(HydraError, match='step-0000'): fit(forked(), ROWS, SPEC, tmp_path/'cut', NAMES)
+        with pytest.raises(HydraError, match='step-0000'): fit(forked_noise(), ROWS, SPEC, tmp_path/'cut', EXPERTS)
 
 @pytest.mark.parametrize('other', [dict(model=dict(seed=1)), dict(quant='another base'), dict(rows=[ROWS[0][1:], *ROWS[1:]]), dict(model=dict(quant='bf16'))], ids=['trunk', 'base', 'rows', 'dtype'])
 def test_states_of_something_else_are_not_taken(other, tmp_path):
     other = dict(other)
-    mine, theirs = cached(forked(), tmp_path), cached(forked(**other.pop('model', {})), tmp_path, **other)
+    mine, theirs = cached(forked_noise(), tmp_path), cached(forked_noise(**other.pop('model', {})), tmp_path, **other)
     assert mine.path!=theirs.path
 
 @pytest.mark.parametrize('harm', [missing, truncated, flipped])
 @pytest.mark.parametrize('file', ['trunk.bin', 'trunk.json', 'seal.json'])
 def test_damaged_states_are_refused_by_name_and_made_again(harm, file, tmp_path):
-    states = cached(forked(), tmp_path)
+    states = cached(forked_noise(), tmp_path)
     want, sealed = states(ROWS[0]).clone(), open_sealed(states.path)['files']
     harm(states.path/file)
-    with pytest.warns(UserWarning, match=f'trunk states refused.*{states.path.name}'): again = cached(forked(), tmp_path)
+    with pytest.warns(UserWarning, match=f'trunk states refused.*{states.path.name}'): again = cached(forked_noise(), tmp_path)
     assert torch.equal(again(ROWS[0]), want) and open_sealed(again.path)['files']==sealed
 
 def test_experts_above_a_fork_from_records_to_adapters(tmp_path):
@@ -226,12 +226,12 @@ def test_experts_above_a_fork_from_records_to_adapters(tmp_path):
             else: torch.testing.assert_close(a[k], b[k], atol=2e-3, rtol=2e-2)
         assert any(not torch.equal(a[k], before[k]) for k in a if '.layers.1.' in k)
     assert not list(tmp_path.glob('.work-*'))
-    with pytest.raises(HydraError, match='no trunk'): train_experts_stage(tmp_path/'x', rows_dir=rows, cached=True, **JOB)
+    with pytest.raises(HydraError, match='no trunk'): train_experts_stage(tmp_path/'x', rows_dir=rows, cached=True, **STAGE_JOB)
 
 def test_precision_of_the_base_is_part_of_what_an_adapter_is_worth(tmp_path):
     "Each line equals scoring by hand on that base; the difference is theirs"
     rows = seal_rows(write_rows(tmp_path/'rows'), tmp_path)
-    made = stage(train_experts_stage, dict(JOB, quant='nf4'), dict(rows_dir=rows), root=tmp_path)
+    made = stage(train_experts_stage, dict(STAGE_JOB, quant='nf4'), dict(rows_dir=rows), root=tmp_path)
     of = ['abc'[i%3] for i in range(40)]
     table = by_precision(rows, made, 'train', 'nf4', ['fp32', 'bf16'], of=of, root=tmp_path, base='tiny')
     assert [t['scored'] for t in table]==['nf4', 'fp32', 'bf16'] and {t['trained'] for t in table}=={'nf4'} and table[0]['percent']==0

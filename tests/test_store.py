@@ -1,21 +1,16 @@
 "Sealed directories under kill -9, races, broken disks and every kind of damage; stages and their keys."
-import errno, functools, importlib, inspect, json, os, resource, shutil, signal, subprocess, sys, tempfile, textwrap, time
+import errno, functools, importlib, inspect, json, os, resource, shutil, subprocess, sys, tempfile, textwrap, time
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from hydramoe.foundations import files, store
+from hydramoe.foundations import store
 from hydramoe.foundations.core import HydraError, canonical
 from hydramoe.foundations.store import SEAL, SealError, is_sealed, open_sealed, seal_id, sealing, stage, work_dir
-from helpers import forked, killed_at
-
-def make(out, text='hydra', parts=4):
-    for i in range(parts): (out/f'part{i}').write_text(text*(i+1))
-
-def whole(d, text='hydra', parts=4): return all((d/f'part{i}').read_text()==text*(i+1) for i in range(parts))
+from helpers import forked, killed_at, parts_are_whole, write_parts
 
 def litter(folder): return sorted(p.name for p in Path(folder).iterdir() if p.name.startswith('.'))
 
-def child(code, *args, **env):
+def started(code, *args, **env):
     "A fresh interpreter that runs `code`"
     return subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.path.dirname(__file__), **env})
@@ -34,29 +29,29 @@ def test_killed_at_every_file_operation_of_sealing(memory):
         d = memory/str(k)/'d'
         d.parent.mkdir()
         killed = killed_at(k, lambda: _seal_into(d))
-        assert not d.exists() or whole(d) and open_sealed(d), f'half a directory after operation {k}'
+        assert not d.exists() or parts_are_whole(d) and open_sealed(d), f'half a directory after operation {k}'
         _seal_into(d)
-        assert whole(d) and open_sealed(d) and litter(d.parent)==[], f'operation {k}'
+        assert parts_are_whole(d) and open_sealed(d) and litter(d.parent)==[], f'operation {k}'
         if not killed: break
     assert 15 < k < 199
 
 def _seal_into(d):
-    with sealing(d, {'of': 'test'}) as out: make(out)
+    with sealing(d, {'of': 'test'}) as out: write_parts(out)
 
 def checkpointed(out, steps=3):
     for s in range(steps):
         if not is_sealed(work_dir(out)/str(s)):
             with sealing(work_dir(out)/str(s), {}) as c: (c/'state').write_text(str(s))
     for s in range(steps): open_sealed(work_dir(out)/str(s))
-    make(out)
+    write_parts(out)
 
 def test_killed_at_every_file_operation_of_a_stage_with_checkpoints(memory):
     for k in range(0, 600, 3):
         root = memory/str(k)
         killed = killed_at(k, lambda: stage(checkpointed, {}, root=root))
-        for d in root.glob('checkpointed-*'): assert whole(d) and open_sealed(d)
+        for d in root.glob('checkpointed-*'): assert parts_are_whole(d) and open_sealed(d)
         d = stage(checkpointed, {}, root=root)
-        assert whole(d) and litter(root)==[], f'operation {k}: {litter(root)}'
+        assert parts_are_whole(d) and litter(root)==[], f'operation {k}: {litter(root)}'
         if not killed: break
         shutil.rmtree(root)
     assert 30 < k < 599
@@ -73,79 +68,74 @@ def test_kill_by_the_clock(tmp_path):
         import shutil; shutil.rmtree(Path(sys.argv[1])/'d')
     '''
     for i in range(8):
-        p = child(code, tmp_path)
+        p = started(code, tmp_path)
         assert p.stdout.readline()=='ready\n', p.stderr.read()
         time.sleep(.003*i)
         p.kill(); p.communicate()
         d = tmp_path/'d'
-        if d.exists() and (d/SEAL).exists() and len(list(d.iterdir()))==5: assert whole(d) and open_sealed(d)
+        if d.exists() and (d/SEAL).exists() and len(list(d.iterdir()))==5: assert parts_are_whole(d) and open_sealed(d)
         shutil.rmtree(d, ignore_errors=True)   # the child's own rmtree may have been cut short
     _seal_into(tmp_path/'d')
-    assert litter(tmp_path)==[] and whole(tmp_path/'d')
+    assert litter(tmp_path)==[] and parts_are_whole(tmp_path/'d')
 
 def test_a_maker_at_work_is_not_swept_and_nothing_foreign_is(tmp_path):
     (tmp_path/'.writing-mine').mkdir(); (tmp_path/'.tmp-x').mkdir(); (tmp_path/'.writing-x-0123456789ab').write_text('a file')
     before = litter(tmp_path)
     with sealing(tmp_path/'slow', {}) as out:
-        make(out)
+        write_parts(out)
         assert forked(lambda: _seal_into(tmp_path/'quick'))==0
         assert out.is_dir()
-    assert whole(tmp_path/'slow') and whole(tmp_path/'quick') and litter(tmp_path)==before
+    assert parts_are_whole(tmp_path/'slow') and parts_are_whole(tmp_path/'quick') and litter(tmp_path)==before
 
 # --- two at once ---
 
 RACE = '''
 import os, sys, time
 from pathlib import Path
-import test_store as t
+from helpers import write_parts
+from test_store import slow
 from hydramoe.foundations.store import seal_id, sealing, stage
 root = Path(sys.argv[1])
-def make(out, text):
-    with open(root/'calls', 'a') as f: f.write('x')
-    time.sleep(.3)
-    t.make(out, text)
 print('ready', flush=True)
 while not (root/'go').exists(): time.sleep(.001)
-if sys.argv[2]=='stage': d = stage(t.slow, dict(text='hydra', log=str(root/'calls')), root=root/'stages')
+if sys.argv[2]=='stage': d = stage(slow, dict(text='hydra', log=str(root/'calls')), root=root/'stages')
 else:
     d = root/'d'
-    with sealing(d, {}) as out: t.make(out); time.sleep(.05)
+    with sealing(d, {}) as out: write_parts(out); time.sleep(.05)
 print(d, seal_id(d))
 '''
 
 def slow(out, text, log):
     with open(log, 'a') as f: f.write('x')
     time.sleep(.3)
-    make(out, text)
+    write_parts(out, text)
 
 @pytest.mark.parametrize('how', ['stage', 'sealing'])
 def test_race(tmp_path, how):
-    ps = [child(RACE, tmp_path, how) for _ in range(4)]
+    ps = [started(RACE, tmp_path, how) for _ in range(4)]
     for p in ps: assert p.stdout.readline()=='ready\n', p.stderr.read()
     (tmp_path/'go').touch()
     outs = [p.communicate() for p in ps]
     assert [p.returncode for p in ps]==[0]*4, outs
     assert len({o for o,_ in outs})==1, outs
     d = Path(outs[0][0].split()[0])
-    assert whole(d) and open_sealed(d) and litter(d.parent)==[]
+    assert parts_are_whole(d) and open_sealed(d) and litter(d.parent)==[]
     if how=='stage':
         assert (tmp_path/'calls').read_text()=='x', 'the others should have waited'
         assert sum('waiting for another process' in e for _,e in outs)==3
 
 def test_a_waiter_takes_over_when_the_maker_is_killed(tmp_path):
-    first = child(RACE, tmp_path, 'stage'); first.stdout.readline()
+    first = started(RACE, tmp_path, 'stage'); first.stdout.readline()
     (tmp_path/'go').touch()
     while not (tmp_path/'calls').exists(): time.sleep(.005)
-    second = child(RACE, tmp_path, 'stage'); second.stdout.readline()
+    second = started(RACE, tmp_path, 'stage'); second.stdout.readline()
     first.kill(); first.communicate()
     out, err = second.communicate()
-    assert second.returncode==0 and whole(Path(out.split()[0])), err
+    assert second.returncode==0 and parts_are_whole(Path(out.split()[0])), err
     assert litter(tmp_path/'stages')==[]
 
-def test_without_locks_the_rename_decides(tmp_path, monkeypatch):
-    def none(*args): raise OSError(errno.ENOLCK, 'No locks available')
-    monkeypatch.setattr(files.fcntl, 'flock', none)
-    assert whole(stage(make, dict(text='hydra'), root=tmp_path))
+def test_without_locks_the_rename_decides(tmp_path, no_locks):
+    assert parts_are_whole(stage(write_parts, dict(text='hydra'), root=tmp_path))
     assert litter(tmp_path)==[]
 
 # --- disks ---
@@ -159,11 +149,11 @@ def test_disk_errors_leave_the_old_thing(tmp_path, monkeypatch, call, error):
     with monkeypatch.context() as m:
         m.setattr(os, call, broken)
         with pytest.raises(SealError, match='could not be made'):
-            with sealing(tmp_path/'new', {}) as out: make(out)
+            with sealing(tmp_path/'new', {}) as out: write_parts(out)
         try:
-            with sealing(tmp_path/'old', {'of': 'test'}) as out: make(out, 'another')
+            with sealing(tmp_path/'old', {'of': 'test'}) as out: write_parts(out, 'another')
         except SealError as e: assert 'could not be made' in str(e)
-    assert seal_id(tmp_path/'old')==name and whole(tmp_path/'old') and not (tmp_path/'new').exists()
+    assert seal_id(tmp_path/'old')==name and parts_are_whole(tmp_path/'old') and not (tmp_path/'new').exists()
     _seal_into(tmp_path/'new')
     assert litter(tmp_path)==[]
 
@@ -180,12 +170,12 @@ def test_a_file_too_large_for_the_disk(tmp_path):
 def test_a_cache_that_may_only_be_read(tmp_path):
     for p in (tmp_path, *tmp_path.parents):
         if not p.stat().st_mode & 0o001: p.chmod(0o755)  # pytest's folders, one more under xdist, are their owner's alone
-    made = stage(make, dict(text='hydra'), root=tmp_path/'stages')
+    made = stage(write_parts, dict(text='hydra'), root=tmp_path/'stages')
     (tmp_path/'stages').chmod(0o555); made.chmod(0o555)
     def run():
         os.seteuid(65534)
-        assert stage(make, dict(text='hydra'), root=tmp_path/'stages')==made
-        try: stage(make, dict(text='other'), root=tmp_path/'stages')
+        assert stage(write_parts, dict(text='hydra'), root=tmp_path/'stages')==made
+        try: stage(write_parts, dict(text='other'), root=tmp_path/'stages')
         except HydraError as e: os._exit(7 if 'ermission' in str(e) else 8)
     assert os.waitstatus_to_exitcode(forked(run))==7
 
@@ -199,12 +189,12 @@ def swap(d): (d/'a').rename(d/'t'); (d/'sub'/'b').rename(d/'a'); (d/'t').rename(
 def link(d): p = d/'sub'/'b'; p.rename(d.parent/'b'); p.symlink_to(d.parent/'b')
 def link_folder(d): (d/'sub').rename(d.parent/'sub'); (d/'sub').symlink_to(d.parent/'sub')
 def pipe(d): (d/'sub'/'b').unlink(); os.mkfifo(d/'sub'/'b')
-def folder(d): (d/'sub'/'b').unlink(); (d/'sub'/'b').mkdir()
+def now_a_folder(d): (d/'sub'/'b').unlink(); (d/'sub'/'b').mkdir()
 def extra(d): (d/'sub'/'c').write_text('')
 def extra_hidden(d): (d/'.DS_Store').write_text('')
 
 @pytest.mark.parametrize('damage, named', [(truncate, 'sub/b'), (flip, 'sub/b'), (lose, 'sub/b'), (lose_folder, 'sub/b'), (swap, 'a'), (link, 'sub/b'), (link_folder, 'sub'),
-                                           (pipe, 'sub/b'), (folder, 'sub/b'), (extra, 'sub/c'), (extra_hidden, '.DS_Store')])
+                                           (pipe, 'sub/b'), (now_a_folder, 'sub/b'), (extra, 'sub/c'), (extra_hidden, '.DS_Store')])
 def test_damage_is_named(tmp_path, damage, named):
     d = tmp_path/'d'
     with sealing(d, {}) as out: (out/'a').write_text('alpha'); (out/'sub').mkdir(); (out/'sub'/'b').write_text('betas')
@@ -265,7 +255,7 @@ def test_a_place_that_is_taken(tmp_path):
 
 def test_names_of_stages(tmp_path):
     with pytest.raises(SealError, match='cannot be called'): stage(lambda out: None, {}, root=tmp_path)
-    assert whole(stage(functools.partial(make, parts=4), dict(text='hydra'), root=tmp_path, name='parts'))
+    assert parts_are_whole(stage(functools.partial(write_parts, parts=4), dict(text='hydra'), root=tmp_path, name='parts'))
 
 @pytest.mark.parametrize('parameter', store.KEY_FUNCTIONS)
 def test_what_a_parameter_names_is_read_by_a_function_that_exists(parameter):
@@ -274,8 +264,8 @@ def test_what_a_parameter_names_is_read_by_a_function_that_exists(parameter):
 
 # --- a default is not part of a key ---
 
-plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
-named = lambda names: st.dictionaries(st.sampled_from(names), plain, max_size=len(names))
+plain_values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+named = lambda names: st.dictionaries(st.sampled_from(names), plain_values, max_size=len(names))
 
 def with_parameters(required, defaults):
     "A function that has these parameters, as far as `inspect` can tell"
@@ -316,29 +306,29 @@ def test_a_default_that_names_something_is_read(tmp_path, monkeypatch):
     behind[0] = 'another'
     assert stage(embed, {}, root=tmp_path)!=first
 
-def copy(out, src): shutil.copy(src/'part0' if src.is_dir() else src, out/'copy')
+def copied(out, src): shutil.copy(src/'part0' if src.is_dir() else src, out/'copy')
 
 def test_inputs_are_named_by_content(tmp_path):
-    for name,text in (('x', 'a'), ('y', 'a'), ('z', 'b')): stage(make, dict(text=text), root=tmp_path/name)
+    for name,text in (('x', 'a'), ('y', 'a'), ('z', 'b')): stage(write_parts, dict(text=text), root=tmp_path/name)
     x, y, z = (next((tmp_path/n).iterdir()) for n in 'xyz')
-    got = [stage(copy, {}, dict(src=d), root=tmp_path/'out') for d in (x, y, z)]
+    got = [stage(copied, {}, dict(src=d), root=tmp_path/'out') for d in (x, y, z)]
     assert got[0]==got[1]!=got[2]
     a, b = tmp_path/'a.txt', tmp_path/'b.txt'
     a.write_text('same'); b.write_text('same')
-    assert stage(copy, {}, dict(src=a), root=tmp_path/'out')==stage(copy, {}, dict(src=b), root=tmp_path/'out')
+    assert stage(copied, {}, dict(src=a), root=tmp_path/'out')==stage(copied, {}, dict(src=b), root=tmp_path/'out')
     b.write_text('other')
-    assert stage(copy, {}, dict(src=a), root=tmp_path/'out')!=stage(copy, {}, dict(src=b), root=tmp_path/'out')
+    assert stage(copied, {}, dict(src=a), root=tmp_path/'out')!=stage(copied, {}, dict(src=b), root=tmp_path/'out')
 
 def test_a_damaged_input_is_not_used(tmp_path):
-    d = stage(make, dict(text='a'), root=tmp_path)
+    d = stage(write_parts, dict(text='a'), root=tmp_path)
     (d/'part0').write_text('b')
-    with pytest.raises(SealError, match='part0 is altered'): stage(copy, {}, dict(src=d), root=tmp_path)
-    with pytest.raises(SealError, match="input 'src'"): stage(copy, {}, dict(src=tmp_path/'nowhere'), root=tmp_path)
+    with pytest.raises(SealError, match='part0 is altered'): stage(copied, {}, dict(src=d), root=tmp_path)
+    with pytest.raises(SealError, match="input 'src'"): stage(copied, {}, dict(src=tmp_path/'nowhere'), root=tmp_path)
 
 def test_a_sealed_stage_under_another_name(tmp_path):
-    d, e = stage(make, dict(text='a'), root=tmp_path), stage(make, dict(text='b'), root=tmp_path)
+    d, e = stage(write_parts, dict(text='a'), root=tmp_path), stage(write_parts, dict(text='b'), root=tmp_path)
     shutil.rmtree(e); shutil.copytree(d, e)
-    with pytest.raises(SealError, match='something else than its name says'): stage(make, dict(text='b'), root=tmp_path)
+    with pytest.raises(SealError, match='something else than its name says'): stage(write_parts, dict(text='b'), root=tmp_path)
 
 def test_work_survives_failure_and_goes_with_success(tmp_path):
     def make(out, fail):

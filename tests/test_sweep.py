@@ -1,6 +1,5 @@
 "A sweep under what happens to real sweeps: kills, failures, odd values, a second terminal."
-import json, os, subprocess, sys, time
-from pathlib import Path
+import json, subprocess, sys
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -8,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from hydramoe.foundations.core import HydraError
 from hydramoe.use.reproduce import Parameter, read_parameters
 from hydramoe.use.sweep import combinations, main_numbers, parse_sweep, run_name, run_sweep, sweep_table
-from test_reproduce import alive, notebook, wait_for
+from helpers import alive, lines_of, notebook, wait_for
 
 PARAMS = 'scale: str = "toy"  # run\nk: int = 2  # how many\nlr: float = .5  # rate\nmix: bool = False  # or not\nname: str = ""  # text\nplace: str = ""  # for the log\nwait: float = 0.0  # seconds'
 WORK = '''import os, time
@@ -24,9 +23,9 @@ saved = save_result('lesson', scale, used, [dict(system='base', domain='macro', 
 def nb(tmp_path): return notebook(tmp_path/'lesson.ipynb', PARAMS, WORK)
 
 def sweep(nb, *texts, jobs=1): return run_sweep(nb, parse_sweep(read_parameters(nb), [f'place={nb.parent}', *texts]), nb.parent/'sweep', jobs)
-def log(nb): return (nb.parent/'log').read_text().split('\n')[:-1] if (nb.parent/'log').exists() else []
+def logged(nb): return lines_of(nb.parent/'log')
 
-def hydramoe(*argv, **kw): return subprocess.Popen([sys.executable, '-m', 'hydramoe.use.cli', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+def start_hydramoe(*argv, **kw): return subprocess.Popen([sys.executable, '-m', 'hydramoe.use.cli', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 
 def test_each_combination_has_its_notebook_its_result_and_its_column(nb):
@@ -38,7 +37,7 @@ def test_each_combination_has_its_notebook_its_result_and_its_column(nb):
 
 def test_what_is_done_is_skipped_and_what_changed_is_not(nb):
     assert [r.skipped for r in sweep(nb, 'k=2,3')]==[False, False]
-    assert [r.skipped for r in sweep(nb, 'k=2,3,4')]==[True, True, False] and len(log(nb))==3
+    assert [r.skipped for r in sweep(nb, 'k=2,3,4')]==[True, True, False] and len(logged(nb))==3
     (nb.parent/'sweep'/'k=3.json').unlink()
     notebook(nb, PARAMS, WORK+'\n# a comment')
     assert [r.skipped for r in sweep(nb, 'k=2,3,4')]==[True, False, True]
@@ -52,7 +51,7 @@ def test_a_notebook_without_a_result_is_known_by_its_stamp(tmp_path):
     assert all(r.result is None for r in run_sweep(nb, dict(k=[1, 2]), tmp_path/'sweep'))
 
 def test_a_failure_stops_no_other_and_is_run_again(nb):
-    out = hydramoe('run', nb, '-p', 'k=13,2,3', '-p', f'place={nb.parent}', '--out', nb.parent/'sweep', '--jobs', 2, '--quiet')
+    out = start_hydramoe('run', nb, '-p', 'k=13,2,3', '-p', f'place={nb.parent}', '--out', nb.parent/'sweep', '--jobs', 2, '--quiet')
     text, err = out.communicate(timeout=120)
     assert (out.returncode, text, err.count('\n'))==(2, '', 1) and '1 of 3 runs failed' in err and 'thirteen' in err
     assert sorted(p.name for p in (nb.parent/'sweep').glob('*.json'))==['k=2.json', 'k=3.json']
@@ -61,31 +60,31 @@ def test_a_failure_stops_no_other_and_is_run_again(nb):
 
 def test_killed_and_run_again_it_goes_on_and_leaves_nothing_running(nb):
     line = ['run', nb, '-p', 'k=2,3,4,5', '-p', f'place={nb.parent}', '-p', 'wait=1', '--out', nb.parent/'sweep', '--jobs', 2, '--quiet']
-    p = hydramoe(*line)
+    p = start_hydramoe(*line)
     wait_for(lambda: list((nb.parent/'sweep').glob('*.json')), 120)
     p.kill()
     p.wait()
-    for pid in (int(l.split()[1]) for l in log(nb)): wait_for(lambda: not alive(pid), 30)
+    for pid in (int(l.split()[1]) for l in logged(nb)): wait_for(lambda: not alive(pid), 30)
     done = {f.name for f in (nb.parent/'sweep').glob('*.json')}
-    before = len(log(nb))
-    again = hydramoe(*line)
+    before = len(logged(nb))
+    again = start_hydramoe(*line)
     text, err = again.communicate(timeout=180)
     assert again.returncode==0, err
-    assert f'4 runs in {nb.parent/"sweep"}, {len(done)} of them done before' in text and len(log(nb))==before+4-len(done)
+    assert f'4 runs in {nb.parent/"sweep"}, {len(done)} of them done before' in text and len(logged(nb))==before+4-len(done)
     assert not list((nb.parent/'sweep').glob('.running-*'))
 
 def test_two_terminals_run_each_combination_once(nb):
     line = ['run', nb, '-p', 'k=2,3', '-p', f'place={nb.parent}', '--out', nb.parent/'sweep', '--quiet']
-    both = [hydramoe(*line), hydramoe(*line)]
-    assert [(p.communicate(timeout=180)[1], p.returncode)[1] for p in both]==[0, 0] and len(log(nb))==2
+    both = [start_hydramoe(*line), start_hydramoe(*line)]
+    assert [(p.communicate(timeout=180)[1], p.returncode)[1] for p in both]==[0, 0] and len(logged(nb))==2
 
 def test_json_holds_parameters_and_numbers_of_each_run(nb):
-    p = hydramoe('run', nb, '-p', 'k=2,3', '-p', f'place={nb.parent}', '--out', nb.parent/'sweep', '--json')
+    p = start_hydramoe('run', nb, '-p', 'k=2,3', '-p', f'place={nb.parent}', '--out', nb.parent/'sweep', '--json')
     text, err = p.communicate(timeout=120)
     assert [(r['params'], r['numbers']) for r in json.loads(text)['runs']]==[(dict(k=2), {'base ppl': 1.}), (dict(k=3), {'base ppl': 1.5})]
 
 def test_one_value_is_no_sweep(nb):
-    p = hydramoe('run', nb, '-p', 'k=2', '-p', f'place={nb.parent}', '-p', 'name=a,b', '--out', nb.parent/'one.ipynb', '--json')
+    p = start_hydramoe('run', nb, '-p', 'k=2', '-p', f'place={nb.parent}', '-p', 'name=a,b', '--out', nb.parent/'one.ipynb', '--json')
     text, err = p.communicate(timeout=120)
     assert json.loads(text)['result']['params']['name']=='a,b', err
 

@@ -1,9 +1,10 @@
 "How the threads of torch wait: asleep after a moment, wherever torch is imported, unless the user has said otherwise."
-import json, os, subprocess, sys
+import json, os
 
 import pytest
 
 from hydramoe.use.reproduce import run_notebook
+from helpers import notebook, printed
 
 LOOK = "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
 
@@ -11,34 +12,25 @@ def environment(policy=None):
     env = {k: v for k,v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
     return env if policy is None else env | dict(OMP_WAIT_POLICY=policy)
 
-def printed(code, policy=None):
-    return subprocess.run([sys.executable, '-c', code], env=environment(policy), capture_output=True, text=True, check=True).stdout.split()
-
 @pytest.mark.parametrize('module', ['hydramoe', 'hydramoe.use.cli', 'hydramoe.models.base'])
 def test_they_sleep_once_hydramoe_is_imported(module):
-    assert printed(f'import {module}; {LOOK}')==['PASSIVE', '1000']
+    assert printed(f'import {module}; {LOOK}', environment()).split()==['PASSIVE', '1000']
 
 def test_the_policy_stands_before_torch_is_imported():
     # torch reads it at import: too late is as good as never
     watch = "import sys, builtins, os; old = builtins.__import__; seen = []\n" \
             "def spy(name, *a, **k):\n    if name=='torch' and not seen: seen.append(os.environ.get('OMP_WAIT_POLICY'))\n    return old(name, *a, **k)\n" \
             "builtins.__import__ = spy; import hydramoe.experts.stack; print(*seen)"
-    assert printed(watch)==['PASSIVE']
+    assert printed(watch, environment()).split()==['PASSIVE']
 
-def test_a_user_who_says_otherwise_is_heard(): assert printed(f'import hydramoe.use.cli; {LOOK}', 'ACTIVE')==['ACTIVE', 'None']
+def test_a_user_who_says_otherwise_is_heard(): assert printed(f'import hydramoe.use.cli; {LOOK}', environment('ACTIVE')).split()==['ACTIVE', 'None']
 
 def test_what_hydramoe_starts_inherits_it():
     # workers are started by `local` and `ray` from this process's environment
     code = f"import hydramoe, subprocess, sys; subprocess.run([sys.executable, '-c', {LOOK!r}], check=True)"
-    assert printed(code)==['PASSIVE', '1000']
+    assert printed(code, environment()).split()==['PASSIVE', '1000']
 
 def test_a_notebook_that_hydramoe_runs_inherits_it(tmp_path):
-    def cell(kind, source, **meta):
-        return dict(cell_type=kind, id=str(len(source)), metadata=meta, source=source) | (dict(outputs=[], execution_count=None) if kind=='code' else {})
-    code = cell('code', LOOK)
-    given = cell('code', 'scale: str = "toy"  # names the run', tags=['parameters'])
-    nb = dict(cells=[given, code], nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
-    source = tmp_path/'look.ipynb'
-    source.write_text(json.dumps(nb))
+    source = notebook(tmp_path/'look.ipynb', 'scale: str = "toy"  # names the run', LOOK)
     out = json.loads(run_notebook(source, tmp_path/'out.ipynb', {}).read_text())
     assert 'PASSIVE' in ''.join(o['text'] if isinstance(o['text'], str) else ''.join(o['text']) for c in out['cells'] for o in c.get('outputs', []))

@@ -8,46 +8,23 @@ from hydramoe.models.base import tiny_base
 from hydramoe.models.encode import Example
 from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.plan import one_hot
-from hydramoe.experts.model import gated
 from hydramoe.experts.score import response_losses
 from hydramoe.experts.stages import cache_trunk
-from hydramoe.experts.train import EarlyStopSpec, TrainSpec, fit, fit_trl, gradients, make_passes, plan_steps, using_threads
+from hydramoe.experts.train import EarlyStopSpec, fit, fit_trl, gradients, make_passes, plan_steps, using_threads
+from training import EXPERTS, LORA, ROWS, SPEC, Stop, examples, far, flipped, fresh, missing, stop_at, trained, truncated
 
-NAMES, LORA = ['large', 'middle', 'small'], LoraSpec(rank=4)
-SPEC = TrainSpec(lr=3e-3, rows=2., epochs=2, clip=.5)
-
-def examples(name, n):
-    g = rng(0, name)
-    def one(i):
-        s = int(g.integers(4, 40))
-        return Example(ids=g.integers(3, 259, s).tolist(), n_prompt=int(g.integers(1, s-1)), id=f'{name}{i}', domain=name)
-    return [one(i) for i in range(n)]
-
-ROWS = [examples('large', 30), examples('middle', 11), examples('small', 4)]
-
-def fresh(names=NAMES, quant='fp32', lora=LORA):
-    model = gated(tiny_base(quant=quant), slots=len(names), spec=lora)
-    for e,n in enumerate(names): model.stack.init_expert(e, 0, n)
-    model.stack.trainable()
-    return model
-
-def trained(spec=SPEC, rows=ROWS, names=NAMES, **kw):
-    model = fresh(names)
-    return model, fit(model, rows, spec, names=names, **kw)
-
-def far(a, b, start): return ((a-b).norm()/(a-start).norm()).item() # error relative to the way covered
 
 @pytest.mark.parametrize('spec', [SPEC, replace(SPEC, schedule='constant', clip=100.), replace(SPEC, micro_tokens=60)], ids=['linear', 'constant', 'micro'])
 def test_fused_equals_trl_one_by_one(spec, tmp_path):
     "Unequal sizes, and experts that are absent from some steps: the same adapters as TRL + PEFT make of the same batches"
     model = fresh(); start = model.stack.theta.clone()
-    for e,n in enumerate(NAMES): model.stack.save_peft(tmp_path/'start'/n, e, 'tiny')
-    history = fit(model, ROWS, spec, names=NAMES)
-    steps = plan_steps(ROWS, NAMES, spec)
+    for e,n in enumerate(EXPERTS): model.stack.save_peft(tmp_path/'start'/n, e, 'tiny')
+    history = fit(model, ROWS, spec, names=EXPERTS)
+    steps = plan_steps(ROWS, EXPERTS, spec)
     absent = [sum(not any(f==e for f,_ in s) for s in steps) for e in range(3)]
     assert absent[2] >= 7 and absent[0]==0
     theirs = fresh()
-    for e,n in enumerate(NAMES):
+    for e,n in enumerate(EXPERTS):
         batches = [b for s in steps if (b := [x for f,x in s if f==e])]
         losses = fit_trl(tiny_base(), batches, tmp_path/'start'/n, tmp_path/'trl'/n, spec)
         np.testing.assert_allclose([h['loss'][n] for h in history if n in h['loss']], losses, rtol=2e-4)
@@ -57,13 +34,13 @@ def test_fused_equals_trl_one_by_one(spec, tmp_path):
 
 def test_alone_equals_together():
     model, history = trained()
-    for e,n in enumerate(NAMES):
+    for e,n in enumerate(EXPERTS):
         alone, _ = trained(replace(SPEC, steps=len(history), rows=1000), [ROWS[e]], [n])
         assert far(alone.stack.theta[0], model.stack.theta[e], fresh([n]).stack.theta[0]) < 1e-3
 
 def test_order_of_experts_does_not_matter():
     model, _ = trained()
-    turned, _ = trained(rows=ROWS[::-1], names=NAMES[::-1])
+    turned, _ = trained(rows=ROWS[::-1], names=EXPERTS[::-1])
     assert far(turned.stack.theta.flip(0), model.stack.theta, fresh().stack.theta) < 1e-3
 
 def test_micro_batches_do_not_matter():
@@ -106,7 +83,7 @@ def test_replicas_differ_by_rounding_and_never_from_themselves(how, tmp_path, mo
     def run(threads):
         model = fresh(lora=lora, quant='nf4' if how=='nf4' else 'fp32')
         states = cache_trunk(model, sum(ROWS, []), tmp_path, 'tiny fp32') if how=='fork' else None
-        with using_threads(threads): history = fit(model, ROWS, spec, names=NAMES, checkpointing=how=='checkpointing', cached=states)
+        with using_threads(threads): history = fit(model, ROWS, spec, names=EXPERTS, checkpointing=how=='checkpointing', cached=states)
         return model.stack.theta.clone(), history, max(map(len, used[-len(history):]))
     (one, h1, n1), (two, h2, n2), (again, h3, _), (three, _, n3) = [run(n) for n in (1, 2, 2, 3)]
     assert (n1, n2, n3)==(1, 2, 3) and torch.equal(two, again) and h2==h3
@@ -117,7 +94,7 @@ def test_a_replica_that_fails_is_heard(monkeypatch):
     def broken(*a, **kw): raise HydraError('out of order')
     monkeypatch.setattr(train, 'token_losses', broken)
     with using_threads(2):
-        with pytest.raises(HydraError, match='out of order'): fit(fresh(), ROWS, SPEC, names=NAMES)
+        with pytest.raises(HydraError, match='out of order'): fit(fresh(), ROWS, SPEC, names=EXPERTS)
         assert torch.get_num_threads()==2
 
 def test_twice_the_same_bits():
@@ -163,15 +140,6 @@ def test_one_bad_step_is_skipped_and_forgotten(monkeypatch):
     assert len([w for w in said if 'large' in str(w.message)])==1 and history[2]['skipped']==['large']
     assert torch.isfinite(model.stack.theta).all() and history[-1]['skipped']==[]
 
-class Stop(Exception): pass
-
-def stop_at(monkeypatch, k):
-    inner = train.fit_step
-    def step(model, opt, step, i, names, cached=None):
-        if i==k: raise Stop
-        return inner(model, opt, step, i, names, cached)
-    monkeypatch.setattr(train, 'fit_step', step)
-
 @pytest.mark.parametrize('k', [0, 1, 5, 9, 14])
 def test_resume_is_bit_equal(k, tmp_path, monkeypatch):
     whole, history = trained()
@@ -180,10 +148,6 @@ def test_resume_is_bit_equal(k, tmp_path, monkeypatch):
         with pytest.raises(Stop): trained(work=tmp_path, every=2)
     again, resumed = trained(work=tmp_path, every=2)
     assert torch.equal(again.stack.theta, whole.stack.theta) and resumed==history
-
-def missing(p): p.unlink()
-def truncated(p): p.write_bytes(p.read_bytes()[:-9])
-def flipped(p): b = bytearray(p.read_bytes()); b[len(b)//2] ^= 1; p.write_bytes(bytes(b))
 
 @pytest.mark.parametrize('harm', [missing, truncated, flipped])
 @pytest.mark.parametrize('file', ['state.safetensors', 'history.json', 'seal.json'])
@@ -218,7 +182,7 @@ def test_rows_of_one_token_are_refused():
 
 def watched(dev, stop, **kw):
     model = fresh()
-    return model, fit(model, ROWS, SPEC, names=NAMES, dev=dev, stop=stop, **kw)
+    return model, fit(model, ROWS, SPEC, names=EXPERTS, dev=dev, stop=stop, **kw)
 
 DEV = [examples('large-dev', 3), [], examples('small-dev', 3)]
 
@@ -255,6 +219,6 @@ def test_resume_of_a_watched_run_is_bit_equal(k, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('epochs', [.4, 1, 1.5, 2.25])
 def test_part_of_an_epoch_is_the_beginning_of_a_whole_one(epochs):
-    seen = lambda n, e: [x.id for s in plan_steps(ROWS, NAMES, replace(SPEC, epochs=n)) for f,x in s if f==e]
+    seen = lambda n, e: [x.id for s in plan_steps(ROWS, EXPERTS, replace(SPEC, epochs=n)) for f,x in s if f==e]
     for e,rows in enumerate(ROWS): assert seen(epochs, e)==seen(3, e)[:round(len(rows)*epochs)]
 

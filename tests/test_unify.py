@@ -28,7 +28,7 @@ STEMS = ['the old clock in the hall of the inn strikes nine times at noon and no
 
 
 @st.composite
-def rows(draw, most=24):
+def any_rows(draw, most=24):
     "Records among which equal and nearly equal prompts, over-long ones and conversations abound"
     out = []
     for _ in range(draw(st.integers(1, most))):
@@ -46,7 +46,7 @@ flat = lambda got: [r for p in PARTS for r in getattr(got, p)]
 
 
 @many
-@given(rows(), st.integers(0, 3), st.sampled_from(['all', 'open']), st.sampled_from([None, 200]), st.randoms(use_true_random=False))
+@given(any_rows(), st.integers(0, 3), st.sampled_from(['all', 'open']), st.sampled_from([None, 200]), st.randoms(use_true_random=False))
 def test_order_idempotence_and_ledger(rs, seed, licenses, max_length, shuffle):
     held = [record('how many ways are there to lay eight queens on a chess board such that none attacks', 'x', 'exam')] if seed==3 else []
     do = lambda x: unify_records(x, TOK, dict(experts=300), held, max_length, seed, licenses)
@@ -62,7 +62,7 @@ def test_order_idempotence_and_ledger(rs, seed, licenses, max_length, shuffle):
 
 
 @many
-@given(rows(), st.integers(0, 3))
+@given(any_rows(), st.integers(0, 3))
 def test_near_duplicates_and_conversations_are_on_one_side(rs, seed):
     got, _ = unify_records(rs, TOK, seed=seed)
     side = {}
@@ -77,7 +77,7 @@ def test_near_duplicates_and_conversations_are_on_one_side(rs, seed):
 
 
 @many
-@given(rows(), rows(), st.integers(0, 3))
+@given(any_rows(), any_rows(), st.integers(0, 3))
 def test_growth_moves_nothing_out_of_protection(old, more, seed):
     "A row is never less protected than before (it is more so where the same turn turns up in a conversation of a better protected part), nor is any near twin of it"
     was, _ = unify_records(old, TOK, seed=seed)

@@ -36,12 +36,14 @@ def _own_cards():
 def _cards_in(folder):
     "The cards of a folder by name; none if there is no folder"
     if folder is None: return {}
-    return {p.name.removesuffix('.md'): p for p in folder.iterdir() if p.name.endswith('.md')}
+    files = [p for p in folder.iterdir() if p.name.endswith('.md')]
+    return {p.name.removesuffix('.md'): p for p in files}
 
 def card_files(
 )->dict: # name → its file, sorted by name
     "Every card's file, from the wheel or the checkout, and from `$HYDRAMOE_CARDS`"
-    packaged, own = _cards_in(_packaged_cards()), _cards_in(_own_cards())
+    packaged = _cards_in(_packaged_cards())
+    own = _cards_in(_own_cards())
     both = set(packaged) & set(own)
     if both: raise HydraError(f"$HYDRAMOE_CARDS has a card {min(both)!r}, and so has hydramoe; give yours another name")
     return dict(sorted((packaged | own).items()))
@@ -110,7 +112,7 @@ def _check_pin(card, me):
     if not package: return
     pinned = fetch.package(package).version
     if card['package']!=f'{package}=={pinned}':
-        raise HydraError(f"{me}: asks for {card['package']}, the pin in 03_fetch is {pinned}")
+        raise HydraError(f"{me}: asks for {card['package']}, the pin in 07_fetch is {pinned}")
 
 # %% ../../nbs/data/22_cards.ipynb #cell32
 def required_columns(
@@ -118,7 +120,8 @@ def required_columns(
 )->set[str]: # names of columns
     "The columns that a map cannot do without"
     if isinstance(map, dict) and 'prompt' in map:
-        fields = [field for template in map.values() for field in template_fields(template)]
+        fields = []
+        for template in map.values(): fields += template_fields(template)
         return {re.match(r'[^\[?]+', field)[0] for field in fields if not field.endswith('?')}
     form, columns = resolve_form(map)
     if form in columns: return {columns[form]}

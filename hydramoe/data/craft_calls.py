@@ -26,10 +26,12 @@ def json_schema(
     schema = {key: parameter[key] for key in ('required', 'enum') if parameter.get(key)}
     kind = parameter.get('type')
     if kind not in (None, 'any'): schema['type'] = SCHEMA_TYPES.get(kind, kind)
-    if parameter.get('properties'):
-        schema['properties'] = {name: json_schema(p) for name, p in parameter['properties'].items()}
+    properties = parameter.get('properties')
+    if properties:
+        schema['properties'] = {name: json_schema(inner) for name, inner in properties.items()}
         schema['additionalProperties'] = False
-    if parameter.get('items'): schema['items'] = json_schema(parameter['items'])
+    items = parameter.get('items')
+    if items: schema['items'] = json_schema(items)
     return schema
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #76193738
@@ -44,12 +46,14 @@ def accepts(
 # %% ../../nbs/data/24c_craft_calls.ipynb #cell43
 def _request_text(row):
     "What the user asks"
-    return row['question'][0][-1]['content'].strip()
+    messages = row['question'][0]
+    return messages[-1]['content'].strip()
 
 def _is_single_turn(row):
     "Does the user speak once, and in ASCII?"
-    turns = [m for m in row['question'][0] if m['role']!='system']
-    return len(turns)==1 and _request_text(row).isascii()
+    messages = row['question'][0]
+    spoken = [m for m in messages if m['role']!='system']
+    return len(spoken)==1 and _request_text(row).isascii()
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #edebc825
 def _unseen_requests(files, without):
@@ -59,8 +63,10 @@ def _unseen_requests(files, without):
     held_texts = {_request_text(row) for row in held}
     questions = {path: data for path, data in files.items() if 'possible_answer' not in path}
     for row in rows_of_files(questions, without):
-        repeats = _request_text(row) in held_texts or held_names & offered_names([row])
-        if _is_single_turn(row) and not repeats: yield row
+        if not _is_single_turn(row): continue
+        if _request_text(row) in held_texts: continue
+        if held_names & offered_names([row]): continue
+        yield row
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #9d544b48
 def _plain_arguments(answer):
@@ -83,12 +89,13 @@ def live_requests(
     answers = {row['id']: row['ground_truth'] for row in rows_of_files(answered)}
     requests = []
     for row in _unseen_requests(files, without):
-        ((name, accepted),) = answers[row['id']][0].items()
-        arguments = _plain_arguments(accepted)
-        named = [f for f in row['function'] if f['name']==name]
-        if not any(accepts(f, arguments) for f in named): continue
-        request = dict(question=_request_text(row), functions=row['function'])
-        requests.append(request | dict(name=name, arguments=arguments))
+        first_call = answers[row['id']][0]
+        (name,) = first_call # {name: accepted values}
+        arguments = _plain_arguments(first_call[name])
+        functions = row['function']
+        if not any(f['name']==name and accepts(f, arguments) for f in functions): continue
+        question = _request_text(row)
+        requests.append(dict(question=question, functions=functions, name=name, arguments=arguments))
     return requests
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #cell47
@@ -100,17 +107,22 @@ def _notation(value):
     return kind + re.sub(r'[A-Za-z]+', 'a', digits_alike)
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #b57deefc
+def _names_something(value):
+    "Is this a short text, and not a way to say that any value will do?"
+    if not isinstance(value, str) or not 2<=len(value)<=40: return False
+    return value.lower() not in ('dontcare', 'any', 'all', 'none')
+
 def value_pools(
     requests:list[dict] # with calls
 )->dict: # (parameter, notation), (function, parameter) or parameter → sorted values
     "Values that real requests gave to a parameter"
     pools = defaultdict(set)
     for request in requests:
+        function = request.get('name')
         for name, value in request['arguments'].items():
-            if not isinstance(value, str) or not 2<=len(value)<=40: continue
-            if value.lower() in ('dontcare', 'any', 'all', 'none'): continue
+            if not _names_something(value): continue
             pools[name, _notation(value)].add(value)
-            pools[request.get('name'), name].add(value)
+            pools[function, name].add(value)
             pools[name].add(value)
     return {key: sorted(values) for key, values in pools.items()}
 
@@ -121,9 +133,10 @@ def _occurs_once(name, value, request):
     others = [v for n, v in request['arguments'].items() if n!=name]
     if text in json.dumps(others): return False
     simple = [str(v) for v in others if not isinstance(v, (dict, list))]
-    if any(v in text for v in simple): return False
-    word = rf'(?<![\w.,-]){re.escape(text)}(?![\w-]|[.,]\d)'
-    return len(re.findall(word, request['question']))==1
+    if any(other in text for other in simple): return False
+    as_a_word = rf'(?<![\w.,-]){re.escape(text)}(?![\w-]|[.,]\d)'
+    found = re.findall(as_a_word, request['question'])
+    return len(found)==1
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #17b2df6b
 def find_swappable(
@@ -137,17 +150,18 @@ def find_swappable(
     return found
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #cell49
-def _draw_digits(n, g):
-    "A whole number of `n` digits"
-    return int(g.integers(10**(n-1), 10**n))
+def _draw_number(value, g):
+    "Another number: a whole one with as many digits, or a fraction of about the same size"
+    if isinstance(value, float): return round(float(g.uniform(.5, 1.5)*value), 2)
+    n_digits = len(str(abs(value)))
+    smallest = 10**(n_digits-1)
+    return int(g.integers(smallest, 10*smallest))
 
 def _draw_other(name, value, allowed, pools, g):
     "Another value of the same kind, or None"
-    if isinstance(value, int): return _draw_digits(len(str(abs(value))), g)
-    if isinstance(value, float): return round(float(g.uniform(.5, 1.5)*value), 2)
+    if not isinstance(value, str): return _draw_number(value, g)
     candidates = allowed or pools.get((name, _notation(value)), [])
-    texts = [v for v in candidates if isinstance(v, str)]
-    others = [v for v in texts if v not in (value, 'dontcare')]
+    others = [v for v in candidates if isinstance(v, str) and v not in (value, 'dontcare')]
     if not others: return None
     return others[g.integers(len(others))]
 
@@ -158,27 +172,41 @@ def swap_values(
     g # numpy generator
 )->dict|None: # the request with other values; None if nothing could be swapped
     "Put other values into the words of a request and into its call alike"
-    text, arguments = request['question'], dict(request['arguments'])
     function = next(f for f in request['functions'] if f['name']==request['name'])
     properties = function['parameters']['properties']
+    question = request['question']
+    arguments = dict(request['arguments'])
     for name, value in find_swappable(request).items():
-        new = _draw_other(name, value, properties.get(name, {}).get('enum'), pools, g)
-        if new is None or new==value or str(new) in text: continue
-        text = text.replace(str(value), str(new))
+        allowed = properties.get(name, {}).get('enum')
+        new = _draw_other(name, value, allowed, pools, g)
+        if new is None or new==value or str(new) in question: continue
+        question = question.replace(str(value), str(new))
         arguments[name] = new
     if arguments==request['arguments'] or not accepts(function, arguments): return None
-    return request | dict(question=text, arguments=arguments)
+    return request | dict(question=question, arguments=arguments)
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #3c829b17
 def _offer_few(request, g, n=2):
     "The function to call and at most `n` of the others, in the order given"
-    others = [f for f in request['functions'] if f['name']!=request['name']]
+    wanted = request['name']
+    others = [f['name'] for f in request['functions'] if f['name']!=wanted]
     order = g.permutation(len(others))
     size = g.integers(n+1)
-    kept = {others[i]['name'] for i in order[:size]} | {request['name']}
+    kept = {wanted}
+    for i in order[:size]: kept.add(others[i])
     return [f for f in request['functions'] if f['name'] in kept]
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #82235f6a
+def _swapped_record(request, pools, real, g):
+    "A record of a request with other values in it; None if it can't be made, or is a real request too"
+    new = swap_values(request, pools, g)
+    if new is None or new['question'] in real: return None
+    system = tool_prompt(_offer_few(new, g))
+    user = dict(role='user', content=new['question'])
+    call = tool_call(new['name'], new['arguments'])
+    return [system, user], call, None, request['question']
+
+# %% ../../nbs/data/24c_craft_calls.ipynb #239505c5
 def swapped_calls(
     files:dict, # as `live_requests`
     without:list[str], # paths of the held-out questions
@@ -186,17 +214,14 @@ def swapped_calls(
     seed:int # of the draw
 )->list[tuple]: # (functions and request, call, None, the real request as their group)
     "A real request with other values in it → the call with these values"
-    every = live_requests(files, without)
-    real = {request['question'] for request in every}
-    live = [request for request in every if find_swappable(request)]
-    pools = value_pools(live)
+    requests = live_requests(files, without)
+    real = {request['question'] for request in requests}
+    swappable = [request for request in requests if find_swappable(request)]
+    pools = value_pools(swappable)
     def draw(g, i):
-        "One record, or None"
-        original = live[i%len(live)]
-        new = swap_values(original, pools, g)
-        if new is None or new['question'] in real: return None
-        prompt = [tool_prompt(_offer_few(new, g)), dict(role='user', content=new['question'])]
-        return prompt, tool_call(new['name'], new['arguments']), None, original['question']
+        "A record of the next request, or None"
+        request = swappable[i%len(swappable)]
+        return _swapped_record(request, pools, real, g)
     return draw_distinct(draw, size, rng(seed, 'swapped_calls'))
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #cf76df72
@@ -208,6 +233,13 @@ def first_sentence(
     return first.strip().rstrip('.')
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #d3c9e299
+def _base_form(verb):
+    "A verb without the ending of the third person"
+    verb = re.sub('ies$', 'y', verb)
+    if re.search('(ch|sh|ss|x)es$', verb): return verb[:-2]
+    if re.search('[^s]s$', verb): return verb[:-1]
+    return verb
+
 def to_imperative(
     description:str # of a function
 )->str: # 'Retrieves the weather.' → 'retrieve the weather'
@@ -215,10 +247,7 @@ def to_imperative(
     preamble = r'^(this|the) (function|api|operation|method|tool) (is (used|designed) to |allows \w+ to |will )?'
     words = re.sub(preamble, '', first_sentence(description), flags=re.I)
     verb, _, rest = words.partition(' ')
-    verb = re.sub('ies$', 'y', verb.lower())
-    if re.search('(ch|sh|ss|x)es$', verb): verb = verb[:-2]
-    elif re.search('[^s]s$', verb): verb = verb[:-1]
-    return f'{verb} {rest}'
+    return f'{_base_form(verb.lower())} {rest}'
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #cell53
 EXAMPLES = re.compile(r"(?:e\.g\.,?|such as|for example,?|like|i\.e\.,?) ['\"]([^'\"]{2,40})['\"]")
@@ -229,6 +258,17 @@ def _known_texts(function, name, parameter, pools):
     examples = EXAMPLES.findall(parameter.get('description', ''))
     return examples or pools.get(name, [])
 
+# %% ../../nbs/data/24c_craft_calls.ipynb #7a51a078
+def _possible_values(function, name, parameter, pools, g):
+    "Values that a parameter could get; of a number, one that is drawn"
+    kind = SCHEMA_TYPES.get(parameter.get('type'), parameter.get('type'))
+    if parameter.get('enum'): return [v for v in parameter['enum'] if v not in ('', None, 'dontcare')]
+    if kind=='boolean': return [True, False]
+    if kind=='integer': return [int(g.integers(1, 40))]
+    if kind=='number': return [round(float(g.uniform(1, 80)), 2)]
+    if kind=='string': return _known_texts(function, name, parameter, pools)
+    return []
+
 def draw_value(
     function:str, # name of the function
     name:str, # of the parameter
@@ -237,13 +277,7 @@ def draw_value(
     g # numpy generator
 ): # a value, or None if nothing tells what it could be
     "A value that fits a parameter: listed, given as an example, or used by someone"
-    kind = SCHEMA_TYPES.get(parameter.get('type'), parameter.get('type'))
-    options = []
-    if parameter.get('enum'): options = [v for v in parameter['enum'] if v not in ('', None, 'dontcare')]
-    elif kind=='boolean': options = [True, False]
-    elif kind=='integer': options = [int(g.integers(1, 40))]
-    elif kind=='number': options = [round(float(g.uniform(1, 80)), 2)]
-    elif kind=='string': options = _known_texts(function, name, parameter, pools)
+    options = _possible_values(function, name, parameter, pools, g)
     if not options: return None
     return options[g.integers(len(options))]
 
@@ -266,12 +300,17 @@ def _name_parameter(name, parameter):
     return words.lower()
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #27c69847
+def _capitalize(text):
+    "A text with a capital at its beginning"
+    return text[:1].upper()+text[1:]
+
 def _word_argument(template, name, value, parameter):
     "A sentence that gives one argument"
     if isinstance(value, bool): value = 'yes' if value else 'no'
     sentence = template.format(what=_name_parameter(name, parameter), v=value)
-    return sentence[:1].upper()+sentence[1:]
+    return _capitalize(sentence)
 
+# %% ../../nbs/data/24c_craft_calls.ipynb #52dbaca5
 def word_request(
     function:dict, # name, description, parameters
     arguments:dict, # by parameter
@@ -279,32 +318,34 @@ def word_request(
 )->str: # a request
     "Ask for a call in the words of the function's own description"
     properties = function['parameters']['properties']
-    template = GIVEN[g.integers(len(GIVEN))]
-    sentences = [_word_argument(template, name, value, properties[name]) for name, value in arguments.items()]
+    given_as = GIVEN[g.integers(len(GIVEN))]
+    sentences = [_word_argument(given_as, name, value, properties[name]) for name, value in arguments.items()]
+    given = ' '.join(sentences)
     do = to_imperative(function['description'])
-    request = REQUESTS[g.integers(len(REQUESTS))]
-    text = request.format(do=do, Do=do[:1].upper()+do[1:], given=' '.join(sentences))
-    return text.strip()
+    asked_as = REQUESTS[g.integers(len(REQUESTS))]
+    return asked_as.format(do=do, Do=_capitalize(do), given=given).strip()
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #49020b69
 def _draw_arguments(function, pools, g):
     "Arguments for all that is required and some of the rest, or None"
     properties = function['parameters'].get('properties') or {}
     required = function['parameters'].get('required') or []
-    arguments = {}
+    drawn = {}
     for name, parameter in properties.items():
         if name not in required and g.random()>=.4: continue
-        arguments[name] = draw_value(function['name'], name, parameter, pools, g)
-    if any(arguments[name] is None for name in required if name in arguments): return None
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    return arguments if arguments and accepts(function, arguments) else None
+        drawn[name] = draw_value(function['name'], name, parameter, pools, g)
+    arguments = {name: value for name, value in drawn.items() if value is not None}
+    lacking = [name for name in required if name in drawn and name not in arguments]
+    if lacking or not arguments: return None
+    return arguments if accepts(function, arguments) else None
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #131832bb
 def _leave_one_out(function, arguments, g):
     "Arguments without one that is required, and what to say then; None if none is required"
-    required = [name for name in function['parameters'].get('required') or [] if name in arguments]
-    if not required or len(arguments)<2: return None
-    missing = required[g.integers(len(required))]
+    required = function['parameters'].get('required') or []
+    given = [name for name in required if name in arguments]
+    if not given or len(arguments)<2: return None
+    missing = given[g.integers(len(given))]
     parameter = function['parameters']['properties'][missing]
     described = first_sentence(parameter.get('description', 'not described'))
     answer = f"[]\n\n`{function['name']}` cannot be called yet: it needs `{missing}` ({described}). What should it be?"
@@ -316,12 +357,32 @@ def _describable(requests):
     "The functions of requests that have a description and parameters, one of each name"
     by_name = {}
     for request in requests:
-        for f in request['functions']:
-            described = len(f.get('description', ''))>15
-            if described and f['parameters'].get('properties'): by_name[f['name']] = f
+        for function in request['functions']:
+            is_described = len(function.get('description', ''))>15
+            properties = function['parameters'].get('properties')
+            if is_described and properties: by_name[function['name']] = function
     return list(by_name.values())
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #3c8a615c
+def _offer_another(function, functions, g):
+    "A function and at most one other, in any order"
+    picked = g.choice(len(functions), g.integers(2))
+    others = [functions[i] for i in picked]
+    offered = [function, *(f for f in others if f['name']!=function['name'])]
+    return [offered[i] for i in g.permutation(len(offered))]
+
+def _filled_record(function, functions, pools, lacking, g):
+    "A record for one function, or None if nothing tells what its arguments could be"
+    arguments = _draw_arguments(function, pools, g)
+    if arguments is None: return None
+    answer = tool_call(function['name'], arguments)
+    less = _leave_one_out(function, arguments, g) if g.random()<lacking else None
+    if less: arguments, answer = less
+    system = tool_prompt(_offer_another(function, functions, g))
+    user = dict(role='user', content=word_request(function, arguments, g))
+    return [system, user], answer, None, function['name']
+
+# %% ../../nbs/data/24c_craft_calls.ipynb #1929592c
 def filled_calls(
     files:dict, # as `live_requests`
     without:list[str], # paths of the held-out questions
@@ -331,21 +392,12 @@ def filled_calls(
 )->list[tuple]: # (functions and request, call or question, None, the function as their group)
     "A request in the words of a function's description → the call, or what is still to be known"
     live = live_requests(files, without)
-    functions, pools = _describable(live), value_pools(live)
+    functions = _describable(live)
+    pools = value_pools(live)
     def draw(g, i):
-        "One record, or None"
-        f = functions[i%len(functions)]
-        arguments = _draw_arguments(f, pools, g)
-        if arguments is None: return None
-        answer = tool_call(f['name'], arguments)
-        less = _leave_one_out(f, arguments, g) if g.random()<lacking else None
-        if less: arguments, answer = less
-        others = [functions[j] for j in g.choice(len(functions), g.integers(2))]
-        offered = [f, *(o for o in others if o['name']!=f['name'])]
-        order = g.permutation(len(offered))
-        system = tool_prompt([offered[j] for j in order])
-        user = dict(role='user', content=word_request(f, arguments, g))
-        return [system, user], answer, None, f['name']
+        "A record for the next function, or None"
+        function = functions[i%len(functions)]
+        return _filled_record(function, functions, pools, lacking, g)
     return draw_distinct(draw, size, rng(seed, 'filled_calls'))
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #cdbe9c8b
@@ -355,6 +407,13 @@ def _is_sentence(text):
     return len(words)>3 and text.replace('\n', ' ').isprintable()
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #8cacdba5
+def _refuse_politely(functions):
+    "No call, and what the functions are for"
+    purposes = [f"`{f['name']}` is there to {to_imperative(f['description'])}." for f in functions]
+    said = ' '.join([*purposes, 'That does not serve this request as it stands.'])
+    return f'[]\n\n{said}'
+
+# %% ../../nbs/data/24c_craft_calls.ipynb #26f107ab
 def no_calls(
     files:dict, # BFCL's live negatives, and the held-out questions
     without:list[str], # paths of the held-out questions
@@ -367,6 +426,4 @@ def no_calls(
         offered = [f for f in row['function'] if f.get('description')][:3]
         if not offered or not _is_sentence(asked) or asked in seen: continue
         seen.add(asked)
-        purposes = [f"`{f['name']}` is there to {to_imperative(f['description'])}." for f in offered]
-        answer = '[]\n\n' + ' '.join([*purposes, 'That does not serve this request as it stands.'])
-        yield [tool_prompt(offered), dict(role='user', content=asked)], answer
+        yield [tool_prompt(offered), dict(role='user', content=asked)], _refuse_politely(offered)

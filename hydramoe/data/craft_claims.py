@@ -102,15 +102,24 @@ def _draw_claim(facts, kind, notes, truth, g):
     "A claim of one kind, true or false as asked, and the answer to it"
     rows = facts[kind]
     subject, right = rows[g.integers(len(rows))]
-    value = right if truth else rows[g.integers(len(rows))][1]
-    if not truth and not share_nothing(value, right): return None
+    value = right
+    if not truth:
+        _, value = rows[g.integers(len(rows))]
+        if not share_nothing(value, right): return None
     _, claim, fact = KINDS[kind]
     slots = dict(a=subject[:1].lower()+subject[1:], A=subject, v=value, w=right)
-    note = notes.get(subject) or notes.get(subject.partition('-')[0], '')
+    element, _, _ = subject.partition('-') # of a nuclide
+    note = notes.get(subject) or notes.get(element, '')
     answer = f'{truth}. {fact.format(**slots)} {note}'.strip()
     return f'True or false? {claim.format(**slots)} Give the facts.', answer, None, f'{kind} {subject}'
 
 # %% ../../nbs/data/24b_craft_claims.ipynb #183876c3
+def _draw_claims(facts, notes, truth, size, seed):
+    "Claims of all kinds in turn, all of them true or all false"
+    kinds = list(KINDS)
+    def draw(g, i): return _draw_claim(facts, kinds[i%len(kinds)], notes, truth, g)
+    return draw_distinct(draw, size, rng(seed, 'fact_claims', truth))
+
 def fact_claims(
     files:dict, # mendeleev's database
     size:int, # claims to draw, half of them true
@@ -118,18 +127,13 @@ def fact_claims(
 )->list[tuple]: # (claim, verdict and facts, None, the fact as their group)
     "A claim about an element or nuclide → true or false, the fact, and what the handbook says"
     con = open_database(files)
-    kinds = list(KINDS)
     facts = {kind: con.execute(sql).fetchall() for kind, (sql, _, _) in KINDS.items()}
     described = con.execute('SELECT name, description FROM elements WHERE description IS NOT NULL')
     notes = {name: _safe_note(description) for name, description in described}
-    def draw_half(truth):
-        "Half of the claims, all true or all false"
-        def draw(g, i):
-            kind = kinds[i%len(kinds)]
-            return _draw_claim(facts, kind, notes, truth, g)
-        return draw_distinct(draw, size//2, rng(seed, 'fact_claims', truth))
+    true_claims = _draw_claims(facts, notes, True, size//2, seed)
+    false_claims = _draw_claims(facts, notes, False, size//2, seed)
     claims = []
-    for pair in zip(draw_half(True), draw_half(False)): claims += pair
+    for pair in zip(true_claims, false_claims): claims += pair
     return claims
 
 # %% ../../nbs/data/24b_craft_claims.ipynb #cell85

@@ -99,15 +99,20 @@ def _unmet_needs(prerequisites):
         for course in free: del needs[course]
 
 # %% ../../nbs/data/24d_craft_puzzles.ipynb #1300e982
+def _find_cycle(needs):
+    "Courses of which each needs the next; the last is the first again"
+    path = [min(needs)]
+    while path[-1] not in path[:-1]:
+        unmet = needs[path[-1]] & set(needs)
+        path.append(min(unmet))
+    return path[path.index(path[-1]):]
+
 def _order_courses(metadata):
     "An order that works, or a cycle that shows there is none"
     if metadata['solvable']:
         order = ', '.join(map(str, metadata['courses']))
         return f"Take them in this order: {order}. Each course then comes after those that it needs."
-    needs = _unmet_needs(metadata['prerequisites'])
-    path = [min(needs)]
-    while path[-1] not in path[:-1]: path.append(min(needs[path[-1]] & set(needs)))
-    cycle = path[path.index(path[-1]):]
+    cycle = _find_cycle(_unmet_needs(metadata['prerequisites']))
     return f"There is a circle: {' needs '.join(map(str, cycle))}."
 
 # %% ../../nbs/data/24d_craft_puzzles.ipynb #e0c51979

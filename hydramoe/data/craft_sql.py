@@ -315,11 +315,13 @@ def _draw_slots(con, column, numbers, g):
     known = sorted({fact['value'] for fact in facts if fact['value'] is not None})
     if len(known)<3: return None
     i = g.integers(len(known)-1)
+    half_way = (known[i]+known[i+1])/2
     slots |= WAYS[g.integers(2)]
     slots |= dict(col=column, noun=MEASURES[column])
     slots['n'] = int(g.integers(2, 4))
-    slots['x'] = round_figure((known[i]+known[i+1])/2)
-    slots['later'] = (slots['year'] or 0) + int(g.integers(20, 120))
+    slots['x'] = round_figure(half_way)
+    span = int(g.integers(20, 120)) # years
+    slots['later'] = (slots['year'] or 0) + span
     return {name: value for name, value in slots.items() if value is not None}
 
 # %% ../../nbs/data/24a_craft_sql.ipynb #cell20
@@ -335,10 +337,22 @@ def _draw_numbers(shape, g):
     return sorted(numbers.tolist())
 
 # %% ../../nbs/data/24a_craft_sql.ipynb #a03e930a
+def _makes_answer(rows, with_rows):
+    "Did the SQL find something, and no more than can be shown?"
+    if not rows or rows[0][-1] is None: return False
+    return not with_rows or len(rows)<=9
+
+def _as_pair(ask, shown, sql, rows):
+    "Prompt and answer; without rows the SQL alone is asked for"
+    if rows is None: return f'{ask} Write the SQL.\n\nTables:\n{shown}', f'{sql};'
+    return f'{ask} Give the SQL and its result.\n\n{shown}', f'{sql};\n\n{as_csv(None, rows)}'
+
+# %% ../../nbs/data/24a_craft_sql.ipynb #62cd1c56
 def _draw_question(con, g, i):
     "One question of shape `i`, with its SQL and what that returns; None if it is no good"
-    shape = list(SHAPES.values())[i%len(SHAPES)]
-    column = list(MEASURES)[g.integers(len(MEASURES))]
+    shapes, columns = list(SHAPES.values()), list(MEASURES)
+    shape = shapes[i%len(shapes)]
+    column = columns[g.integers(len(columns))]
     with_rows = g.random()<.7
     numbers = _draw_numbers(shape, g) if with_rows else list(range(1, 119))
     slots = _draw_slots(con, column, numbers, g)
@@ -348,12 +362,10 @@ def _draw_question(con, g, i):
     small = excerpt(con, shape.tables.format(col=column), numbers)
     asked = small if with_rows else con
     rows = asked.execute(sql).fetchall()
-    if not rows or rows[0][-1] is None: return None
-    if with_rows and len(rows)>9: return None
-    ask = shape.asks[g.integers(len(shape.asks))].format(**slots)
-    shown = show_tables(small, with_rows)
-    if not with_rows: return f'{ask} Write the SQL.\n\nTables:\n{shown}', f'{sql};'
-    return f'{ask} Give the SQL and its result.\n\n{shown}', f'{sql};\n\n{as_csv(None, rows)}'
+    if not _makes_answer(rows, with_rows): return None
+    way = g.integers(len(shape.asks))
+    ask = shape.asks[way].format(**slots)
+    return _as_pair(ask, show_tables(small, with_rows), sql, rows if with_rows else None)
 
 # %% ../../nbs/data/24a_craft_sql.ipynb #962aa11c
 def element_sql(

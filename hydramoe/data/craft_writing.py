@@ -166,8 +166,12 @@ def keeps_condition(
     words = re.search(r'Use these words: (.+)\.$', head)
     if words: return all(word in answer for word in words[1].split(', '))
     letters = re.search(r'the letters ([A-Z, ]+)\. The first is: (.+)', head)
-    if letters: return lines[0]==letters[2] and [first_letter(line) for line in lines]==letters[1].split(', ')
-    if 'out of order' in head: return sorted(lines)==sorted(given.split('\n')) and lines[0]==given.split('\n')[0]
+    if letters:
+        begins = [first_letter(line) for line in lines]
+        return lines[0]==letters[2] and begins==letters[1].split(', ')
+    if 'out of order' in head:
+        shuffled = given.split('\n')
+        return lines[0]==shuffled[0] and sorted(lines)==sorted(shuffled)
     if head.startswith('Set this'): return flatten_text(answer)==given
     return True
 
@@ -311,7 +315,8 @@ def passage_tasks(
 )->list[tuple]: # (task, passage)
     "A paragraph of an encyclopaedia asked for in one of five ways → the paragraph, or its missing part"
     g = rng(seed, 'passage_tasks')
-    held = set().union(*(ngrams(row['passage']) for row in rows_of(without, files[without])))
+    held = set()
+    for row in rows_of(without, files[without]): held |= ngrams(row['passage'])
     seen = set()
     pairs = []
     for row in rows_of_files(files, without=[without]):

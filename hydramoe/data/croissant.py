@@ -24,17 +24,27 @@ def _mlcroissant():
 # %% ../../nbs/data/28_croissant.ipynb #7f955ae4
 def _text_field(mlc, name, column=None, json_path=None):
     "A field of text; `json_path` leads to it inside its column"
-    transforms = [mlc.Transform(json_path=json_path)] if json_path else []
     extract = mlc.Extract(column=column or name)
+    transforms = [mlc.Transform(json_path=json_path)] if json_path else []
     source = mlc.Source(file_object='records.jsonl', extract=extract, transforms=transforms)
-    short = name.split('/')[-1]
-    return mlc.Field(id=f'records/{name}', name=short, data_types=[mlc.DataType.TEXT], source=source)
+    return mlc.Field(
+        id=f'records/{name}',
+        name=name.split('/')[-1],
+        data_types=[mlc.DataType.TEXT],
+        source=source)
 
 # %% ../../nbs/data/28_croissant.ipynb #0b301bbb
 def _messages_field(mlc, name):
     "Messages: a repeated field of role and content"
-    parts = [_text_field(mlc, f'{name}/{key}', name, f'$[*].{key}') for key in ('role', 'content')]
-    return mlc.Field(id=f'records/{name}', name=name, is_array=True, array_shape='-1', sub_fields=parts)
+    parts = []
+    for key in ('role', 'content'):
+        parts.append(_text_field(mlc, f'{name}/{key}', column=name, json_path=f'$[*].{key}'))
+    return mlc.Field(
+        id=f'records/{name}',
+        name=name,
+        is_array=True,
+        array_shape='-1',
+        sub_fields=parts)
 
 def _record_fields(mlc):
     "The fields of a record"

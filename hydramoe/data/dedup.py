@@ -23,13 +23,19 @@ def prompt_words(
     "The words of a prompt without its system turns"
     texts = [m['content'] for m in record['prompt'] if m['role'] != 'system']
     text = ' '.join(texts).lower()
-    return re.findall(r'\w+|[^\w\s.,;:!?]', text) or [text]
+    words = re.findall(r'\w+|[^\w\s.,;:!?]', text)
+    return words or [text]
 
 # %% ../../nbs/data/27b_dedup.ipynb #8fdc2ed6
 @lru_cache(1<<18)
 def _word_hash(word):
+    "A word as a 64-bit number, the same in every process"
     code = word.encode('utf-8', 'surrogatepass')
-    return int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), 'little')
+    hashed = hashlib.blake2b(code, digest_size=8).digest()
+    return int.from_bytes(hashed, 'little')
+
+# %% ../../nbs/data/27b_dedup.ipynb #06046128
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15) # spreads what changes over all bits
 
 def shingles(
     words:list[str], # of a text
@@ -41,7 +47,8 @@ def shingles(
     n_runs = max(0, len(hashes)-n+1)
     runs = np.zeros(n_runs, np.uint64)
     for i in range(n):
-        runs = (runs ^ hashes[i:n_runs+i])*np.uint64(0x9E3779B97F4A7C15)
+        next_words = hashes[i:n_runs+i]
+        runs = (runs ^ next_words)*_MULTIPLIER
         runs ^= runs>>np.uint64(29)
     return np.unique(runs)
 
@@ -52,11 +59,18 @@ def jaccard(
 )->float: # 0 to 1
     "The share of shingles that two texts have in common"
     both = len(np.intersect1d(a, b, assume_unique=True))
-    return both/max(1, len(a)+len(b)-both)
+    either = len(a)+len(b)-both
+    return both/max(1, either)
 
 # %% ../../nbs/data/27b_dedup.ipynb #cell16
 BANDS = 24
 BAND_SIZE = 8 # numbers a band
+
+def _check_threshold(threshold):
+    "Complain about an index at which the bands find no pairs"
+    if .8 <= threshold <= 1: return
+    why = 'the bands find pairs from .8 to 1, and below .8 rows of one template are not the same row'
+    raise HydraError(f'threshold={threshold}; {why}')
 
 def near_pairs(
     sets:list[np.ndarray], # shingles of each text
@@ -64,29 +78,35 @@ def near_pairs(
 ): # iterator of (i, j), i<j
     "The pairs of texts that are nearly the same"
     from datasketch import MinHash, MinHashLSH
-    if not .8 <= threshold <= 1:
-        why = 'the bands find pairs from .8 to 1, and below .8 rows of one template are not the same row'
-        raise HydraError(f'threshold={threshold}; {why}')
-    n = BANDS*BAND_SIZE
-    lsh = MinHashLSH(num_perm=n, params=(BANDS, BAND_SIZE))
-    signatures = np.empty((len(sets), n), np.uint32)
+    _check_threshold(threshold)
+    n_numbers = BANDS*BAND_SIZE
+    lsh = MinHashLSH(num_perm=n_numbers, params=(BANDS, BAND_SIZE))
+    signatures = np.empty((len(sets), n_numbers), np.uint32)
     upper_halves = ((s>>np.uint64(32)).tolist() for s in sets)
-    for i, minhash in enumerate(MinHash.generator(upper_halves, num_perm=n, hashfunc=int)):
+    minhashes = MinHash.generator(upper_halves, num_perm=n_numbers, hashfunc=int)
+    for i, minhash in enumerate(minhashes):
         signatures[i] = minhash.hashvalues
         candidates = np.array(sorted(lsh.query(minhash)), int)
         estimates = (signatures[candidates] == signatures[i]).mean(1)
-        for j in candidates[estimates > threshold-.2].tolist():
+        likely = candidates[estimates > threshold-.2]
+        for j in likely.tolist():
             if jaccard(sets[i], sets[j]) >= threshold: yield j, i
         lsh.insert(i, minhash, check_duplication=False)
 
 # %% ../../nbs/data/27b_dedup.ipynb #cell21
 def _connected(pairs, n):
     "For each of `n` points the number of its cluster, if these pairs are connected"
-    i, j = np.array(pairs, int).reshape(-1, 2).T
-    edges = coo_matrix((np.ones(len(i), bool), (i, j)), shape=(n, n))
-    return connected_components(edges, directed=False)[1].tolist()
+    ends = np.array(pairs, int).reshape(-1, 2)
+    ones = np.ones(len(ends), bool)
+    starts, goals = ends.T
+    graph = coo_matrix((ones, (starts, goals)), shape=(n, n))
+    _, clusters = connected_components(graph, directed=False)
+    return clusters.tolist()
 
-def _same_conversation(a, b): return 'group' in a and a['group'] == b.get('group')
+# %% ../../nbs/data/27b_dedup.ipynb #728512f5
+def _same_conversation(a, b):
+    "Do two records name the same group?"
+    return 'group' in a and a['group'] == b.get('group')
 
 def near_clusters(
     records:list[dict], # in any order
@@ -97,22 +117,25 @@ def near_clusters(
     pairs = []
     for i, j in near_pairs(sets, threshold):
         if not _same_conversation(records[i], records[j]): pairs.append((i, j))
-    ids = [r['id'] for r in records]
-    labels = _connected(pairs, len(records))
-    smallest = {} # label → id
-    for label, id in zip(labels, ids): smallest[label] = min(smallest.get(label, id), id)
-    return [smallest[label] for label in labels]
+    clusters = _connected(pairs, len(records))
+    smallest = {} # cluster → id
+    for cluster, r in zip(clusters, records):
+        smallest[cluster] = min(smallest.get(cluster, r['id']), r['id'])
+    return [smallest[cluster] for cluster in clusters]
 
 # %% ../../nbs/data/27b_dedup.ipynb #cell28
 def _most_protected(rows, names, seed):
     "Of rows that share a name, the one of the smallest position, and the turns of its conversation"
-    def order(pair):
-        row, _ = pair
-        return hash_position(row, seed), row['id']
-    best = {}
-    for row, name in sorted(zip(rows, names), key=order): best.setdefault(name, row)
-    def stays(row, name): return row is best[name] or _same_conversation(row, best[name])
-    return [row for row, name in zip(rows, names) if stays(row, name)]
+    positions = [hash_position(row, seed) for row in rows]
+    def order(i): return positions[i], rows[i]['id']
+    best = {} # name → row
+    for i in sorted(range(len(rows)), key=order):
+        best.setdefault(names[i], rows[i])
+    kept = []
+    for row, name in zip(rows, names):
+        winner = best[name]
+        if row is winner or _same_conversation(row, winner): kept.append(row)
+    return kept
 
 # %% ../../nbs/data/27b_dedup.ipynb #560a2b94
 def drop_near_duplicates(

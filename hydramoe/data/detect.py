@@ -147,9 +147,11 @@ def has_form_columns(
 )->bool: # whether some row can be read
     "Whether a table has the columns of a form"
     if columns_template(form.columns): return True
-    moved = {*form.columns.values()} - {*form.columns}
-    ours = {*form.columns, *names} - moved
-    return any(ours >= {*needed} for name, needed in FORM_COLUMNS.items() if form.form in (None, name))
+    ours = set(form.columns)
+    moved = set(form.columns.values()) - ours
+    present = (ours | set(names)) - moved
+    possible = [needed for name, needed in FORM_COLUMNS.items() if form.form in (None, name)]
+    return any(present >= set(needed) for needed in possible)
 
 # %% ../../nbs/data/26b_detect.ipynb #593fa9ef
 def _look_at_rows(form, rows, names):

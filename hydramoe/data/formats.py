@@ -138,8 +138,9 @@ def _bounded_lines(f, limit):
 
 # %% ../../nbs/data/26_formats.ipynb #e5fe5b89
 def _jsonl_rows(f, limit=MAX_CHARS):
-    for n, line in enumerate(_bounded_lines(f, limit), 1):
-        if line.strip(): yield parse_row(n, line.rstrip('\r\n'), decode_json, limit)
+    for number, line in enumerate(_bounded_lines(f, limit), 1):
+        if not line.strip(): continue
+        yield parse_row(number, line.rstrip('\r\n'), decode_json, limit)
 
 # %% ../../nbs/data/26_formats.ipynb #cell21
 _STRUCTURE = re.compile(r'[\[\]{},:"]') # what means something outside of quotes
@@ -199,6 +200,13 @@ def _json_items(marks, limit):
     raise ValueError(f'is cut off: {where}; fetch or export the file again, or look for a lost quote or bracket there')
 
 # %% ../../nbs/data/26_formats.ipynb #cell27
+def _no_rows(key, names):
+    "The error of an object without the list that was looked for"
+    if key: return ValueError(f'has no list {key!r}')
+    has = ', '.join(names[:8]) or 'nothing'
+    advice = "Give an array of objects (pandas: to_json(orient='records'))"
+    return ValueError(f'is an object without a list of objects; it has {has}. {advice}')
+
 def _rows_in_object(marks, key, limit):
     "The items of the one list of objects in an object whose '{' is read"
     names = []
@@ -209,7 +217,8 @@ def _rows_in_object(marks, key, limit):
         elif depth == 1 and mark == '[':
             name = names[-1] if names else ''
             first = next(marks)
-            of_objects = first[2] == '{' and not first[1].strip()
+            _, before, opens = first
+            of_objects = opens == '{' and not before.strip()
             wanted = name == key if key else of_objects
             if wanted and found is not None:
                 raise ValueError(f'holds two lists of objects, {found!r} and {name!r}; say which: key={name!r}')
@@ -220,11 +229,7 @@ def _rows_in_object(marks, key, limit):
         elif mark in _CLOSING: depth -= 1
         if depth == 0: break
     if depth: raise ValueError(f'is cut off in line {line}; fetch or export it again')
-    if found is not None: return
-    if key: raise ValueError(f'has no list {key!r}')
-    has = ', '.join(names[:8]) or 'nothing'
-    advice = "Give an array of objects (pandas: to_json(orient='records'))"
-    raise ValueError(f'is an object without a list of objects; it has {has}. {advice}')
+    if found is None: raise _no_rows(key, names)
 
 # %% ../../nbs/data/26_formats.ipynb #8106d176
 def _json_rows(f, limit=MAX_CHARS, key=None):
@@ -293,12 +298,16 @@ def _csv_fault(error, n_lines):
     return f"is not CSV: {error}{'; a quote that opens here is not closed' if is_open else ''}"
 
 # %% ../../nbs/data/26_formats.ipynb #83970590
+def _csv_reader(lines, delimiter):
+    "A reader that complains about quotes out of place"
+    return csv.reader(lines, delimiter=delimiter, strict=True)
+
 def _csv_rows(f, limit=MAX_CHARS, delimiter=','):
     csv.field_size_limit(max(csv.field_size_limit(), limit))
     lines = _CsvLines(_bounded_lines(f, limit))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = _csv_reader(lines, delimiter)
     names = _csv_header(reader, lines.taken)
-    line = reader.line_num + 1
+    line = reader.line_num + 1 # where the next row begins
     while True:
         lines.taken.clear()
         fault = None
@@ -307,9 +316,10 @@ def _csv_rows(f, limit=MAX_CHARS, delimiter=','):
         except csv.Error as e:
             fault = _csv_fault(e, len(lines.taken))
             lines.give_back()
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            reader = _csv_reader(lines, delimiter)
         n_lines = len(lines.taken)
         def parse(raw):
+            "The row that was just read"
             if fault: raise ValueError(fault)
             return _csv_value(names, cells, n_lines)
         if fault or any(cells):
@@ -384,8 +394,9 @@ def names_text(
     names:list[str] # e.g. of columns
 )->str: # the first twelve, and how many more
     "Some names, in one line"
-    shown = ', '.join(n.strip() or '(no name)' for n in names[:12])
-    return shown + (f', and {len(names)-12} more' if len(names) > 12 else '')
+    shown = ', '.join(name.strip() or '(no name)' for name in names[:12])
+    if len(names) > 12: shown += f', and {len(names)-12} more'
+    return shown
 
 # %% ../../nbs/data/26_formats.ipynb #481fcfb5
 def _excerpt(text, n=50):

@@ -12,10 +12,8 @@ __all__ = ['EXTRA_COLUMNS', 'READ_COLUMNS', 'MESSAGE_KEYS', 'JOINED', 'OPENING',
 import json, re
 from pathlib import Path
 from ..foundations.core import HydraError, THOUGHTS, one_of
-from .records import ROLES, WEIGHT_KEYS, plain_message
-from .rows import FORM_COLUMNS, recognize_form, row_records, row_weights
-from .records import weight_of, has_text
-from .rows import template_columns
+from .records import ROLES, WEIGHT_KEYS, has_text, plain_message, weight_of
+from .rows import FORM_COLUMNS, recognize_form, row_records, row_weights, template_columns
 from .formats import decode_json
 
 # %% ../../nbs/data/26a_forms.ipynb #cell42
@@ -30,9 +28,12 @@ def form_by_columns(
 )->str|None: # one of `FORM_COLUMNS`; None if it has the columns of none
     "The form whose columns a row has, filled ones first"
     if not isinstance(row, dict): return None
-    present = [form for form, needed in FORM_COLUMNS.items() if all(c in row for c in needed)]
+    present = []
+    for form, needed in FORM_COLUMNS.items():
+        if all(column in row for column in needed): present.append(form)
     for form in present:
-        if all(row[c] not in (None, '') for c in FORM_COLUMNS[form]): return form
+        values = [row[column] for column in FORM_COLUMNS[form]]
+        if all(value not in (None, '') for value in values): return form
     return present[0] if present else None
 
 # %% ../../nbs/data/26a_forms.ipynb #434b43fc
@@ -157,12 +158,17 @@ def columns_template(
     columns:dict # our name → theirs
 )->dict|None: # our name → a template for `map_row`; None if no name has braces
     "The renames as templates, if one of them is"
-    if not any('{' in theirs for ours, theirs in columns.items() if ours not in MESSAGE_KEYS): return None
+    of_rows = [theirs for ours, theirs in columns.items() if ours not in MESSAGE_KEYS]
+    if not any('{' in theirs for theirs in of_rows): return None
     other = columns.keys() - {'prompt', 'completion', 'system'}
     if other:
         advice = 'give prompt, completion and perhaps system'
         raise HydraError(f'with a template in braces, {min(other)!r} cannot be renamed; {advice}')
-    return {ours: theirs if '{' in theirs else f'{{{theirs}}}' for ours, theirs in columns.items()}
+    templates = {}
+    for ours, theirs in columns.items():
+        is_template = '{' in theirs
+        templates[ours] = theirs if is_template else f'{{{theirs}}}'
+    return templates
 
 # %% ../../nbs/data/26a_forms.ipynb #ffe05323
 def resolve_columns(
@@ -189,10 +195,14 @@ def _role_of(message):
     return ROLES.get(str(theirs).strip().casefold())
 
 def _ends_with_answer(talk):
+    "Does a conversation end with a turn of the assistant?"
     last = talk[-1] if talk else None
     return isinstance(last, dict) and _role_of(last) == 'assistant'
 
-def _without(row, names): return {k: v for k, v in row.items() if k not in names}
+# %% ../../nbs/data/26a_forms.ipynb #7cb67448
+def _without(row, names):
+    "A row without some of its columns"
+    return {column: value for column, value in row.items() if column not in names}
 
 # %% ../../nbs/data/26a_forms.ipynb #dd3aa35d
 def _find_question(row):
@@ -212,18 +222,28 @@ def _rename_row(row, columns):
     moved = {ours: theirs for ours, theirs in columns.items() if ours not in MESSAGE_KEYS and theirs in row}
     renamed = {ours: row[theirs] for ours, theirs in moved.items()}
     row = _without(row, moved.values()) | renamed
-    is_preference = all(row.get(c) for c in FORM_COLUMNS['preference'])
-    if is_preference and row.get('prompt') in (None, ''): return _find_question(row)
-    return row
+    is_preference = all(row.get(column) for column in FORM_COLUMNS['preference'])
+    has_question = row.get('prompt') not in (None, '')
+    return _find_question(row) if is_preference and not has_question else row
 
 # %% ../../nbs/data/26a_forms.ipynb #cell55
 OTHER_WEIGHTS = 'weights other than 0 and 1, taken as 1'
 
 def _note_weights(weights, repairs):
     "Note weights that are neither 0 nor 1"
-    if any(w not in (None, 0, 1) for w in weights): repairs.add(OTHER_WEIGHTS)
+    others = [weight for weight in weights if weight not in (None, 0, 1)]
+    if others: repairs.add(OTHER_WEIGHTS)
 
 # %% ../../nbs/data/26a_forms.ipynb #b7b1795a
+def _decode_bytes(values, repairs):
+    "The same values by column, with bytes read as text"
+    texts = dict(values)
+    for column, value in values.items():
+        if not isinstance(value, bytes): continue
+        repairs.add('bytes read as UTF-8 text')
+        texts[column] = value.decode('utf-8')
+    return texts
+
 def _read_row(row, columns, form, repairs):
     "A row's form, and what is read of it under our names"
     if not isinstance(row, dict): raise ValueError(f'is a {type(row).__name__}; need an object in braces')
@@ -232,14 +252,10 @@ def _read_row(row, columns, form, repairs):
     weights = row_weights(row, name, READ_COLUMNS[name])
     _note_weights(weights.values(), repairs)
     read = {}
-    for k, v in row.items():
-        is_extra = k in EXTRA_COLUMNS and v not in (None, '')
-        if k in READ_COLUMNS[name] or k in weights or is_extra: read[k] = v
-    for k, v in read.items():
-        if not isinstance(v, bytes): continue
-        repairs.add('bytes read as UTF-8 text')
-        read[k] = v.decode('utf-8')
-    return name, read
+    for column, value in row.items():
+        is_extra = column in EXTRA_COLUMNS and value not in (None, '')
+        if column in READ_COLUMNS[name] or column in weights or is_extra: read[column] = value
+    return name, _decode_bytes(read, repairs)
 
 # %% ../../nbs/data/26a_forms.ipynb #b96314be
 def _dicts(value):
@@ -259,14 +275,21 @@ def _message_keys(message, role, text):
 # %% ../../nbs/data/26a_forms.ipynb #58d985ab
 def _plain_messages(talk, repairs, role='role', text='content'):
     "Messages under our names; what is no message stays for the complaint"
-    keys = [_message_keys(m, role, text) for m in talk]
-    messages = {i: k for i, k in enumerate(keys) if k}
-    talk = list(talk)
-    for i, (_, text_key) in messages.items(): talk[i] = flatten_turn(talk[i], text_key, repairs)
-    _note_weights([weight_of(talk[i]) for i in messages], repairs)
-    for i, k in messages.items(): talk[i] = plain_message(talk[i], *k)
-    if any(m.get('weight') == 0 for m in _dicts(talk)): repairs.add(UNLEARNED)
-    return talk
+    keys = [_message_keys(message, role, text) for message in talk]
+    flat = []
+    for message, found in zip(talk, keys):
+        if found:
+            _, text_key = found
+            message = flatten_turn(message, text_key, repairs)
+        flat.append(message)
+    weights = [weight_of(message) for message, found in zip(flat, keys) if found]
+    _note_weights(weights, repairs)
+    plain = []
+    for message, found in zip(flat, keys):
+        if found: message = plain_message(message, *found)
+        plain.append(message)
+    if any(message.get('weight') == 0 for message in _dicts(plain)): repairs.add(UNLEARNED)
+    return plain
 
 # %% ../../nbs/data/26a_forms.ipynb #941d9077
 def _is_talk(messages):
@@ -361,7 +384,9 @@ def _form_records(row, form, source, domain, repairs):
 # %% ../../nbs/data/26a_forms.ipynb #1ab7930e
 def _template_records(row, template, source, domain, repairs):
     "(form, records) of a row that is read by templates"
-    if isinstance(row, dict): _note_weights(row_weights(row, None, template_columns(template)).values(), repairs)
+    if isinstance(row, dict):
+        weights = row_weights(row, None, template_columns(template))
+        _note_weights(weights.values(), repairs)
     return 'template', row_records(row, source, domain, template)
 
 # %% ../../nbs/data/26a_forms.ipynb #b7b78842
@@ -387,10 +412,12 @@ def row_to_records(
 # %% ../../nbs/data/26a_forms.ipynb #unread-code
 def _keys_beyond(where, d, read):
     "The filled keys of an object that are not read, with the place where they are"
-    filled = [k for k, v in d.items() if v not in (None, '', [], {})]
-    keys = [k for k in filled if k not in read]
-    if where: return [f"{where}' {k[:60]}" for k in keys]
-    return [str(k)[:60] or '(no name)' for k in keys]
+    keys = []
+    for key, value in d.items():
+        if value in (None, '', [], {}) or key in read: continue
+        if where: keys.append(f"{where}' {key[:60]}")
+        else: keys.append(str(key)[:60] or '(no name)')
+    return keys
 
 # %% ../../nbs/data/26a_forms.ipynb #9eb3d4c7
 def _keys_of_turn(message, turn):
@@ -414,6 +441,17 @@ def _unread_of_turn(message, turn):
     return out
 
 # %% ../../nbs/data/26a_forms.ipynb #3b2191b0
+def _unread_of_talks(row, name, columns):
+    "What is not read of the messages in a row; `columns`: the user's renames"
+    renamed = [theirs for ours, theirs in columns.items() if ours in MESSAGE_KEYS]
+    turn_keys = (*MESSAGE_KEYS, *renamed)
+    out = []
+    for column in READ_COLUMNS[name]:
+        talk = row.get(column)
+        if name in ('messages', 'sharegpt') and isinstance(talk, str): talk = _parse_cell(column, talk)
+        for message in _dicts(talk): out += _unread_of_turn(message, turn_keys)
+    return out
+
 def unread_keys(
     row:dict, # its value
     form, # the `Form` it was read by
@@ -426,11 +464,9 @@ def unread_keys(
         return list(dict.fromkeys(_keys_beyond('', row, read)))
     row = _rename_row(row, form.columns)
     columns = READ_COLUMNS[name]
-    turn = (*MESSAGE_KEYS, *(theirs for ours, theirs in form.columns.items() if ours in MESSAGE_KEYS))
-    read = {*columns, *EXTRA_COLUMNS[1:], *row_weights(row, name, columns)}
+    weights = row_weights(row, name, columns)
+    read = {*columns, *EXTRA_COLUMNS[1:], *weights} # `input` is read of Alpaca rows alone
     out = _keys_beyond('', row, read)
-    for column in columns:
-        talk = row.get(column)
-        if name in ('messages', 'sharegpt') and isinstance(talk, str): talk = _parse_cell(column, talk)
-        for message in _dicts(talk): out += _unread_of_turn(message, turn)
-    return list(dict.fromkeys(form.columns.get(k, k) for k in out))
+    out += _unread_of_talks(row, name, form.columns)
+    theirs = [form.columns.get(key, key) for key in out]
+    return list(dict.fromkeys(theirs))

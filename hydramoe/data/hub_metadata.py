@@ -57,7 +57,8 @@ def size_category(
     rows:int # how many
 )->str: # one of `SIZES`
     "The Hub's name for a number of rows"
-    return SIZES[sum(rows >= 10**e for e in range(3, 9))]
+    reached = [exponent for exponent in range(3, 9) if rows >= 10**exponent]
+    return SIZES[len(reached)]
 
 # %% ../../nbs/data/27_hub_metadata.ipynb #b3135044
 def _values(front, key):

@@ -18,23 +18,35 @@ def _prompt_marks(record):
     "What makes a prompt's last message equal to a held-out one"
     last = record['prompt'][-1]
     marks = {prompt_key(dict(prompt=[last]))}
-    is_short = len(re.findall(r'\w+', last['content'])) < RUN_LENGTH
-    return marks | ngrams(last['content']) if is_short else marks
+    n_words = len(re.findall(r'\w+', last['content']))
+    if n_words < RUN_LENGTH: marks |= ngrams(last['content'])
+    return marks
 
 # %% ../../nbs/data/27c_leaks.ipynb #db682bc2
 def _word_runs(messages):
     "Every run of thirteen words in any of the messages, as numbers"
     runs = [np.empty(0, np.uint64)]
     for m in messages:
+        if m['role'] == 'system': continue
         words = re.findall(r'\w+', m['content'].lower())
-        if m['role'] != 'system' and len(words) >= RUN_LENGTH: runs.append(shingles(words, RUN_LENGTH))
+        if len(words) >= RUN_LENGTH: runs.append(shingles(words, RUN_LENGTH))
     return np.concatenate(runs)
 
 # %% ../../nbs/data/27c_leaks.ipynb #d3857ecc
 def _held_runs(held):
     "Every run of thirteen words that is held out, sorted"
-    runs = [_word_runs([*r['prompt'], *r['completion']]) for r in held]
-    return np.unique(np.concatenate([np.empty(0, np.uint64), *runs]))
+    runs = [np.empty(0, np.uint64)]
+    for r in held:
+        messages = [*r['prompt'], *r['completion']]
+        runs.append(_word_runs(messages))
+    return np.unique(np.concatenate(runs))
+
+def _shares_run(messages, held_runs):
+    "Is one of the messages' runs of words among the held-out ones?"
+    if not len(held_runs): return False
+    runs = _word_runs(messages)
+    at = np.minimum(held_runs.searchsorted(runs), len(held_runs)-1)
+    return bool((held_runs[at] == runs).any())
 
 # %% ../../nbs/data/27c_leaks.ipynb #fe0835c6
 def find_leaks(
@@ -42,14 +54,11 @@ def find_leaks(
     held:list[dict] # never to train on
 )->list[str]: # for each record 'prompt' or 'answer', whichever gives something away, or ''
     "Which records overlap with what is held out, and where"
-    asked = set().union(*map(_prompt_marks, held))
+    held_prompts = set().union(*map(_prompt_marks, held))
     held_runs = _held_runs(held)
-    def shares_run(messages):
-        if not len(held_runs): return False
-        runs = _word_runs(messages)
-        at = np.minimum(held_runs.searchsorted(runs), len(held_runs)-1)
-        return bool((held_runs[at] == runs).any())
-    def leak(r):
-        if asked & _prompt_marks(r) or shares_run(r['prompt']): return 'prompt'
-        return 'answer' if shares_run(r['completion']) else ''
-    return [leak(r) for r in records]
+    leaks = []
+    for r in records:
+        if held_prompts & _prompt_marks(r) or _shares_run(r['prompt'], held_runs): leaks.append('prompt')
+        elif _shares_run(r['completion'], held_runs): leaks.append('answer')
+        else: leaks.append('')
+    return leaks

@@ -67,7 +67,9 @@ def pairs_of(
         return list(function(files, **card.get('args', {})))
     pairs = []
     try:
-        for row in rows_of_files(files): pairs += _group_pairs(map_row(row, map, card.get('roles')), row, card)
+        for row in rows_of_files(files):
+            mapped = map_row(row, map, card.get('roles'))
+            pairs += _group_pairs(mapped, row, card)
     except ValueError as e:
         raise HydraError(f'{me}: a row of {card.get("package") or card["file"]} does not fit the map: {e}') from None
     return pairs
@@ -85,7 +87,8 @@ def _refuse_unfetched(card):
 # %% ../../nbs/data/25_load.ipynb #e9652c71
 def _pair_record(pair, card):
     "The record of a pair, with what the card says"
-    prompt, completion, tools, group = (*pair, None, None)[:4]
+    filled = [*pair, None, None] # a pair may come without tools and group
+    prompt, completion, tools, group = filled[:4]
     license = card['license_name'] if card['license']=='other' else card['license']
     new = record(prompt, completion, source=card['name'], domain=card['domain'], license=license, tools=tools)
     if group: new['group'] = f"{card['name']}/{group}"
@@ -101,8 +104,9 @@ def load(
     card = load_card(name)
     _refuse_unfetched(card)
     records = [_pair_record(pair, card) for pair in pairs_of(card, open_files(card))]
-    said = [r for r in records if r['prompt'][-1]['content'] and r['completion'][0]['content']]
-    distinct = list({r['id']: r for r in said}.values())
+    not_empty = [r for r in records if r['prompt'][-1]['content'] and r['completion'][0]['content']]
+    by_id = {r['id']: r for r in not_empty}
+    distinct = list(by_id.values())
     if len(distinct)!=card['rows']:
         raise HydraError(f"card {name}: gives {len(distinct)} records, the card says {card['rows']}; "
                          "look what changed, then correct the card")

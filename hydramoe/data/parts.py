@@ -18,13 +18,15 @@ def hash_position(
 )->float: # 0 to 1
     "Where a hash puts a record; turns of one conversation go to one place"
     name = record.get('group') or prompt_key(record)
-    return int(digest([seed, 'part', name])[:13], 16)/16**13
+    hex_digits = digest([seed, 'part', name])[:13]
+    return int(hex_digits, 16)/16**13
 
 # %% ../../nbs/data/27a_parts.ipynb #03e76caa
 PARTS = ('test', 'dev', 'router', 'experts')
 SHARES = dict(test=.1, dev=.05, router=.15)
 
 def _check_shares(shares):
+    "Complain about shares that are not of test, dev and router, or leave nothing to the experts"
     is_whole = set(shares) == set(PARTS[:3])
     if is_whole and min(shares.values()) >= 0 and sum(shares.values()) < 1: return
     advice = 'give test, dev and router, each 0 or more, together less than 1: experts get the rest'

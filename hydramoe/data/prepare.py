@@ -66,8 +66,8 @@ def card_text(
 # %% ../../nbs/data/28a_prepare.ipynb #cell24
 def _card_records(card):
     "A card's records, and the rows that did not fit its mapping"
-    if 'hub' in card and 'package' not in card: records, rejects = hub_records(card)
-    else: records, rejects = load(card['name']), []
+    from_hub = 'hub' in card and 'package' not in card
+    records, rejects = hub_records(card) if from_hub else (load(card['name']), [])
     if records: return records, rejects
     first = rejects[0]['reason'] if rejects else 'there is none'
     raise HydraError(f"card {card['name']}: not one row fits its mapping; the first: {first}")
@@ -76,7 +76,7 @@ def _card_records(card):
 def prepare_stage(
     out:Path, # receives records.jsonl, README.md, croissant.json, and rejects.jsonl if there are any
     name:str, # of a card
-    card:str # `data.cards_digest(name)`, for the key of the stage
+    card:str # `cards_digest(name)` of `22_cards`, for the key of the stage
 ):
     "Stage: the records of one card, its Hub card and its Croissant description"
     c = load_card(name)

@@ -78,6 +78,7 @@ def sciq(
     for doc in eval_docs(files):
         if doc['support']: yield doc['question'], f"{doc['correct_answer']}\n\n{doc['support']}"
 
+# %% ../../nbs/data/23_sources.ipynb #9fe9a6ab
 def pubmed(
     files:dict # rows: question, passage, answer
 ):
@@ -123,8 +124,11 @@ def piqa(
     files:dict # requests by path
 ):
     "A goal of everyday life → the way that works"
-    for doc in eval_docs(files): yield doc['goal'], doc[f"sol{doc['label']+1}"]
+    for doc in eval_docs(files):
+        right = doc['label']+1
+        yield doc['goal'], doc[f'sol{right}']
 
+# %% ../../nbs/data/23_sources.ipynb #5c43d2f3
 def winogrande(
     files:dict # requests by path
 ):
@@ -136,9 +140,11 @@ def winogrande(
 # %% ../../nbs/data/23_sources.ipynb #cell66
 def _without_docstring(source, function):
     "Source of a function without its docstring"
-    lines, docstring = source.splitlines(), function.body[0]
+    lines = source.splitlines()
+    docstring = function.body[0]
     head = lines[function.lineno-1:docstring.lineno-1]
-    return '\n'.join(head + lines[docstring.end_lineno:function.end_lineno])
+    rest = lines[docstring.end_lineno:function.end_lineno]
+    return '\n'.join(head+rest)
 
 def documented_functions(
     files:dict, # Python source by path
@@ -184,8 +190,10 @@ def long_answers(
 ):
     "Instruction and input → output, where it is a text and not a word"
     for row in rows_of_files(files):
-        if len(row['output'])>=shortest: yield f"{row['instruction']}\n\n{row['input']}".strip(), row['output']
+        prompt = f"{row['instruction']}\n\n{row['input']}".strip()
+        if len(row['output'])>=shortest: yield prompt, row['output']
 
+# %% ../../nbs/data/23_sources.ipynb #f90820e3
 def preferred(
     files:dict, # comparisons: conversations, chosen
     shortest:int=150 # characters of an answer
@@ -260,8 +268,9 @@ def faithful(
         source, right, wrong = row['article_sent'], row['correct_sent'], row['incorrect_sent']
         if source in seen or right==wrong: continue
         seen.add(source)
-        claim, verdict = (right, 'True. It says: ') if i%2==0 else (wrong, 'False. It says only: ')
-        yield f"Source: {source}\n\nTrue or false, going by the source? {claim}", verdict+right
+        claim = right if i%2==0 else wrong
+        verdict = 'True. It says' if i%2==0 else 'False. It says only'
+        yield f"Source: {source}\n\nTrue or false, going by the source? {claim}", f'{verdict}: {right}'
 
 # %% ../../nbs/data/23_sources.ipynb #cell81
 def open_database(
@@ -273,6 +282,7 @@ def open_database(
     con.deserialize(data)
     return con
 
+# %% ../../nbs/data/23_sources.ipynb #57c22373
 COMPARED = { # column → what more of it is called, unit, noun
     'density':('denser', 'g/cm³', 'density'),
     'atomic_weight':('heavier, atom for atom,', 'u', 'atomic weight'),
@@ -280,7 +290,13 @@ COMPARED = { # column → what more of it is called, unit, noun
     'vdw_radius':('larger, by van der Waals radius,', 'pm', 'van der Waals radius'),
     'thermal_conductivity':('a better conductor of heat', 'W/(m·K)', 'thermal conductivity')}
 
-# %% ../../nbs/data/23_sources.ipynb #57c22373
+def _draw_two_elements(con, column, g):
+    "Name and figure of two elements of which a column is known"
+    sql = f'select name, {column} from elements where {column} is not null order by atomic_number'
+    known = con.execute(sql).fetchall()
+    picked = g.choice(len(known), 2, replace=False)
+    return [known[i] for i in picked]
+
 def element_claims(
     files:dict, # the database
     size:int, # how many claims to draw
@@ -292,9 +308,7 @@ def element_claims(
     for _ in range(size):
         column = list(COMPARED)[g.integers(len(COMPARED))]
         more, unit, noun = COMPARED[column]
-        sql = f'select name, {column} from elements where {column} is not null order by atomic_number'
-        known = con.execute(sql).fetchall()
-        (a, x), (b, y) = [known[i] for i in g.choice(len(known), 2, replace=False)]
+        (a, x), (b, y) = _draw_two_elements(con, column, g)
         if x==y: continue
         facts = f'The {noun} of {a.lower()} is {x:g} {unit}, that of {b.lower()} {y:g}.'
         yield f'True or false? {a} is {more} than {b.lower()}.', f'{x>y}. {facts}'
@@ -338,9 +352,11 @@ def round_figure(
 # %% ../../nbs/data/23_sources.ipynb #e5373e42
 def _draw_columns(con, g):
     "The symbol and two other columns of the elements"
-    existing = {row[1] for row in con.execute('pragma table_info(elements)')}
+    described = con.execute('pragma table_info(elements)')
+    existing = {column[1] for column in described}
     others = [c for c in TABLE_COLUMNS if c in existing and c!='symbol']
-    return ['symbol', *g.choice(others, 2, replace=False).tolist()]
+    drawn = g.choice(others, 2, replace=False)
+    return ['symbol', *drawn.tolist()]
 
 def _draw_table(con, g):
     "A few rows and columns of the elements, drawn by `g`"
@@ -359,17 +375,23 @@ def _conversion(head, rows, g):
     return f'Convert this {a} table to {b}:\n\n{given}', TABLE_FORMATS[b](head, rows)
 
 # %% ../../nbs/data/23_sources.ipynb #65c6dbf9
+def _load_table(head, rows):
+    "A database with one table, `elements`"
+    con = sqlite3.connect(':memory:')
+    con.execute(f"create table elements ({', '.join(head)})")
+    places = ','.join('?'*len(head))
+    con.executemany(f"insert into elements values ({places})", rows)
+    return con
+
 def _table_query(head, rows, g):
     "A question about a table → SQL and the rows it returns"
     column = head[1+g.integers(2)]
-    con = sqlite3.connect(':memory:')
-    con.execute(f"create table elements ({', '.join(head)})")
-    con.executemany(f"insert into elements values ({','.join('?'*len(head))})", rows)
     place, order = [('first', 'ASC'), ('last', 'DESC')][g.integers(2)]
     sql = f'SELECT symbol, {column} FROM elements WHERE {column} IS NOT NULL ORDER BY {column} {order} LIMIT 1'
+    found = _load_table(head, rows).execute(sql).fetchall()
     question = f'Which symbol comes {place} when sorted by {column}? Give the SQL and its result.'
-    result = as_csv(['symbol', column], con.execute(sql).fetchall())
-    return f'Table elements:\n\n{as_csv(head, rows)}\n\n{question}', f'{sql};\n\n{result}'
+    prompt = f'Table elements:\n\n{as_csv(head, rows)}\n\n{question}'
+    return prompt, f"{sql};\n\n{as_csv(['symbol', column], found)}"
 
 # %% ../../nbs/data/23_sources.ipynb #49834638
 def element_tables(
@@ -404,8 +426,12 @@ REWRITES = dict( # name of the file → what to do
 def _sql_statements(text):
     "The statements of a file of SQL, without comments"
     lines = [line for line in text.splitlines() if not line.startswith(('#', '--'))]
-    statements = '\n'.join(lines).split(';\n')
-    return [re.sub(r'\s+\n', '\n', s).strip().rstrip(';') for s in statements if s.strip()]
+    statements = []
+    for statement in '\n'.join(lines).split(';\n'):
+        if not statement.strip(): continue
+        without_blanks = re.sub(r'\s+\n', '\n', statement) # at the ends of lines
+        statements.append(without_blanks.strip().rstrip(';'))
+    return statements
 
 def sql_rewrites(
     files:dict # fixtures by path: statement; statement; in pairs

@@ -46,6 +46,14 @@ class RowCounts:
     def __str__(self): return _counts_text(self)
 
 # %% ../../nbs/data/26c_stream.ipynb #05a3e0cd
+def _unread_text(counts):
+    "The keys that were not read, the most frequent first; '' if there are none"
+    keys = []
+    for key, n in counts.unread.most_common():
+        rows = 'row' if n == 1 else 'rows'
+        keys.append(f"{key.strip() or '(no name)'} ({n:,} {rows})")
+    return f'; not read: {names_text(keys)}' if keys else ''
+
 def _counts_text(counts):
     "What became of the rows, in one line"
     out = [f'{counts.rows:,} rows: {counts.used:,} used ({count_text(counts.forms)})', f'{counts.records:,} records']
@@ -53,16 +61,18 @@ def _counts_text(counts):
     if counts.repeated: out.append(f'{counts.repeated:,} repeated')
     text = ', '.join(out)
     for what, n in counts.repairs.items(): text += f'; {what}: {n:,} rows'
-    keys = [f"{k.strip() or '(no name)'} ({n:,} row{'s'*(n>1)})" for k, n in counts.unread.most_common()]
-    return text + (f'; not read: {names_text(keys)}' if keys else '')
+    return text + _unread_text(counts)
 
 # %% ../../nbs/data/26c_stream.ipynb #cell70
 def _reject(row, n, why):
+    "A row that cannot be used, with its number in the file and the reason"
     raw = row.raw
     if raw is None: raw = json.dumps(row.value, ensure_ascii=False, default=str)
-    return dict(line=row.line, row=n, reason=' '.join(why.split()), raw=raw)
+    reason = ' '.join(why.split())
+    return dict(line=row.line, row=n, reason=reason, raw=raw)
 
 def _reject_line(reject):
+    "A reject as one line of JSON"
     try: return json.dumps(reject, ensure_ascii=False).encode('utf-8') + b'\n'
     except UnicodeEncodeError: return json.dumps(reject).encode() + b'\n'
 

@@ -15,9 +15,9 @@ from .records import ROLES, assistant_turns
 def _describe_parameter(name, schema, required):
     "A parameter as `name: type`, or `name?: type` if it may be left out"
     kind = str(schema.get('type', 'any'))
-    if schema.get('enum'): kind = '|'.join(map(str, schema['enum']))
-    mark = '' if required else '?'
-    return f"{name}{mark}: {kind}"
+    values = schema.get('enum')
+    if values: kind = '|'.join(map(str, values))
+    return f'{name}: {kind}' if required else f'{name}?: {kind}'
 
 # %% ../../nbs/data/23a_tools.ipynb #6a1c8937
 def signature(
@@ -27,8 +27,11 @@ def signature(
     schema = function.get('parameters') or {}
     required = schema.get('required') or []
     properties = schema.get('properties') or {}
-    parameters = ', '.join(_describe_parameter(name, p, name in required) for name, p in properties.items())
-    return f"{function['name']}({parameters}): {function.get('description', '')}"
+    described = []
+    for name, parameter in properties.items():
+        described.append(_describe_parameter(name, parameter, name in required))
+    head = f"{function['name']}({', '.join(described)})"
+    return f"{head}: {function.get('description', '')}"
 
 # %% ../../nbs/data/23a_tools.ipynb #590d8590
 def tool_prompt(
@@ -67,35 +70,47 @@ def _parse_call(source):
     call = ast.parse(source, mode='eval').body
     if call.args: return []
     name = ast.unparse(call.func)
-    try: arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    try: arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except ValueError: return []
-    return [(name, arguments)]
+    return [dict(name=name, arguments=arguments)]
 
+# %% ../../nbs/data/23a_tools.ipynb #c6d9001b
 def _calls(answer):
     "The calls of a true answer, which is `{name: {parameter: accepted values}}` or Python source"
     if isinstance(answer, str): return _parse_call(answer)
-    return [(name, first_accepted(arguments)) for name, arguments in answer.items()]
+    calls = []
+    for name, accepted in answer.items(): calls.append(dict(name=name, arguments=first_accepted(accepted)))
+    return calls
 
 # %% ../../nbs/data/23a_tools.ipynb #0b6119a2
 def offered_names(
     rows:list[dict] # questions of the leaderboard
 )->set[str]: # names of functions
     "The functions that questions offer"
-    return {function['name'] for row in rows for function in row['function']}
+    names = set()
+    for row in rows:
+        for function in row['function']: names.add(function['name'])
+    return names
 
+# %% ../../nbs/data/23a_tools.ipynb #ff593d4e
 def _unheld_questions(files, without):
     "Rows of questions, but none with a function that a held-out file has"
-    held = set()
-    for path in without: held |= offered_names(rows_of(path, files[path]))
+    held_names = set()
+    for path in without:
+        held = rows_of(path, files[path])
+        held_names |= offered_names(held)
     questions = {path: data for path, data in files.items() if 'possible_answer' not in path}
-    rows = rows_of_files(questions, without)
-    return [row for row in rows if not held & offered_names([row])]
+    unheld = []
+    for row in rows_of_files(questions, without):
+        if not held_names & offered_names([row]): unheld.append(row)
+    return unheld
 
 # %% ../../nbs/data/23a_tools.ipynb #2738ecba
 def _user_messages(row):
     "What the user says; the system's words are dropped"
     messages = row['question']
-    if isinstance(messages[0], list): messages = messages[0]
+    in_turns = isinstance(messages[0], list)
+    if in_turns: messages = messages[0]
     return [m for m in messages if m['role']=='user']
 
 # %% ../../nbs/data/23a_tools.ipynb #acac6689
@@ -107,6 +122,13 @@ def _offer(functions, wanted, distractors):
     return [f for f in functions if f['name'] in offered]
 
 # %% ../../nbs/data/23a_tools.ipynb #f612dd5a
+def _expected_calls(answers):
+    "One call for each true answer; None if one of them gives none"
+    calls = []
+    for answer in answers: calls += _calls(answer)
+    return calls if len(calls)==len(answers) else None
+
+# %% ../../nbs/data/23a_tools.ipynb #b905cf80
 def bfcl(
     files:dict, # questions, and answers under possible_answer/
     distractors:int=2, # functions offered beside the right ones
@@ -116,12 +138,11 @@ def bfcl(
     answer_files = {path: data for path, data in files.items() if 'possible_answer' in path}
     answers = {row['id']: row['ground_truth'] for row in rows_of_files(answer_files)}
     for row in _unheld_questions(files, without):
-        expected = answers[row['id']]
-        calls = [call for answer in expected for call in _calls(answer)]
-        if len(calls)!=len(expected): continue
-        offered = _offer(row['function'], {name for name, _ in calls}, distractors)
-        written = json.dumps([dict(name=name, arguments=arguments) for name, arguments in calls])
-        yield [tool_prompt(offered), *_user_messages(row)], written
+        calls = _expected_calls(answers[row['id']])
+        if calls is None: continue
+        wanted = {call['name'] for call in calls}
+        offered = _offer(row['function'], wanted, distractors)
+        yield [tool_prompt(offered), *_user_messages(row)], json.dumps(calls)
 
 # %% ../../nbs/data/23a_tools.ipynb #b1822c52
 def no_call(
@@ -133,22 +154,33 @@ def no_call(
     rows = sorted(_unheld_questions(files, without), key=lambda row: digest(row['id']))
     for row in rows[:size]:
         asked = _user_messages(row)
-        if asked: yield [tool_prompt(_offer(row['function'], (), 3)), *asked], '[]'
+        if not asked: continue
+        offered = _offer(row['function'], wanted=(), distractors=3)
+        yield [tool_prompt(offered), *asked], '[]'
 
 # %% ../../nbs/data/23a_tools.ipynb #cell96
+def _dialogue_messages(conversation):
+    "The turns of a dialogue under our names; a call is written as a list of one"
+    messages = []
+    for turn in conversation:
+        text = turn['value']
+        if turn['from']=='function_call': text = f'[{text}]'
+        messages.append(dict(role=ROLES[turn['from']], content=text))
+    return messages
+
+# %% ../../nbs/data/23a_tools.ipynb #fed67e84
 def tool_dialogues(
     files:dict # conversations with tools
 ):
     "A dialogue so far and functions → the first call, or the first answer if nothing is called"
     for row in rows_of_files(files):
         tools = json.loads(row['tools'] or '[]')
-        is_call = [turn['from']=='function_call' for turn in row['conversations']]
-        messages = []
-        for turn, call in zip(row['conversations'], is_call):
-            text = f"[{turn['value']}]" if call else turn['value']
-            messages.append(dict(role=ROLES[turn['from']], content=text))
-        turns = assistant_turns(messages)
-        calls = [(before, turn) for before, turn in turns if is_call[len(before)]]
+        conversation = row['conversations']
+        turns = assistant_turns(_dialogue_messages(conversation))
         if not tools or not turns: continue
+        calls = []
+        for before, turn in turns:
+            place = len(before)
+            if conversation[place]['from']=='function_call': calls.append((before, turn))
         before, turn = (calls or turns)[0]
         yield [tool_prompt(tools), *before], turn

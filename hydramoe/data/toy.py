@@ -37,20 +37,30 @@ TOY = dict( # domain → (question, answer) of its first source, and of its seco
 
 # %% ../../nbs/data/21a_toy.ipynb #cell131
 def _draw_words(g):
-    "A value for every slot"
+    "A value for every slot of the templates"
     n, m = g.integers(2, 99, 2).tolist()
-    a, b = g.choice(NOUNS, 2, replace=False).tolist()
-    A, B = g.choice(TOY_PEOPLE, 2, replace=False).tolist()
-    return dict(n=n, m=m, sum=n+m, less=n<m, a=a, b=b, A=A, B=B)
+    first_thing, second_thing = g.choice(NOUNS, 2, replace=False).tolist()
+    first_person, second_person = g.choice(TOY_PEOPLE, 2, replace=False).tolist()
+    return dict(
+        n=n,
+        m=m,
+        sum=n+m,
+        less=n<m,
+        a=first_thing,
+        b=second_thing,
+        A=first_person,
+        B=second_person)
 
+# %% ../../nbs/data/21a_toy.ipynb #d5e69e2a
 def _toy_record(domain, i, seed):
-    "Toy record `i` of a domain"
+    "Toy record `i` of a domain, from its two sources in turn"
+    which = i%2
+    question, answer = TOY[domain][which]
+    source = f"toy-{domain}-{'ab'[which]}"
     slots = _draw_words(rng(seed, 'toy', domain, i))
-    question, answer = TOY[domain][i%2]
-    source = f"toy-{domain}-{'ab'[i%2]}"
-    return record(
-        question.format(**slots), answer.format(**slots),
-        source=source, domain=domain, license='CC0-1.0')
+    asked = question.format(**slots)
+    answered = answer.format(**slots)
+    return record(asked, answered, source=source, domain=domain, license='CC0-1.0')
 
 # %% ../../nbs/data/21a_toy.ipynb #6ef1b800
 def toy_records(
@@ -60,10 +70,12 @@ def toy_records(
     "Nine obviously different domains, made in code"
     if not 1<=n_per_domain<=1000:
         raise HydraError(f'n_per_domain={n_per_domain}; a toy holds 1 to 1,000 records a domain')
+    n_drawn = 2*n_per_domain+20
     records = []
     for domain in DOMAINS:
-        drawn = [_toy_record(domain, i, seed) for i in range(2*n_per_domain+20)]
-        by_prompt = {prompt_key(r): r for r in sorted(drawn, key=lambda r: r['id'], reverse=True)}
+        drawn = [_toy_record(domain, i, seed) for i in range(n_drawn)]
+        largest_first = sorted(drawn, key=lambda r: r['id'], reverse=True)
+        by_prompt = {prompt_key(r): r for r in largest_first} # of equal prompts the smallest id stays
         shuffled = sorted(by_prompt.values(), key=lambda r: digest([seed, r['id']]))
         records += shuffled[:n_per_domain]
     return records

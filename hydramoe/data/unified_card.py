@@ -32,14 +32,18 @@ def _mix_license(licenses):
 # %% ../../nbs/data/27e_unified_card.ipynb #cell71
 def _part_total(counts, part, what):
     "The total of a part over its domains and sources"
-    return sum(c[what] for sources in counts['parts'][part].values() for c in sources.values())
+    total = 0
+    for sources in counts['parts'][part].values():
+        for c in sources.values(): total += c[what]
+    return total
 
 def _values_of(about, sources, key):
     "Every value that the cards of some sources have under a key, sorted"
     out = set()
     for s in sources:
         value = about.get(s, {}).get(key) or []
-        out |= {value} if isinstance(value, str) else {*value}
+        values = [value] if isinstance(value, str) else value
+        out |= set(values)
     return sorted(out)
 
 # %% ../../nbs/data/27e_unified_card.ipynb #ef5aad89
@@ -49,15 +53,18 @@ def _front_matter(counts, about, name):
     rows = {part: _part_total(counts, part, 'rows') for part in PARTS[::-1]}
     files = [dict(split=part, path=f'{part}.jsonl') for part, n in rows.items() if n]
     tasks = {'text-generation', *_values_of(about, used, 'task_categories')}
-    domains = sorted({d for c in used.values() for d in c['domain']})
+    licenses, domains = set(), set()
+    for c in used.values():
+        licenses |= set(c['license'])
+        domains |= set(c['domain'])
     return dict(
         pretty_name=name,
-        **_mix_license(sorted({l for c in used.values() for l in c['license']})),
+        **_mix_license(sorted(licenses)),
         language=_values_of(about, used, 'language') or None,
         size_categories=[size_category(sum(rows.values()))],
         task_categories=sorted(tasks),
         source_datasets=[f"extended|{about.get(s, {}).get('hub', s)}" for s in used],
-        tags=['hydramoe', 'instruction-tuning', *domains],
+        tags=['hydramoe', 'instruction-tuning', *sorted(domains)],
         configs=[dict(config_name='default', data_files=files)])
 
 # %% ../../nbs/data/27e_unified_card.ipynb #cell73
@@ -206,10 +213,11 @@ def write_unified(
     settings:dict # `base`, `threshold`, and whatever else the set was made with
 ):
     "Write the files of a unified set"
-    for part in PARTS: write_jsonl(Path(out)/f'{part}.jsonl', getattr(parts, part))
-    write_json(Path(out)/'counts.json', counts | dict(settings=settings))
+    out = Path(out)
+    for part in PARTS: write_jsonl(out/f'{part}.jsonl', getattr(parts, part))
+    write_json(out/'counts.json', counts | dict(settings=settings))
     card = dataset_card(counts, about, base=settings['base'], threshold=settings['threshold'])
-    write_bytes(Path(out)/'README.md', card.encode('utf-8'))
+    write_bytes(out/'README.md', card.encode('utf-8'))
 
 # %% ../../nbs/data/27e_unified_card.ipynb #9397d991
 def toy_unify_stage(
@@ -254,6 +262,12 @@ def _train_cards(names):
         raise HydraError(f'card {name} is held out for evaluation; train on {others}')
     return use
 
+def _load_all(names, what):
+    "The records of all these cards, with a bar that says what is going on"
+    records = []
+    for name in progress(names, desc=what): records += load(name)
+    return records
+
 # %% ../../nbs/data/27e_unified_card.ipynb #cell80
 def unify_stage(
     out:Path, # receives experts.jsonl, router.jsonl, dev.jsonl, test.jsonl, counts.json, README.md
@@ -263,7 +277,7 @@ def unify_stage(
     max_length:int=None, # tokens of the longest prompt, and of the longest response; no limit if None
     seed:int=0, # of the split and the draw
     names:str='', # training cards, separated by commas; all if empty
-    cards:str='', # `data.cards_digest()`, for the key of the stage
+    cards:str='', # `cards_digest()` of `22_cards`, for the key of the stage
     router:int=None, # rows a domain; all there are if None
     licenses:str='all', # 'all', or 'open': without the restricted and the unclear
     base:str='smollm2', # whose tokenizer counts, as for `tokenizer_of`
@@ -273,8 +287,8 @@ def unify_stage(
     "Stage: the training cards as one clean set in four parts, with its report and its card"
     use = _train_cards(names)
     want = dict(experts=tokens_per_domain, router=router, dev=dev, test=test)
-    records = [r for name in progress(use, desc='read cards') for r in load(name)]
-    held = [r for name in progress(card_names(use='evaluate'), desc='read held-out sets') for r in load(name)]
+    records = _load_all(use, 'read cards')
+    held = _load_all(card_names(use='evaluate'), 'read held-out sets')
     tokenizer = tokenizer_of(base)
     parts, counts = unify_records(records, tokenizer, want, held, max_length, seed, licenses, threshold, shares)
     about = {name: load_card(name) for name in use}

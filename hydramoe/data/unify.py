@@ -105,14 +105,18 @@ def _drop_leaks(rows, held, removed):
 def _drop_unfit(rows, tokenizer, max_length, removed):
     "Rows that the base takes and that are not too long, and their sizes by id"
     sizes, refused = _count_tokens(rows, tokenizer, max_length)
-    rows = _note_removed(removed, 'refused by the base', rows, [r for r in rows if r['id'] not in refused])
-    return _note_removed(removed, 'too long', rows, [r for r in rows if r['id'] in sizes]), sizes
+    accepted = [r for r in rows if r['id'] not in refused]
+    rows = _note_removed(removed, 'refused by the base', rows, accepted)
+    fitting = [r for r in rows if r['id'] in sizes]
+    return _note_removed(removed, 'too long', rows, fitting), sizes
 
 # %% ../../nbs/data/27d_unify.ipynb #fb0e8154
 def _drop_repeats(rows, seed, threshold, removed):
     "One row of each cluster of near prompts"
-    rows = _note_removed(removed, 'duplicate', rows, drop_duplicates(rows, seed))
-    return _note_removed(removed, 'near duplicate', rows, drop_near_duplicates(rows, seed, threshold))
+    distinct = drop_duplicates(rows, seed)
+    rows = _note_removed(removed, 'duplicate', rows, distinct)
+    apart = drop_near_duplicates(rows, seed, threshold)
+    return _note_removed(removed, 'near duplicate', rows, apart)
 
 # %% ../../nbs/data/27d_unify.ipynb #cell54
 def _count_rows(rows, sizes):
@@ -146,10 +150,13 @@ def _count_sources(given, removed, parts):
 # %% ../../nbs/data/27d_unify.ipynb #5eaa287f
 def _count_shared(parts):
     "How many test rows of each source have thirteen words in a row in common with some row for experts"
-    if not parts['test'] or not parts['experts']: return {}
-    leaks = find_leaks(parts['test'], parts['experts'])
-    found = Counter(r['source'] for r, leak in zip(parts['test'], leaks) if leak)
-    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
+    test, experts = parts['test'], parts['experts']
+    if not test or not experts: return {}
+    found = Counter()
+    for r, leak in zip(test, find_leaks(test, experts)):
+        if leak: found[r['source']] += 1
+    def order(source): return -found[source], source
+    return {source: found[source] for source in sorted(found, key=order)}
 
 # %% ../../nbs/data/27d_unify.ipynb #cell55
 @dataclass(frozen=True)
@@ -161,15 +168,33 @@ class Unified:
     test:TestRows # to report on
 
 # %% ../../nbs/data/27d_unify.ipynb #e0dc1577
+def _in_one_order(records):
+    "Records without the parts of an earlier set, in an order that does not depend on how they came"
+    without_part = [{k: v for k, v in r.items() if k != 'part'} for r in records]
+    return sorted(without_part, key=lambda r: (r['id'], canonical(r)))
+
+def _deal_parts(rows, want, sizes, seed, shares):
+    "Part → its rows within the budget; a HydraError if a domain cannot give enough"
+    dealt = {part: [] for part in PARTS}
+    for r in rows: dealt[part_of(r, seed, shares)].append(r)
+    domains = {r['domain'] for r in rows}
+    parts = {}
+    for part in PARTS: parts[part] = _within_budget(dealt[part], part, want.get(part), sizes, seed)
+    for part in PARTS: _check_enough(parts[part], part, want.get(part), domains, shares)
+    return parts
+
+# %% ../../nbs/data/27d_unify.ipynb #99f2381e
 def _typed_part(part, rows):
     "The rows of a part under its type, each with the part's name, in the order of their ids"
     named = [r | dict(part=part) for r in rows]
-    return kind_of(part)(sorted(named, key=lambda r: r['id']))
+    in_order = sorted(named, key=lambda r: r['id'])
+    return kind_of(part)(in_order)
 
 def _seen_steps(removed):
     "The steps of a report; that a base refused a row is only said where one did"
-    happened = {step for steps in removed.values() for step in steps}
-    return tuple(s for s in STEPS if s != 'refused by the base' or s in happened)
+    happened = set()
+    for by_step in removed.values(): happened |= set(by_step)
+    return tuple(step for step in STEPS if step != 'refused by the base' or step in happened)
 
 # %% ../../nbs/data/27d_unify.ipynb #ff2ae422
 def unify_records(
@@ -186,30 +211,26 @@ def unify_records(
     "Clean, split and count records of many sources"
     want = want or {}
     for part in want: one_of(part, PARTS, 'want')
-    given = [{k: v for k, v in r.items() if k != 'part'} for r in records]
-    given = sorted(given, key=lambda r: (r['id'], canonical(r)))
+    given = _in_one_order(records)
 
-    removed = defaultdict(dict)
+    removed = defaultdict(dict) # source → step → rows
     rows = _note_removed(removed, 'closed licence', given, _allowed(given, licenses))
     rows = _drop_leaks(rows, held, removed)
     rows, sizes = _drop_unfit(rows, tokenizer, max_length, removed)
     rows = _drop_repeats(rows, seed, threshold, removed)
+    parts = _deal_parts(rows, want, sizes, seed, shares)
+    kept = [r for part in PARTS for r in parts[part]]
+    _note_removed(removed, 'left over', rows, kept)
 
-    dealt = {part: [] for part in PARTS}
-    for r in rows: dealt[part_of(r, seed, shares)].append(r)
-    domains = {r['domain'] for r in rows}
-    parts = {}
-    for part in PARTS: parts[part] = _within_budget(dealt[part], part, want.get(part), sizes, seed)
-    for part in PARTS: _check_enough(parts[part], part, want.get(part), domains, shares)
-    _note_removed(removed, 'left over', rows, [r for kept in parts.values() for r in kept])
-
+    held_by_source = Counter(r['source'] for r in held)
     counts = dict(
         steps=_seen_steps(removed),
-        parts={part: _count_rows(kept, sizes) for part, kept in parts.items()},
+        parts={part: _count_rows(parts[part], sizes) for part in PARTS},
         sources=_count_sources(given, removed, parts),
-        held=dict(sorted(Counter(r['source'] for r in held).items())),
+        held=dict(sorted(held_by_source.items())),
         shared=_count_shared(parts))
-    return Unified(**{part: _typed_part(part, kept) for part, kept in parts.items()}), counts
+    typed = {part: _typed_part(part, parts[part]) for part in PARTS}
+    return Unified(**typed), counts
 
 # %% ../../nbs/data/27d_unify.ipynb #cell63
 def removed_rows(
@@ -253,8 +274,10 @@ STEP_COLORS = dict(zip(('kept', *STEPS), _COLORS))
 
 def _style_removed(ax, table):
     "Names, numbers and limits of the plot"
-    ax.set_yticks(range(len(table)), [f"{r['domain']}: {r['source']}" for r in table], fontsize=8)
-    for y, r in enumerate(table): ax.text(1.01, y, f"{r['kept']:,} of {r['given']:,}", va='center', fontsize=8)
+    names = [f"{r['domain']}: {r['source']}" for r in table]
+    ax.set_yticks(range(len(table)), names, fontsize=8)
+    for y, r in enumerate(table):
+        ax.text(1.01, y, f"{r['kept']:,} of {r['given']:,}", va='center', fontsize=8)
     ax.set(xlim=(0, 1), ylim=(len(table)-.4, -.6), xlabel='share of the rows given')
     ax.xaxis.set_major_formatter('{x:.0%}')
     ax.spines[['top', 'right', 'left']].set_visible(False)

@@ -36,9 +36,10 @@ def write_domains_yaml(
     entries = []
     for c, name in enumerate(domains.names):
         entry = dict(cluster=c, name=name, split=1, rows=sizes[c], line=lines[c])
-        entry['examples'] = [t[:100] for t in nearest[c]]
+        entry['examples'] = [text[:100] for text in nearest[c]]
         entries.append(entry)
-    text = _HEAD+yaml.safe_dump(dict(domains=entries), sort_keys=False, allow_unicode=True, width=120)
+    body = yaml.safe_dump(dict(domains=entries), sort_keys=False, allow_unicode=True, width=120)
+    text = _HEAD+body
     return write_bytes(path, text.encode('utf-8'))
 
 # %% ../../nbs/domains/36_edit.ipynb #cell124
@@ -95,15 +96,20 @@ def read_domains_yaml(
 # %% ../../nbs/domains/36_edit.ipynb #cell126
 def _make_domains(name, entries, x, old, seed): # rows of the domain (n,d) → names, centroids, labels (n,)
     "What one name of the file becomes: one domain, or the parts of a split"
-    split = entries[0]['split']
-    if split>1:
-        centroids, labels = kmeans(x, split, seed)
-        return [f'{name}-{i+1}' for i in range(split)], centroids, labels
+    first = entries[0]
+    if first['split']>1:
+        centroids, labels = kmeans(x, first['split'], seed)
+        return [f'{name}-{i+1}' for i in range(first['split'])], centroids, labels
     is_merged = len(entries)>1
-    centroid = x.mean(0, keepdims=True) if is_merged else old.centroids[entries[0]['cluster']][None]
-    return [name], centroid, np.zeros(len(x), int)
+    centroid = x.mean(0) if is_merged else old.centroids[first['cluster']]
+    return [name], centroid[None], np.zeros(len(x), int)
 
 # %% ../../nbs/domains/36_edit.ipynb #1f2c3297
+def _merged_line(entries):
+    "The lines of all entries of one name, as one"
+    lines = [e['line'] for e in entries if e['line']]
+    return '; '.join(lines)
+
 def edit_domains(
     path:str|Path, # the edited file
     domains:Domains, # what was discovered
@@ -122,13 +128,14 @@ def edit_domains(
     new_labels = np.zeros(len(x), int)
     for name in dict.fromkeys(e['name'] for e in plan):
         entries = [e for e in plan if e['name']==name]
-        rows = np.isin(labels, [e['cluster'] for e in entries])
+        clusters = [e['cluster'] for e in entries]
+        rows = np.isin(labels, clusters)
         if not rows.any(): raise HydraError(f"{path}: {name!r} has no rows; merge it with another")
-        made, c, l = _make_domains(name, entries, x[rows], domains, seed)
-        new_labels[rows] = len(names)+l
+        made, made_centroids, made_labels = _make_domains(name, entries, x[rows], domains, seed)
+        new_labels[rows] = len(names)+made_labels
         names += made
-        centroids.append(c)
-        lines += ['; '.join(e['line'] for e in entries if e['line'])]*len(made)
-        old_names = [domains.names[e['cluster']] for e in entries]
+        centroids.append(made_centroids)
+        lines += [_merged_line(entries)]*len(made)
+        old_names = [domains.names[c] for c in clusters]
         edits += [dict(was=old, became=made) for old in old_names if made!=[old]]
     return Domains(np.concatenate(centroids), names, domains.encoder, lines, edits or None), new_labels

@@ -49,14 +49,17 @@ _UNSPACED = re.compile(
 
 def _letter_pairs(run):
     "All pairs of neighbouring letters; a letter on its own counts as a pair"
-    return [run[i:i+2] for i in range(max(1, len(run)-1))]
+    n_pairs = max(1, len(run)-1)
+    return [run[i:i+2] for i in range(n_pairs)]
 
+# %% ../../nbs/domains/31_embed.ipynb #601421f6
 def _count_words(texts, **settings):
     "Counts of hashed words; where a script has no spaces, of pairs of letters"
     find_words = HashingVectorizer(stop_words='english', **settings).build_analyzer()
     def split(text):
         "The words of a text, as they are counted"
-        words = list(find_words(_UNSPACED.sub(' ', text)))
+        spaced = _UNSPACED.sub(' ', text)
+        words = list(find_words(spaced))
         for run in _UNSPACED.findall(text): words += _letter_pairs(run)
         return words
     settings.pop('token_pattern', None) # only `find_words` uses it
@@ -123,19 +126,29 @@ def encoder_dir(
                      "give one of these")
 
 # %% ../../nbs/domains/31_embed.ipynb #85a9f6f1
+def _encoder_files(folder):
+    "All files of a folder that can decide what its encoder computes, sorted: no Markdown, nothing hidden"
+    files = []
+    for at, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            file = os.path.join(at, name)
+            is_hidden = '/.' in file[len(folder):]
+            if not file.endswith('.md') and not is_hidden: files.append(file)
+    return sorted(files)
+
 def encoder_files_id(
     folder:str|Path # of an encoder
 )->str: # 64 hex digits
     "The hash of all files in a folder that can decide what its encoder computes"
     folder = str(folder)
-    files = []
-    for at, _, names in os.walk(folder, followlinks=True):
-        found = [os.path.join(at, name) for name in names]
-        files += [f for f in found if not f.endswith('.md') and '/.' not in f[len(folder):]]
-    files.sort()
+    files = _encoder_files(folder)
     def hash_files():
         "One hash of all their places and contents"
-        return digest([[Path(f).relative_to(folder).as_posix(), file_sha256(f)] for f in files])
+        described = []
+        for file in files:
+            place = Path(file).relative_to(folder).as_posix()
+            described.append([place, file_sha256(file)])
+        return digest(described)
     return remember_hash('encoders', files, hash_files, folder)
 
 # %% ../../nbs/domains/31_embed.ipynb #33847026

@@ -27,7 +27,7 @@ _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 def _is_off(x): return x is None or x is False or x==[] or x=={}
-def _is(*types): return lambda x: type(x) in types
+def _has_type(*types): return lambda x: type(x) in types
 def _equals(value): return lambda x: x==value
 def _is_rank(x): return type(x) is int and x>0
 def _is_alpha(x): return type(x) in (int, float) and _SMALLEST<=x<=_LARGEST
@@ -57,8 +57,8 @@ def _block_expressions(within):
     return [rf'(?:^|.*?\.){name}\.(?P<idx>\d+)\.' for name in names]
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #aed96c00
-def _is_targets(x): return x and (_is_name_list(x) or _is_expression(x))
 def _is_exclusion(x): return _is_name_list(x) or _is_expression(x)
+def _is_targets(x): return bool(x) and _is_exclusion(x)
 
 def _is_blocks(x):
     "The number of a block, or a list of numbers?"
@@ -105,7 +105,7 @@ ADAPTER_FIELDS = { # of adapter_config.json → (does a value pass?, what is wro
     'task_type':           (_equals('CAUSAL_LM'), "experts are for causal language models, CAUSAL_LM"),
     'r':                   (_is_rank, "a rank is a whole number, 1 or more"),
     'lora_alpha':          (_is_alpha, f"alpha is a {_ALPHA}"),
-    'use_rslora':          (_is(bool), "say true or false"),
+    'use_rslora':          (_has_type(bool), "say true or false"),
     'rank_pattern':        (_is_pattern(_is_rank), f"{_PATTERNS} whole number, 1 or more"),
     'alpha_pattern':       (_is_pattern(_is_alpha), f"{_PATTERNS} {_ALPHA}"),
     'target_modules':      (_is_targets, _TARGETS),
@@ -121,18 +121,25 @@ ADAPTER_FIELDS = { # of adapter_config.json → (does a value pass?, what is wro
 _MUST_BE_OFF = ('use_dora', 'use_qalora', 'lora_bias', 'modules_to_save', 'target_parameters',
                 'trainable_token_indices', 'layer_replication', 'megatron_config', 'alora_invocation_tokens')
 _MUST_BE_NULL = 'use_bdlora', 'arrow_config', 'kasa_config', 'velora_config', 'monteclora_config'
-_SAYS_NOTHING = { # what to give → types, and fields
-    "the base is a name": ([str], ['base_model_name_or_path']),
-    "dropout is a number": ([int, float], ['lora_dropout']),
-    "say true or false": ([bool], ['inference_mode', 'ensure_weight_tying']),
-    "give a string": ([str], ['revision', 'peft_version', 'megatron_core']),
-    "give an object": ([dict], ['auto_mapping', 'runtime_config', 'loftq_config', 'eva_config',
-                                'corda_config', 'lora_ga_config']),
-    "give a whole number": ([int], ['qalora_group_size']),
+_ONLY_TYPED = { # field → its types, what to give
+    'base_model_name_or_path': ([str], "the base is a name"),
+    'lora_dropout':            ([int, float], "dropout is a number"),
+    'inference_mode':          ([bool], "say true or false"),
+    'ensure_weight_tying':     ([bool], "say true or false"),
+    'revision':                ([str], "give a string"),
+    'peft_version':            ([str], "give a string"),
+    'megatron_core':           ([str], "give a string"),
+    'auto_mapping':            ([dict], "give an object"),
+    'runtime_config':          ([dict], "give an object"),
+    'loftq_config':            ([dict], "give an object"),
+    'eva_config':              ([dict], "give an object"),
+    'corda_config':            ([dict], "give an object"),
+    'lora_ga_config':          ([dict], "give an object"),
+    'qalora_group_size':       ([int], "give a whole number"),
 }
 ADAPTER_FIELDS |= {field: (_is_off, _NOT_PLAIN) for field in _MUST_BE_OFF}
-ADAPTER_FIELDS |= {field: (_is(type(None)), _NOT_PLAIN) for field in _MUST_BE_NULL}
-ADAPTER_FIELDS |= {field: (_is(*types), what) for what, (types, fields) in _SAYS_NOTHING.items() for field in fields}
+ADAPTER_FIELDS |= {field: (_has_type(type(None)), _NOT_PLAIN) for field in _MUST_BE_NULL}
+ADAPTER_FIELDS |= {field: (_has_type(*types), what) for field, (types, what) in _ONLY_TYPED.items()}
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #1831d04e
 _UNKNOWN = ("a field that this hydramoe does not know, so it cannot tell what the tensors mean; "
@@ -200,21 +207,27 @@ def _is_named(names, layer):
     if not names: return False
     return any(layer==name or layer.endswith('.'+name) for name in names)
 
+def _is_in_blocks(config, layer):
+    "Is a layer in one of the blocks that `layers_to_transform` numbers?"
+    blocks = config['layers_to_transform']
+    if isinstance(blocks, int): blocks = [blocks]
+    for expression in _block_expressions(config.get('layers_pattern')):
+        found = re.match(expression, layer)
+        if found: return int(found['idx']) in blocks
+    return False
+
+# %% ../../nbs/experts/45_adapter_files.ipynb #inblocks3
 def is_adapted(
     config:dict, # from `adapter_config`
     layer:str # path of a linear layer of the base
 )->bool: # as PEFT reads it
     "Does a configuration adapt this layer?"
-    targets, blocks = config['target_modules'], config.get('layers_to_transform')
+    targets = config['target_modules']
     if _is_named(config.get('exclude_modules'), layer): return False
     if isinstance(targets, str) and targets.lower()=='all-linear': return True
     if not _is_named(targets, layer): return False
-    if isinstance(targets, str) or blocks in (None, []): return True
-    matches = [re.match(e, layer) for e in _block_expressions(config.get('layers_pattern'))]
-    block = next((m['idx'] for m in matches if m), None)
-    if not block: return False
-    if isinstance(blocks, int): blocks = [blocks]
-    return int(block) in blocks
+    takes_all_blocks = isinstance(targets, str) or config.get('layers_to_transform') in (None, [])
+    return takes_all_blocks or _is_in_blocks(config, layer)
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #743407f3
 def layer_rank_scale(
@@ -259,7 +272,8 @@ def adapter_shapes(
     dir:str|Path # a PEFT adapter
 )->dict[str,tuple]: # tensor → its shape
     "What an adapter's file holds by its header, all of types that experts are made of"
-    path, shapes = tensors_path(dir), {}
+    path = tensors_path(dir)
+    shapes = {}
     with refuse_damaged(path), safe_open(path, 'pt') as f:
         for key in sorted(f.keys()):
             header = f.get_slice(key)
@@ -305,18 +319,23 @@ def _why_stray_key(key):
         if re.search(part, key): return why
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #fc6458f0
+def _module_at(end, kinds):
+    "The module of the base with this path, or with this end of a path if a block's number is in it; else None"
+    has_number = any(part.isdigit() for part in end.split('.')[:-1])
+    for name in kinds:
+        if name==end or has_number and name.endswith('.'+end): return name
+
 def _why_other_name(layer, kinds):
     "A layer under another name, or of another base"
     parts = layer.split('.')
     for i in range(len(parts)):
-        rest = '.'.join(parts[i:])
-        numbered = any(p.isdigit() for p in parts[i:-1])
-        full = next((n for n in kinds if n==rest or numbered and n.endswith('.'+rest)), None)
-        if full:
-            got = layer.removesuffix(rest)
-            want = 'base_model.model.'+full.removesuffix(rest)
-            return (f"its keys begin with {got!r} where PEFT's save_pretrained writes {want!r}: "
-                    "save it with that, or rename them")
+        end = '.'.join(parts[i:])
+        name = _module_at(end, kinds)
+        if not name: continue
+        got = layer.removesuffix(end)
+        want = 'base_model.model.'+name.removesuffix(end)
+        return (f"its keys begin with {got!r} where PEFT's save_pretrained writes {want!r}: "
+                "save it with that, or rename them")
     return f"this base has no {layer.removeprefix('base_model.model.')}, so it was trained on another one that has"
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #466ab18c
@@ -381,22 +400,32 @@ def _check_shape(path, key, got, want, layer, rank):
     raise HydraError(f"{path}: {key} has shape {got}, this base and rank need {want}: {why}")
 
 # %% ../../nbs/experts/45_adapter_files.ipynb #bdd7b607
+def _expected_tensors(own, layers):
+    "The tensors that an adapter of these layers must have: key → layer, shape"
+    expected = {}
+    for name, (rank, _) in own.items():
+        key_a, key_b = tensor_keys(name)
+        n_in, n_out = layers[name]
+        expected[key_a] = name, (rank, n_in)
+        expected[key_b] = name, (n_out, rank)
+    return expected
+
+# %% ../../nbs/experts/45_adapter_files.ipynb #expected3
 def match_adapter(
     dir:Path, # a PEFT adapter
     layers:dict[str,tuple], # of a stack, or of a base → numbers it reads, numbers it gives
     kinds:dict[str,str] # of the base: each module's path → 'linear', 'head', or the name of its class
 )->dict[str,tuple]: # layer that the adapter adapts → rank, scale
     "Compare configuration, tensors and base, without reading a number"
-    path, config, shapes = Path(dir)/'adapter_model.safetensors', adapter_config(dir), adapter_shapes(dir)
+    path = Path(dir)/'adapter_model.safetensors'
+    config = adapter_config(dir)
+    shapes = adapter_shapes(dir)
     own = {name: layer_rank_scale(config, name) for name in layers if is_adapted(config, name)}
-    want = {}
-    for name, (r, _) in own.items():
-        key_a, key_b = tensor_keys(name)
-        n_in, n_out = layers[name]
-        want[key_a] = name, (r, n_in)
-        want[key_b] = name, (n_out, r)
+    expected = _expected_tensors(own, layers)
     possible = {key for name in layers for key in tensor_keys(name)}
     _check_strays(path, [key for key in shapes if key not in possible], kinds)
-    _check_present(path, want, shapes, len(own))
-    for key, (name, shape) in want.items(): _check_shape(path, key, shapes[key], shape, name, own[name][0])
+    _check_present(path, expected, shapes, len(own))
+    for key, (name, shape) in expected.items():
+        rank, _ = own[name]
+        _check_shape(path, key, shapes[key], shape, name, rank)
     return own

@@ -104,7 +104,8 @@ def _copy_checked(path, key, tensor, scale, view):
 # %% ../../nbs/experts/46_adapters.ipynb #83f1c124
 def _fill_row(stack, path, tensors, own, scale):
     "One expert's trunk and row of `theta`, from the tensors of an adapter"
-    n, rank = stack.n_trunk_layers, stack.spec.rank
+    n = stack.n_trunk_layers
+    rank = stack.spec.rank
     trunk = torch.zeros(stack.trunk.shape)
     row = torch.zeros(1, stack.theta.shape[1])
     views = [*layer_views(trunk, stack.layers[:n], rank), *layer_views(row, stack.layers[n:], rank)]
@@ -116,23 +117,30 @@ def _fill_row(stack, path, tensors, own, scale):
         _copy_checked(path, key_b, tensors[key_b], layer_scale, B[0,:,:r])
         if layer_scale!=scale: B.mul_(layer_scale/scale)
         why = unfit(B, scale)
-        if why: raise HydraError(f"{path}: {key_b} {why}: the scale of this layer, {layer_scale:g}, "
-                                 "is too far from that of the others")
+        if not why: continue
+        raise HydraError(f"{path}: {key_b} {why}: the scale of this layer, {layer_scale:g}, "
+                         "is too far from that of the others")
     return trunk[0].to(stack.theta.device), row[0]
 
 # %% ../../nbs/experts/46_adapters.ipynb #038ae294
+def _trunk_differences(stack, trunk, scale):
+    "In what a trunk differs from that of a forked stack: names of layers, or 'scale'"
+    different = []
+    for s in stack.layers[:stack.n_trunk_layers]:
+        part = slice(s.a_start, s.b_start+stack.spec.rank*s.n_out) # from its A to the end of its B
+        if not torch.equal(trunk[part], stack.trunk[0][part]): different.append(s.name)
+    if scale!=stack.trunk_scale.item(): different.append('scale')
+    return different
+
 def _share_trunk(stack, path, trunk, rank, scale):
     "The first adapter of a forked stack brings the trunk; the others must have the same"
     if not stack.n_trunk_layers: return
     if not stack.has_trunk:
         stack.trunk[0] = trunk
         stack.trunk_scale[0] = scale
-        stack.trunk_rank, stack.has_trunk = rank, True
-    different = []
-    for s in stack.layers[:stack.n_trunk_layers]:
-        part = slice(s.a_start, s.b_start+stack.spec.rank*s.n_out) # from its A to the end of its B
-        if not torch.equal(trunk[part], stack.trunk[0][part]): different.append(s.name)
-    if scale!=stack.trunk_scale.item(): different.append('scale')
+        stack.trunk_rank = rank
+        stack.has_trunk = True
+    different = _trunk_differences(stack, trunk, scale)
     if different:
         raise HydraError(f"{path} is of another seed expert: it differs from the trunk in {different[0]}; "
                          f"below the fork (block {stack.fork}) all experts of a stack are one")

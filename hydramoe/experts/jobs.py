@@ -186,7 +186,7 @@ def run_jobs(
 
 # %% ../../nbs/experts/49_jobs.ipynb #cell55
 def shard(
-    model, # `hydramoe.experts.stack.GatedCausalLM`
+    model, # `hydramoe.experts.model.GatedCausalLM`
     mesh=None # a one-dimensional `DeviceMesh`; None: all processes
 ): # the model, each of its blocks in slices; `fit` finds the mesh on it
     "Spread the base's blocks over processes, the experts stay whole"

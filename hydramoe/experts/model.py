@@ -91,7 +91,10 @@ def _replace(model, path, new):
 # %% ../../nbs/experts/42_model.ipynb #4a1fa321
 class GatedCausalLM(PreTrainedModel, GenerationMixin):
     "A base and the stack of its experts; `forward` and `generate` take `gates=`"
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     supports_gradient_checkpointing = True
     main_input_name = 'input_ids'
     keep = ContextVar('hydramoe_keep', default=None) # the generation under way in this thread: its gates and their plan
@@ -104,17 +107,26 @@ class GatedCausalLM(PreTrainedModel, GenerationMixin):
         self.base = base
         self.stack = stack
         self.generation_config = base.generation_config
-        self.supports_packing = False # may rows of several experts be packed into one, see `packed_attention` in 43_packing
+        self.supports_packing = False # may rows of several experts be packed into one? see 43_packing
         for i, layer in enumerate(stack.layers):
             _replace(base, layer.name, GatedLinear(base.get_submodule(layer.name), stack, i))
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, gates=None, logits_to_keep=None, **kwargs):
-        "As the base's forward; `gates` (B,E), (B,1,E), (B,T,E) or a gate, None for the base or the bound plan"
+    def forward(self,
+        input_ids=None, # (B,T)
+        attention_mask=None, # (B,T), 1 where a token is
+        position_ids=None, # (B,T), where a token is in its text
+        past_key_values=None, # the cache
+        gates=None, # (B,E), (B,1,E), (B,T,E) or a gate; None: the base, or the bound plan
+        logits_to_keep=None, # for how many of the last tokens logits are made; None: as the base does
+        **kwargs # what else the base's forward takes
+    ):
+        "As the base's forward, with the experts that `gates` asks for"
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = kwargs['inputs_embeds'] if input_ids is None else input_ids
-        if logits_to_keep is not None: kwargs['logits_to_keep'] = logits_to_keep
-        kwargs.update(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
-        with using(self.plan_for(gates, past, inputs.shape[1])): return self.base(**kwargs)
+        plan = self.plan_for(gates, past, inputs.shape[1])
+        given = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        if logits_to_keep is not None: given['logits_to_keep'] = logits_to_keep
+        with using(plan): return self.base(past_key_values=past_key_values, **given, **kwargs)
 
     def detach(self):
         "Give the base back as it was"
@@ -153,7 +165,7 @@ def generate(self:GatedCausalLM, *args, gates=None, **kw):
 def _kept_plan(self:GatedCausalLM, gates):
     "The plan of the generation under way, made when its gates are first seen"
     kept = self.keep.get()
-    if kept.get('gates') is not gates: # the same tensor all through a generation
+    if kept.get('gates') is not gates: # one and the same tensor all through a generation
         kept['gates'] = gates
         kept['plan'] = make_plan(gates, self.stack).keep()
     return kept['plan']
@@ -244,13 +256,18 @@ def logits(
     return torch.tanh(y/cap)*cap if cap else y
 
 # %% ../../nbs/experts/42_model.ipynb #cell99
+def _checkpointing_switch(base, on):
+    "The method that turns checkpointing on or off; versions of transformers call it differently"
+    word = 'enable' if on else 'disable'
+    newer = getattr(base, f'activation_checkpointing_{word}', None)
+    return newer or getattr(base, f'gradient_checkpointing_{word}')
+
 @patch
 def checkpointing(self:GatedCausalLM,
     on:bool=True # off: keep all activations
 )->GatedCausalLM: # self
     "Recompute each block in `backward` instead of keeping its activations"
-    word = 'enable' if on else 'disable'
-    switch = getattr(self.base, f'activation_checkpointing_{word}', None) or getattr(self.base, f'gradient_checkpointing_{word}')
+    switch = _checkpointing_switch(self.base, on)
     options = list(inspect.signature(switch).parameters) # their name differs between versions of transformers
     if on: switch(**{options[0]: {'use_reentrant': False}})
     else: switch()

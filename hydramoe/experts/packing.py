@@ -67,7 +67,8 @@ def keeps_rows_apart(
         try:
             one = hidden(model, ids, lengths=[5,3])[:,5:]
             other = hidden(model, other_ids, lengths=[5,3])[:,5:]
-        except (TypeError, AttributeError): return False # doesn't know `packed_lengths`, or has no function of that name
+        except (TypeError, AttributeError):
+            return False # the base doesn't take `packed_lengths`, or has no `eager_attention_forward`
     if _distance(one, other)>=1e-3: return False
     return bool(_distance(one, alone)<.2) # loose, because in bf16 another shape makes a difference by itself
 

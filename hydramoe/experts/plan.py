@@ -84,13 +84,13 @@ class FactorPlan(Plan):
     rows = None # B of the inputs it's for; None: any
     tokens = 1 # T of the inputs it's for; 1: any
     alpha = 1 # number that the second product is multiplied with
-    one_expert_a_row = False # then its experts can be trained, see below
-    has_equal_runs = True # then factors can be looked up, see below
+    one_expert_a_row = False # if so, its experts can be trained, see `trains`
+    has_equal_runs = True # if so, its factors can be looked up, see `add`
     def __init__(self, stack):
         super().__init__(stack)
         self.made = None # the GroupProduct that was made last
         self.kept = None # (group, dtype) -> Factors, kept for a whole generation; None keeps nothing
-        self.lookups = None # while factors are kept: what each layer needs in a decode step, see below
+        self.lookups = None # while factors are kept: a `Lookup` for each layer
 
     def gather(self,
         g:int, # number of the group
@@ -110,7 +110,9 @@ class FactorPlan(Plan):
         "A layer's part of its group's product with A; `product(x, g)` makes it if it's not made"
         layer = self.stack.layers[i]
         made = self.made
-        if not _serves(made, x, layer.group): made = GroupProduct(x, layer.group, product(x, layer.group))
+        if not _serves(made, x, layer.group):
+            parts = product(x, layer.group)
+            made = GroupProduct(x, layer.group, parts)
         is_last = i==self.stack.groups[layer.group].layers[-1]
         self.made = None if is_last else made
         return made.parts[layer.index]
@@ -274,7 +276,7 @@ class Runs:
     index:Tensor # (S,k) the experts of each of S runs
     weight:Tensor # (S,1,k) gate times scale
     rows:int # B, rows of the input
-    ends:Tensor|None = None # (S,) the row at which each run ends, of a packed input the token; None: all are equally long
+    ends:Tensor|None = None # (S,) the row at which each run ends, or the token if packed; None: all are equally long
     cuts:list|None = None # to compute run by run: the tokens at which a run begins, but for the first
     packed:bool = False # are all rows packed into one, see 43_packing?
 
@@ -361,9 +363,22 @@ def grouped_pays(
     sizes = [stack.spec.rank]
     for s in stack.layers: sizes += [s.n_in, s.n_out]
     if any(n%8 for n in sizes): return False # it wants rows of 16 bytes
-    return stack.compute==torch.bfloat16 if stack.theta.is_cuda else stack.is_trainable
+    if stack.theta.is_cuda: return stack.compute==torch.bfloat16
+    return stack.is_trainable
 
 # %% ../../nbs/experts/41_plan.ipynb #d33e11ab
+def _experts_of_rows(g, k):
+    "The experts (S,k) that each row of gates (S,E) uses, and their weights; a row with fewer than k fills up"
+    in_use = (g!=0).float()
+    found = in_use.topk(k).indices.sort().values # in a row with fewer than k experts, some that it doesn't use
+    weight = g.gather(1, found) # zero for those
+    is_own = in_use.gather(1, found)>0
+    used_by_any = in_use.amax(0)
+    preference = 2*in_use+used_by_any # the row's own experts before those of other rows, and these before the rest
+    filler = preference.argmax(1, keepdim=True) # the first of its own; if it has none, of another row
+    return torch.where(is_own, found, filler), weight
+
+# %% ../../nbs/experts/41_plan.ipynb #runs3
 def _find_runs(g, lengths, k, stack):
     "Runs from gates (S,E), the lengths (S,) of the runs, and how many experts a row uses at most"
     rows = int(lengths.sum())
@@ -371,12 +386,9 @@ def _find_runs(g, lengths, k, stack):
     if (lengths!=lengths[0]).any():
         if k==1 and grouped_pays(stack): ends = lengths.cumsum(0).to(torch.int32)
         else: g = g.repeat_interleave(lengths, 0)
-    on = (g!=0).float()
-    chosen = on.topk(k).indices.sort().values # for a row with fewer than k experts also some that it doesn't use
-    weight = g.gather(1, chosen) # zero for those
-    own = (2*on+on.amax(0)).argmax(1, keepdim=True) # a row's first expert; if it has none, one that another row uses
-    index = torch.where(on.gather(1, chosen)>0, chosen, own)
-    return Runs(index, (weight*stack.scale[index])[:,None], rows, ends)
+    index, weight = _experts_of_rows(g, k)
+    scaled = weight*stack.scale[index]
+    return Runs(index, scaled[:,None], rows, ends)
 
 # %% ../../nbs/experts/41_plan.ipynb #8a6a738c
 class Lookup(NamedTuple):
@@ -393,9 +405,22 @@ class Lookup(NamedTuple):
 @patch
 def keep(self:FactorPlan)->FactorPlan: # self
     "Gather each group's factors once and keep them: for plans that outlive a forward"
+    self.made = None
     self.kept = {}
     self.lookups = [None]*len(self.stack.layers)
     return self
+
+# %% ../../nbs/experts/41_plan.ipynb #look2
+@patch
+def _lookup_table(self:FactorPlan, dtype):
+    "Where the lookups of all layers are kept: with the plan"
+    return self.lookups
+
+@patch
+def _lookup_table(self:OnePlan, dtype):
+    "With the views of the expert, if these are what is computed with"
+    if dtype!=self.stack.theta.dtype: return self.lookups
+    return _views_of(self.stack, self.slot).lookups
 
 @patch
 def look_up(self:FactorPlan, i, dtype):
@@ -403,11 +428,10 @@ def look_up(self:FactorPlan, i, dtype):
     layer = self.stack.layers[i]
     members = self.stack.groups[layer.group].layers
     A, Bs, weight = self.factors(layer.group, dtype)
-    B = Bs[layer.index]
-    if isinstance(self, OnePlan) and dtype==self.stack.theta.dtype:
-        self.lookups = _views_of(self.stack, self.slot).lookups
-    self.lookups[i] = Lookup(A, B, weight, layer.group, layer.index, len(members), i==members[-1])
-    return self.lookups[i]
+    found = Lookup(A, Bs[layer.index], weight, layer.group, layer.index, len(members), i==members[-1])
+    self.lookups = self._lookup_table(dtype)
+    self.lookups[i] = found
+    return found
 
 # %% ../../nbs/experts/41_plan.ipynb #99433612
 def _multiply(x, A):
@@ -557,7 +581,7 @@ def trained_inner(self:FactorPlan, x, g):
 def add_for_training(self:FactorPlan, y, x, i):
     "Two products whose gradient goes into `stack.grad`"
     z = self.shared(x, i, self.trained_inner)
-    if y._is_view(): y = y.clone()
+    if y._is_view(): y = y.clone() # autograd refuses to write into some views, those of a split for example
     _, leaf = self.stack.leaves[i]
     return TrainedOuter.apply(y, z, self.stack, self.runs, i, leaf)
 
@@ -713,6 +737,11 @@ def _one_plan(g, stack, e):
     return OnePlan(stack, e, (first*stack.scale[e]).item())
 
 # %% ../../nbs/experts/41_plan.ipynb #fefdb0d0
+def _rows_pay(n_runs, k, n_used):
+    "Are k experts for each run less to compute than all experts in use for every row?"
+    if k==1: return True
+    return n_runs*k<=2*n_used and k<n_used
+
 def _choose_plan(g, stack, kind):
     "The plan for gates (B,T or 1,E)"
     if g.requires_grad: return _dense_plan(g, stack, torch.arange(stack.slots, device=g.device))
@@ -722,13 +751,12 @@ def _choose_plan(g, stack, kind):
     if kind is None and len(used)==1:
         one = _one_plan(g, stack, used.item())
         if one is not None: return one
-    if kind=='dense' or g.shape[1]>1: return _dense_plan(g, stack, used)
+    differs_by_token = g.shape[1]>1
+    if kind=='dense' or differs_by_token: return _dense_plan(g, stack, used)
     runs, lengths = torch.unique_consecutive(g[:,0], dim=0, return_counts=True)
     k = on.sum(-1).max().item() # experts that a row uses, at most
-    few_of_many = len(runs)*k<=2*len(used) and k<len(used)
-    if kind=='rows' or k==1 or few_of_many:
-        return RowsPlan(stack, _find_runs(runs, lengths, k, stack))
-    return _dense_plan(g, stack, used)
+    if kind!='rows' and not _rows_pay(len(runs), k, len(used)): return _dense_plan(g, stack, used)
+    return RowsPlan(stack, _find_runs(runs, lengths, k, stack))
 
 # %% ../../nbs/experts/41_plan.ipynb #d2636706
 def make_plan(

@@ -36,7 +36,9 @@ class ExpertPool:
         folders:dict[str,Path], # expert's name → its PEFT adapter
         ram:int=2**30 # bytes of experts kept in RAM beside the stack
     ):
-        self.stack, self.folders, self.budget = stack, dict(folders), ram
+        self.stack = stack
+        self.folders = dict(folders)
+        self.budget = ram
         self.ram = OrderedDict() # name → row, scale, rank
         self.placed = OrderedDict() # name → slot
         self.held = Counter() # name → requests that use it

@@ -20,6 +20,17 @@ from ..foundations.files import read_json, write_json
 from .model import hidden, logits
 from .trunk import run_above
 
+# %% ../../nbs/experts/47_score.ipynb #cuts1
+def _cut_at(order, last_begin):
+    "The batches of all rows, if the last batch of the first i rows begins at `last_begin[i]`"
+    end = len(order)
+    batches = []
+    while end:
+        begin = last_begin[end]
+        batches.append(order[begin:end])
+        end = begin
+    return batches[::-1]
+
 # %% ../../nbs/experts/47_score.ipynb #cell8
 def micro_batches(
     lengths:list[int], # tokens of each row
@@ -28,26 +39,18 @@ def micro_batches(
 )->list[list[int]]: # row numbers: within a batch and from batch to batch longest first
     "Cut rows, sorted by length, into rectangles at the least cost in padding and passes"
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    best = [0]
-    cut = [0]
-    for i in range(1, len(order)+1):
-        costs = {}
-        for j in range(i-1, -1, -1): # the last batch holds the rows j to i-1 of the order
-            area = (i-j)*lengths[order[j]]
-            if area>max_tokens and j<i-1: break
-            costs[j] = best[j]+area+overhead
-        cut.append(min(costs, key=lambda j: (costs[j], j)))
-        best.append(costs[cut[-1]])
-    return _cut_at(order, cut)
-
-def _cut_at(order, cut):
-    "The batches, found from the last to the first"
-    end = len(order)
-    batches = []
-    while end:
-        batches.append(order[cut[end]:end])
-        end = cut[end]
-    return batches[::-1]
+    least_cost = [0] # of the first i rows of the order
+    last_begin = [0] # where the last of their batches begins
+    for end in range(1, len(order)+1):
+        costs = {} # of the first `end` rows, if their last batch begins here
+        for begin in range(end-1, -1, -1):
+            area = (end-begin)*lengths[order[begin]]
+            if area>max_tokens and begin<end-1: break
+            costs[begin] = least_cost[begin]+area+overhead
+        cheapest = min(costs, key=lambda begin: (costs[begin], begin))
+        least_cost.append(costs[cheapest])
+        last_begin.append(cheapest)
+    return _cut_at(order, last_begin)
 
 # %% ../../nbs/experts/47_score.ipynb #2b45bc8a
 def _check_response(x):
@@ -61,7 +64,7 @@ def collate(
     examples:list, # of `hydramoe.models.encode.Example`
     device='cpu', # where the tensors go
     packed:bool=False # one row behind the other, see 43_packing
-)->tuple[Tensor,Tensor,Tensor]: # ids (B,T), padded right with 0, or (1,T) · flat positions that predict a label (L,) · labels
+)->tuple[Tensor,Tensor,Tensor]: # ids (B,T), padded right with 0, or (1,T) · flat positions (L,) that predict a label · labels
     "Rows as one rectangle, or packed, with where the response tokens are predicted"
     for x in examples: _check_response(x)
     rows = [torch.tensor(x.ids) for x in examples]
@@ -276,7 +279,8 @@ def recovered(
 )->float: # 0: no better than uniform, 1: as good as hindsight
     "Share of the way from uniform to hindsight that a router covers"
     if not hindsight<uniform:
-        raise HydraError(f"hindsight ({hindsight:.4g}) is no better than uniform ({uniform:.4g}): there is nothing to recover")
+        raise HydraError(f"hindsight ({hindsight:.4g}) is no better than uniform ({uniform:.4g}): "
+                         "there is nothing to recover")
     return (uniform-router)/(uniform-hindsight)
 
 # %% ../../nbs/experts/47_score.ipynb #cell37
@@ -330,12 +334,12 @@ def paired_bootstrap(
     "Difference of macro perplexity, a against b, with an interval by record within domain (training noise left out)"
     tokens = np.ones(len(domains)) if tokens is None else np.asarray(tokens)
     both = np.stack([a, b])
-    macro_a, macro_b = (domain_nll(x, tokens, domains)['macro'] for x in both)
+    macro_a = domain_nll(both[0], tokens, domains)['macro']
+    macro_b = domain_nll(both[1], tokens, domains)['macro']
     draws_a, draws_b = log_macro_draws(both, tokens, domains, draws, seed)
     ends = [(1-level)/2, (1+level)/2]
     low, high = np.quantile(draws_a-draws_b, ends)
-    found = macro_a-macro_b, low, high
-    return tuple(float(100*np.expm1(x)) for x in found)
+    return tuple(float(100*np.expm1(difference)) for difference in (macro_a-macro_b, low, high))
 
 # %% ../../nbs/experts/47_score.ipynb #cell47
 def _domain_scores(sums, tokens, domains, draws, seed):

@@ -16,7 +16,8 @@ from torch import nn, Tensor
 from ..foundations.core import HydraError, derive_seed, number
 from ..models.base import target_layers
 
-warnings.filterwarnings('ignore', message='grad and param do not obey the gradient layout') # rows of one buffer: meant so
+# gradients are rows of one buffer, on purpose
+warnings.filterwarnings('ignore', message='grad and param do not obey the gradient layout')
 
 # %% ../../nbs/experts/40_stack.ipynb #cell11
 @dataclass
@@ -25,13 +26,14 @@ class LoraSpec:
     rank:int=8 # r, the inner size; an expert of smaller rank is padded with zeros
     alpha:float=16 # an expert's scale s is alpha/rank
     targets:str='all-linear' # which layers are adapted, see `target_layers`
-    fork:float=0. # the block at which experts part, or below 1 a share of the depth; the blocks before it have the seed expert's factors only
+    fork:float=0. # block at which experts part, or below 1 a share of the depth; all share the seed expert before it
     def __post_init__(self):
         number(self.rank, 'rank', whole=True, least=1)
         number(self.alpha, 'alpha', above=0)
         number(self.fork, 'fork', least=0)
         if self.fork>=1 and self.fork!=int(self.fork):
-            raise HydraError(f"fork={self.fork}: give a block's number (12), or a share of the depth (0.5); 0 gives experts all blocks")
+            raise HydraError(f"fork={self.fork}: give a block's number (12), or a share of the depth (0.5); "
+                             "0 gives experts all blocks")
 
 # %% ../../nbs/experts/40_stack.ipynb #cell13
 _FAMILIES = ( # layers that read one input, as models call them
@@ -69,21 +71,22 @@ class LayerGroup(NamedTuple):
 # %% ../../nbs/experts/40_stack.ipynb #266e18bb
 def _lay_out(layers, rank):
     "The slices of layers, their groups, and how long a row is"
-    names = list(layers)
-    slices = {}
+    sizes = [(name, module.in_features, module.out_features) for name, module in layers.items()]
+    slices = [None]*len(sizes)
     groups = []
     start = 0
     for members in _group_layers(layers):
-        n_in = layers[names[members[0]]].in_features
-        b_start = start+rank*n_in*len(members)
+        a_size = rank*sizes[members[0]][1] # numbers of one A; all of a group have the same size
+        a_start = start
+        b_start = start+a_size*len(members)
         for index, i in enumerate(members):
-            n_out = layers[names[i]].out_features
-            a_start = start+index*rank*n_in
-            slices[i] = LayerSlice(names[i], n_in, n_out, len(groups), index, a_start, b_start)
+            name, n_in, n_out = sizes[i]
+            slices[i] = LayerSlice(name, n_in, n_out, len(groups), index, a_start, b_start)
+            a_start += a_size
             b_start += rank*n_out
         groups.append(LayerGroup(members, n_in, start))
         start = b_start
-    return [slices[i] for i in range(len(slices))], groups, start
+    return slices, groups, start
 
 # %% ../../nbs/experts/40_stack.ipynb #85b0e26d
 def layer_views(
@@ -110,17 +113,18 @@ def _group_views(flat, groups, rank):
     return views
 
 # %% ../../nbs/experts/40_stack.ipynb #cell20
-def _block_number(name):
-    "The block a layer is in, -1 if in none"
+def _is_below(name, block):
+    "Is a layer below a block? One that is in no block counts as below"
     numbers = [int(part) for part in name.split('.') if part.isdigit()]
-    return numbers[0] if numbers else -1
+    return not numbers or numbers[0]<block
 
+# %% ../../nbs/experts/40_stack.ipynb #below3
 def _split_at_fork(layers, fork, depth):
     "The block at which a stack forks · the layers below · the layers above"
     block = round(fork*depth) if fork<1 else int(fork)
     if block>=depth: raise HydraError(f"fork={fork}: a model of {depth} blocks can fork at 0 to {depth-1}")
     if not block: return 0, {}, layers
-    below = {n: m for n, m in layers.items() if _block_number(n)<block}
+    below = {n: m for n, m in layers.items() if _is_below(n, block)}
     above = {n: m for n, m in layers.items() if n not in below}
     return block, below, above
 

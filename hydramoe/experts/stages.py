@@ -27,28 +27,20 @@ from .model import gated
 from .trunk import run_trunk
 from .adapters import find_adapters, with_adapters
 from .adapter_files import unfit
-from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity, record_sums, save_losses
+from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity
+from .score import record_sums, save_losses
 from .train import EarlyStopSpec, TrainSpec, disk_errors, fit, mesh_place, tensor_bytes, using_threads
 from .jobs import in_processes, shard
 
 # %% ../../nbs/experts/50_stages.ipynb #cell64
-def sort_rows(
-    records:list[dict], # with id and domain
-    groups:dict[str,list[str]]|None=None # expert → record ids; None: one expert a domain
-)->dict[str,list[dict]]: # expert → its records; experts by name, records as in the file, those of no group left out
-    "Which record trains which expert"
-    if groups is None: owner = {r['id']: r['domain'] for r in records}
-    else:
-        owner = {i: name for name, ids in groups.items() for i in ids}
-        missing = owner.keys()-{r['id'] for r in records}
-        if missing:
-            raise HydraError(f"{len(missing)} ids of `groups` are not among the {len(records)} records, "
-                             f"e.g. {min(missing)!r}")
-    out = {name: [] for name in sorted(groups or set(owner.values()))}
-    for r in records:
-        if r['id'] in owner: out[owner[r['id']]].append(r)
-    _check_expert_names(out)
-    return out
+def _owners(records, groups):
+    "Record id → the expert that it trains"
+    if groups is None: return {r['id']: r['domain'] for r in records}
+    owners = {record_id: name for name, ids in groups.items() for record_id in ids}
+    missing = owners.keys()-{r['id'] for r in records}
+    if not missing: return owners
+    raise HydraError(f"{len(missing)} ids of `groups` are not among the {len(records)} records, "
+                     f"e.g. {min(missing)!r}")
 
 def _check_expert_names(names):
     "An expert's name is the name of its directory"
@@ -56,6 +48,20 @@ def _check_expert_names(names):
         if re.fullmatch(r'[\w][\w.-]*', name): continue
         raise HydraError(f"{name!r} cannot name an expert: it will be a directory; "
                          "use letters, digits, `_`, `.` and `-`")
+
+# %% ../../nbs/experts/50_stages.ipynb #owners3
+def sort_rows(
+    records:list[dict], # with id and domain
+    groups:dict[str,list[str]]|None=None # expert → record ids; None: one expert a domain
+)->dict[str,list[dict]]: # expert → its records; experts by name, records as in the file, those of no group left out
+    "Which record trains which expert"
+    owners = _owners(records, groups)
+    names = sorted(groups or set(owners.values()))
+    rows = {name: [] for name in names}
+    for r in records:
+        if r['id'] in owners: rows[owners[r['id']]].append(r)
+    _check_expert_names(rows)
+    return rows
 
 # %% ../../nbs/experts/50_stages.ipynb #4320a819
 def start_expert(
@@ -112,7 +118,7 @@ class TrunkStates:
 # %% ../../nbs/experts/50_stages.ipynb #0d1a588b
 @torch.no_grad()
 def write_trunk(
-    model, # `hydramoe.experts.stack.GatedCausalLM`, its stack forked
+    model, # `hydramoe.experts.model.GatedCausalLM`, its stack forked
     rows:list, # examples
     out:Path, # trunk.bin and trunk.json go here
     max_tokens:int # most tokens of a padded batch
@@ -159,7 +165,7 @@ def _remove_damaged(path):
         shutil.rmtree(path)
 
 def cache_trunk(
-    model, # `hydramoe.experts.stack.GatedCausalLM`, its stack forked
+    model, # `hydramoe.experts.model.GatedCausalLM`, its stack forked
     examples:list, # rows; those with the same tokens are kept once
     root:Path, # folder for the sealed directory
     base:str, # what names the base's weights: fingerprint and precision
@@ -470,6 +476,13 @@ def _check_routes(adapters, of):
     missing = sorted(set(of or [])-set(names))
     if missing: raise HydraError(f"no expert {missing[0]!r} in {adapters}; there are {', '.join(names)}")
 
+# %% ../../nbs/experts/50_stages.ipynb #scoreon
+def _score_on(quant, params, inputs, root):
+    "Losses on a base of this precision"
+    libs = 'torch', 'transformers', 'bitsandbytes'
+    scores = stage(score_adapters_stage, dict(params, quant=quant), inputs, libs=libs, dtype=quant, root=root)
+    return load_losses(scores)
+
 # %% ../../nbs/experts/50_stages.ipynb #cell92
 def by_precision(
     rows_dir:Path, # a data stage
@@ -484,22 +497,17 @@ def by_precision(
 )->list[dict]: # {trained, scored, ppl, percent, lo, hi}: macro perplexity, and its difference with a 95 % interval
     "Perplexity of sealed adapters on the base as they know it, and in other precisions"
     _check_routes(adapters, of)
-    params = dict(part=part, mixes=dict(routed=one_each(of)) if of else None, **how)
+    mixes = dict(routed=one_each(of)) if of else None
+    params = dict(part=part, mixes=mixes, **how)
     inputs = dict(rows_dir=rows_dir, adapters=adapters)
-    losses, sums = {}, {}
+    sums = {} # precision → total nll of each record
     for quant in dict.fromkeys([trained, *others]):
-        losses[quant] = _score_on(quant, params, inputs, root)
-        sums[quant] = record_sums(losses[quant].nll[0], losses[quant].offsets)
-    domains, tokens = losses[trained].domains, losses[trained].tokens
+        losses = _score_on(quant, params, inputs, root)
+        sums[quant] = record_sums(losses.nll[0], losses.offsets)
+    domains, tokens = losses.domains, losses.tokens # of the records, in any precision the same
     table = []
     for quant, own in sums.items():
         percent, lo, hi = paired_bootstrap(own, sums[trained], domains, tokens, draws)
         ppl = perplexity(own, tokens, domains)['macro']
         table.append(dict(trained=trained, scored=quant, ppl=ppl, percent=percent, lo=lo, hi=hi))
     return table
-
-def _score_on(quant, params, inputs, root):
-    "Losses on a base of this precision"
-    libs = 'torch', 'transformers', 'bitsandbytes'
-    scores = stage(score_adapters_stage, dict(params, quant=quant), inputs, libs=libs, dtype=quant, root=root)
-    return load_losses(scores)

@@ -146,7 +146,8 @@ def make_passes(
 )->list[list[int]]: # rows of each pass, sorted by expert
     "Deal rows into as few passes as hold them, of similar size"
     total = sum(lengths)
-    fewest = multiple*math.ceil(total/max(1, max_tokens*multiple))
+    per_round = max(1, max_tokens*multiple) # tokens that `multiple` passes hold
+    fewest = multiple*math.ceil(total/per_round)
     def tokens(rows): return sum(lengths[i] for i in rows)
     def by_expert(i): return expert_ids[i], i
     for n in range(fewest, len(expert_ids), multiple):
@@ -161,7 +162,7 @@ def shard_passes(
     passes:list[list[int]], # rows of each pass of a step
     rank:int=0, # which process this is
     world:int=1 # of how many
-)->list[tuple]: # (rows, 1.), or (rows, 0.): run along, count for nothing
+)->list[tuple]: # (rows, 1.), or (rows, 0.) for a pass that counts for nothing
     "The passes of one process; all processes get equally many"
     own = [(rows, 1.) for rows in passes[rank::world]]
     missing = math.ceil(len(passes)/world)-len(own)
@@ -183,7 +184,7 @@ def response_tokens(
 
 # %% ../../nbs/experts/48_train.ipynb #cell19
 def forward_backward(
-    model, # `hydramoe.experts.stack.GatedCausalLM`
+    model, # `hydramoe.experts.model.GatedCausalLM`
     step:list[tuple], # (expert, example) pairs
     passes:list[tuple], # from `shard_passes`: which rows go together, and whether they count
     stack, # the model's, or a replica of it: where gradients go
@@ -223,13 +224,13 @@ def using_threads(
 MIN_REPLICA_TOKENS = 450 # tokens of a replica's pass, at least
 
 def n_replicas(
-    model, # `hydramoe.experts.stack.GatedCausalLM`
+    model, # `hydramoe.experts.model.GatedCausalLM`
     spec:TrainSpec # gives `micro_tokens`, which all replicas together hold
-)->int: # 1 on a GPU, and for a base in slices
+)->int: # 1 on a GPU, and for a base that is sharded
     "How many passes of a step run in parallel"
     on_cpu = torch.device(model.device).type=='cpu'
-    in_slices = getattr(model, 'mesh', None)
-    if in_slices or not on_cpu: return 1
+    is_sharded = bool(getattr(model, 'mesh', None))
+    if is_sharded or not on_cpu: return 1
     n_worthwhile = spec.micro_tokens//MIN_REPLICA_TOKENS
     return max(1, min(torch.get_num_threads(), n_worthwhile))
 
@@ -252,7 +253,7 @@ def deal_passes(
 
 # %% ../../nbs/experts/48_train.ipynb #503e0ac8
 def run_replicas(
-    model, # `hydramoe.experts.stack.GatedCausalLM`
+    model, # `hydramoe.experts.model.GatedCausalLM`
     step:list[tuple], # (expert, example) pairs
     dealt:list[list[tuple]], # from `deal_passes`
     cached=None # as for `forward_backward`
@@ -270,7 +271,7 @@ def run_replicas(
 
 # %% ../../nbs/experts/48_train.ipynb #e328e1d9
 def mesh_place(
-    model # `hydramoe.experts.stack.GatedCausalLM`, perhaps sharded
+    model # `hydramoe.experts.model.GatedCausalLM`, perhaps sharded
 )->tuple[int,int]: # (0, 1) where there is one process
     "Which of the processes that share the base this is, and how many there are"
     mesh = getattr(model, 'mesh', None)
@@ -294,7 +295,7 @@ def _adding_in_place():
 
 # %% ../../nbs/experts/48_train.ipynb #4003aac4
 def gradients(
-    model, # `hydramoe.experts.stack.GatedCausalLM`
+    model, # `hydramoe.experts.model.GatedCausalLM`
     step:list[tuple], # (expert, example) pairs
     spec:TrainSpec, # gives `micro_tokens`
     cached=None # as for `forward_backward`
@@ -441,7 +442,7 @@ class EarlyStopping:
 # %% ../../nbs/experts/48_train.ipynb #fe0e1e77
 @patch
 def evaluate(self:EarlyStopping,
-    model # `hydramoe.experts.stack.GatedCausalLM`
+    model # `hydramoe.experts.model.GatedCausalLM`
 )->dict[int,float]: # expert → mean loss of its development tokens
     "Score the experts that have not stopped, each on its own rows"
     step = self.active([(e, x) for e, own in enumerate(self.dev) for x in own])
@@ -551,7 +552,7 @@ def _finite_or_none(x):
 
 # %% ../../nbs/experts/48_train.ipynb #999a515e
 def fit_step(
-    model, # `hydramoe.experts.stack.GatedCausalLM`
+    model, # `hydramoe.experts.model.GatedCausalLM`
     opt:Optimizers, # of its experts
     step:list[tuple], # (expert, example) pairs
     k:int, # which step
@@ -576,7 +577,7 @@ def fit_step(
 # %% ../../nbs/experts/48_train.ipynb #f9baee5f
 @contextmanager
 def training_mode(
-    model, # `hydramoe.experts.stack.GatedCausalLM`
+    model, # `hydramoe.experts.model.GatedCausalLM`
     checkpointing:bool=False # recompute activations in the backward pass
 ):
     "Inside the block factors take gradients, rows are packed, and activations are recomputed if asked"
@@ -613,9 +614,11 @@ def _steps_of_each(steps, n):
         for e in {e for e, _ in step}: counts[e] += 1
     return counts
 
-def _evaluate_if_due(stopping, model, history, names, last):
+# %% ../../nbs/experts/48_train.ipynb #due1
+def _evaluate_if_due(stopping, model, history, names, is_last):
     "Every few steps, and after the last, note each active expert's development loss"
-    if not last and len(history)%stopping.stop.every: return
+    is_due = len(history)%stopping.stop.every==0
+    if not (is_due or is_last): return
     losses = stopping.evaluate(model)
     history[-1]['dev'] = {names[e]: _finite_or_none(loss) for e, loss in losses.items()}
 
@@ -626,7 +629,7 @@ def _train_bar(steps, names):
 
 # %% ../../nbs/experts/48_train.ipynb #cell33
 def fit(
-    model, # `hydramoe.experts.stack.GatedCausalLM`, its first E slots at their start
+    model, # `hydramoe.experts.model.GatedCausalLM`, its first E slots at their start
     rows:list[list], # for each of E experts its examples
     spec:TrainSpec=TrainSpec(), # how
     work:Path|None=None, # where checkpoints go, and are looked for; None: none
@@ -640,21 +643,24 @@ def fit(
     "Train experts fused, in place, each as if it were alone"
     names = list(names or _slot_names(model.stack, len(rows)))
     steps = [step for step in plan_steps(rows, names, spec) if step]
-    stopping = EarlyStopping(model.stack, dev, stop or EarlyStopSpec()) if dev and any(dev) else None
+    stopping = None
+    if dev and any(dev): stopping = EarlyStopping(model.stack, dev, stop or EarlyStopSpec())
     opt = Optimizers(model.stack, _steps_of_each(steps, len(rows)), spec, stopping)
     job = job_id(model.stack, rows, names, spec, stopping, bool(cached))
     history = load_checkpoint(work, opt, job) if work else []
     todo = steps[len(history):]
-    with training_mode(model, checkpointing), _catch_sigterm() as asked, _train_bar(todo, names) as bar:
+    rank, _ = mesh_place(model)
+    saves = work and rank==0 # of processes that share a base, the first one
+    with training_mode(model, checkpointing), _catch_sigterm() as asked_to_end, _train_bar(todo, names) as bar:
         for step in todo:
             entry = fit_step(model, opt, step, len(history), names, cached)
             history.append(entry)
-            last = len(history)==len(steps)
-            if stopping: _evaluate_if_due(stopping, model, history, names, last)
+            is_last = len(history)==len(steps)
+            if stopping: _evaluate_if_due(stopping, model, history, names, is_last)
             bar.update(_n_tokens(step))
-            due = asked or len(history)%every==0
-            if work and due and not last and mesh_place(model)[0]==0: save_checkpoint(work, opt, history, job)
-            if asked: raise SystemExit(128+signal.SIGTERM)
+            is_due = asked_to_end or len(history)%every==0
+            if saves and is_due and not is_last: save_checkpoint(work, opt, history, job)
+            if asked_to_end: raise SystemExit(128+signal.SIGTERM)
     if stopping: stopping.restore()
     return history
 

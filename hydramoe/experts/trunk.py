@@ -51,7 +51,9 @@ def run_trunk(
 )->Tensor: # (B,T,d) what the first block above the fork receives
     "The trunk's hidden state, the same for all experts"
     fork = model.stack.fork
-    if not fork: raise HydraError("this stack has no trunk: experts part before the first block; make it with LoraSpec(fork=0.5)")
+    if not fork:
+        raise HydraError("this stack has no trunk: experts part before the first block; "
+                         "make it with LoraSpec(fork=0.5)")
     old = _model_blocks(model)
     tap = _Tap()
     skipped = [_Skip()]*(len(old)-fork-1)
@@ -83,7 +85,7 @@ def run_above(
 def rebuild_cache(
     model:GatedCausalLM, # the same
     h:Tensor, # (B,T,d) of `run_trunk`, for all tokens in the cache
-    cache, # a DynamicCache of T tokens, made with a configuration or without, filled by whichever expert; changed in place
+    cache, # a DynamicCache of T tokens, with a configuration or without, filled by any expert; changed in place
     gates:Tensor|None=None, # of the new expert
     attention_mask:Tensor|None=None # (B,T)
 )->Tensor: # (B,T,d) the last hidden state

@@ -48,7 +48,8 @@ def _is_number(value, whole):
 def _describe_range(value, whole, least, most, above, below):
     "What a range allows, in words; a limit beyond 32 bits is named only for a value beyond 32 bits"
     far = 2**31-1
-    if isinstance(value, int) and abs(value)>far: far = math.inf
+    is_far = isinstance(value, int) and abs(value)>far
+    if is_far: far = math.inf # then every limit is named
     limits = []
     if least is not None and least>-far: limits.append(f'{least} or more')
     elif above is not None: limits.append(f'above {above}')
@@ -235,16 +236,24 @@ def _read_words(*paths):
         except OSError: pass
     return []
 
+def _cores_by_affinity():
+    "Cores that this process may run on"
+    if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+def _cores_by_quota():
+    "Cores that the container's quota is worth, rounded up; infinity without a quota"
+    quota = _read_words('/sys/fs/cgroup/cpu.max') # microseconds of CPU time, in so many microseconds
+    if len(quota)!=2 or not quota[0].isdigit(): return math.inf
+    return math.ceil(int(quota[0])/int(quota[1]))
+
+# %% ../../nbs/foundations/00_core.ipynb #cores3
 def default_threads(
 )->int: # at least 1
     "Threads this process may keep busy: `$OMP_NUM_THREADS`, else its affinity mask within its container's quota"
     asked = os.environ.get('OMP_NUM_THREADS', '')
     if asked.isdigit() and int(asked): return int(asked)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    quota = _read_words('/sys/fs/cgroup/cpu.max') # microseconds of CPU time, in so many microseconds
-    if len(quota)!=2 or not quota[0].isdigit(): return cores
-    whole_cores = math.ceil(int(quota[0])/int(quota[1]))
-    return max(1, min(cores, whole_cores))
+    return max(1, min(_cores_by_affinity(), _cores_by_quota()))
 
 # %% ../../nbs/foundations/00_core.ipynb #ba9084dd
 def _memory_bytes():

@@ -130,12 +130,15 @@ def latex_text(
     return ''.join(_TEX.get(c, c) for c in text)
 
 # %% ../../nbs/foundations/08_report.ipynb #609843b3
+def _latex_row(cells): return ' & '.join(cells)+r' \\'
+
 def _float_table(lines, caption, label):
     "A tabular inside a floating table"
     above = [r'\begin{table}[t]', r'\centering', rf'\caption{{{latex_text(caption)}}}']
     if label: above.append(rf'\label{{{label}}}')
     return [*above, *lines, r'\end{table}']
 
+# %% ../../nbs/foundations/08_report.ipynb #float3
 def latex_table(
     rows:list[dict], # one a line
     columns:dict[str,str]|list|None=None, # keys to show, with their headings
@@ -146,9 +149,10 @@ def latex_table(
 )->str: # needs the package booktabs
     "Rows as a LaTeX table"
     layout = layout_table(rows, columns, fmt)
-    cells = mark_up_cells(rows, layout, latex_text, lambda text: rf'\textbf{{{text}}}', bold)
-    headings = map(latex_text, layout.headings)
-    head, *body = [' & '.join(line)+r' \\' for line in (headings, *cells)]
+    def stress(text): return rf'\textbf{{{text}}}'
+    cells = mark_up_cells(rows, layout, latex_text, stress, bold)
+    head = _latex_row(map(latex_text, layout.headings))
+    body = [_latex_row(line) for line in cells]
     alignment = ''.join('r' if numeric else 'l' for numeric in layout.numeric)
     begin = rf'\begin{{tabular}}{{@{{}}{alignment}@{{}}}}'
     lines = [begin, r'\toprule', head, r'\midrule', *body, r'\bottomrule', r'\end{tabular}']

@@ -9,6 +9,7 @@ __all__ = ['SourceError', 'source_hash']
 import ast, dataclasses, dis, functools, importlib.util, inspect, os, re, sys, textwrap, types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 from .core import HydraError, canonical, digest
 
 # %% ../../nbs/foundations/03_source.ipynb #c63f8316
@@ -111,10 +112,10 @@ def _comparable(code):
 def _loaded_functions(module, file):
     "The functions and methods in memory that came from a module's file"
     if module not in sys.modules: return []
-    found = list(vars(sys.modules[module]).values())
-    classes = [item for item in found if isinstance(item, type) and item.__module__==module]
-    for item in classes: found += vars(item).values()
-    functions = [item for item in found if isinstance(item, types.FunctionType)]
+    items = list(vars(sys.modules[module]).values())
+    classes = [item for item in items if isinstance(item, type) and item.__module__==module]
+    for c in classes: items += vars(c).values()
+    functions = [item for item in items if isinstance(item, types.FunctionType)]
     return [f for f in functions if f.__code__.co_filename==file]
 
 # %% ../../nbs/foundations/03_source.ipynb #beada45b
@@ -145,7 +146,10 @@ def _module_table(module):
     return _read_table(module, file, s.st_mtime_ns, s.st_size)
 
 # %% ../../nbs/foundations/03_source.ipynb #2489e277
-def _is_package(module): return (_source_file(module) or '').endswith('__init__.py')
+def _is_package(module):
+    "Is this a package, whose source is in `__init__.py`?"
+    file = _source_file(module)
+    return file is not None and file.endswith('__init__.py')
 
 def _import_origin(module, node):
     "The module that `from X import ...` means inside `module`"
@@ -153,15 +157,23 @@ def _import_origin(module, node):
     parts = module.split('.')
     if not _is_package(module): parts = parts[:-1]
     above = parts[:len(parts)-node.level+1]
-    return '.'.join([*above, node.module] if node.module else above)
+    if node.module: above.append(node.module)
+    return '.'.join(above)
 
+# %% ../../nbs/foundations/03_source.ipynb #origin4
 def _imported_as(module, node, head, rest):
     "Where an import sends the name `head.rest`: (module, dotted name), for each alias that is called `head`"
+    found = []
     for alias in node.names:
         if _alias_name(alias)!=head: continue
-        if isinstance(node, ast.ImportFrom):
-            yield _import_origin(module, node), f'{alias.name}.{rest}' if rest else alias.name
-        else: yield alias.name if alias.asname else head, rest
+        if isinstance(node, ast.ImportFrom): # from a import b as head
+            origin = _import_origin(module, node)
+            name = f'{alias.name}.{rest}' if rest else alias.name
+        else: # import a.b as head, or import head.b
+            origin = alias.name if alias.asname else head
+            name = rest
+        found.append((origin, name))
+    return found
 
 # %% ../../nbs/foundations/03_source.ipynb #4c39a435
 def _is_ours(module, ours): return (module or '').split('.')[0] in ours
@@ -171,22 +183,25 @@ def _our_table(module, ours):
     return _module_table(module) if _is_ours(module, ours) else None
 
 # %% ../../nbs/foundations/03_source.ipynb #d533057f
-def _split_imports(statements):
-    imports = [s for s in statements if isinstance(s, _IMPORTS)]
-    others = [s for s in statements if not isinstance(s, _IMPORTS)]
-    return imports, others
-
 def _find_definitions(module, dotted, ours, local=None):
     "The definitions of ours that a dotted name means inside `module`: a list of (module, name, statements)"
     table = _our_table(module, ours)
     if table is None: return []
     if not dotted: return [(module, '*', sum(table.values(), []))]
     head, _, rest = dotted.partition('.')
-    statements = (local or {}).get(head) or table.get(head, [])
-    if not statements and _is_package(module): return _find_definitions(f'{module}.{head}', rest, ours)
-    imports, others = _split_imports(statements)
-    found = [(module, head, others)] if others else []
-    for node in imports:
+    imported_inside = (local or {}).get(head) # by the definition that mentions the name
+    statements = imported_inside or table.get(head, [])
+    if not statements and _is_package(module): # the name may be that of a module in the package
+        return _find_definitions(f'{module}.{head}', rest, ours)
+    own = [s for s in statements if not isinstance(s, _IMPORTS)]
+    found = [(module, head, own)] if own else []
+    return found+_find_imported(module, statements, head, rest, ours)
+
+def _find_imported(module, statements, head, rest, ours):
+    "The definitions to which imports among these statements send the name `head.rest`"
+    found = []
+    for node in statements:
+        if not isinstance(node, _IMPORTS): continue
         for origin,name in _imported_as(module, node, head, rest): found += _find_definitions(origin, name, ours)
     return found
 
@@ -226,18 +241,34 @@ def _names_from_around(f, tree):
         if part: names |= {mention.split('.')[0] for mention in _mentions(part)}
     return names
 
+# %% ../../nbs/foundations/03_source.ipynb #around1
+class _Around(NamedTuple):
+    "A value that a definition in memory finds around it"
+    name:str # what the definition calls it
+    value:Any # what the name means now
+    rest:str # what it asks of the value: `helper` of `low.helper`, or nothing
+
+# %% ../../nbs/foundations/03_source.ipynb #around2
+class _Live(NamedTuple):
+    "A definition in memory, and where it leads"
+    text:str # without docstrings, comments and layout
+    values:list # `_Around`: what it finds around it
+    imports:list # (module, dotted name): what it imports
+
 # %% ../../nbs/foundations/03_source.ipynb #6ebeeeda
 def _describe_function(f):
-    "Of a function in memory: its text, what it finds around it [(name, value, rest)], what it imports [(module, name)]"
+    "A function in memory: its text, the values and the imports that it leads to"
     tree = _live_tree(f)
-    local, names = _import_table(tree), _names_from_around(f, tree)
+    local = _import_table(tree)
+    names = _names_from_around(f, tree)
     around = {**f.__globals__, **inspect.getclosurevars(f).nonlocals}
-    values, imports = [], []
+    values = []
+    imports = []
     for mention in sorted(_mentions(tree)):
         head, _, rest = mention.partition('.')
         if head in local: imports += _imported_as(f.__module__, local[head][0], head, rest)
-        elif head in names and head in around: values.append((head, around[head], rest))
-    return _normal_text(tree), values, imports
+        elif head in names and head in around: values.append(_Around(head, around[head], rest))
+    return _Live(_normal_text(tree), values, imports)
 
 # %% ../../nbs/foundations/03_source.ipynb #f21b3f80
 def _class_text(c):
@@ -275,33 +306,38 @@ def _value_text(name, value):
 
 # %% ../../nbs/foundations/03_source.ipynb #4c26dfbb
 def _describe_live(x):
-    "Of a function or class in memory: its text, the values and the imports that it leads to"
+    "A function or class in memory: its text, the values and the imports that it leads to"
     if not isinstance(x, type): return _describe_function(x)
-    values = [(base.__name__, base, '') for base in x.__bases__]
-    values += [(name, method, '') for name,method in _methods(x).items()]
-    return _class_text(x), values, []
+    bases = [_Around(base.__name__, base, '') for base in x.__bases__]
+    methods = [_Around(name, method, '') for name,method in _methods(x).items()]
+    return _Live(_class_text(x), bases+methods, [])
 
+# %% ../../nbs/foundations/03_source.ipynb #around4
 def _take_up(parts, ours, x):
     "Add a function or class to `parts`, and return the values around it that are still to be looked at"
     x = inspect.unwrap(x)
     module, name = x.__module__, x.__qualname__
     table = _our_table(module, ours)
-    if table and name in table: _follow(parts, ours, module, name)
-    elif f'{module}:{name}' not in parts:
-        parts[f'{module}:{name}'], values, imports = _describe_live(x)
-        for origin,imported in imports: _follow(parts, ours, origin, imported)
-        return values
-    return []
+    if table and name in table: # it is in a module's file, and is followed there
+        _follow(parts, ours, module, name)
+        return []
+    key = f'{module}:{name}'
+    if key in parts: return []
+    live = _describe_live(x)
+    parts[key] = live.text
+    for origin,imported in live.imports: _follow(parts, ours, origin, imported)
+    return live.values
 
 # %% ../../nbs/foundations/03_source.ipynb #6d515b18
 def _collect(fn, ours):
     "The text of each definition of ours and each plain value that a function, class or partial reaches"
-    parts, todo = {}, [('', fn, '')]
+    parts = {}
+    todo = [_Around('', fn, '')]
     while todo:
         name, x, rest = todo.pop()
         if isinstance(x, functools.partial):
             parts['=partial arguments'] = _value_text('partial arguments', [x.args, x.keywords])
-            todo.append((name, x.func, ''))
+            todo.append(_Around(name, x.func, ''))
         elif isinstance(x, types.ModuleType): _follow(parts, ours, x.__name__, rest)
         elif not hasattr(x, '__name__'): parts[f'={name}'] = _value_text(name, x)
         elif _is_ours(getattr(x, '__module__', ''), ours): todo += _take_up(parts, ours, x)

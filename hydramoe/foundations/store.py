@@ -41,7 +41,7 @@ def _list_files(root):
 
 # %% ../../nbs/foundations/04_store.ipynb #e6789068
 def _seal_id(seal):
-    "The id of a seal: what its maker said when and where does not count"
+    "The id of a seal: when and where it was made does not count"
     counted = ('format', 'meta', 'files', 'sizes')
     return digest({key: seal[key] for key in counted})
 
@@ -64,8 +64,9 @@ def _read_seal(path):
     try:
         seal = read_json(file)
         same_names = seal['files'].keys()==seal['sizes'].keys()
-        if same_names and seal['format']==SEAL_FORMAT and seal['id']==_seal_id(seal): return seal
-    except (HydraError, KeyError, TypeError, AttributeError): pass
+        is_intact = same_names and seal['format']==SEAL_FORMAT and seal['id']==_seal_id(seal)
+    except (HydraError, KeyError, TypeError, AttributeError): is_intact = False # other JSON, or none
+    if is_intact: return seal
     raise SealError(f"{file} is altered, or not of format {SEAL_FORMAT}: delete {path}, and make it again")
 
 # %% ../../nbs/foundations/04_store.ipynb #ab51d124
@@ -76,15 +77,18 @@ def open_sealed(
     "Check that a directory is what its seal says, or name the first file that is not"
     path = Path(path)
     seal = _read_seal(path)
-    found, sealed = _list_files(path), seal['sizes']
+    sealed = seal['sizes']
+    found = _list_files(path)
     then = f"delete {path}, and make it again"
-    for name in sorted(sealed.keys()-found): raise SealError(f"{path/name} is missing; {then}")
-    for name in sorted(found.keys()-sealed-{SEAL}):
-        raise SealError(f"{path/name} is extra: the seal does not know it; move it away")
+    missing = sorted(sealed.keys()-found)
+    if missing: raise SealError(f"{path/missing[0]} is missing; {then}")
+    extra = sorted(found.keys()-sealed-{SEAL})
+    if extra: raise SealError(f"{path/extra[0]} is extra: the seal does not know it; move it away")
     for name,size in sorted(sealed.items()):
         if found[name]!=size:
             raise SealError(f"{path/name} is altered: it has {found[name]} bytes where {size} were sealed; {then}")
-    for name,sha256 in sorted(seal['files'].items()) if deep else ():
+    if not deep: return seal
+    for name,sha256 in sorted(seal['files'].items()):
         if file_sha256(path/name)!=sha256:
             raise SealError(f"{path/name} is altered: its SHA-256 is not the sealed {sha256[:16]}…; {then}")
     return seal
@@ -205,11 +209,17 @@ def _bind(make, params, inputs, name):
 # %% ../../nbs/foundations/04_store.ipynb #5e26f5bd
 def _describe_call(make, params, inputs, libs, device, dtype, name):
     "All that a stage's output depends on, and the key of it"
-    named = _read_named(_bind(make, params, inputs, name))
-    meta = dict(name=name, source=source_hash(make), params=_drop_defaults(make, params),
-                inputs={key: _input_id(key, path) for key,path in inputs.items()},
-                libs=versions(*libs) if libs else {}, device=str(device), dtype=str(dtype))
-    if named: meta['reads'] = named
+    arguments = _bind(make, params, inputs, name)
+    reads = _read_named(arguments)
+    meta = dict(
+        name=name,
+        source=source_hash(make),
+        params=_drop_defaults(make, params),
+        inputs={key: _input_id(key, path) for key,path in inputs.items()},
+        libs=versions(*libs) if libs else {}, # `versions()` would list the usual ones
+        device=str(device),
+        dtype=str(dtype))
+    if reads: meta['reads'] = reads
     return dict(meta, key=digest(meta))
 
 # %% ../../nbs/foundations/04_store.ipynb #9f21414c

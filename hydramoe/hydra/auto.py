@@ -8,11 +8,13 @@ __all__ = ['WORDS', 'DTYPES', 'HydraConfig', 'unrender', 'prompts_of', 'HydraFor
 
 # %% ../../nbs/hydra/68_auto.ipynb #cell3
 import copy, shutil, tempfile
+from itertools import cycle
 from pathlib import Path
 import torch
 from torch import Tensor
 from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from ..foundations.core import HydraError, cache_dir
 from ..foundations.fetch import hub, hub_commit
 from ..models.template import render
@@ -21,18 +23,33 @@ from .bundle import BundleError
 from .saving import bundle_tokenizer
 from .model import Hydra, hydra_config, wants_base
 
-# %% ../../nbs/hydra/68_auto.ipynb #cell10
+# %% ../../nbs/hydra/68_auto.ipynb #41202f80
 def _no_code(x, at='config'):
     "Refuse whatever would run code from elsewhere, at any depth"
     if isinstance(x, dict):
-        if bad := {'auto_map', 'trust_remote_code'} & set(x): raise BundleError(f"{at} holds {min(bad)}, which would run code from elsewhere: remove it")
-        for k,v in x.items(): _no_code(v, f'{at}.{k}')
+        bad = {'auto_map', 'trust_remote_code'} & set(x)
+        if bad: raise BundleError(f"{at} holds {min(bad)}, which would run code from elsewhere: remove it")
+        for key, value in x.items(): _no_code(value, f'{at}.{key}')
     if isinstance(x, list):
-        for i,v in enumerate(x): _no_code(v, f'{at}[{i}]')
+        for i, value in enumerate(x): _no_code(value, f'{at}[{i}]')
 
+# %% ../../nbs/hydra/68_auto.ipynb #cd64377c
+def _config_of_base(described):
+    "The base's configuration from its JSON"
+    kind = described.get('model_type')
+    if kind == 'hydra_moe': raise BundleError("config.text_config is a Hydra's; a Hydra stands on a plain base")
+    fields = {name: value for name, value in described.items() if name != 'model_type'}
+    try: return AutoConfig.for_model(kind, **fields)
+    except Exception as e:
+        raise BundleError("config.text_config does not describe a model that this transformers knows "
+                          f"({kind!r}): {e}") from None
+
+# %% ../../nbs/hydra/68_auto.ipynb #cell10
 class HydraConfig(PreTrainedConfig):
     "What transformers must know of a Hydra before it opens it: the base's configuration and the experts' names"
-    model_type,sub_configs,has_no_defaults_at_init = 'hydra_moe',dict(text_config=AutoConfig),True
+    model_type = 'hydra_moe'
+    sub_configs = dict(text_config=AutoConfig)
+    has_no_defaults_at_init = True
 
     def __init__(self,
         text_config:PreTrainedConfig|dict|None=None, # of the base
@@ -43,15 +60,10 @@ class HydraConfig(PreTrainedConfig):
         "Raises BundleError if something in it points to code"
         _no_code(dict(text_config=text_config, experts=experts, **kwargs))
         if isinstance(text_config, dict): text_config = _config_of_base(text_config)
-        self.text_config,self.experts,self.router = text_config,list(experts or []),router
+        self.text_config = text_config
+        self.experts = list(experts or [])
+        self.router = router
         super().__init__(**kwargs)
-
-def _config_of_base(d):
-    "The base's configuration from its JSON"
-    kind = d.get('model_type')
-    if kind=='hydra_moe': raise BundleError("config.text_config is a Hydra's; a Hydra stands on a plain base")
-    try: return AutoConfig.for_model(kind, **{k:v for k,v in d.items() if k!='model_type'})
-    except Exception as e: raise BundleError(f"config.text_config does not describe a model that this transformers knows ({kind!r}): {e}") from None
 
 # %% ../../nbs/hydra/68_auto.ipynb #cell14
 WORDS = ['⟪system⟫', '⟪user⟫', '⟪assistant⟫', '⟪again⟫'] # no prompt holds these
@@ -59,28 +71,33 @@ WORDS = ['⟪system⟫', '⟪user⟫', '⟪assistant⟫', '⟪again⟫'] # no pr
 def _around(tokenizer, system):
     "What a template writes before, between and after the turns of a conversation; None if it has no such conversation"
     roles = ['system', 'user', 'assistant', 'user'][not system:]
-    try: text = render(tokenizer, [dict(role=r, content=w) for r,w in zip(roles, WORDS[not system:])])
+    words = WORDS[not system:]
+    turns = [dict(role=role, content=word) for role, word in zip(roles, words)]
+    try: text = render(tokenizer, turns)
     except Exception: return None # a template may refuse a system turn
     parts = []
-    for w in WORDS[not system:]:
-        before,found,text = text.partition(w)
+    for word in words:
+        before, found, text = text.partition(word)
         if not found: return None
         parts.append(before)
-    return parts+[text]
+    return [*parts, text]
 
+# %% ../../nbs/hydra/68_auto.ipynb #dd71a52c
 def _turns(text, marks, system):
     "Cut a text at a template's marks"
-    marks = list(marks)
-    if not text.startswith(marks[0]) or not text.endswith(marks[-1]): return []
-    text,turns = text[len(marks.pop(0)):len(text)-len(marks.pop())],[]
+    first, *between, last = marks
+    if not text.startswith(first) or not text.endswith(last): return []
+    text = text[len(first):len(text)-len(last)]
+    turns = []
     if system:
-        said,_,text = text.partition(marks.pop(0))
+        said, _, text = text.partition(between.pop(0))
         turns.append(dict(role='system', content=said))
-    for i in range(len(text)+1):
-        said,found,text = text.partition(marks[i%2])
-        turns.append(dict(role=('user', 'assistant')[i%2], content=said))
+    for role, mark in cycle(zip(('user', 'assistant'), between)):
+        said, found, text = text.partition(mark)
+        turns.append(dict(role=role, content=said))
         if not found: return turns
 
+# %% ../../nbs/hydra/68_auto.ipynb #277997b4
 def unrender(
     tokenizer, # with a chat template
     text:str # a conversation as `render` writes it, marks and all
@@ -88,8 +105,10 @@ def unrender(
     "Read a rendered conversation back: the inverse of `render`"
     for system in (False, True):
         marks = _around(tokenizer, system)
-        turns = _turns(text, marks, system) if marks else []
-        if turns and turns[-1]['role']=='user' and render(tokenizer, turns)==text: return turns
+        if not marks: continue
+        turns = _turns(text, marks, system)
+        asks = turns and turns[-1]['role'] == 'user'
+        if asks and render(tokenizer, turns) == text: return turns
 
 # %% ../../nbs/hydra/68_auto.ipynb #cell18
 def prompts_of(
@@ -98,10 +117,16 @@ def prompts_of(
     attention_mask:Tensor|None=None # (B,T), 1 where a token is
 )->list: # for each row a conversation, or the text if it is none
     "What a batch of token ids says"
-    if attention_mask is None: attention_mask = (input_ids!=tokenizer.pad_token_id).int().cummax(1).values
-    rows = [ids[m.bool()].tolist() for ids,m in zip(input_ids, attention_mask)]
-    read = [unrender(tokenizer, tokenizer.decode(r, clean_up_tokenization_spaces=False)) for r in rows]
-    return [turns or tokenizer.decode(r, skip_special_tokens=True) for r,turns in zip(rows, read)]
+    if attention_mask is None:
+        is_token = input_ids != tokenizer.pad_token_id
+        attention_mask = is_token.int().cummax(1).values
+    prompts = []
+    for ids, mask in zip(input_ids, attention_mask):
+        row = ids[mask.bool()].tolist()
+        text = tokenizer.decode(row, clean_up_tokenization_spaces=False)
+        turns = unrender(tokenizer, text)
+        prompts.append(turns or tokenizer.decode(row, skip_special_tokens=True))
+    return prompts
 
 # %% ../../nbs/hydra/68_auto.ipynb #cell22
 class HydraForCausalLM(GatedCausalLM):
@@ -111,11 +136,17 @@ class HydraForCausalLM(GatedCausalLM):
     def __init__(self,
         hydra:Hydra # whose base and stack it shares
     ):
-        if not isinstance(hydra, Hydra): raise HydraError("a HydraForCausalLM is not made from a configuration, which holds no experts: use from_pretrained(bundle), or give a Hydra")
-        PreTrainedModel.__init__(self, HydraConfig.from_dict(hydra_config(hydra)))
-        self.hydra,self.base,self.stack = hydra,hydra.model.base,hydra.model.stack
+        if not isinstance(hydra, Hydra):
+            raise HydraError("a HydraForCausalLM is not made from a configuration, which holds no experts: "
+                             "use from_pretrained(bundle), or give a Hydra")
+        config = hydra_config(hydra)
+        PreTrainedModel.__init__(self, HydraConfig.from_dict(config))
+        self.hydra = hydra
+        self.base = hydra.model.base
+        self.stack = hydra.model.stack
         self.generation_config = copy.deepcopy(hydra.model.generation_config)
-        self.generation_config.update(eos_token_id=hydra.base.ends or None, pad_token_id=hydra.base.tokenizer.pad_token_id)
+        padding = hydra.base.tokenizer.pad_token_id
+        self.generation_config.update(eos_token_id=hydra.base.ends or None, pad_token_id=padding)
         self.eval()
 
     def gates_for(self,
@@ -124,53 +155,93 @@ class HydraForCausalLM(GatedCausalLM):
         expert=None # as `Hydra.gates` takes it; None: the router's choice
     )->Tensor: # (B,E), on the model's device; a Hydra with a gate gives that
         "The gates of each row, by what its ids say or by hand"
-        if input_ids is None: raise HydraError("there are no token ids to route by: give input_ids, or say yourself which experts, gates=")
-        prompts = prompts_of(self.hydra.base.tokenizer, input_ids, attention_mask) if expert is None else ['-']*len(input_ids)
+        if input_ids is None:
+            raise HydraError("there are no token ids to route by: "
+                             "give input_ids, or say yourself which experts, gates=")
+        prompts = ['-']*len(input_ids) # an expert chosen by hand reads no prompt
+        if expert is None: prompts = prompts_of(self.hydra.base.tokenizer, input_ids, attention_mask)
         gates = self.hydra.gates(prompts, expert)
-        if wants_base(self.stack, gates): raise HydraError("this Hydra forks, and gates of nothing but 0 are its trunk, not the base: ask the base itself, or hydra.ask(prompt, expert='base')")
+        if wants_base(self.stack, gates):
+            raise HydraError("this Hydra forks, and gates of nothing but 0 are its trunk, not the base: "
+                             "ask the base itself, or hydra.ask(prompt, expert='base')")
         return gates.to(self.device) if isinstance(gates, Tensor) else gates
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, gates=None, logits_to_keep=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, gates=None,
+                logits_to_keep=None, **kwargs):
         "As the base's forward; `gates` (B,E) or as the stack takes them, None: routed by `input_ids`"
-        if gates is None and past_key_values is not None and past_key_values.get_seq_length():
-            raise HydraError("the cache holds tokens that this forward does not see, so it cannot be routed: pass gates=, for instance model.gates_for(prompt_ids)")
-        if gates is None: gates = self.gates_for(input_ids, attention_mask)
-        return super().forward(input_ids, attention_mask, position_ids, past_key_values, gates, logits_to_keep, **kwargs)
+        if gates is None:
+            if past_key_values is not None and past_key_values.get_seq_length():
+                raise HydraError("the cache holds tokens that this forward does not see, so it cannot be routed: "
+                                 "pass gates=, for instance model.gates_for(prompt_ids)")
+            gates = self.gates_for(input_ids, attention_mask)
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, gates,
+                               logits_to_keep, **kwargs)
 
     def generate(self, inputs=None, *args, gates=None, expert=None, **kwargs):
         "As transformers' generate; `gates` (B,E) or `expert` as `Hydra.gates` takes it, None: routed by the ids"
-        ids = kwargs.get('input_ids') if inputs is None else inputs
-        if gates is None: gates = self.gates_for(ids, kwargs.get('attention_mask'), expert)
+        if gates is None:
+            ids = kwargs.get('input_ids') if inputs is None else inputs
+            mask = kwargs.get('attention_mask')
+            gates = self.gates_for(ids, mask, expert)
         return super().generate(inputs, *args, gates=gates, **kwargs)
 
 # %% ../../nbs/hydra/68_auto.ipynb #cell31
-DTYPES = {None: None, 'auto': None, torch.float32: 'fp32', 'float32': 'fp32', torch.bfloat16: 'bf16', 'bfloat16': 'bf16'} # dtype → quant
-_SAID = ('config', 'adapter_kwargs', 'trust_remote_code', 'use_safetensors', 'weights_only', 'low_cpu_mem_usage', 'local_files_only', 'force_download')
+DTYPES = {
+    None: None, 'auto': None,
+    torch.float32: 'fp32', 'float32': 'fp32',
+    torch.bfloat16: 'bf16', 'bfloat16': 'bf16'} # dtype → quant
 
+def _device(device_map):
+    "The device that transformers' `device_map` names; None: ours to choose"
+    device = device_map.get('') if isinstance(device_map, dict) else device_map
+    if device == 'auto': return None
+    return device and str(device)
+
+# %% ../../nbs/hydra/68_auto.ipynb #9b21098e
+_SAID = ('config', 'adapter_kwargs', 'trust_remote_code', 'use_safetensors', 'weights_only',
+         'low_cpu_mem_usage', 'local_files_only', 'force_download')
+
+def _check_options(given):
+    "Refuse an option that a bundle cannot keep"
+    for name, value in given.items():
+        if value is None or name in _SAID or name[0] == '_': continue
+        raise HydraError(f"{name}={value!r} means nothing to a bundle, whose base is opened by name: "
+                         "give base, quant ('fp32', 'bf16', 'nf4'), dtype, device_map or revision")
+
+# %% ../../nbs/hydra/68_auto.ipynb #241ab4c0
 def _how(dtype=None, torch_dtype=None, quant=None, device_map=None, **rest):
     "Precision and device, from what transformers and we call them"
     dtype = dtype if torch_dtype is None else torch_dtype
-    if dtype not in DTYPES: raise HydraError(f"dtype={dtype}: a base is opened in float32 or bfloat16; for 4 bits say quant='nf4'")
-    if odd := [k for k,v in rest.items() if v is not None and k not in _SAID and k[0]!='_']:
-        raise HydraError(f"{odd[0]}={rest[odd[0]]!r} means nothing to a bundle, whose base is opened by name: give base, quant ('fp32', 'bf16', 'nf4'), dtype, device_map or revision")
-    device = device_map.get('') if isinstance(device_map, dict) else device_map
-    return quant or DTYPES[dtype], None if device=='auto' else device and str(device)
+    if dtype not in DTYPES:
+        raise HydraError(f"dtype={dtype}: a base is opened in float32 or bfloat16; for 4 bits say quant='nf4'")
+    _check_options(rest)
+    return quant or DTYPES[dtype], _device(device_map)
 
-# %% ../../nbs/hydra/68_auto.ipynb #cell33
+# %% ../../nbs/hydra/68_auto.ipynb #1a124663
+def _copied_snapshot(repo_id, commit):
+    "A commit of a bundle on the Hub, with its files copied into a folder of our cache"
+    flat_id = repo_id.replace('/', '--')
+    target = cache_dir()/'bundles'/f'{flat_id}-{commit}'
+    if target.is_dir(): return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as tmp:
+        copied = shutil.copytree(hub(repo_id, commit), Path(tmp)/'b')
+        copied.rename(target)
+    return target
+
 def bundle_dir(
     path:str|Path, # a bundle, or its id on the Hub
     revision:str|None=None # a commit, branch or tag of the Hub; None: what its branch `main` is now
 )->Path: # a directory
     "Where the files of a bundle are; from the Hub each commit is fetched once"
     if Path(path).is_dir(): return Path(path)
-    if str(path).count('/')!=1 or str(path)[0] in './~': raise BundleError(f"{path} is no bundle: give the folder that `hydramoe build` wrote, or a Hub id 'owner/name'")
-    commit = hub_commit(str(path), revision)
-    target = cache_dir()/'bundles'/f"{str(path).replace('/', '--')}-{commit}"
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as tmp: shutil.copytree(hub(str(path), commit), Path(tmp)/'b').rename(target)
-    return target
+    repo_id = str(path)
+    if repo_id.count('/') != 1 or repo_id[0] in './~':
+        raise BundleError(f"{path} is no bundle: give the folder that `hydramoe build` wrote, or a Hub id 'owner/name'")
+    commit = hub_commit(repo_id, revision)
+    return _copied_snapshot(repo_id, commit)
 
+# %% ../../nbs/hydra/68_auto.ipynb #cell33
 def from_pretrained(cls,
     path:str|Path, # a bundle, or its id on the Hub
     *args, # none
@@ -180,8 +251,10 @@ def from_pretrained(cls,
     **kwargs # dtype, quant, device_map
 )->HydraForCausalLM:
     "Open a bundle strictly, on the base it was made for; raises BundleError if it is not what it says"
-    quant,device = _how(**kwargs)
-    return cls(Hydra.load(bundle_dir(path, revision), base, quant, device, encoder))
+    quant, device = _how(**kwargs)
+    folder = bundle_dir(path, revision)
+    hydra = Hydra.load(folder, base, quant, device, encoder)
+    return cls(hydra)
 
 HydraForCausalLM.from_pretrained = classmethod(from_pretrained)
 
@@ -193,25 +266,37 @@ def save_pretrained(self,
     "Write the bundle, whole or not at all"
     return self.hydra.save(save_directory)
 
+HydraForCausalLM.save_pretrained = save_pretrained
+
+# %% ../../nbs/hydra/68_auto.ipynb #289bf5b3
+def _check_free(api, repo_id):
+    "Refuse a repository that holds something else than a bundle"
+    there = set(api.list_repo_files(repo_id))-{'README.md', '.gitattributes'}
+    if there and 'hydra.json' not in there:
+        raise HydraError(f"{repo_id} holds {min(there)}, which is not of a bundle: choose another name")
+
+# %% ../../nbs/hydra/68_auto.ipynb #723a75a3
 def push_to_hub(self,
     repo_id:str, # 'owner/name'
     private:bool=True, # who can see it: you, or everyone
     commit_message:str='A Hydra', # in the repository's history
     api:HfApi|None=None # a client; None: one with the user's own token
 )->str: # the commit that holds it
-    "Publish the bundle on the Hub; raises HydraError if the repository holds something else, or does not hold it afterwards"
+    "Publish the bundle; raises HydraError if the repository holds something else, or does not hold it afterwards"
     api = api or HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
-    there = set(api.list_repo_files(repo_id))-{'README.md', '.gitattributes'}
-    if there and 'hydra.json' not in there: raise HydraError(f"{repo_id} holds {min(there)}, which is not of a bundle: choose another name")
+    _check_free(api, repo_id)
     with tempfile.TemporaryDirectory() as tmp:
-        path = self.hydra.save(Path(tmp)/'bundle')
-        ours = sorted(p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file())
-        commit = api.upload_folder(repo_id=repo_id, folder_path=str(path), commit_message=commit_message, delete_patterns=['experts/*', 'router/*', 'gates/*']).oid
-    if lost := set(ours)-set(api.list_repo_files(repo_id, revision=commit)): raise HydraError(f"{repo_id} lacks {min(lost)} in commit {commit}: push again")
+        bundle = self.hydra.save(Path(tmp)/'bundle')
+        ours = {p.relative_to(bundle).as_posix() for p in bundle.rglob('*') if p.is_file()}
+        uploaded = api.upload_folder(repo_id=repo_id, folder_path=str(bundle), commit_message=commit_message,
+                                     delete_patterns=['experts/*', 'router/*', 'gates/*'])
+    commit = uploaded.oid
+    lost = ours-set(api.list_repo_files(repo_id, revision=commit))
+    if lost: raise HydraError(f"{repo_id} lacks {min(lost)} in commit {commit}: push again")
     return commit
 
-HydraForCausalLM.save_pretrained,HydraForCausalLM.push_to_hub = save_pretrained,push_to_hub
+HydraForCausalLM.push_to_hub = push_to_hub
 
 # %% ../../nbs/hydra/68_auto.ipynb #cell41
 class HydraTokenizer(PreTrainedTokenizerFast):
@@ -227,6 +312,7 @@ class HydraTokenizer(PreTrainedTokenizerFast):
         "The tokenizer of a bundle's base"
         return bundle_tokenizer(bundle_dir(path, revision), base)
 
+# %% ../../nbs/hydra/68_auto.ipynb #3e830711
 AutoConfig.register('hydra_moe', HydraConfig, exist_ok=True)
 AutoModelForCausalLM.register(HydraConfig, HydraForCausalLM, exist_ok=True)
 AutoTokenizer.register(HydraConfig, HydraTokenizer, exist_ok=True)

@@ -93,7 +93,7 @@ def seed_stage(
     out:Path, # the directory to fill
     rows:Path, # from `run_deal`
     fingerprint:str, # of the base, for the key only
-    **kw # as `train_seed` takes them
+    **kw # as `train_single_stage` takes them
 )->None: # seed/
     "A stage: one expert on everything"
     train_single_stage(out, rows_dir=rows, **kw)
@@ -103,7 +103,7 @@ def experts_stage(
     rows:Path, # from `assign_domains_stage`
     fingerprint:str, # of the base, for the key only
     start:Path|None=None, # from `seed_stage`; None: fresh
-    **kw # as `train_experts` takes them
+    **kw # as `train_experts_stage` takes them
 )->None: # NAME/ for each domain
     "A stage: experts that branch from the seed expert, one a domain"
     train_experts_stage(out, rows_dir=rows, start=start, **kw)
@@ -371,7 +371,7 @@ def build(cls:Hydra,
     records:list|str|Path, # records, a file of rows, or a list of files
     out:str|Path|None=None, # where the bundle goes; None: into memory only
     root:str|Path|None=None, # where stages go; in the cache if None
-    reading:dict|None=None, # what to override in reading files: as for `formats.detect`
+    reading:dict|None=None, # what to override in reading files: as for `detect`
     run:dict|None=None, # where groups of experts are trained, as for `run_jobs`; what is made does not depend on it
     domains:str|Path|None=None, # a file that `propose_domains` wrote, edited; None: as discovered
     **kw # fields of `BuildSpec`: base, quant, k, rank, targets, tokens, max_length, lr, seed, …

@@ -22,7 +22,7 @@ from ..foundations.arrays import load_arrays, save_arrays
 from ..experts.stack import Stack
 from ..experts.plan import by_expert, make_plan
 from ..experts.model import GatedCausalLM, hidden
-from ..experts.adapters import factors_of, with_adapters
+from ..experts.adapters import factors_of, find_adapters, with_adapters
 from ..experts.score import Losses, loss_matrix, save_losses
 from ..models.load import load_base
 from ..experts.stages import part_examples
@@ -33,12 +33,13 @@ def svd_factors(
     A:Tensor, # (…,r,in)
     B:Tensor, # (…,out,r)
     scale:Tensor|float=1. # (…,) s
-)->tuple[Tensor,Tensor]: # A* (…,k,in) with orthogonal rows, the longest first; B* (…,out,k) with orthonormal columns; k is r, or in or out if that is less
+)->tuple[Tensor,Tensor]: # A* (…,k,in), orthogonal rows, longest first; B* (…,out,k), orthonormal; k = min(r,in,out)
     "The same expert, sBA = B*A*, in factors turned to its singular directions; exact, by two QR and an r×r SVD"
     Qa, Ra = torch.linalg.qr(A.double().mT)
     Qb, Rb = torch.linalg.qr(B.double())
-    scale = torch.as_tensor(scale, device=A.device).double()[...,None,None]
-    middle = scale*Rb@Ra.mT
+    scale = torch.as_tensor(scale, device=A.device).double()
+    scaled = scale[...,None,None]*Rb
+    middle = scaled@Ra.mT
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     V = Vh@Qa.mT
     largest = V.abs().argmax(-1, keepdim=True)
@@ -56,10 +57,13 @@ def minus_seed(
 )->tuple[Tensor,Tensor]: # A (E,r+q,in), B (E,out,r+q), both in fp64, of scale 1
     "What experts add to their seed expert, as factors: exact, and never a dense matrix"
     seed_A, seed_B, seed_scale = seed
+    own_A = A.double()
     own_B = scale.double()[:,None,None]*B.double()
-    off_A = seed_A.double().expand(len(A), *seed_A.shape)
-    off_B = (-seed_scale*seed_B.double()).expand(len(B), *seed_B.shape)
-    return torch.cat([A.double(), off_A], 1), torch.cat([own_B, off_B], 2)
+    off_A = seed_A.double()
+    off_B = -seed_scale*seed_B.double()
+    off_A = off_A.expand(len(A), -1, -1)
+    off_B = off_B.expand(len(B), -1, -1)
+    return torch.cat([own_A, off_A], 1), torch.cat([own_B, off_B], 2)
 
 # %% ../../nbs/hydra/61_gate.ipynb #cell12
 @dataclass(eq=False)
@@ -76,8 +80,12 @@ class Gate:
     def __post_init__(self):
         self.names = check_names(self.names, 'expert')
         _check_gate(self)
-        self.absent = {name: ~tensor.flatten(1).any(1) for name, tensor in self.layers.items()}
-        self.width = {name: int((~absent).sum()) for name, absent in self.absent.items()}
+        self.absent = {} # layer → (E,) whether an expert has no factors there
+        self.width = {} # layer → how many experts have
+        for name, tensor in self.layers.items():
+            present = tensor.flatten(1).any(1)
+            self.absent[name] = ~present
+            self.width[name] = int(present.sum())
 
     def __len__(self): return len(self.names)
 
@@ -102,51 +110,72 @@ class Gate:
     def best(self, score, layer, k='top_k'): # (N,E) → values and indices, both (N,k)
         "The k best of all experts that adapt the layer"
         score = score.masked_fill(self.absent[layer], -torch.inf)
-        return score.topk(min(self.params[k], self.width[layer]))
+        wanted = min(self.params[k], self.width[layer])
+        return score.topk(wanted)
 
     def to(self, device): # of the model → a gate there
         "The same gate on another device"
-        return replace(self, layers={name: tensor.to(device) for name, tensor in self.layers.items()})
+        layers = {name: tensor.to(device) for name, tensor in self.layers.items()}
+        return replace(self, layers=layers)
 
 # %% ../../nbs/hydra/61_gate.ipynb #cell14
 def _check_tensor(gate, name, tensor):
     "Refuse a tensor of another shape, or with a value that is not finite"
-    if tensor.ndim!=len(gate.shape.split(',')) or len(tensor)!=len(gate):
+    if tensor.ndim != len(gate.shape.split(',')) or len(tensor) != len(gate):
         raise HydraError(f"gate tensor {name!r} has shape {tuple(tensor.shape)}; "
                          f"for {len(gate)} experts a gate of kind {gate.kind} needs {gate.shape}")
     if not torch.isfinite(tensor).all(): raise HydraError(f"gate tensor {name!r} holds a value that is not finite")
 
+# %% ../../nbs/hydra/61_gate.ipynb #828b935b
+def _check_params(gate):
+    "Refuse parameters that its kind does not have, and values that no choice can be made with"
+    params = gate.params
+    temperature = params.get('temperature')
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < float('inf')):
+        raise HydraError(f"temperature={temperature}; give a positive number: "
+                         "near 0 chooses the best expert, large mixes all alike")
+    for name in gate.counts:
+        k = params.get(name)
+        if not (type(k) is int and 1 <= k <= len(gate)):
+            raise HydraError(f"{name}={k} of {len(gate)} experts; give 1 to {len(gate)}")
+    since = params.get('since', '')
+    if not isinstance(since, str):
+        raise HydraError(f"since={since!r} of a gate is the SHA-256 of the seed expert's tensors, as text")
+    needed = ['top_k', 'temperature', *gate.counts[1:]]
+    if set(params)-{'since'} != set(needed):
+        found = ', '.join(sorted(params))
+        raise HydraError(f"a {gate.kind} gate has the parameters {found}; it needs {', '.join(needed)}")
+
+# %% ../../nbs/hydra/61_gate.ipynb #2e5ce954
 def _check_gate(gate):
     "Refuse a gate whose parts do not fit each other"
     if not gate.layers: raise HydraError("a gate needs at least one layer")
     for name, tensor in gate.layers.items(): _check_tensor(gate, name, tensor)
-    temperature, since = gate.params.get('temperature'), gate.params.get('since', '')
-    if not (isinstance(temperature, (int, float)) and 0<temperature<float('inf')):
-        raise HydraError(f"temperature={temperature}; give a positive number: near 0 chooses the best expert, large mixes all alike")
-    for name in gate.counts:
-        k = gate.params.get(name)
-        if not (type(k) is int and 1<=k<=len(gate)): raise HydraError(f"{name}={k} of {len(gate)} experts; give 1 to {len(gate)}")
-    if not isinstance(since, str):
-        raise HydraError(f"since={since!r} of a gate is the SHA-256 of the seed expert's tensors, as text")
-    needed = ['top_k', 'temperature', *gate.counts[1:]]
-    if set(gate.params)-{'since'}!=set(needed):
-        raise HydraError(f"a {gate.kind} gate has the parameters {', '.join(sorted(gate.params))}; it needs {', '.join(needed)}")
+    _check_params(gate)
 
-# %% ../../nbs/hydra/61_gate.ipynb #cell16
+# %% ../../nbs/hydra/61_gate.ipynb #c32b88c5
 def _frobenius(t): # (E,…,…) → (E,1,1) float64
-    return t.double().square().sum((1,2), keepdim=True).sqrt()
+    squares = t.double().square()
+    return squares.sum((1,2), keepdim=True).sqrt()
 
+def _above_rounding(turned, A, B, scale): # A* (E,k,in), of sBA → (E,k,1)
+    "Which turned factors are more than rounding"
+    relative = 1e-12*scale[:,None,None]
+    rounding = relative*_frobenius(A)*_frobenius(B)
+    lengths = turned.norm(dim=-1, keepdim=True)
+    return lengths > rounding
+
+# %% ../../nbs/hydra/61_gate.ipynb #5c19f1a8
 def _acting_factors(stack, i, seed=None): # layer i; the seed's A, B, scale → (E,k,in) fp32
     "A* of each expert in a layer, or of what it adds to a seed; zero where it does not act"
     A, B = (t.detach() for t in stack.leaves[i])
     scale = stack.scale.detach()
-    acts = A.flatten(1).any(1)&B.flatten(1).any(1)
+    acts = A.flatten(1).any(1) & B.flatten(1).any(1)
     if seed is not None:
         A, B = minus_seed(A, B, scale, seed)
         scale = torch.ones_like(scale)
     turned, _ = svd_factors(A, B, scale)
-    rounding = 1e-12*scale[:,None,None]*_frobenius(A)*_frobenius(B)
-    real = acts[:,None,None]&(turned.norm(dim=-1, keepdim=True)>rounding)
+    real = acts[:,None,None] & _above_rounding(turned, A, B, scale)
     return (turned*real).float()
 
 def layer_factors(
@@ -157,7 +186,16 @@ def layer_factors(
     seed, scale = factors_of(stack, since) if since else ({}, None)
     for i in stack.upper_layers:
         in_layer = (*seed[i], scale) if since else None
-        yield stack.layers[i].name, _acting_factors(stack, i, in_layer)
+        factors = _acting_factors(stack, i, in_layer)
+        yield stack.layers[i].name, factors
+
+# %% ../../nbs/hydra/61_gate.ipynb #d61ff9a1
+def _prototype(A): # (…,k,in) → (…,in)
+    "The longest row, at length 1; zero if all are"
+    longest = A[...,0,:]
+    length = longest.norm(dim=-1, keepdim=True)
+    direction = longest/length.clamp(min=1e-30)
+    return torch.where(length > 0, direction, 0.)
 
 # %% ../../nbs/hydra/61_gate.ipynb #47241121
 class ArrowGate(Gate):
@@ -166,21 +204,17 @@ class ArrowGate(Gate):
     shape = '(E,in)'
 
     def choose(self, x, layer):
-        score = (x@self.layers[layer].mT).abs()
-        return self.best(score, layer)
+        score = x@self.layers[layer].mT
+        return self.best(score.abs(), layer)
 
     def products(self, layer): # inner products of length `in` that a choice takes, a token
         return self.width[layer]
 
-def _prototype(A): # (…,k,in) → (…,in)
-    "The longest row, at length 1; zero if all are"
-    longest = A[...,0,:]
-    length = longest.norm(dim=-1, keepdim=True)
-    return torch.where(length>0, longest/length.clamp(min=1e-30), 0.)
-
+# %% ../../nbs/hydra/61_gate.ipynb #bc4f2db1
 def _seed_mark(since): # folder of the seed expert, or None → what params say of it
     if not since: return {}
-    return dict(since=file_sha256(Path(since)/'adapter_model.safetensors')[:16])
+    tensors = Path(since)/'adapter_model.safetensors'
+    return dict(since=file_sha256(tensors)[:16])
 
 def arrow(
     stack:Stack, # with all its experts in place
@@ -190,8 +224,9 @@ def arrow(
 )->ArrowGate: # kind `arrow`
     "Score a token by its product with each expert's first singular direction (Ostapenko et al., 2024)"
     layers = {name: _prototype(A) for name, A in layer_factors(stack, since)}
-    params = dict(top_k=min(top_k, stack.slots), temperature=temperature)
-    return ArrowGate(list(stack.names), layers, params|_seed_mark(since))
+    top_k = min(top_k, stack.slots)
+    params = dict(top_k=top_k, temperature=temperature, **_seed_mark(since))
+    return ArrowGate(list(stack.names), layers, params)
 
 # %% ../../nbs/hydra/61_gate.ipynb #cell25
 class SpectrGate(Gate):
@@ -200,12 +235,15 @@ class SpectrGate(Gate):
 
     def choose(self, x, layer):
         A = self.layers[layer]
-        all_rows = x@A.flatten(0, 1).mT
-        lengths = all_rows.view(len(x), *A.shape[:2]).norm(dim=-1)
-        return self.best(lengths, layer)
+        rows = A.flatten(0, 1)
+        parts = (x@rows.mT).view(len(x), *A.shape[:2])
+        return self.best(parts.norm(dim=-1), layer)
 
-    def products(self, layer): return int(self.layers[layer].any(-1).sum())
+    def products(self, layer):
+        acting_rows = self.layers[layer].any(-1)
+        return int(acting_rows.sum())
 
+# %% ../../nbs/hydra/61_gate.ipynb #ed32dcd9
 def spectr(
     stack:Stack, # with all its experts in place
     top_k:int=3, # experts a token; fewer if there are fewer
@@ -213,8 +251,10 @@ def spectr(
     since:str|Path|None=None # as for `arrow`
 )->SpectrGate: # kind `spectr`
     "Score a token by how much each expert would change the layer's output (Fleshman and Van Durme, 2025)"
-    params = dict(top_k=min(top_k, stack.slots), temperature=temperature)
-    return SpectrGate(list(stack.names), dict(layer_factors(stack, since)), params|_seed_mark(since))
+    top_k = min(top_k, stack.slots)
+    layers = dict(layer_factors(stack, since))
+    params = dict(top_k=top_k, temperature=temperature, **_seed_mark(since))
+    return SpectrGate(list(stack.names), layers, params)
 
 # %% ../../nbs/hydra/61_gate.ipynb #cell28
 class LagGate(Gate):
@@ -228,8 +268,10 @@ class LagGate(Gate):
         index = self.best(by_arrow, layer, 'candidates').indices
         score = torch.empty(index.shape, device=x.device)
         for expert, token, place in by_expert(index):
-            score[token,place] = (x[token]@A[expert].mT).norm(dim=-1)
-        best = score.topk(min(self.params['top_k'], score.shape[1]))
+            parts = x[token]@A[expert].mT
+            score[token,place] = parts.norm(dim=-1)
+        kept = min(self.params['top_k'], score.shape[1])
+        best = score.topk(kept)
         return best.values, index.gather(1, best.indices)
 
     def products(self, layer):
@@ -238,6 +280,7 @@ class LagGate(Gate):
         candidates = min(self.params['candidates'], experts)
         return experts+rows*candidates/max(experts, 1)
 
+# %% ../../nbs/hydra/61_gate.ipynb #dcdbc16a
 def lag(
     stack:Stack, # with all its experts in place
     top_k:int=1, # experts a token; fewer if there are fewer
@@ -247,8 +290,10 @@ def lag(
 )->LagGate: # kind `lag`
     "Arrow's best few, ranked again by SpectR (Fleshman and Van Durme, 2025)"
     candidates = min(max(candidates, top_k), stack.slots)
-    params = dict(top_k=min(top_k, stack.slots), candidates=candidates, temperature=temperature)
-    return LagGate(list(stack.names), dict(layer_factors(stack, since)), params|_seed_mark(since))
+    top_k = min(top_k, stack.slots)
+    layers = dict(layer_factors(stack, since))
+    params = dict(top_k=top_k, candidates=candidates, temperature=temperature, **_seed_mark(since))
+    return LagGate(list(stack.names), layers, params)
 
 # %% ../../nbs/hydra/61_gate.ipynb #cell32
 GATES = dict(arrow=arrow, spectr=spectr, lag=lag) # kind → what makes it from a stack
@@ -263,6 +308,15 @@ def make_gate(
     given = {k: v for k, v in kw.items() if v is not None}
     return make(stack, **given)
 
+# %% ../../nbs/hydra/61_gate.ipynb #8cae03b8
+def _chosen_rank(gate, layer, ranks): # the ranks of all experts
+    "The ranks of the experts that a token gets in a layer, together, if they are of average rank"
+    experts = gate.width[layer]
+    absent = gate.absent[layer].tolist()
+    adapting = [rank for rank, off in zip(ranks, absent) if not off]
+    chosen = min(gate.params['top_k'], experts)
+    return chosen*sum(adapting)/max(experts, 1)
+
 # %% ../../nbs/hydra/61_gate.ipynb #cell35
 def gate_cost(
     gate:Gate, # any
@@ -272,11 +326,10 @@ def gate_cost(
     cost = dict(choose=0, act=0, base=0)
     for spot in stack.layers:
         if spot.name not in gate.layers: continue
-        experts = gate.width[spot.name]
-        ranks = [r for r, absent in zip(stack.ranks, gate.absent[spot.name].tolist()) if not absent]
-        chosen = min(gate.params['top_k'], experts)
-        cost['choose'] += round(2*spot.n_in*gate.products(spot.name))
-        cost['act'] += round(2*chosen*sum(ranks)/max(experts, 1)*(spot.n_in+spot.n_out))
+        products = gate.products(spot.name)
+        rank = _chosen_rank(gate, spot.name, stack.ranks)
+        cost['choose'] += round(2*spot.n_in*products)
+        cost['act'] += round(2*rank*(spot.n_in+spot.n_out))
         cost['base'] += 2*spot.n_in*spot.n_out
     return cost
 
@@ -287,19 +340,21 @@ def check_gate(
 )->Gate: # the gate
     "Refuse a gate that was made for other experts or layers"
     make_plan(gate, stack)
-    want = {stack.layers[i].name: stack.layers[i].n_in for i in stack.upper_layers}
+    adapted = [stack.layers[i] for i in stack.upper_layers]
+    want = {spot.name: spot.n_in for spot in adapted}
     have = {name: tensor.shape[-1] for name, tensor in gate.layers.items()}
     for name in sorted(want.keys()|have.keys()):
-        if want.get(name)==have.get(name): continue
-        raise HydraError(f"the gate's tensor for {name} reads {have.get(name, 0)} inputs where the stack has {want.get(name, 0)}: "
-                         "make the gate from these adapters")
+        if want.get(name) == have.get(name): continue
+        raise HydraError(f"the gate's tensor for {name} reads {have.get(name, 0)} inputs "
+                         f"where the stack has {want.get(name, 0)}: make the gate from these adapters")
     return gate
 
 # %% ../../nbs/hydra/61_gate.ipynb #cell47
 class _CountingGate:
     "A gate that counts what it chooses"
     def __init__(self, gate, mask):
-        self.gate, self.mask = gate, mask
+        self.gate = gate
+        self.mask = mask
         self.names = gate.names
         self.use = {}
 
@@ -308,9 +363,11 @@ class _CountingGate:
         index, weight = self.gate(x, layer)
         none = weight.new_zeros(*x.shape[:-1], len(self.names))
         weights = none.scatter(-1, index, weight)
-        self.use[layer] = weights[self.mask].mean(0).cpu()
+        of_tokens = weights[self.mask]
+        self.use[layer] = of_tokens.mean(0).cpu()
         return index, weight
 
+# %% ../../nbs/hydra/61_gate.ipynb #034fc739
 @torch.no_grad()
 def gate_use(
     model:GatedCausalLM, # base and experts
@@ -324,14 +381,33 @@ def gate_use(
     hidden(model, input_ids, mask, counting)
     return counting.use
 
-# %% ../../nbs/hydra/61_gate.ipynb #cell50
+# %% ../../nbs/hydra/61_gate.ipynb #e5e8756e
 def _block_use(use): # layer → (E,) weights; → block → (E,) average weights over its layers
     of_block = {}
     for name, weights in use.items():
-        block = next((part for part in name.split('.') if part.isdigit()), '-')
+        numbers = [part for part in name.split('.') if part.isdigit()]
+        block = numbers[0] if numbers else '-'
         of_block.setdefault(block, []).append(weights)
     return {block: torch.stack(weights).mean(0) for block, weights in of_block.items()}
 
+# %% ../../nbs/hydra/61_gate.ipynb #18549d18
+def _block_line(block, names, weights): # (E,)
+    "The four experts that a block uses most"
+    most_used = weights.argsort(descending=True)[:4].tolist()
+    shares = ', '.join(f'{names[i]} {weights[i]:.0%}' for i in most_used)
+    return f"  block {block}: {shares}"
+
+def _as_route(gate, prompt, mean): # (E,) average weights
+    "The average use of a gate's experts, as `explain_route` gives a router's weights"
+    experts = []
+    for i in mean.argsort(descending=True).tolist():
+        weight = mean[i].item()
+        experts.append(dict(name=gate.names[i], weight=weight, score=None))
+    heard = effective_experts(mean[None])[0]
+    about = dict(prompt=prompt, kind=gate.kind, params=dict(gate.params), reads=None)
+    return dict(about, heard=float(heard), experts=experts)
+
+# %% ../../nbs/hydra/61_gate.ipynb #cell50
 def explain_gate(
     model:GatedCausalLM, # base and experts
     gate:Gate, # for its stack
@@ -341,14 +417,12 @@ def explain_gate(
     "Which experts a gate uses on a prompt, as plain data"
     use = gate_use(model, gate, input_ids)
     mean = torch.stack(list(use.values())).mean(0)
-    order = mean.argsort(descending=True).tolist()
-    experts = [dict(name=gate.names[i], weight=mean[i].item(), score=None) for i in order]
-    heard = float(effective_experts(mean[None])[0])
-    e = dict(prompt=text, kind=gate.kind, params=dict(gate.params), reads=None, heard=heard, experts=experts)
-    lines = [route_text(e), f'average over {len(use)} layers and {input_ids.shape[1]} tokens; in each block:']
+    e = _as_route(gate, text, mean)
+    lines = [
+        route_text(e),
+        f'average over {len(use)} layers and {input_ids.shape[1]} tokens; in each block:']
     for block, weights in _block_use(use).items():
-        first = weights.argsort(descending=True).tolist()[:4]
-        lines.append(f"  block {block}: "+', '.join(f'{gate.names[i]} {weights[i]:.0%}' for i in first))
+        lines.append(_block_line(block, gate.names, weights))
     layers = {name: dict(zip(gate.names, weights.tolist())) for name, weights in use.items()}
     return dict(e, text='\n'.join(lines), layers=layers)
 
@@ -358,15 +432,19 @@ def plot_gate(
 )->Figure: # a row an expert, a column a block
     "The average use of each expert, block by block"
     layers = explanation['layers']
-    use = _block_use({name: torch.tensor(list(weights.values())) for name, weights in layers.items()})
     names = list(next(iter(layers.values())))
-    size = max(4, .3*len(use)), .9+.35*len(names)
-    fig, ax = plt.subplots(figsize=size, layout='constrained')
-    shares = torch.stack(list(use.values()), 1).numpy()
-    image = ax.imshow(shares, vmin=0, vmax=1, cmap='Blues', aspect='auto')
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel='block', title=f"average weight by {explanation['kind']}")
-    step = max(1, len(use)//15)
-    ax.set_xticks(range(0, len(use), step), list(use)[::step])
+    of_layer = {name: torch.tensor(list(weights.values())) for name, weights in layers.items()}
+    of_block = _block_use(of_layer)
+    blocks = list(of_block)
+    shares = torch.stack(list(of_block.values()), 1)
+    width = max(4, .3*len(blocks))
+    height = .9+.35*len(names)
+    fig, ax = plt.subplots(figsize=(width, height), layout='constrained')
+    image = ax.imshow(shares.numpy(), vmin=0, vmax=1, cmap='Blues', aspect='auto')
+    ax.set(xlabel='block', title=f"average weight by {explanation['kind']}")
+    ax.set_yticks(range(len(names)), names)
+    step = max(1, len(blocks)//15)
+    ax.set_xticks(range(0, len(blocks), step), blocks[::step])
     fig.colorbar(image, ax=ax)
     plt.close(fig)
     return fig
@@ -378,22 +456,26 @@ def save_gate(
 )->Path: # the directory
     "Write `gate.safetensors` and `gate.json`"
     arrays = {name: tensor.cpu().numpy() for name, tensor in gate.layers.items()}
-    return save_arrays(path, 'gate', arrays, dict(kind=gate.kind, names=gate.names, params=gate.params))
+    meta = dict(kind=gate.kind, names=gate.names, params=gate.params)
+    return save_arrays(path, 'gate', arrays, meta)
 
 # %% ../../nbs/hydra/61_gate.ipynb #b0668794
-GATE_KINDS = {c.kind: c for c in (ArrowGate, SpectrGate, LagGate)}
-
 def _check_gate_meta(meta, file):
     "Refuse a description that is not a gate's"
-    if not isinstance(meta, dict) or set(meta)!={'kind', 'names', 'params'}:
-        found = ', '.join(sorted(map(str, meta))) if isinstance(meta, dict) else meta
+    fields = set(meta) if isinstance(meta, dict) else None
+    if fields != {'kind', 'names', 'params'}:
+        found = meta if fields is None else ', '.join(sorted(map(str, meta)))
         raise HydraError(f"{file} tells of {found}; need kind, names, params")
     names, params = meta['names'], meta['params']
-    if not (isinstance(names, list) and all(isinstance(n, str) for n in names) and isinstance(params, dict)):
+    words = isinstance(names, list) and all(isinstance(n, str) for n in names)
+    if not words or not isinstance(params, dict):
         raise HydraError(f"{file}: names must be a list of names, and params an object")
     temperature = params.get('temperature')
-    if type(temperature) not in (int, float) or not 1e-9<=temperature<=1e9:
+    if type(temperature) not in (int, float) or not 1e-9 <= temperature <= 1e9:
         raise HydraError(f"{file}: temperature={str(temperature)[:40]}; need a number from 1e-9 to 1e9")
+
+# %% ../../nbs/hydra/61_gate.ipynb #d4ab3b5d
+GATE_KINDS = {c.kind: c for c in (ArrowGate, SpectrGate, LagGate)}
 
 def load_gate(
     path:str|Path # what `save_gate` wrote
@@ -402,8 +484,9 @@ def load_gate(
     arrays, meta = load_arrays(path, 'gate')
     _check_gate_meta(meta, Path(path)/'gate.json')
     for name, array in arrays.items():
-        if array.dtype!='float32':
-            raise HydraError(f"{Path(path)/'gate.safetensors'}: {name} is of type {array.dtype}; a gate's tensors are float32")
+        if array.dtype == 'float32': continue
+        file = Path(path)/'gate.safetensors'
+        raise HydraError(f"{file}: {name} is of type {array.dtype}; a gate's tensors are float32")
     gate_class = GATE_KINDS[one_of(meta['kind'], GATE_KINDS, 'gate kind')]
     layers = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return gate_class(meta['names'], layers, meta['params'])
@@ -417,28 +500,42 @@ def gate_losses(
     "The loss matrix of gates over the experts of a stack"
     columns = []
     for name, how in gates.items():
-        plan = make_plan(make_gate(model.stack, **how), model.stack)
-        with model.stack.bind(plan): columns.append(loss_matrix(model, examples, {name: None}))
-    return replace(columns[-1], nll=np.concatenate([c.nll for c in columns]), columns=list(gates))
+        gate = make_gate(model.stack, **how)
+        with model.stack.bind(make_plan(gate, model.stack)):
+            column = loss_matrix(model, examples, {name: None})
+        columns.append(column)
+    nll = np.concatenate([column.nll for column in columns])
+    return replace(columns[-1], nll=nll, columns=list(gates))
 
 # %% ../../nbs/hydra/61_gate.ipynb #b6d376d6
 def _adapter_folders(folder): # → name → folder of each adapter in it
-    found = {p.parent.name: p.parent for p in sorted(Path(folder).glob('*/adapter_config.json'))}
-    if found: return found
+    inside = [path for path in find_adapters(folder) if path != Path(folder)]
+    if inside: return {path.name: path for path in inside}
     raise HydraError(f"{folder} holds no adapters: give a folder with one folder for each")
 
+# %% ../../nbs/hydra/61_gate.ipynb #091117a5
 def _seed_folder(seed): # a stage of one adapter → the adapter's folder
     found = list(_adapter_folders(seed).values()) if seed else []
-    if len(found)==1: return found[0]
-    raise HydraError(f"since=True asks for one seed expert, and seed={seed} holds {len(found)}: give the stage that trained it")
+    if len(found) == 1: return found[0]
+    raise HydraError(f"since=True asks for one seed expert, and seed={seed} holds {len(found)}: "
+                     "give the stage that trained it")
 
+def _with_seed(gates, seed): # column → keywords of `make_gate`; since=True becomes the seed's folder
+    asked = any(how.get('since') for how in gates.values())
+    since = _seed_folder(seed) if asked else None
+    found = {}
+    for name, how in gates.items():
+        found[name] = dict(how, since=since if how.get('since') else None)
+    return found
+
+# %% ../../nbs/hydra/61_gate.ipynb #27f83aa1
 def score_gates(
     out:Path, # the directory to fill: a stage's
     *,
     rows_dir:Path, # a data stage
     part:str, # which of its files: PART.jsonl
     adapters:Path, # a training stage, NAME/ an adapter
-    gates:dict[str,dict], # column → keywords of `make_gate`: kind, top_k, temperature, candidates; since=True for `seed`
+    gates:dict[str,dict], # column → `make_gate`'s kind, top_k, temperature, candidates; since=True for `seed`
     seed:Path|None=None, # a training stage of one adapter, from which the others branched
     base:str='smollm2', # as `load_base` takes it
     quant:str='nf4', # of the base
@@ -448,7 +545,7 @@ def score_gates(
     "Seal the loss matrix of gates over adapters on the records of a part"
     opened = load_base(base, quant)
     rows = part_examples(rows_dir, part, opened.tokenizer, max_prompt, max_response)
-    since = _seed_folder(seed) if any(how.get('since') for how in gates.values()) else None
-    by_seed = {name: dict(how, since=since if how.get('since') else None) for name, how in gates.items()}
+    gates = _with_seed(gates, seed)
     model = with_adapters(opened, _adapter_folders(adapters))
-    return save_losses(gate_losses(model, rows, by_seed), out)
+    losses = gate_losses(model, rows, gates)
+    return save_losses(losses, out)

@@ -25,7 +25,7 @@ def propose_domains(
     records:list|str|Path, # as for `Hydra.build`
     path:str|Path, # the file to write, `domains.yaml`
     root:str|Path|None=None, # where stages go; in the cache if None
-    reading:dict|None=None, # what to override in reading files: as for `formats.detect`
+    reading:dict|None=None, # what to override in reading files: as for `detect`
     say:bool=False, # let the base write a sentence on each domain
     **kw # fields of `BuildSpec`
 )->Domains: # as discovered

@@ -40,7 +40,7 @@ def _placed(record, **at):
 # %% ../../nbs/hydra/66a_rows.ipynb #5280f7b8
 def gather_rows(
     source:list|str|Path, # records, a file of rows, or a list of files
-    **how # what to override in reading files: as for `formats.detect`
+    **how # what to override in reading files: as for `detect`
 )->tuple[list,list]: # records; rejects [{file, line, row, reason, raw}]
     "Records from wherever they are"
     if isinstance(source, (str, Path)): source = [source]

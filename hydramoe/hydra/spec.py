@@ -145,7 +145,7 @@ def _lora_spec(spec, fork):
 
 def training_settings(
     spec:BuildSpec # resolved
-)->tuple: # of the seed expert, of the experts: keywords of `train_seed` and `train_experts`
+)->tuple: # of the seed expert, of the experts: keywords of `train_single_stage` and `train_experts_stage`
     "How the two passes are trained: one whole and at a constant rate, one above the fork and down to nothing"
     same = dict(base=spec.base, quant=spec.quant, threads=spec.threads)
     same |= dict(max_prompt=spec.max_length, max_response=spec.max_length)

@@ -123,21 +123,36 @@ def open_checkpoint(
     return _freeze(model)
 
 # %% ../../nbs/models/13_base.ipynb #cell27
+def _tiny_config(layers, width):
+    "The shape of a small Llama whose tokens are bytes"
+    return LlamaConfig(
+        vocab_size=259,
+        hidden_size=width,
+        intermediate_size=2*width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0)
+
 def _tiny_model(seed, layers, width, quant):
     "A random Llama, from a generator of its own"
-    special = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    config = LlamaConfig(vocab_size=259, hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers,
-                         max_position_embeddings=2048, tie_word_embeddings=True, **heads, **special)
-    attention = _attention(quant, 'cpu')
+    config = _tiny_config(layers, width)
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    g = torch.Generator().manual_seed(derive_seed(seed, 'tiny_base', layers, width))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(quant, 'cpu'))
+    generator = torch.Generator().manual_seed(derive_seed(seed, 'tiny_base', layers, width))
     for name, p in model.named_parameters():
+        if p.dim()==1: # of a norm
+            p.data = torch.ones(p.shape)
+            continue
         scale = 1.5 if 'embed' in name else 2
-        p.data = torch.ones(p.shape) if p.dim()==1 else torch.randn(p.shape, generator=g)*scale/width**.5
+        p.data = torch.randn(p.shape, generator=generator)*scale/width**.5
     return model
 
+# %% ../../nbs/models/13_base.ipynb #tiny3
 def _reopen(model, quant):
     "A model as it comes back from a file"
     with tempfile.TemporaryDirectory() as tmp, hide_loading_bars():
@@ -181,6 +196,7 @@ def _layers_named(layers, name): # → paths
     known = sorted({n.split('.')[-1] for n in layers})
     raise HydraError(f"no linear layer is called {name!r}; this model has {', '.join(known)}, or take 'all-linear'")
 
+# %% ../../nbs/models/13_base.ipynb #named3
 def target_layers(
     model:nn.Module, # a transformers causal language model
     targets:str|list[str]='all-linear' # 'all-linear', or names: 'q_proj,v_proj'

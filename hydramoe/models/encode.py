@@ -25,7 +25,7 @@ def _split_ids(tokenizer, given, learned): # → ids, how many of them are promp
     "Ids of prompt and answer; the first are those of the prompt alone"
     prompt = _text_ids(tokenizer, given)
     ids = _text_ids(tokenizer, given+learned)
-    if ids[:len(prompt)]!=prompt: ids = prompt+_text_ids(tokenizer, learned) # a token would reach across
+    if ids[:len(prompt)]!=prompt: ids = prompt+_text_ids(tokenizer, learned) # a token reached across
     return ids, len(prompt)
 
 # %% ../../nbs/models/11_encode.ipynb #6793bf47

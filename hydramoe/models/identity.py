@@ -126,16 +126,26 @@ def _special_tokens(tokenizer):
     return special
 
 # %% ../../nbs/models/12_identity.ipynb #6134ed12
+def _tokenizer_body(tokenizer):
+    "A tokenizer as its library writes it; of one without that library the vocabulary alone"
+    fast = getattr(tokenizer, 'backend_tokenizer', None)
+    if fast is None: return dict(model=dict(vocab=tokenizer.get_vocab()))
+    return json.loads(fast.to_str())
+
+def _merge_text(merge):
+    "A merge as one text: versions of the library write it as a text or as a pair"
+    return merge if isinstance(merge, str) else ' '.join(merge)
+
+# %% ../../nbs/models/12_identity.ipynb #pieces2
 def _tokenizer_pieces(tokenizer): # → name → hash
     "A short hash of each piece of a tokenizer"
-    fast = getattr(tokenizer, 'backend_tokenizer', None)
-    body = {} if fast is None else json.loads(fast.to_str())
-    model = body.pop('model', dict(vocab=tokenizer.get_vocab()))
+    body = _tokenizer_body(tokenizer)
+    model = body['model']
     merges = model.pop('merges', None) or []
-    pieces = dict(vocab=model.pop('vocab', None), merges=[m if isinstance(m, str) else ' '.join(m) for m in merges])
+    pieces = dict(vocab=model.pop('vocab', None), merges=[_merge_text(m) for m in merges])
     for name in ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder', 'added_tokens'):
         pieces[name] = _drop_empty(body.get(name))
-    pieces['model'] = _drop_empty(model)
+    pieces['model'] = _drop_empty(model) # its kind and settings, which are left now
     pieces['special_tokens'] = _special_tokens(tokenizer)
     return {name: _short_hash(piece) for name, piece in pieces.items()}
 
@@ -158,13 +168,17 @@ def identity(
 
 # %% ../../nbs/models/12_identity.ipynb #ident-4
 def _config_differences(then, now, at=''):
-    "The fields in which two configurations differ, in words"
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = then.keys()|now.keys() if at else then.keys()&now.keys() # deeper down, a field that's missing counts
-        for k in sorted(keys): yield from _config_differences(then.get(k), now.get(k), f'{at}.{k}' if at else k)
-    elif then!=now:
-        yield f"config.json: {at} is {str(now)[:60]}, the experts were trained with {str(then)[:60]}"
+    "The fields in which two configurations differ, in words; `at` is the path of the field"
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        if then!=now: yield f"config.json: {at} is {str(now)[:60]}, the experts were trained with {str(then)[:60]}"
+        return
+    is_whole = not at
+    keys = then.keys()&now.keys() if is_whole else then.keys()|now.keys()
+    for key in sorted(keys):
+        path = key if is_whole else f'{at}.{key}'
+        yield from _config_differences(then.get(key), now.get(key), path)
 
+# %% ../../nbs/models/12_identity.ipynb #pieces3
 def _tokenizer_differences(then, now):
     "The pieces in which two tokenizers differ, in words"
     for piece, hashed in sorted(then.items()):

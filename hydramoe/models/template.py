@@ -45,20 +45,13 @@ def id_list(
 def mark_tokens(
     tokenizer # of a base
 )->dict[int,str]: # id → as it is written
-    "Tokens that are no piece of a text"
+    "Tokens that stand for no text: marks, and what else is special"
     added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
     visible = {i: text for i, text in added.items() if text.strip()}
     special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens)
     return visible | dict(special)
 
 # %% ../../nbs/models/10_template.ipynb #ed72162f
-@dataclass
-class _Ending:
-    "What a template writes behind an answer"
-    text:str # plain text before the mark
-    ids:set # what ends an answer: the mark, and the end of text
-    is_last:bool # is one of them the last that is written?
-
 def _text_behind(tokenizer):
     "All that the template writes behind an answer; '' if it refuses"
     answer = '⟪answer⟫'
@@ -66,6 +59,14 @@ def _text_behind(tokenizer):
     try: text = tokenizer.apply_chat_template(talk, tokenize=False)
     except Exception: return '' # a template is a program, and can raise anything
     return text.partition(answer)[2].rstrip()
+
+# %% ../../nbs/models/10_template.ipynb #ending1
+@dataclass
+class _Ending:
+    "What a template writes behind an answer"
+    text:str # plain text before the mark
+    ids:set # what ends an answer: the mark, and the end of text
+    is_last:bool # is one of them the last that is written?
 
 # %% ../../nbs/models/10_template.ipynb #b91b9b14
 def _find_ending(tokenizer): # → _Ending
@@ -75,10 +76,13 @@ def _find_ending(tokenizer): # → _Ending
     marks = mark_tokens(tokenizer)
     if tokenizer.unk_token_id!=tokenizer.eos_token_id:
         marks.pop(tokenizer.unk_token_id, None) # that's plain text, a letter the vocabulary doesn't have
-    first = next((k for k, i in enumerate(ids) if i in marks), len(ids))
-    ends = {*ids[first:first+1], *id_list(tokenizer.eos_token_id)}
+    places = [k for k, i in enumerate(ids) if i in marks]
+    first = places[0] if places else len(ids)
+    ends = set(id_list(tokenizer.eos_token_id))
+    if places: ends.add(ids[first])
     is_last = bool(ids) and ids[-1] in ends
-    return _Ending(tokenizer.decode(ids[:first]).strip(), ends, is_last)
+    plain = tokenizer.decode(ids[:first]).strip()
+    return _Ending(plain, ends, is_last)
 
 # %% ../../nbs/models/10_template.ipynb #bc80c3b0
 _ENDINGS = WeakKeyDictionary() # tokenizer → (what decides, its ending)
@@ -245,7 +249,7 @@ def render(
     return text+end_suffix(tokenizer)
 
 # %% ../../nbs/models/10_template.ipynb #rowsb4
-_MARK = '⟪answer⟫' # no answer is this
+_MARK = '⟪answer⟫' # stands for an answer, and is none
 
 def _around_answer(tokenizer, prompt_msgs, completion_msgs, tools): # → before, after
     "What the template writes before and after an answer"

@@ -46,13 +46,13 @@ def two_halves(
     seed:int, # of the hash
     most:int|None=None # records of a domain in each half; None: all
 )->tuple[list[str],list[str]]: # ids of the first and of the second half, domain by domain
-    "Part the records of each domain in two halves"
+    "Split the records of each domain in two halves"
     first, second = [], []
-    for d in DOMAINS:
-        of_domain = [r for r in records if r['domain']==d]
-        parts = split(of_domain, dict(first=.5, second=.5), seed)
-        first += [r['id'] for r in parts['first'][:most]]
-        second += [r['id'] for r in parts['second'][:most]]
+    for domain in DOMAINS:
+        of_domain = [r for r in records if r['domain']==domain]
+        halves = split(of_domain, dict(first=.5, second=.5), seed)
+        first += [r['id'] for r in halves['first'][:most]]
+        second += [r['id'] for r in halves['second'][:most]]
     return first, second
 
 # %% ../../nbs/proof/70_compare.ipynb #2095fab9
@@ -62,16 +62,16 @@ def group_ids(
     names:list[str]|None=None # the groups, in this order; None: all that `label` knows, sorted
 )->dict[str,list[str]]: # name → its ids; a group without a record is left out
     "Records by their group"
-    found = {}
+    groups = {}
     for name in names or sorted(set(label.values())):
         members = [i for i in ids if label[i]==name]
-        if members: found[name] = members
-    return found
+        if members: groups[name] = members
+    return groups
 
 # %% ../../nbs/proof/70_compare.ipynb #7336a9df
 def train_adapters(
     setup:Setup,
-    make:Callable, # `train_experts`, or `train_seed` for one adapter
+    make:Callable, # `train_experts_stage`, or `train_single_stage` for one adapter
     lora:LoraSpec, # rank, alpha, targets
     spec:TrainSpec, # how to train
     start:Path|None=None, # the seed expert's stage; None: fresh adapters
@@ -120,7 +120,7 @@ def uniform_mix(
     names:list[str], # E adapters
     n:int # prompts
 )->dict: # for `score_part`
-    "The mix in which nothing is chosen: every adapter alike"
+    "The mix in which nothing is chosen: every adapter has the same weight"
     share = 1/len(names)
     return as_mix(names, np.full((n, len(names)), share))
 
@@ -163,9 +163,10 @@ def macro_differences(
 )->dict[str,tuple[float,float,float]]: # name → percent, low, high: below 0 is better than the reference
     "Difference of macro perplexity of each system to one of them, with an interval"
     sums = {name: record_sums(nll, losses.offsets) for name, nll in systems.items()}
+    against = sums[reference]
     found = {}
-    for name, x in sums.items():
-        found[name] = paired_bootstrap(x, sums[reference], losses.domains, losses.tokens, draws, seed)
+    for name, own in sums.items():
+        found[name] = paired_bootstrap(own, against, losses.domains, losses.tokens, draws, seed)
     return found
 
 # %% ../../nbs/proof/70_compare.ipynb #c597ac5f
@@ -173,14 +174,16 @@ def difference_record(
     difference:tuple # percent, low, high
 )->dict: # as results keep it
     "A difference with names"
-    return dict(zip(('percent', 'lo', 'hi'), difference))
+    percent, low, high = difference
+    return dict(percent=percent, lo=low, hi=high)
 
 # %% ../../nbs/proof/70_compare.ipynb #e21be0df
 def difference_text(
     difference:tuple # percent, low, high
 )->str: # '-1.2 % [-2.0, +0.4]'
     "A difference as tables show it"
-    return '{:+.1f} % [{:+.1f}, {:+.1f}]'.format(*difference)
+    percent, low, high = difference
+    return f'{percent:+.1f} % [{low:+.1f}, {high:+.1f}]'
 
 # %% ../../nbs/proof/70_compare.ipynb #9090b1ef
 @dataclass
@@ -214,6 +217,11 @@ class Setting:
         return self.top1(part, which)
 
 # %% ../../nbs/proof/70_compare.ipynb #28d9bc0b
+def _uniform_nll(setup, adapters, names, part, n):
+    "(T,) the loss of each token of a part with n prompts, under the uniform mix"
+    mixes = {'uniform mix': uniform_mix(names, n)}
+    return score_part(setup, part, adapters, mixes).nll[0]
+
 def make_setting(
     setup:Setup,
     name:str,
@@ -225,10 +233,8 @@ def make_setting(
     "Score the experts of a setting, each alone and all mixed alike"
     losses = {part: score_part(setup, part, adapters) for part in ('router', 'dev', 'test')}
     uniform = {}
-    for part in own:
-        mix = uniform_mix(domains.names, len(own[part]))
-        mixed = score_part(setup, part, adapters, {'uniform mix': mix})
-        uniform[part] = mixed.nll[0]
+    for part, experts in own.items():
+        uniform[part] = _uniform_nll(setup, adapters, domains.names, part, len(experts))
     return Setting(name, adapters, domains, labels, own, losses, uniform)
 
 # %% ../../nbs/proof/70_compare.ipynb #15baeab9
@@ -239,7 +245,8 @@ def share_won(
 )->float|None: # None where the oracle is no better than the uniform mix, so that there is nothing to win
     "The part of the way from the uniform mix to the oracle"
     losses = setting.losses[part]
+    own = setting.top1(part, setting.own[part])
     uniform = macro_nll(losses, setting.uniform[part])
-    oracle = macro_nll(losses, setting.top1(part, setting.own[part]))
+    oracle = macro_nll(losses, own)
     if not oracle<uniform: return None
     return recovered(uniform, macro_nll(losses, nll), oracle)

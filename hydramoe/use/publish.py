@@ -7,14 +7,14 @@ __all__ = ['SUMS', 'LISTED', 'OLDER', 'NOT_SHOWN', 'PAGE_BYTES', 'PALETTES', 'SC
            'read_sums', 'write_sums', 'check_sums', 'results_dir', 'read_older', 'older_note', 'remove_older',
            'fewer_colors', 'light_notebook', 'write_page', 'publish_pages', 'publish', 'published', 'numbers',
            'e3_table', 'paper_files', 'write_paper', 'subtitle', 'notebooks_table', 'chapters_table', 'results_table',
-           'answer_with_route', 'demo_cost', 'pages_list', 'render_page', 'notebooks_page', 'write_pages',
+           'answer_with_route', 'demo_cost', 'pages_list', 'render_page', 'notebooks_page', 'write_pages', 'Speed',
            'speed_table', 'routers_table', 'figures', 'report_page', 'run_demo']
 
 # %% ../../nbs/use/81_publish.ipynb #10d98771
 import ast, base64, io, json, os, re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from ..foundations.core import HydraError, one_of, repo_root, log
 from ..foundations.files import file_sha256, read_json
 from ..foundations.files import write_bytes, write_json
@@ -47,19 +47,24 @@ def write_sums(
     return write_bytes(folder/SUMS, ''.join(lines).encode())
 
 # %% ../../nbs/use/81_publish.ipynb #80f7ca85
+def _differences(listed, found):
+    "What differs between a list and the files beside it, in words; both are file name → SHA-256"
+    gone = [f'{name} is gone' for name in listed if name not in found]
+    edited = [f'{name} was edited' for name in listed if name in found and listed[name]!=found[name]]
+    unlisted = [f'{name} is not listed' for name in found if name not in listed]
+    return sorted(gone+edited+unlisted)
+
 def check_sums(
     folder:str|Path # of published files
 )->list[str]: # their names
     "Refuse a folder in which a published file is gone or edited, or one that nobody published"
     listed = read_sums(folder)
     found = {f.name: file_sha256(f) for f in sorted(Path(folder).iterdir()) if f.suffix in LISTED}
-    wrong = [f'{n} is gone' for n in listed if n not in found]
-    wrong += [f'{n} was edited' for n in listed if n in found and listed[n]!=found[n]]
-    wrong += [f'{n} is not listed' for n in found if n not in listed]
-    if listed and not wrong: return sorted(listed)
-    why = '; '.join(sorted(wrong)) or 'the list is empty'
+    wrong = _differences(listed, found)
+    if not listed: wrong = wrong or ['the list is empty']
+    if not wrong: return sorted(listed)
     remedy = 'Take the files back from git, or make them again'
-    raise HydraError(f"{folder} is not what {SUMS} in it lists: {why}. {remedy}")
+    raise HydraError(f"{folder} is not what {SUMS} in it lists: {'; '.join(wrong)}. {remedy}")
 
 # %% ../../nbs/use/81_publish.ipynb #fddf2a32
 OLDER = 'OLDER.txt' # in a folder of results: NAME-SCALE, two spaces, what has changed since
@@ -115,26 +120,24 @@ def fewer_colors(
 
 # %% ../../nbs/use/81_publish.ipynb #123e46da
 _STYLE_SHEET = re.compile(r'<style[^>]*>.*?</style>', re.S)
-NOT_SHOWN = 'interactive: run the notebook to see it'
 
-def _light_html(html, seen):
-    "HTML without style sheets that are in `seen` already; None if it needs a script"
-    if '<script' in html: return None
+def _without_repeated_styles(html, seen):
+    "HTML without the style sheets that are in `seen`; those that are new are put there"
     for sheet in _STYLE_SHEET.findall(html):
         if sheet in seen: html = html.replace(sheet, '')
         seen.add(sheet)
     return html
 
 # %% ../../nbs/use/81_publish.ipynb #4c82ecf5
+NOT_SHOWN = 'interactive: run the notebook to see it'
+
 def _light_data(data, seen, colors):
-    "The forms of one output that a page keeps"
-    light = {}
-    for kind, value in data.items():
-        text = value if isinstance(value, str) else ''.join(value)
-        if kind=='image/png': text = fewer_colors(text.replace('\n', ''), colors)
-        if kind=='text/html': text = _light_html(text, seen)
-        light[kind] = text
-    if light.get('text/html', '') is None: return {'text/plain': NOT_SHOWN}
+    "The forms of one output that a page keeps: MIME type → text"
+    light = {kind: value if isinstance(value, str) else ''.join(value) for kind, value in data.items()}
+    html = light.get('text/html', '')
+    if '<script' in html: return {'text/plain': NOT_SHOWN}
+    if html: light['text/html'] = _without_repeated_styles(html, seen)
+    if 'image/png' in light: light['image/png'] = fewer_colors(light['image/png'].replace('\n', ''), colors)
     return light
 
 # %% ../../nbs/use/81_publish.ipynb #e5aff3d1
@@ -144,21 +147,21 @@ def _light_outputs(outputs, seen, colors):
     for o in outputs:
         if o.get('name')=='stderr': continue
         light = dict(o)
-        if 'data' in o: light |= dict(data=_light_data(o['data'], seen, colors), metadata={})
+        if 'data' in o:
+            light['data'] = _light_data(o['data'], seen, colors)
+            light['metadata'] = {}
         if 'execution_count' in o: light['execution_count'] = None
         kept.append(light)
     return kept
 
 # %% ../../nbs/use/81_publish.ipynb #94c75609
-PAGE_BYTES = 300_000 # a page should not be larger
-PALETTES = (128, 32, 12) # colours of a plot, tried in this order until a page is small enough
-
 def light_notebook(
     nb:dict, # an executed notebook, as `read_json` returns it
     colors:int # of a plot
 )->dict: # another notebook, of the same cells
     "A notebook as it is published: light outputs, and nothing of the machine that ran it"
-    cells, seen = [], set()
+    cells = []
+    seen = set() # style sheets
     for c in nb['cells']:
         tags = c['metadata'].get('tags')
         kept = dict(c, metadata=dict(tags=tags) if tags else {})
@@ -169,6 +172,9 @@ def light_notebook(
     return dict(nb, cells=cells, metadata=dict(kernelspec=nb['metadata']['kernelspec']))
 
 # %% ../../nbs/use/81_publish.ipynb #d72bdbad
+PAGE_BYTES = 300_000 # a page should not be larger
+PALETTES = (128, 32, 12) # colours of a plot, tried in this order until a page is small enough
+
 def write_page(
     nb:str|Path, # an executed notebook
     to:str|Path # the file to write
@@ -176,35 +182,41 @@ def write_page(
     "Write an executed notebook small enough to be read on a forge"
     full = read_json(nb)
     for colors in PALETTES:
-        data = (json.dumps(light_notebook(full, colors), indent=1, ensure_ascii=False)+'\n').encode()
+        light = light_notebook(full, colors)
+        data = (json.dumps(light, indent=1, ensure_ascii=False)+'\n').encode()
         if len(data)<=PAGE_BYTES: break
-    else: log(f'{to}: {len(data)} bytes, more than the {PAGE_BYTES} that a page should have')
+    if len(data)>PAGE_BYTES: log(f'{to}: {len(data)} bytes, more than the {PAGE_BYTES} that a page should have')
     return write_bytes(to, data)
 
 # %% ../../nbs/use/81_publish.ipynb #8751ab77
-SCALES = ('paper', 'study', 'pilot', 'demo') # that may be published, the most telling first
+SCALES = ('paper', 'study', 'pilot', 'demo') # that may be published, the most thorough first
 
 def _can_be_published(graph, name, scale):
-    "Whether the runner made a result, its notebook is beside it, and its upstream has not been run again since"
-    f = graph.runs/scale/f'{name}.json'
-    if not f.exists(): return False
-    r = load_result(f)
-    nb = f.with_suffix('.ipynb')
-    if not r.made or not nb.exists() or r.run.get('notebook')!=file_sha256(nb): return False
-    return all(graph.result(u, scale).seal==seal for u, seal in r.made['upstream'].items())
+    "Whether a result is the runner's, with its notebook, and was made from what its upstream holds now"
+    file = graph.runs/scale/f'{name}.json'
+    if not file.exists(): return False
+    r = load_result(file)
+    if not r.made: return False # run by hand
+    nb = file.with_suffix('.ipynb')
+    if not nb.exists() or r.run.get('notebook')!=file_sha256(nb): return False
+    return all(graph.result(up, scale).seal==seal for up, seal in r.made['upstream'].items())
 
 # %% ../../nbs/use/81_publish.ipynb #3d42c9c0
+def _check_publishable(graph, scale):
+    "Refuse a scale of which anything can't be published"
+    missing = [name for name in experiments_at(graph, scale) if not _can_be_published(graph, name, scale)]
+    if not missing: return
+    state = f"{', '.join(missing)} not run, run by hand, or older than what it was made from"
+    raise HydraError(f"{graph.runs/scale}: {state}; run `hydramoe reproduce {scale}` first")
+
 def _publish_scale(graph, scale, to):
-    names = list(experiments_at(graph, scale))
-    missing = [n for n in names if not _can_be_published(graph, n, scale)]
-    if missing:
-        state = f"{', '.join(missing)} not run, run by hand, or older than what it was made from"
-        raise HydraError(f"{graph.runs/scale}: {state}; run `hydramoe reproduce {scale}` first")
+    "Copy the results of a scale, without paths"
+    _check_publishable(graph, scale)
     written = []
-    for n in names:
-        r = graph.result(n, scale)
+    for name in experiments_at(graph, scale):
+        r = graph.result(name, scale)
         r.run = {k: v for k, v in r.run.items() if k!='paths'}
-        written.append(write_json(to/f'{n}-{scale}.json', asdict(r)))
+        written.append(write_json(to/f'{name}-{scale}.json', asdict(r)))
     return written
 
 # %% ../../nbs/use/81_publish.ipynb #cell59
@@ -214,23 +226,32 @@ def publish_pages(
     graph:Graph # the experiments
 )->list[Path]: # the files written
     "Copy the executed notebooks of a scale, made light"
-    names = experiments_at(graph, scale)
-    pages = [write_page(graph.runs/scale/f'{n}.ipynb', Path(to)/'pages'/f'{n}-{scale}.ipynb') for n in names]
+    pages = []
+    for name in experiments_at(graph, scale):
+        page = Path(to)/'pages'/f'{name}-{scale}.ipynb'
+        pages.append(write_page(graph.runs/scale/f'{name}.ipynb', page))
     write_sums(pages)
     return pages
 
 # %% ../../nbs/use/81_publish.ipynb #4ba62628
+def _scales_to_publish(scale, graph):
+    "The scale that was asked for, or every one that was run, the most thorough first"
+    if scale: return [one_of(scale, SCALES, 'scale')]
+    scales = [s for s in SCALES if (graph.runs/s).is_dir()]
+    if not scales: raise HydraError(f"nothing to publish in {graph.runs}; run `hydramoe reproduce demo` first")
+    return scales
+
 def publish(
     scale:str|None=None, # the one to publish; every finished one of `SCALES` if None
     to:str|Path|None=None, # a folder; `results_dir()` if None
     graph:Graph|None=None # the experiments; those of the checkout if None
 )->list[Path]: # the files written
-    "Copy finished runs into `results/`, a scale at a time, and the executed notebooks of the most telling one"
+    "Copy finished runs into `results/`, a scale at a time, and the executed notebooks of the most thorough one"
     graph = graph or Graph()
     to = Path(to or results_dir())
-    scales = [one_of(scale, SCALES, 'scale')] if scale else [s for s in SCALES if (graph.runs/s).is_dir()]
-    if not scales: raise HydraError(f"nothing to publish in {graph.runs}; run `hydramoe reproduce demo` first")
-    written = [f for s in scales for f in _publish_scale(graph, s, to)]
+    scales = _scales_to_publish(scale, graph)
+    written = []
+    for s in scales: written += _publish_scale(graph, s, to)
     write_sums(written)
     remove_older(written)
     return written+publish_pages(scales[0], to, graph)
@@ -238,9 +259,9 @@ def publish(
 # %% ../../nbs/use/81_publish.ipynb #e52261e9
 def published(
     folder:str|Path|None=None, # of results; `results_dir()` if None
-    scale:str|None=None # the one to read; the most telling one if None
+    scale:str|None=None # the one to read; the most thorough one if None
 )->dict[str,Result]: # by experiment; empty if nothing is published
-    "The results of the most telling scale that has an `e3_routing`, or of one scale"
+    "The results of the most thorough scale that has an `e3_routing`, or of one scale"
     folder = Path(folder or results_dir())
     for s in [scale] if scale else SCALES:
         if not (folder/f'e3_routing-{s}.json').exists(): continue
@@ -254,28 +275,37 @@ def _minus(text):
     return re.sub(r'(?<!\w)-(?=\d)', '−', text)
 
 # %% ../../nbs/use/81_publish.ipynb #c6d47447
-def _routing_numbers(e3):
-    x = e3.extra
-    found = {'run scale': e3.scale, 'test prompts': x.get('test_prompts'), 'chosen temperature': x.get('temperature')}
-    for r in e3.rows:
+def _perplexities(rows):
+    "The perplexity of each system, over all domains and in each"
+    found = {}
+    for r in rows:
         domain = '' if r['domain']=='macro' else r['domain']
         found[f"{r['system']} {domain} ppl"] = f"{r['ppl']:.3f}"
-    for system, v in x.get('against_single', {}).items():
-        for k in ('percent', 'lo', 'hi'): found[f'{system} {k}'] = _minus(f'{v[k]:+.1f}')
-    for system, v in x.get('recovered', {}).items(): found[f'{system} recovered'] = _minus(f'{100*v:.0f}')
+    return found
+
+def _routing_numbers(e3):
+    "Numbers of `e3_routing`"
+    x = e3.extra
+    found = {'run scale': e3.scale, 'test prompts': x.get('test_prompts'), 'chosen temperature': x.get('temperature')}
+    found |= _perplexities(e3.rows)
+    for system, difference in x.get('against_single', {}).items():
+        for k in ('percent', 'lo', 'hi'): found[f'{system} {k}'] = _minus(f'{difference[k]:+.1f}')
+    for system, share in x.get('recovered', {}).items():
+        found[f'{system} recovered'] = _minus(f'{100*share:.0f}')
     return found
 
 # %% ../../nbs/use/81_publish.ipynb #602e131d
 def _clustering_numbers(e1):
+    "Numbers of `e1_domains`, if there is one"
     if e1 is None: return {}
     found = {'train records': e1.extra.get('counts', {}).get('experts')}
     for r in e1.rows:
-        if r.get('system')!='k-means': continue
-        found[f"nmi {r['against']}"] = f"{r['nmi']:.2f}"
+        if r.get('system')=='k-means': found[f"nmi {r['against']}"] = f"{r['nmi']:.2f}"
     return found
 
 # %% ../../nbs/use/81_publish.ipynb #cell66
 def _training_numbers(e2):
+    "Numbers of `e2_experts`, if there is one"
     if e2 is None: return {}
     tokens = {r['system']: r['tokens'] for r in e2.rows}
     return {f'{system} pass tokens': tokens.get(system) for system in ('seed', 'single')}
@@ -302,6 +332,7 @@ def e3_table(
 
 # %% ../../nbs/use/81_publish.ipynb #613ddc38
 def _first_line(results):
+    "What a generated file says of itself"
     if not results: return '% Nothing is published in results/ yet.\n'
     return f"% Made by `make results` from results/*-{results['e3_routing'].scale}.json; do not edit.\n"
 
@@ -337,6 +368,11 @@ def subtitle(
     return quoted[0].lstrip('> ') if quoted else ''
 
 # %% ../../nbs/use/81_publish.ipynb #cell72
+def _notebooks_of(chapter):
+    "The notebooks below a folder, in order"
+    found = sorted(chapter.rglob('*.ipynb'))
+    return [p for p in found if p.name[0] not in '_.' and '.ipynb_checkpoints' not in p.parts]
+
 def notebooks_table(
     nbs:str|Path|None=None # a folder of notebooks; `nbs/` of the checkout if None
 )->str: # Markdown
@@ -344,38 +380,42 @@ def notebooks_table(
     nbs = Path(nbs or repo_root()/'nbs')
     rows = []
     for chapter in CHAPTERS:
-        first = chapter
-        for p in sorted((nbs/chapter).rglob('*.ipynb')):
-            if p.name[0] in '_.' or '.ipynb_checkpoints' in p.parts: continue
+        shown = chapter # beside its first notebook only
+        for p in _notebooks_of(nbs/chapter):
             link = f'[`{p.stem}`]({p.relative_to(nbs)})'
-            rows.append({'chapter': first, 'notebook': link, 'what it is about': subtitle(p)})
-            first = ''
+            rows.append({'chapter': shown, 'notebook': link, 'what it is about': subtitle(p)})
+            shown = ''
     return markdown_table(rows)
 
 # %% ../../nbs/use/81_publish.ipynb #d1000001
+def _first_docstring_line(file):
+    "What a module says of itself, without importing it"
+    tree = ast.parse(file.read_text(encoding='utf-8'))
+    return ast.get_docstring(tree).splitlines()[0]
+
 def chapters_table(
     package:str|Path|None=None # the folder of `hydramoe`; that of the checkout if None
 )->str: # Markdown
     "The chapters in the order in which they build on each other, with the docstrings of their packages"
     package = Path(package or repo_root()/'hydramoe')
     rows = []
-    for chapter in CHAPTERS[:-1]: # experiments are no package
-        about = ast.get_docstring(ast.parse((package/chapter/'__init__.py').read_text(encoding='utf-8')))
-        rows.append({'chapter': f'[`{chapter}`]({chapter})', 'what it is about': about.splitlines()[0]})
+    for chapter in CHAPTERS:
+        if chapter=='experiments': continue # they are no package
+        about = _first_docstring_line(package/chapter/'__init__.py')
+        rows.append({'chapter': f'[`{chapter}`]({chapter})', 'what it is about': about})
     return markdown_table(rows)
 
 # %% ../../nbs/use/81_publish.ipynb #83765e4d
 def results_table(
     systems:list[str]|None=None, # rows to show; every system if None
-    scale:str|None=None, # a published scale; the most telling one if None
+    scale:str|None=None, # a published scale; the most thorough one if None
     folder:str|Path|None=None # of results; `results_dir()` if None
 )->str: # Markdown
     "The table of `e3_routing` at a published scale, and what it doesn't say"
     results = published(folder, scale)
     if not results: return '*No results are published yet.*'
     r = results['e3_routing']
-    table = e3_table(r)
-    shown = [row for row in table if systems is None or row['system'] in systems]
+    shown = [row for row in e3_table(r) if systems is None or row['system'] in systems]
     made = f"Scale `{r.scale}`, {r.extra['test_prompts']} test prompts; made on {r.run['machine']['cpu']}."
     what = ('Perplexity of the reference answers, domains averaged in log space; '
             'the intervals leave out the noise of training.')
@@ -415,38 +455,50 @@ def pages_list(
     return '\n'.join(f'- [`{p.stem}`](../results/pages/{p.name}): {subtitle(p)}' for p in pages)
 
 # %% ../../nbs/use/81_publish.ipynb #e96cd99b
+_LOCAL_LINK = re.compile(r'\]\((?!\w+:|#)([^)\s]+)\)') # `](target)`, but no `](https:…)` and no `](#heading)`
+
 def _links_from(
     page:str, # Markdown, its links relative to `nbs/`
     folder:str # where the page will be, relative to the checkout
 )->str: # Markdown
-    def moved(match):
+    "A page whose local links work from another folder"
+    def move(match):
         target = os.path.normpath(os.path.join('nbs', match[1]))
         return f']({os.path.relpath(target, folder or ".")})'
-    return re.sub(r'\]\((?!\w+:|#)([^)\s]+)\)', moved, page)
+    return _LOCAL_LINK.sub(move, page)
 
 # %% ../../nbs/use/81_publish.ipynb #3dfcf7fe
 PAGES = {'README.md': 'index.ipynb', 'results/README.md': 'results.ipynb'} # page → its notebook in `nbs/`
 
-def render_page(
-    page:str, # of `PAGES`
-    nb:str|Path|None=None # a notebook; the one of `PAGES` if None
-)->str: # Markdown
-    "A notebook as a page: cells tagged `remove_input` show only their outputs"
+def _markdown_of(nb):
+    "A notebook as Markdown: cells tagged `remove_input` show only their outputs"
     import nbformat
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
     tags = dict(enabled=True, remove_input_tags=['remove_input'], remove_cell_tags=['remove_cell'])
     exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=tags))
-    text, _ = exporter.from_notebook_node(nbformat.read(Path(nb or repo_root()/'nbs'/PAGES[page]), as_version=4))
-    text = re.sub(r'\n{3,}', '\n\n', _links_from(text, os.path.dirname(page))).strip()
+    text, _ = exporter.from_notebook_node(nbformat.read(nb, as_version=4))
+    return text
+
+def render_page(
+    page:str, # of `PAGES`
+    nb:str|Path|None=None # a notebook; the one of `PAGES` if None
+)->str: # Markdown
+    "A page made from its notebook, and a line that says so"
+    source = Path(nb or repo_root()/'nbs'/PAGES[page])
+    text = _links_from(_markdown_of(source), os.path.dirname(page))
+    text = re.sub(r'\n{3,}', '\n\n', text).strip()
     return f'<!-- Made from nbs/{PAGES[page]} by `make readme`; edit there. -->\n\n{text}\n'
 
 # %% ../../nbs/use/81_publish.ipynb #e767947e
+_NOTEBOOKS_LEAD = ('A chapter uses only the chapters above it, and a notebook only those before it, '
+                   'so you can read from top to bottom.')
+
 def notebooks_page(
 )->str: # Markdown: `nbs/README.md`
     "What each notebook is about, as a page that a forge shows in their folder"
-    lead = 'A chapter uses only the chapters above it, and a notebook only those before it, so you can read from top to bottom.'
-    return f'<!-- Made from the notebooks by `make readme`. -->\n\n# Notebooks\n\n{lead}\n\n{notebooks_table()}\n'
+    made = '<!-- Made from the notebooks by `make readme`. -->'
+    return f'{made}\n\n# Notebooks\n\n{_NOTEBOOKS_LEAD}\n\n{notebooks_table()}\n'
 
 # %% ../../nbs/use/81_publish.ipynb #d1000010
 def write_pages(
@@ -456,32 +508,42 @@ def write_pages(
     return [write_bytes(repo_root()/page, text.encode()) for page, text in texts.items()]
 
 # %% ../../nbs/use/81_publish.ipynb #speed-1
+class Speed(NamedTuple):
+    "A row of the table of speed: where its numbers are in a benchmark's JSON, and what they are"
+    file:str # of the benchmark
+    key:str # of our number, dots between nested keys
+    what:str # what was measured and in what unit; {names} are filled from the file
+    other_key:str|None = None # of the number beside it
+    other:str = '' # what that is
+
+# %% ../../nbs/use/81_publish.ipynb #0e8d41a0
 _PEFT = 'tables.fp32_eager.peft_'
 _DECODE = 'decode {rows} rows, each'
 _PREFILL = 'read {rows} prompts of {context} tokens, each'
 _TRAIN = 'train {domains} experts at once '
 _ROUTER = 'the cheapest router that agrees with the best for {agreement:.0%} of prompts, in prefills of 128 tokens'
-# file, key, what it is and in what unit (its numbers are the file's), key and name of what it is compared with
 SPEEDS = [
-    ('forward', 'swap', 'change the expert of the next step, in decode steps',
-     _PEFT+'set_adapter', 'PEFT, `set_adapter`'),
-    ('forward', 'decode_9', _DECODE+' its own mix of {experts[0]} experts, in steps of the bare base',
-     _PEFT+'decode_mixed_8', 'PEFT, one adapter a row'),
-    ('forward', 'decode_256_top2', _DECODE+' two of {experts[2]} experts', None, ''),
-    ('forward', 'prefill_9', _PREFILL+' its own mix of {experts[0]}',
-     _PEFT+'prefill_mixed_8', 'PEFT, one adapter a row'),
-    ('train', 'vs_trl_bf16', _TRAIN+'in bf16, in tokens a second of TRL + PEFT, one after the other',
-     'bare_vs_trl_bf16', 'the bare base, forward and back'),
-    ('train', 'vs_trl_fp32', 'the same in fp32', 'bare_vs_trl_fp32', 'the bare base'),
-    ('train', 'memory_vs_trl', 'its peak memory, in those of TRL at equal tokens a pass', None, ''),
-    ('fork', 'train_speedup_half', 'train above a fork at half depth, in tokens a second of full depth', None, ''),
-    ('fork', 'refill_vs_full', 'change the expert in mid-conversation there, in fillings of the whole cache', None, ''),
-    ('route', 'router_vs_prefill', _ROUTER, None, '')]
+    Speed('forward', 'swap', 'change the expert of the next step, in decode steps',
+          _PEFT+'set_adapter', 'PEFT, `set_adapter`'),
+    Speed('forward', 'decode_9', _DECODE+' its own mix of {experts[0]} experts, in steps of the bare base',
+          _PEFT+'decode_mixed_8', 'PEFT, one adapter a row'),
+    Speed('forward', 'decode_256_top2', _DECODE+' two of {experts[2]} experts'),
+    Speed('forward', 'prefill_9', _PREFILL+' its own mix of {experts[0]}',
+          _PEFT+'prefill_mixed_8', 'PEFT, one adapter a row'),
+    Speed('train', 'vs_trl_bf16', _TRAIN+'in bf16, in tokens a second of TRL + PEFT, one after the other',
+          'bare_vs_trl_bf16', 'the bare base, forward and back'),
+    Speed('train', 'vs_trl_fp32', 'the same in fp32', 'bare_vs_trl_fp32', 'the bare base'),
+    Speed('train', 'memory_vs_trl', 'its peak memory, in those of TRL at equal tokens a pass'),
+    Speed('fork', 'train_speedup_half', 'train above a fork at half depth, in tokens a second of full depth'),
+    Speed('fork', 'refill_vs_full', 'change the expert in mid-conversation there, in fillings of the whole cache'),
+    Speed('route', 'router_vs_prefill', _ROUTER)]
 
 # %% ../../nbs/use/81_publish.ipynb #6b4fef77
 def _at(d, path):
     "What a dotted path leads to in nested dicts; None if it leads nowhere"
-    for k in path.split('.'): d = d.get(k) if isinstance(d, dict) else None
+    for key in path.split('.'):
+        if not isinstance(d, dict): return None
+        d = d.get(key)
     return d
 
 # %% ../../nbs/use/81_publish.ipynb #6fa88768
@@ -493,69 +555,94 @@ def _with_numbers(what, measured):
 
 # %% ../../nbs/use/81_publish.ipynb #724fe822
 def _ratio_text(x):
+    "A ratio as `1.50 ×`, or as `30 %` if it's below 1"
     if x is None: return ''
     return f'{x:.2f} ×' if x>=1 else f'{100*x:.2g} %'
 
 # %% ../../nbs/use/81_publish.ipynb #94913931
+def _speed_row(speed, measured):
+    "A row of the table, or None if its number isn't among what was measured"
+    ours = _at(measured, speed.key)
+    if ours is None: return None
+    row = {'what, in what unit': _with_numbers(speed.what, measured)}
+    row['hydramoe'] = _ratio_text(ours)
+    row['beside it'] = f'{_ratio_text(_at(measured, speed.other_key))} {speed.other}' if speed.other_key else ''
+    return row
+
 def speed_table(
     folder:str|Path|None=None # of benchmarks' JSON; `benchmarks/results` of the checkout if None
 )->str: # Markdown
     "What was measured of `SPEEDS`"
     folder = Path(folder or repo_root()/'benchmarks'/'results')
     found = {f.stem: read_json(f) for f in sorted(folder.glob('*.json'))}
-    rows = []
-    for file, key, what, other, name in SPEEDS:
-        measured = found.get(file)
-        if _at(measured, key) is None: continue
-        row = {'what, in what unit': _with_numbers(what, measured)}
-        row['hydramoe'] = _ratio_text(_at(measured, key))
-        row['beside it'] = f'{_ratio_text(_at(measured, other))} {name}' if other else ''
-        rows.append(row)
+    rows = [_speed_row(speed, found.get(speed.file)) for speed in SPEEDS]
+    rows = [row for row in rows if row is not None]
     return markdown_table(rows) if rows else '*Nothing is measured yet.*'
 
 # %% ../../nbs/use/81_publish.ipynb #1d955ce9
 def _percent(x): return '' if x is None else f'{100*x:.0f} %'
 
-def _router_row(name, settings):
+def _found_of(setting, router):
+    "What was found of a router in a setting; empty if it wasn't tried there"
+    rows = [r for r in setting['table'] if r['router']==router]
+    return rows[0] if rows else {}
+
+def _router_row(router, settings):
     "One row: what a router wins in each setting, and what it costs"
-    row, work = dict(router=name), None
-    for setting, found in settings.items():
-        r = next((t for t in found['table'] if t['router']==name), {})
-        row[setting] = _percent(r.get('share'))+(' (default)' if name==found['best'] else '')
-        if work is None: work = r.get('work')
+    row = dict(router=router)
+    works = []
+    for name, setting in settings.items():
+        found = _found_of(setting, router)
+        default = ' (default)' if router==setting['best'] else ''
+        row[name] = _percent(found.get('share'))+default
+        works.append(found.get('work'))
+    work = next(w for w in works if w is not None) # the same wherever it was tried
     return row | {'of the base': f'{100*work:.2g} %'}
 
 # %% ../../nbs/use/81_publish.ipynb #routers-1
+def _thorough_result(name, folder):
+    "The result of an experiment at the most thorough published scale, or None"
+    files = [folder/f'{name}-{scale}.json' for scale in SCALES]
+    found = [f for f in files if f.exists()]
+    return load_result(found[0]) if found else None
+
+# %% ../../nbs/use/81_publish.ipynb #5f288d55
 def routers_table(
     folder:str|Path|None=None # of results; `results_dir()` if None
 )->str: # Markdown
-    "What the routers of `e7_routers` win and cost, at the most telling published scale"
-    files = [Path(folder or results_dir())/f'e7_routers-{s}.json' for s in SCALES]
-    found = [f for f in files if f.exists()]
-    if not found: return '*No routers are published yet.*'
-    r = load_result(found[0])
-    names = dict.fromkeys(t['router'] for setting in r.extra.values() for t in setting['table'])
-    table = markdown_table([_router_row(n, r.extra) for n in names])
-    permuted = ', '.join(f"{_percent(x['controls']['permuted'])} on {k}" for k, x in r.extra.items())
+    "What the routers of `e7_routers` win and cost, at the most thorough published scale"
+    r = _thorough_result('e7_routers', Path(folder or results_dir()))
+    if r is None: return '*No routers are published yet.*'
+    settings = r.extra
+    routers = dict.fromkeys(row['router'] for setting in settings.values() for row in setting['table'])
+    table = markdown_table([_router_row(router, settings) for router in routers])
+    permuted = ', '.join(f"{_percent(s['controls']['permuted'])} on {name}" for name, s in settings.items())
     default = '*Default*: least loss on the development prompts, by which alone it was chosen.'
     return f"{table}\n\nScale `{r.scale}`. Experts permuted at random: {permuted}. {default}{older_note(r, folder)}"
 
 # %% ../../nbs/use/81_publish.ipynb #cell76
+def _plots_of(cell):
+    "The plots among a cell's outputs, as data URIs"
+    data = [o.get('data', {}) for o in cell.get('outputs', [])]
+    pngs = [''.join(d['image/png']).replace('\n', '') for d in data if 'image/png' in d]
+    return [f'data:image/png;base64,{png}' for png in pngs]
+
 def figures(
     nb:str|Path # an executed notebook
-)->list[tuple[str,str]]: # (the prose above it, PNG as data URI)
+)->list[tuple[str,str]]: # (the prose above it, PNG as data URI); of several plots in a cell the first has the prose
     "The plots of an executed notebook, each with the last prose above it"
-    found, above = [], ''
+    found = []
+    above = ''
     for c in read_json(nb)['cells']:
         if c['cell_type']=='markdown': above = cell_source(c)
-        pngs = [o['data']['image/png'] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
-        for i, png in enumerate(pngs):
-            data = ''.join(png).replace('\n', '')
-            found.append((above if i==0 else '', f'data:image/png;base64,{data}'))
+        for i, uri in enumerate(_plots_of(c)):
+            prose = above if i==0 else ''
+            found.append((prose, uri))
     return found
 
 # %% ../../nbs/use/81_publish.ipynb #b1f3010a
 def _sample_blocks(e3):
+    "A prompt, its answer and its route"
     x = e3.extra
     if 'answer' not in x: return []
     texts = [html_code(x[k]) for k in ('prompt', 'answer', 'explained')]
@@ -563,16 +650,18 @@ def _sample_blocks(e3):
 
 # %% ../../nbs/use/81_publish.ipynb #1160b534
 def _plot_blocks(name, nb):
+    "The plots of an experiment"
     blocks = [f'## {name}\n\n{subtitle(nb)}']
     for above, uri in figures(nb):
-        blocks += [re.sub('^#+ ', '### ', above), html_figure(uri, alt=f'a plot of {name}')]
+        prose = re.sub('^#+ ', '### ', above)
+        blocks += [prose, html_figure(uri, alt=f'a plot of {name}')]
     return blocks
 
 # %% ../../nbs/use/81_publish.ipynb #04d46790
 def _provenance(r):
+    "What a result was made with, folded up"
     params = [dict(parameter=k, value=str(v)) for k, v in r.params.items()]
-    facts = {**r.run['machine'], **r.made['versions']}
-    facts['seal'] = r.seal
+    facts = {**r.run['machine'], **r.made['versions'], 'seal': r.seal}
     lines = [f'{k:24} {v}' for k, v in facts.items()]
     title = f"{r.name}: {r.run['seconds']:.0f} s"
     return html_details(title, [params, html_code('\n'.join(lines))])
@@ -584,36 +673,44 @@ def report_page(
 )->str: # HTML that refers to nothing outside itself
     "Table, sample, plots and provenance of a run"
     e3 = results.get('e3_routing')
+    blocks = []
+    if e3: blocks += ['## What came out', html_table(e3_table(e3)), *_sample_blocks(e3)]
+    for name in results: blocks += _plot_blocks(name, Path(folder)/f'{name}.ipynb')
+    blocks.append('## What it was made with')
+    blocks += [_provenance(r) for r in results.values()]
     scale = next(iter(results.values())).scale
-    blocks = ['## What came out', html_table(e3_table(e3)), *_sample_blocks(e3)] if e3 else []
-    for n in results: blocks += _plot_blocks(n, Path(folder)/f'{n}.ipynb')
-    blocks += ['## What it was made with', *map(_provenance, results.values())]
     minutes = sum(r.run['seconds'] for r in results.values())/60
     lead = f"{', '.join(results)}, {minutes:.1f} minutes in all"
     footer = f'`hydramoe reproduce {scale}` makes this page again, and runs only what has changed.'
     return html_page(f'Hydra: the {scale} run', blocks, lead=lead, footer=footer)
 
 # %% ../../nbs/use/81_publish.ipynb #e50f08c0
+def _answer_lines(e3):
+    x = e3.extra
+    if 'answer' not in x: return []
+    return ['', f"Asked:    {x['prompt']}", f"Answered: {x['answer']}", '', x['explained']]
+
 def _summary(results, page, bundle):
     "What the terminal shows in the end"
     e3 = results.get('e3_routing')
-    lines = [markdown_table(e3_table(e3))] if e3 else []
-    lines.append(f'Report: {page}')
-    if e3 and 'answer' in e3.extra:
-        x = e3.extra
-        lines += ['', f"Asked:    {x['prompt']}", f"Answered: {x['answer']}", '', x['explained']]
+    lines = [f'Report: {page}']
+    if e3: lines = [markdown_table(e3_table(e3)), *lines, *_answer_lines(e3)]
     if bundle: lines += ['', 'Try next:', f'  .venv/bin/hydramoe ask {bundle} "Why is the sky blue?"']
     return '\n'.join(lines)
 
 # %% ../../nbs/use/81_publish.ipynb #cell82
+def _is_all_current(graph, scale):
+    "Whether nothing of a scale has to run"
+    todo = experiments_at(graph, scale)
+    return all(current(graph, name, scale, params) for name, params in todo.items())
+
 def run_demo(
     scale:str='demo', # names the parameter files
     graph:Graph|None=None # the experiments; those of the checkout if None
 )->str: # what to tell whoever ran it
     "Run a scale, write its report, and say what came out"
     graph = graph or Graph()
-    todo = experiments_at(graph, scale)
-    if scale!='toy' and not all(current(graph, n, scale, p) for n, p in todo.items()):
+    if scale!='toy' and not _is_all_current(graph, scale): # the toy needs no assets
         log('fetching models and data (kept in the cache, checked by SHA-256)')
         fetch_all()
     results = run_scale(scale, graph=graph)

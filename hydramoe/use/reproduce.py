@@ -46,24 +46,34 @@ class Parameter:
     help:str # the comment at the end of its line
 
 # %% ../../nbs/use/80_reproduce.ipynb #f04853a7
+def _is_declaration(node):
+    "Whether a statement is `name: type = …` with one of our types"
+    if not isinstance(node, ast.AnnAssign): return False
+    plain = isinstance(node.target, ast.Name) and isinstance(node.annotation, ast.Name)
+    return plain and node.annotation.id in TYPES and node.value is not None
+
+# %% ../../nbs/use/80_reproduce.ipynb #a62b318e
 def _parse_parameter(node, comments, nb):
     "One statement of the cell as a `Parameter`; `comments` maps line numbers to comments"
-    try:
-        default = ast.literal_eval(node.value)
-        return Parameter(node.target.id, TYPES[node.annotation.id], default, comments.get(node.lineno, ''))
-    except (AttributeError, KeyError, ValueError, TypeError):
-        rule = f"a line there is `name: type = literal  # help`, with type one of {', '.join(TYPES)}"
-        raise HydraError(f"{nb}: `{ast.unparse(node)}` cannot stand in a parameters cell; {rule}") from None
+    rule = f"a line there is `name: type = literal  # help`, with type one of {', '.join(TYPES)}"
+    refusal = f"{nb}: `{ast.unparse(node)}` cannot stand in a parameters cell; {rule}"
+    if not _is_declaration(node): raise HydraError(refusal)
+    try: default = ast.literal_eval(node.value)
+    except (ValueError, TypeError): raise HydraError(refusal) from None # it is computed
+    help = comments.get(node.lineno, '')
+    return Parameter(node.target.id, TYPES[node.annotation.id], default, help)
 
 # %% ../../nbs/use/80_reproduce.ipynb #6b3fe1f0
+def _comments_by_line(source):
+    "Line number → the comment on that line"
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type==tokenize.COMMENT}
+
 def _parse_parameters(source, nb):
     "All statements of a parameters cell, by name"
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = [t for t in tokens if t.type==tokenize.COMMENT]
-    text_by_line = {c.start[0]: c.string.lstrip('# ') for c in comments}
-    statements = ast.parse(source).body
-    found = [_parse_parameter(n, text_by_line, nb) for n in statements]
-    return {p.name: p for p in found}
+    comments = _comments_by_line(source)
+    parameters = [_parse_parameter(node, comments, nb) for node in ast.parse(source).body]
+    return {p.name: p for p in parameters}
 
 # %% ../../nbs/use/80_reproduce.ipynb #c54a4b37
 def read_parameters(
@@ -76,14 +86,19 @@ def read_parameters(
     return _parse_parameters(cells[0], nb)
 
 # %% ../../nbs/use/80_reproduce.ipynb #c530d266
+def _fits(p, value):
+    "Whether a value has just the declared type; a float has to be finite"
+    if type(value) is not p.type: return False
+    return p.type is not float or math.isfinite(value)
+
 def check_value(
     p:Parameter, # what was declared
     value:Any # what was given
 )->Any: # `value`, a whole number as a float where a float is declared
     "Refuse a value of another type than the parameter's"
-    if p.type is float and type(value) is int and abs(value)<=2**53: value = float(value)
-    finite = p.type is not float or type(value) is not float or math.isfinite(value)
-    if type(value) is p.type and finite: return value
+    is_exact_float = type(value) is int and abs(value)<=2**53
+    if p.type is float and is_exact_float: value = float(value)
+    if _fits(p, value): return value
     kind = 'finite float' if p.type is float else p.type.__name__
     given = f"parameter {p.name}={value!r} is a {type(value).__name__}"
     raise HydraError(f"{given}; {p.name} takes a {kind} ({p.help or 'no help'}; default {p.default!r})")
@@ -112,7 +127,7 @@ def split_assignment(
     declared:dict[str,Parameter], # from `read_parameters`
     text:str # `name=value`, as typed after `-p`
 )->tuple[Parameter,str]: # what is assigned, and the text of its value
-    "Part `name=value` at the first equals sign"
+    "Split `name=value` at the first equals sign"
     if '=' not in text: raise HydraError(f"-p {text!r} is not name=value; the parameters are {', '.join(declared)}")
     name, value = text.split('=', 1)
     return declared[one_of(name, declared, 'parameter')], value
@@ -123,16 +138,22 @@ def parse_assignments(
     texts:list[str] # each `name=value`; the last one counts where a name comes twice
 )->dict[str,Any]: # checked; only what was given
     "Read `name=value` by the type that the parameters cell declares"
-    pairs = [split_assignment(declared, t) for t in texts]
-    return {p.name: check_value(p, value_from_text(p, text)) for p, text in pairs}
+    found = {}
+    for p, text in [split_assignment(declared, t) for t in texts]:
+        found[p.name] = check_value(p, value_from_text(p, text))
+    return found
 
 # %% ../../nbs/use/80_reproduce.ipynb #fd9d0475
-def _injected_values(source):
-    "The values that papermill's cell assigns"
-    values = {}
-    exec(source, values)
-    del values['__builtins__']
-    return values
+def _check_injected(parameters_cell, injected):
+    "Check the values that papermill put into a cell below the parameters"
+    declared = _parse_parameters(parameters_cell, 'this notebook')
+    given = {}
+    exec(injected, given)
+    del given['__builtins__']
+    try: check_parameters(declared, given)
+    except HydraError as e:
+        if ' takes a str' not in str(e): raise
+        raise HydraError(f"{e}. papermill reads 1 after -p as a number, after -r as text") from None
 
 # %% ../../nbs/use/80_reproduce.ipynb #given-1
 def check_given(
@@ -142,12 +163,8 @@ def check_given(
     if ran is None:
         from IPython import get_ipython
         ran = get_ipython().user_ns['In']
-    for cell, injected in zip(ran, ran[1:]):
-        if not injected.startswith('# Parameters\n'): continue
-        try: check_parameters(_parse_parameters(cell, 'this notebook'), _injected_values(injected))
-        except HydraError as e:
-            hint = '. papermill reads 1 after -p as a number, after -r as text' if ' takes a str' in str(e) else ''
-            raise HydraError(f"{e}{hint}") from None
+    for above, cell in zip(ran, ran[1:]):
+        if cell.startswith('# Parameters\n'): _check_injected(above, cell)
 
 # %% ../../nbs/use/80_reproduce.ipynb #cell20
 @dataclass
@@ -195,8 +212,11 @@ def runs_dir(
 
 # %% ../../nbs/use/80_reproduce.ipynb #8213055c
 def _seal_of(x):
+    "The seal of a result or of a sealed directory; a seal as it is"
     if isinstance(x, Result): return x.seal
     return seal_id(x) if isinstance(x, Path) else str(x)
+
+def _seals_of(named): return {name: _seal_of(x) for name, x in (named or {}).items()}
 
 # %% ../../nbs/use/80_reproduce.ipynb #cell22
 def save_result(
@@ -209,14 +229,10 @@ def save_result(
     extra:dict|None=None # anything else that is the same in every run
 )->Path: # the file written
     "Write what an experiment found; call it once, in the last cell"
-    inputs = inputs or {}
-    outputs = outputs or {}
-    read = {k: _seal_of(v) for k, v in inputs.items()}
-    made = {k: _seal_of(v) for k, v in outputs.items()}
     run = dict(machine=machine())
     run['at'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
-    run['paths'] = {k: str(Path(v).absolute()) for k, v in outputs.items()}
-    result = Result(name, scale, params, rows, read, made, extra or {}, run=run)
+    run['paths'] = {k: str(Path(v).absolute()) for k, v in (outputs or {}).items()}
+    result = Result(name, scale, params, rows, _seals_of(inputs), _seals_of(outputs), extra or {}, run=run)
     file = os.environ.get('HYDRAMOE_RESULT') or runs_dir()/scale/f'{name}.json'
     return write_json(file, asdict(result))
 
@@ -239,10 +255,15 @@ class RunFailed(HydraError):
     "A notebook that did not run to its end"
 
 def _failure_text(e):
+    "What papermill or the kernel raised, in one line"
     if hasattr(e, 'ename'): return f"cell {e.exec_count} raised {e.ename}: {e.evalue}"
     return f"{type(e).__name__}: {e}"
 
 # %% ../../nbs/use/80_reproduce.ipynb #cell26
+def _unrun_cells(nb):
+    "The cells with code in them that no kernel has counted"
+    return [c for c in code_cells(nb) if cell_source(c).strip() and c['execution_count'] is None]
+
 def _execute(nb, out, values):
     "Run by papermill; returns what went wrong, or None"
     import papermill
@@ -251,7 +272,7 @@ def _execute(nb, out, values):
     how = dict(kernel_name='python3', progress_bar=False, stderr_file=stderr, extra_arguments=['--log-level=CRITICAL'])
     try: papermill.execute_notebook(nb, out, values, cwd=nb.parent, **how)
     except (papermill.PapermillExecutionError, DeadKernelError, CellControlSignal) as e: return _failure_text(e)
-    left = [c for c in code_cells(out) if cell_source(c).strip() and c['execution_count'] is None]
+    left = _unrun_cells(out)
     return f"{len(left)} cells were not run, though no error was reported" if left else None
 
 # %% ../../nbs/use/80_reproduce.ipynb #b93a55cd
@@ -267,13 +288,20 @@ def shown_in_the_end(
     return '\n'.join(lines)
 
 # %% ../../nbs/use/80_reproduce.ipynb #cell28
+def _without_bars(outputs):
+    "The outputs of a cell, streams as a terminal shows them; a stream of nothing but bars is left out"
+    kept = []
+    for o in outputs:
+        if o['output_type']=='stream':
+            o['text'] = shown_in_the_end(''.join(o['text']))
+            if not o['text'].strip(): continue
+        kept.append(o)
+    return kept
+
 def _drop_progress_bars(path):
     nb = read_json(path)
     for c in nb['cells']:
-        if c['cell_type']!='code': continue
-        streams = [o for o in c['outputs'] if o['output_type']=='stream']
-        for o in streams: o['text'] = shown_in_the_end(''.join(o['text']))
-        c['outputs'] = [o for o in c['outputs'] if o['output_type']!='stream' or o['text'].strip()]
+        if c['cell_type']=='code': c['outputs'] = _without_bars(c['outputs'])
     write_json(path, nb)
 
 # %% ../../nbs/use/80_reproduce.ipynb #52aeb503
@@ -284,10 +312,12 @@ def _peak_gb():
 
 # %% ../../nbs/use/80_reproduce.ipynb #523df581
 def _check_used(r, values):
-    odd = sorted(k for k in {**values, **r.params} if values.get(k)!=r.params.get(k))
-    if not odd: return
-    given = {k: values.get(k) for k in odd}
-    used = {k: r.params.get(k) for k in odd}
+    "Refuse a result whose parameters aren't those that were passed"
+    names = {**values, **r.params}
+    differ = sorted(name for name in names if values.get(name)!=r.params.get(name))
+    if not differ: return
+    given = {name: values.get(name) for name in differ}
+    used = {name: r.params.get(name) for name in differ}
     rule = '`save_result` takes every parameter as it was used'
     raise RunFailed(f"{r.name} was given {given} and recorded {used}; {rule}")
 
@@ -306,17 +336,16 @@ def _complete_result(path, values, seconds, executed, about):
 
 # %% ../../nbs/use/80_reproduce.ipynb #488107e5
 def _stamp(path, about, has_result):
+    "Write into an executed notebook under which key it was made"
     nb = read_json(path)
     nb['metadata']['hydramoe'] = dict(key=digest(about), result=has_result)
     write_json(path, nb)
 
 # %% ../../nbs/use/80_reproduce.ipynb #1df0fcaf
-def _run_in(folder, nb, out, values, about):
-    "Run in a temporary folder; returns what failed (or None), the executed notebook, the result's file"
-    executed, saved = folder/'notebook.ipynb', folder/'result.json'
+def _execute_saving(nb, executed, saved, values):
+    "Run by papermill, with `save_result` writing to `saved`; returns what went wrong, or None"
     with with_environment(HYDRAMOE_RESULT=str(saved), PYTHONWARNINGS='ignore:IProgress not found'):
-        failed = _execute(nb, executed, values)
-    return failed, executed, saved
+        return _execute(nb, executed, values)
 
 # %% ../../nbs/use/80_reproduce.ipynb #8a532c21
 def run_notebook(
@@ -329,19 +358,22 @@ def run_notebook(
     nb, out = Path(nb).absolute(), Path(out).absolute()
     values = check_parameters(read_parameters(nb), params or {})
     began = time.monotonic()
-    far = out.with_suffix('.failed.ipynb') # a notebook that failed, as far as it came
+    partial = out.with_suffix('.failed.ipynb')
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.running-', dir=out.parent) as folder:
-        failed, executed, saved = _run_in(Path(folder), nb, out, values, about)
-        if failed and executed.exists(): os.replace(executed, far)
-        if failed: raise RunFailed(f"{nb.name}: {failed}; the notebook as far as it came is {far}")
+        executed, saved = Path(folder)/'notebook.ipynb', Path(folder)/'result.json'
+        failed = _execute_saving(nb, executed, saved, values)
+        if failed:
+            if executed.exists(): os.replace(executed, partial)
+            raise RunFailed(f"{nb.name}: {failed}; the notebook as far as it came is {partial}")
         _drop_progress_bars(executed)
         if about: _stamp(executed, about, saved.exists())
-        seconds = time.monotonic()-began
-        record = _complete_result(saved, values, seconds, executed, about or {}) if saved.exists() else None
+        result = None
+        if saved.exists():
+            result = _complete_result(saved, values, time.monotonic()-began, executed, about or {})
         os.replace(executed, out)
-        if record: write_json(out.with_suffix('.json'), record)
-    far.unlink(missing_ok=True)
+        if result: write_json(out.with_suffix('.json'), result)
+    partial.unlink(missing_ok=True)
     return out
 
 # %% ../../nbs/use/80_reproduce.ipynb #2df3c90f
@@ -353,29 +385,30 @@ def _syntax_tree(text):
 
 # %% ../../nbs/use/80_reproduce.ipynb #cell37
 def _dump_without_docstrings(tree):
+    "A syntax tree as text; its docstrings are removed for good"
     for n in ast.walk(tree):
         if isinstance(n, _DOCUMENTED) and ast.get_docstring(n, clean=False) is not None: n.body = n.body[1:]
     return ast.dump(tree)
 
 # %% ../../nbs/use/80_reproduce.ipynb #76d0cb6e
-EVERYTHING = '*' # a code that imports a lazy name depends on every module
-
-def _parts_below(node, chapter):
-    "What `from … import` names below hydramoe, as a list of parts; None if it isn't ours"
+def _path_below(node, chapter):
+    "Where `from … import` looks, as parts of a dotted name below hydramoe; None if that isn't ours"
     parts = node.module.split('.') if node.module else []
-    if node.level: # relative: one dot is the chapter itself
-        up = len(chapter)+1-node.level
-        return [*chapter[:up], *parts]
-    return parts[1:] if parts[:1]==['hydramoe'] else None
+    dots = node.level
+    if dots==0: return parts[1:] if parts[:1]==['hydramoe'] else None
+    start = chapter[:len(chapter)+1-dots]
+    return [*start, *parts]
 
 # %% ../../nbs/use/80_reproduce.ipynb #b95ce3ce
+EVERYTHING = '*' # a code that imports a lazy name depends on every module
+
 def _names_from(node, chapter):
     "What a `from … import` line may need"
-    parts = _parts_below(node, chapter)
+    parts = _path_below(node, chapter)
     if parts is None: return []
     imported = [a.name for a in node.names]
     names = ['.'.join([*parts, name]) for name in imported]
-    if parts: return [*names, '.'.join(parts)]
+    if parts: return [*names, '.'.join(parts)] # the module, if the names are something in it
     is_lazy = any(name[0].isupper() for name in imported)
     return [*names, EVERYTHING] if is_lazy else names
 
@@ -404,34 +437,43 @@ def _module_files(package):
     return files
 
 # %% ../../nbs/use/80_reproduce.ipynb #2584599b
+def _modules_behind(names, files):
+    "The modules that imported names lead to, directly or not: dotted name → syntax tree"
+    trees = {}
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name==EVERYTHING: todo += files
+        if name not in files or name in trees: continue
+        tree = ast.parse(files[name].read_text(encoding='utf-8'))
+        trees[name] = tree
+        chapter = name.split('.')[:-1]
+        todo += imported_names(tree, chapter)
+    return trees
+
+# %% ../../nbs/use/80_reproduce.ipynb #65f47874
 def code_digests(
     nb:str|Path, # a notebook
     package:str|Path|None=None # the folder of hydramoe's modules; the installed ones if None
 )->dict: # notebook: digest of its code cells; package: {module: digest} of all it imports, directly or not
     "Digests of all code behind a notebook, without its prose and docstrings"
-    files = _module_files(package or Path(hydramoe.__file__).parent)
     cells = [_syntax_tree(cell_source(c)) for c in code_cells(nb)]
-    todo = []
-    for tree in cells: todo += imported_names(tree)
-    digests = {}
-    while todo:
-        name = todo.pop()
-        if name==EVERYTHING: todo += files
-        if name in digests or name not in files: continue
-        tree = ast.parse(files[name].read_text(encoding='utf-8'))
-        chapter = name.split('.')[:-1]
-        todo += imported_names(tree, chapter)
-        digests[name] = digest(_dump_without_docstrings(tree))
+    imported = []
+    for tree in cells: imported += imported_names(tree)
+    files = _module_files(package or Path(hydramoe.__file__).parent)
+    trees = _modules_behind(imported, files)
+    modules = {name: digest(_dump_without_docstrings(trees[name])) for name in sorted(trees)}
     own = [_dump_without_docstrings(tree) for tree in cells]
-    return dict(notebook=digest(own), package=dict(sorted(digests.items())))
+    return dict(notebook=digest(own), package=modules)
 
 # %% ../../nbs/use/80_reproduce.ipynb #a8649e93
 def upstream_names(
     nb:str|Path # a notebook
 )->list[str]: # sorted
     "The experiments whose results a notebook reads"
-    calls = [re.findall(r"\bupstream\(\s*['\"](\w+)['\"]", cell_source(c)) for c in code_cells(nb)]
-    return sorted({name for names in calls for name in names})
+    names = set()
+    for c in code_cells(nb): names |= set(re.findall(r"\bupstream\(\s*['\"](\w+)['\"]", cell_source(c)))
+    return sorted(names)
 
 # %% ../../nbs/use/80_reproduce.ipynb #7c9728fe
 def _in_order(needs):
@@ -471,6 +513,16 @@ class Graph:
         return load_result(self.runs/scale/f'{name}.json')
 
 # %% ../../nbs/use/80_reproduce.ipynb #cell44
+def _read_params(file, declared, scale):
+    "The values in a file of parameters; what YAML took for text is read by its declared type"
+    given = yaml.safe_load(file.read_text()) or {}
+    if not isinstance(given, dict) or given.get('scale', scale)!=scale:
+        raise HydraError(f"{file} must be lines `name: value`, with scale: {scale} or none")
+    values = dict(given, scale=scale)
+    for name, v in given.items():
+        if name in declared and isinstance(v, str): values[name] = value_from_text(declared[name], v)
+    return values
+
 def params_at(
     graph:Graph, # the experiments
     name:str, # of an experiment
@@ -478,24 +530,21 @@ def params_at(
 )->dict|None: # a value for every parameter; None: not part of that scale
     "The parameters of an experiment at a scale"
     declared = read_parameters(graph.nb(name))
-    f = graph.folder/'params'/f'{name}-{scale}.yaml'
-    if not f.exists(): return check_parameters(declared, dict(scale=scale)) if scale=='toy' else None
-    given = yaml.safe_load(f.read_text()) or {}
-    if not isinstance(given, dict) or given.setdefault('scale', scale)!=scale:
-        raise HydraError(f"{f} must be lines `name: value`, with scale: {scale} or none")
-    for n, v in given.items():
-        if n in declared and isinstance(v, str): given[n] = value_from_text(declared[n], v)
+    file = graph.folder/'params'/f'{name}-{scale}.yaml'
+    if not file.exists(): return check_parameters(declared, dict(scale=scale)) if scale=='toy' else None
+    given = _read_params(file, declared, scale)
     try: return check_parameters(declared, given)
-    except HydraError as e: raise HydraError(f"{f}: {e}") from None
+    except HydraError as e: raise HydraError(f"{file}: {e}") from None
 
 # %% ../../nbs/use/80_reproduce.ipynb #8e029938
 def _with_upstream(graph, name):
-    "An experiment and all that it needs"
-    found, todo = set(), [name]
+    "An experiment and all that it needs, directly or not"
+    found = set()
+    todo = [name]
     while todo:
-        n = todo.pop()
-        found.add(n)
-        todo += graph.needs[n]
+        needed = todo.pop()
+        found.add(needed)
+        todo += graph.needs[needed]
     return found
 
 # %% ../../nbs/use/80_reproduce.ipynb #0d735978
@@ -591,6 +640,7 @@ def run_lock(
 
 # %% ../../nbs/use/80_reproduce.ipynb #1d4fc52f
 def _run_experiment(graph, name, scale, params):
+    "Run one experiment and read its result"
     out = graph.runs/scale/f'{name}.ipynb'
     run_notebook(graph.nb(name), out, params, depends_on(graph, name, scale, params))
     if not out.with_suffix('.json').exists(): raise RunFailed(f"{name}.ipynb came to its end without `save_result`")
@@ -610,8 +660,10 @@ def run_scale(
         for i, (name, params) in enumerate(todo.items(), 1):
             found = current(graph, name, scale, params)
             log(f"[{i}/{len(todo)}] {name} ({scale}): {'unchanged' if found else 'running'}")
-            results[name] = found or _run_experiment(graph, name, scale, params)
-            if not found: log(f"      {name}: {results[name].run['seconds']:.0f} s")
+            if not found:
+                found = _run_experiment(graph, name, scale, params)
+                log(f"      {name}: {found.run['seconds']:.0f} s")
+            results[name] = found
     return results
 
 # %% ../../nbs/use/80_reproduce.ipynb #cell49

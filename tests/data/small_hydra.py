@@ -8,7 +8,6 @@ rounded to bf16, which halves their files, and the bundle is sealed again.
 import shutil, tempfile
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from hydramoe.foundations.files import read_json

@@ -1,0 +1,25 @@
+"Every benchmark still runs. What it measures in a second means nothing, so only the shape of its answer is looked at."
+import json, subprocess, sys
+
+import pytest
+from helpers import root
+
+FAST = dict(fork=['--fast'], forward=['--fast'], route=['--fast'], scale=['--fast'],
+            train='--base tiny --domains 2 --rows 8 --steps 2 --warm 1 --held 2'.split(),
+            busy='--base tiny --quant fp32 --domains 2 --rows 8 --work score'.split()) # one of its processes; all take minutes
+
+def test_all_are_tried(): assert {f.stem for f in (root/'benchmarks').glob('*.py')}=={*FAST, 'cluster', 'keep'}  # cluster: test_balance.py
+
+def numbers(found):
+    "All numbers of a benchmark's answer, at whatever depth"
+    if isinstance(found, (dict, list)):
+        for v in found.values() if isinstance(found, dict) else found: yield from numbers(v)
+    elif isinstance(found, (int, float)): yield found
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FAST)
+def test_a_benchmark_runs(name):
+    command = [sys.executable, root/'benchmarks'/f'{name}.py', '--json', *FAST[name]]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=root)
+    assert out.returncode==0, out.stderr[-2000:]
+    assert any(x>0 for x in numbers(json.loads(out.stdout)))
