@@ -50,7 +50,7 @@ def test_wishes_that_cannot_be_met(tmp_path, monkeypatch):
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path))
     for kw, words in ((dict(k=0), 'k=0'), (dict(k=99), 'k=99'), (dict(tokens=3), 'tokens=3'), (dict(max_length=1), 'max_length=1'), (dict(targets='no_proj'), 'no_proj'), (dict(rank=0), 'rank=0'), (dict(fork=2), 'can fork at 0 to 1'), (dict(fork=-1), 'fork=-1')):
         with pytest.raises(HydraError, match=words): build(None, **kw)
-    assert not list((tmp_path/'stages').glob('seed_expert-*/seal.json'))
+    assert not list((tmp_path/'stages').glob('seed_stage-*/seal.json'))
     with pytest.raises(HydraError, match='no records'): Hydra.build([], base='tiny')
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_groups_and_workers(tmp_path, monkeypatch):
     memory = 2*20*17_000/1e9
     a = build(tmp_path/'a', epochs=1, memory=memory, root=tmp_path/'one')
     b = build(tmp_path/'b', epochs=1, memory=memory, root=tmp_path/'two', run=dict(executor='local', workers=2))
-    assert len(list((tmp_path/'two').glob('experts_stage-*/seal.json')))==2 and len(list((tmp_path/'two').glob('collect-*/seal.json')))==1
+    assert len(list((tmp_path/'two').glob('experts_stage-*/seal.json')))==2 and len(list((tmp_path/'two').glob('collect_experts_stage-*/seal.json')))==1
     assert files_in(tmp_path/'a')==files_in(tmp_path/'b') and a.names==b.names
 
 # --- rows in the light of the base, and on which side of the split -------------------------------------------------------

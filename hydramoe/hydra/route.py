@@ -84,8 +84,8 @@ def label_numbers(
     known = {n: i for i, n in enumerate(names)}
     numbers = []
     for label in labels:
-        number = known.get(str(label), -1) if isinstance(label, str) else int(label)
-        if not 0<=number<len(names):
+        number = known.get(str(label)) if isinstance(label, str) else int(label)
+        if number is None or not 0<=number<len(names):
             raise HydraError(f"label {label!r} is no expert; there are {len(names)}: {', '.join(names)}")
         numbers.append(number)
     return np.array(numbers, np.int64)

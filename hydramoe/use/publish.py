@@ -171,16 +171,28 @@ def light_notebook(
         cells.append(kept)
     return dict(nb, cells=cells, metadata=dict(kernelspec=nb['metadata']['kernelspec']))
 
+# %% ../../nbs/use/81_publish.ipynb #e1000002
+def _with_prose(executed, source):
+    "An executed notebook with the prose of its source, cell by cell"
+    prose = {c.get('id'): c['source'] for c in source['cells'] if c['cell_type']=='markdown'}
+    cells = []
+    for c in executed['cells']:
+        is_prose = c['cell_type']=='markdown' and c.get('id') in prose
+        cells.append(dict(c, source=prose[c['id']]) if is_prose else c)
+    return dict(executed, cells=cells)
+
 # %% ../../nbs/use/81_publish.ipynb #d72bdbad
 PAGE_BYTES = 300_000 # a page should not be larger
 PALETTES = (128, 32, 12) # colours of a plot, tried in this order until a page is small enough
 
 def write_page(
     nb:str|Path, # an executed notebook
-    to:str|Path # the file to write
+    to:str|Path, # the file to write
+    source:str|Path|None=None # the notebook that was run: its prose of today is taken
 )->Path: # `to`
     "Write an executed notebook small enough to be read on a forge"
     full = read_json(nb)
+    if source: full = _with_prose(full, read_json(source))
     for colors in PALETTES:
         light = light_notebook(full, colors)
         data = (json.dumps(light, indent=1, ensure_ascii=False)+'\n').encode()
@@ -229,7 +241,7 @@ def publish_pages(
     pages = []
     for name in experiments_at(graph, scale):
         page = Path(to)/'pages'/f'{name}-{scale}.ipynb'
-        pages.append(write_page(graph.runs/scale/f'{name}.ipynb', page))
+        pages.append(write_page(graph.runs/scale/f'{name}.ipynb', page, graph.nb(name)))
     write_sums(pages)
     return pages
 
