@@ -181,9 +181,13 @@ def candidate_routers(
 def _early_states(base, rows, fork):
     "The layer that is read, not above a fork; and what it makes of the prompts of each part (N,hidden)"
     depth = base.model.config.get_text_config().num_hidden_layers
-    layer = max(1, min(round(EARLY_DEPTH*depth), fork or depth))
-    prompts = {part: read_jsonl(rows/f'{part}.jsonl') for part in ('train', 'dev')}
-    return layer, {part: pooled_state(records, base, layer) for part,records in prompts.items()}
+    deepest = fork or depth # without a fork every layer may be read
+    layer = max(1, min(round(EARLY_DEPTH*depth), deepest))
+    states = {}
+    for part in ('train', 'dev'):
+        records = read_jsonl(rows/f'{part}.jsonl')
+        states[part] = pooled_state(records, base, layer)
+    return layer, states
 
 # %% ../../nbs/hydra/66b_build.ipynb #67ad6753
 def routed_perplexity(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GATES', 'GATE_KINDS', 'svd_factors', 'minus_seed', 'Gate', 'layer_factors', 'ArrowGate', 'arrow', 'SpectrGate',
            'spectr', 'LagGate', 'lag', 'make_gate', 'gate_cost', 'check_gate', 'gate_use', 'explain_gate', 'plot_gate',
-           'save_gate', 'load_gate', 'gate_losses', 'score_gates']
+           'save_gate', 'load_gate', 'gate_losses', 'score_gates_stage']
 
 # %% ../../nbs/hydra/61_gate.ipynb #cell2
 from collections.abc import Iterator
@@ -529,7 +529,7 @@ def _with_seed(gates, seed): # column → keywords of `make_gate`; since=True be
     return found
 
 # %% ../../nbs/hydra/61_gate.ipynb #27f83aa1
-def score_gates(
+def score_gates_stage(
     out:Path, # the directory to fill: a stage's
     *,
     rows_dir:Path, # a data stage

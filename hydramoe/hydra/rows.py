@@ -232,13 +232,18 @@ def deal_stage(
     write_json(out/'counts.json', dict(counts, rows=len(rows), folded=judged.n_folded, **groups))
 
 # %% ../../nbs/hydra/66a_rows.ipynb #16097979
-def _deal(records, spec, root):
-    tokenizer = byte_tokenizer() if spec.base == 'tiny' else base_tokenizer(spec.base)
+def _how_it_reads(base):
+    "Digest of all that decides how the base reads a row: its tokenizer, its template, the rows of its embedding"
+    tokenizer = byte_tokenizer() if base == 'tiny' else base_tokenizer(base)
+    pieces = tokenizer.backend_tokenizer.to_str()
+    template = str(tokenizer.chat_template)
     marks = {name: str(token) for name,token in tokenizer.special_tokens_map.items()}
-    pieces, template = tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template)
-    reads = digest([pieces, template, marks, embedding_rows(spec.base)])
+    return digest([pieces, template, marks, embedding_rows(base)])
+
+def _deal(records, spec, root):
+    "The stage that deals the records, run or found"
     params = dict(base=spec.base, tokens=spec.tokens, max_length=spec.max_length)
-    params |= dict(dev=spec.dev, seed=spec.seed, reads=reads)
+    params |= dict(dev=spec.dev, seed=spec.seed, reads=_how_it_reads(spec.base))
     inputs = dict(records=keep_records(records, root))
     return stage(deal_stage, params, inputs, libs=('transformers',), root=root)
 
@@ -246,7 +251,8 @@ def _rejects(dealt, records):
     "Rejects as `gather_rows` returns them; of records that came from no file the line is their place in the list"
     found = []
     for lost in read_jsonl(dealt/'rejects.jsonl'):
-        i, record = lost['row'], records[lost['row']]
+        i = lost['row']
+        record = records[i]
         at = getattr(record, 'at', None) or dict(file='the records', line=i+1, row=i+1)
         raw = json.dumps(record, ensure_ascii=False, default=str)
         found.append(dict(at, reason=lost['reason'], raw=raw))

@@ -129,14 +129,15 @@ def _write_files(root, base, stack, router, about):
     write_json(root/'config.json', bundle_config(base, list(stack.names), router.kind))
     entry = _base_entry(base)
     if entry['id'].startswith('path:'): keep_place(entry['id'].removeprefix('path:'))
-    notes, experts = about.get('experts', {}), []
-    for e,name in enumerate(stack.names):
-        experts.append(_write_expert(root/'experts'/name, e, base, stack, notes.get(name, {})))
+    notes = about.get('experts', {})
+    experts = [_write_expert(root/'experts'/name, e, base, stack, notes.get(name, {})) for e,name in enumerate(stack.names)]
     content = dict(base=entry, experts=experts, router=router.kind, built=about.get('built', {}))
     if stack.fork: content['fork'] = stack.fork
     manifest = seal_bundle(root, content)
     on_hub = entry['id'].startswith(('hub:', 'pypi:'))
-    write_bytes(root/'README.md', model_card(manifest, _public_name(base) if on_hub else None).encode())
+    public_name = _public_name(base) if on_hub else None
+    card = model_card(manifest, public_name)
+    write_bytes(root/'README.md', card.encode())
     return manifest
 
 # %% ../../nbs/hydra/63b_saving.ipynb #24e02b05
