@@ -50,7 +50,7 @@ def test_wishes_that_cannot_be_met(tmp_path, monkeypatch):
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path))
     for kw, words in ((dict(k=0), 'k=0'), (dict(k=99), 'k=99'), (dict(tokens=3), 'tokens=3'), (dict(max_length=1), 'max_length=1'), (dict(targets='no_proj'), 'no_proj'), (dict(rank=0), 'rank=0'), (dict(fork=2), 'can fork at 0 to 1'), (dict(fork=-1), 'fork=-1')):
         with pytest.raises(HydraError, match=words): build(None, **kw)
-    assert not list((tmp_path/'stages').glob('seed_stage-*/seal.json'))
+    assert not list((tmp_path/'stages').glob('seed_expert-*/seal.json'))
     with pytest.raises(HydraError, match='no records'): Hydra.build([], base='tiny')
 
 @pytest.mark.slow
