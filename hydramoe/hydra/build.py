@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from ..foundations.core import HydraError, log, versions
-from ..foundations.files import check_writable, read_json, read_jsonl
-from ..foundations.files import write_bytes, write_json, write_jsonl
+from ..foundations.files import check_writable, read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from ..foundations.store import seal_id, stage
-from ..models.load import load_base
 from ..models.encode import encode
+from ..models.load import load_base
 from ..models.hidden import pooled_state
 from ..domains.embed import embed_stage, load_embeddings, prompt_text
 from ..domains.discover import Domains, discover
@@ -27,19 +26,16 @@ from ..domains.edit import edit_domains
 from ..experts.adapters import with_adapters
 from ..experts.score import response_losses
 from ..experts.jobs import GroupSpec, group_size, make_jobs, run_jobs
-from ..experts.stages import collect_experts_stage, sort_rows
-from ..experts.stages import train_experts_stage, train_single_stage
-from .route import Router, similarity_router
+from ..experts.stages import collect_experts_stage, sort_rows, train_experts_stage, train_single_stage
+from .route import Router, similarity_router, uniform_router
 from .kinds import ridge_router
-from .cascade import use_encoder, fit_on_hidden, use_whole_prompt, needs_base
-from .route import uniform_router
-from .cascade import missing_encoders
+from .cascade import use_encoder, fit_on_hidden, use_whole_prompt, needs_base, missing_encoders
+from .cascade import load_router
 from .bundle import BundleError, check_bundle
 from .card import MIN_DEV_ROWS, unlearnt, unlearnt_text
 from .model import Hydra, router_view
 from .spec import BuildSpec, experts_outline, pin_base, resolve_spec, spec_record, training_settings
 from .rows import first_refused, gather_rows, peek_base, run_deal
-from .cascade import load_router
 
 # %% ../../nbs/hydra/66b_build.ipynb #c67ada3b
 def _write_labelled(file, records, labels, domains):
@@ -178,15 +174,13 @@ def candidate_routers(
     return routers
 
 # %% ../../nbs/hydra/66b_build.ipynb #e97d4bc3
-def _early_states(base, rows, fork):
+def _early_states(base, records, fork):
     "The layer that is read, not above a fork; and what it makes of the prompts of each part (N,hidden)"
     depth = base.model.config.get_text_config().num_hidden_layers
     deepest = fork or depth # without a fork every layer may be read
     layer = max(1, min(round(EARLY_DEPTH*depth), deepest))
     states = {}
-    for part in ('train', 'dev'):
-        records = read_jsonl(rows/f'{part}.jsonl')
-        states[part] = pooled_state(records, base, layer)
+    for part, prompts in records.items(): states[part] = pooled_state(prompts, base, layer)
     return layer, states
 
 # %% ../../nbs/hydra/66b_build.ipynb #67ad6753
@@ -239,7 +233,7 @@ def routers_stage(
     domains, vectors = Domains.load(rows/'domains'), load_embeddings(x)
     train, dev = read_jsonl(rows/'train.jsonl'), read_jsonl(rows/'dev.jsonl')
     model = with_adapters(base, {name: experts/name for name in domains.names}, fork)
-    with router_view(model): layer, states = _early_states(base, rows, model.stack.fork)
+    with router_view(model): layer, states = _early_states(base, dict(train=train, dev=dev), model.stack.fork)
     labels = [r['domain'] for r in train]
     routers = candidate_routers(domains, vectors['train'], labels, states['train'], layer)
     examples = [encode(r, base.tokenizer, max_length, max_length) for r in dev]
