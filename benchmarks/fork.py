@@ -13,9 +13,8 @@ import argparse, json, statistics, tempfile, warnings
 import torch
 from transformers import DynamicCache
 from hydramoe.models.load import load_base
-from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps
+from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps, training_mode
 from hydramoe.experts.stages import cache_trunk
-from hydramoe.experts.train import training_mode
 from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.plan import one_hot
 from hydramoe.experts.model import gated, logits

@@ -7,10 +7,9 @@ from hydramoe.data.records import record
 from hydramoe.data.rows import fill_template, map_row, row_records
 from hydramoe.data.splits import sides, split
 from hydramoe.data.toy import toy_records
-from hydramoe.models.template import Refused, byte_tokenizer, chatml, render_split, render
+from hydramoe.models.template import Refused, byte_tokenizer, chatml, render_split, render, fold_system_turns
 from hydramoe.models.packaged import gemma_chat, smollm2_dir
 from hydramoe.models.load import check_base
-from hydramoe.models.template import fold_system_turns
 from hydramoe.foundations.core import HydraError
 from rows import BAD, FORMS
 from strategies import utf8

@@ -7,10 +7,12 @@ from sklearn.linear_model import LogisticRegression
 from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, rng
 from hydramoe.foundations.files import file_sha256
-from hydramoe.hydra.cascade import load_router, make_router
-from hydramoe.hydra.route import classifier_router, effective_experts, explain_route, plot_route, route_text, similarity_router, softmax
-from hydramoe.hydra.route import top_k, uniform_router
-from hydramoe.hydra.kinds import fixed_router, oracle_router
+from hydramoe.hydra.cascade import load_router, make_router, with_abstention, cascade_router, choose_margin
+from hydramoe.hydra.cascade import choose_threshold, margin, fit_on_hidden, use_static
+from hydramoe.hydra.route import classifier_router, effective_experts, explain_route, plot_route, route_text
+from hydramoe.hydra.route import similarity_router, softmax, top_k, uniform_router, calibrate
+from hydramoe.hydra.kinds import fixed_router, oracle_router, distilled_router, hindsight_router, knn_router
+from hydramoe.hydra.kinds import permute_experts, ridge_router, with_domain, with_prompts, without_domain
 from helpers import forge, set_at
 
 def unit(n, d=16, seed=0):
@@ -194,13 +196,7 @@ def test_a_long_prompt_is_cut_and_many_experts_are_summed():
 # --- in closed form: what comes and goes leaves no trace
 
 from dataclasses import replace
-from hydramoe.hydra.route import calibrate
-from hydramoe.hydra.kinds import distilled_router, hindsight_router, knn_router
-from hydramoe.hydra.cascade import with_abstention, cascade_router, choose_margin, choose_threshold, margin
-from hydramoe.hydra.cascade import fit_on_hidden
 from hydramoe.hydra.vectors import static_vectors
-from hydramoe.hydra.kinds import permute_experts, ridge_router, with_domain, with_prompts, without_domain
-from hydramoe.hydra.cascade import use_static
 
 FIVE = [f'd{i}' for i in range(5)]
 y = labels(60, 5)

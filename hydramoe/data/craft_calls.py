@@ -13,8 +13,8 @@ from collections import defaultdict
 import jsonschema
 from ..foundations.core import rng
 from .cards import rows_of_files
-from .craft import draw_distinct
 from .tools import no_call, offered_names, tool_call, tool_prompt
+from .craft import draw_distinct
 
 # %% ../../nbs/data/24c_craft_calls.ipynb #cell40
 SCHEMA_TYPES = dict(dict='object', float='number', tuple='array', list='array', int='integer', bool='boolean')

@@ -9,8 +9,8 @@ __all__ = ['ELEMENT_KINDS', 'DISCOVERY_KINDS', 'SUBSTANCE_KINDS', 'ISOTOPE_KINDS
 # %% ../../nbs/data/24b_craft_claims.ipynb #1adfd565
 import re
 from ..foundations.core import rng
-from .craft import draw_distinct
 from .sources import eval_docs, open_database
+from .craft import draw_distinct
 
 # %% ../../nbs/data/24b_craft_claims.ipynb #cell75
 ELEMENT_KINDS = dict( # name: SQL of (subject, value), claim, fact

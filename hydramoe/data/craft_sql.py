@@ -11,9 +11,9 @@ __all__ = ['MEASURES', 'FILTER_SHAPES', 'COLUMN_SHAPES', 'GROUP_SHAPES', 'SUBQUE
 import re, sqlite3
 from typing import NamedTuple
 from ..foundations.core import rng
-from .craft import draw_distinct
 from .rows import template_fields
 from .sources import as_csv, open_database, round_figure
+from .craft import draw_distinct
 
 # %% ../../nbs/data/24a_craft_sql.ipynb #772ec74d
 MEASURES = { # column → what it is called in a question

@@ -10,9 +10,9 @@ __all__ = ['WORKS', 'VERSE_TASKS', 'SENTENCE_END', 'name_work', 'verse_runs', 'p
 # %% ../../nbs/data/24f_craft_writing.ipynb #d171bb83
 import re, string
 from ..foundations.core import rng
+from .splits import ngrams
 from .cards import rows_of, rows_of_files
 from .sources import latin_text
-from .splits import ngrams
 
 # %% ../../nbs/data/24f_craft_writing.ipynb #cell91
 WORKS = dict( # part of a path → how a task names the book

@@ -7,20 +7,20 @@ __all__ = ['MAPS', 'pairs_of', 'load']
 
 # %% ../../nbs/data/25_load.ipynb #1a252a43
 from ..foundations.core import HydraError, digest, one_of, versions
-from .cards import card_names, load_card, open_files, rows_of_files
-from .craft_calls import filled_calls, no_calls, swapped_calls
-from .craft_claims import fact_claims, support_claims
-from .craft_puzzles import puzzles
-from .craft_scenes import scenes
-from .craft_sql import element_sql
-from .craft_writing import passage_tasks, prose_tasks, verse_tasks
 from .records import record
 from .rows import FORMS, map_row
+from .cards import card_names, load_card, open_files, rows_of_files
 from .sources import boolq_evidence, champ, chatterbot, chitchat, choices, codeio, dialogue
-from .sources import documented_functions, element_claims, element_tables, faithful, jsonpath, knights_knaves
-from .sources import legal_support, long_answers, math_problems, medmcqa, piqa, preferred, pubmed, sciq
-from .sources import sonnets, sql_rewrites, verse, winogrande
+from .sources import documented_functions, element_claims, element_tables, faithful, jsonpath
+from .sources import knights_knaves, legal_support, long_answers, math_problems, medmcqa, piqa, preferred
+from .sources import pubmed, sciq, sonnets, sql_rewrites, verse, winogrande
 from .tools import bfcl, no_call, tool_dialogues
+from .craft_sql import element_sql
+from .craft_claims import fact_claims, support_claims
+from .craft_calls import filled_calls, no_calls, swapped_calls
+from .craft_puzzles import puzzles
+from .craft_scenes import scenes
+from .craft_writing import passage_tasks, prose_tasks, verse_tasks
 
 # %% ../../nbs/data/25_load.ipynb #cell102
 _SOURCES = (math_problems, champ, sciq, medmcqa, pubmed, choices, knights_knaves, legal_support, piqa, winogrande,

@@ -15,8 +15,8 @@ from importlib.resources import files as resource_files
 from pathlib import Path
 import yaml
 from ..foundations.core import digest, rng
-from .cards import decode_file, rows_of, rows_of_files
 from .records import ROLES
+from .cards import decode_file, rows_of, rows_of_files
 
 # %% ../../nbs/data/23_sources.ipynb #cell54
 def eval_docs(

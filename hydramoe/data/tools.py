@@ -8,8 +8,8 @@ __all__ = ['signature', 'tool_prompt', 'tool_call', 'first_accepted', 'offered_n
 # %% ../../nbs/data/23a_tools.ipynb #c789feb6
 import ast, json
 from ..foundations.core import digest
-from .cards import rows_of, rows_of_files
 from .records import ROLES, assistant_turns
+from .cards import rows_of, rows_of_files
 
 # %% ../../nbs/data/23a_tools.ipynb #cell91
 def _describe_parameter(name, schema, required):

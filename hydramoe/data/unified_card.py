@@ -8,11 +8,11 @@ __all__ = ['TERMS', 'UNIFIED_FILES', 'dataset_card', 'write_unified', 'toy_unify
 # %% ../../nbs/data/27e_unified_card.ipynb #81e9bdf4
 from pathlib import Path
 from huggingface_hub import DatasetCardData
-from ..models.template import byte_tokenizer
 from ..foundations.core import HydraError, progress
 from ..foundations.files import read_jsonl, write_bytes, write_json, write_jsonl
-from ..foundations.report import markdown_table
 from ..foundations.store import open_sealed
+from ..foundations.report import markdown_table
+from ..models.template import byte_tokenizer
 from .toy import toy_records
 from .cards import card_names, load_card
 from .load import load

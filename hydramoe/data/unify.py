@@ -10,10 +10,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
-from ..models.template import Refused, byte_tokenizer
-from ..models.load import base_tokenizer
 from ..foundations.core import HydraError, canonical, digest, one_of, progress
+from ..models.template import Refused, byte_tokenizer
 from ..models.encode import encode
+from ..models.load import base_tokenizer
 from .splits import draw_evenly
 from .hub_metadata import license_class, LICENSE_CLASSES
 from .parts import ExpertRows, RouterRows, DevRows, TestRows, SHARES, kind_of, PARTS, part_of

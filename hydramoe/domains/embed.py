@@ -16,12 +16,10 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
-from ..foundations.core import HydraError, cache_dir, derive_seed, digest, progress
-from ..foundations.files import file_sha256, read_jsonl
-from ..foundations.core import log, versions
-from ..foundations.files import write_bytes
-from ..foundations.store import SealError, open_sealed, sealing
+from ..foundations.core import HydraError, cache_dir, derive_seed, digest, progress, log, versions
+from ..foundations.files import file_sha256, read_jsonl, write_bytes
 from ..foundations.arrays import load_arrays, save_arrays
+from ..foundations.store import SealError, open_sealed, sealing
 from ..foundations.fetch import package, unpack
 from ..models.identity import remember_hash
 

@@ -16,10 +16,8 @@ from ..foundations.core import HydraError
 from ..foundations.files import write_json
 from ..foundations.store import open_sealed
 from ..models.base import Base, target_layers
-from .stack import LoraSpec, Stack
-from .model import GatedCausalLM, gated
-from .stack import module_kinds, check_slot, peft_targets, layer_views
-from .model import check_bare
+from .stack import LoraSpec, Stack, module_kinds, check_slot, peft_targets, layer_views
+from .model import GatedCausalLM, gated, check_bare
 from .adapter_files import match_adapter, refuse_damaged, tensor_keys, tensors_path, unfit
 
 # %% ../../nbs/experts/46_adapters.ipynb #2eb6336c

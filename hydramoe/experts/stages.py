@@ -18,15 +18,15 @@ from ..foundations.core import HydraError, digest, progress, versions
 from ..foundations.files import read_json, read_jsonl, write_json
 from ..foundations.source import source_hash
 from ..foundations.store import SealError, open_sealed, sealing, stage, work_dir
-from ..models.load import base_dir, load_base
 from ..models.encode import encode
+from ..models.load import base_dir, load_base
 from ..data.parts import DevRows, ExpertRows
 from .stack import LoraSpec
 from .plan import one_hot
 from .model import gated
 from .trunk import run_trunk
-from .adapters import find_adapters, with_adapters
 from .adapter_files import unfit
+from .adapters import find_adapters, with_adapters
 from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity
 from .score import record_sums, save_losses
 from .train import EarlyStopSpec, TrainSpec, disk_errors, fit, mesh_place, tensor_bytes, using_threads

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from .core import HydraError, cache_dir, canonical, digest, machine, versions
-from .files import file_sha256, final_path, locked, read_json, remove_stale_lock
-from .files import write_json, writing_dir
+from .files import file_sha256, final_path, locked, read_json, remove_stale_lock, write_json
+from .files import writing_dir
 from .source import source_hash
 
 # %% ../../nbs/foundations/04_store.ipynb #bd0886ff

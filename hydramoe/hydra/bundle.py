@@ -18,9 +18,8 @@ from ..foundations.core import HydraError, check_names, digest, one_of
 from ..foundations.files import file_sha256, read_json, write_json
 from ..experts.adapter_files import adapter_config, adapter_shapes, unfit
 from .route import Router
-from .cascade import check_width
+from .cascade import check_width, load_router
 from .gate import GATES, Gate, load_gate
-from .cascade import load_router
 
 # %% ../../nbs/hydra/63_bundle.ipynb #5476ef84
 BUNDLE_FORMAT = 1 # of hydra.json; any other is refused

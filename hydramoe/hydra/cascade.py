@@ -17,8 +17,8 @@ from ..foundations.arrays import load_arrays
 from ..domains.embed import ENCODER_WIDTHS, encoder_id
 from ..domains.discover import Domains
 from .vectors import hidden_scale, standardize
-from .route import ENCODERS, NUMBER, ClassifierRouter, ParamRule, Router, SimilarityRouter
-from .route import UniformRouter, VECTOR_PARAMS, VectorRouter, vector_width
+from .route import ENCODERS, NUMBER, ClassifierRouter, ParamRule, Router, SimilarityRouter, UniformRouter
+from .route import VECTOR_PARAMS, VectorRouter, vector_width
 from .kinds import DistilledRouter, FixedRouter, KnnRouter, OracleRouter, RidgeRouter
 
 # %% ../../nbs/hydra/60_cascade.ipynb #8706a01b

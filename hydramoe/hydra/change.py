@@ -10,10 +10,8 @@ import os, shutil
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ..foundations.core import HydraError, cache_dir, check_names, digest
-from ..foundations.files import check_writable, file_sha256
-from ..foundations.core import one_of
-from ..foundations.files import read_json, read_jsonl
+from ..foundations.core import HydraError, cache_dir, check_names, digest, one_of
+from ..foundations.files import check_writable, file_sha256, read_json, read_jsonl
 from ..foundations.store import is_sealed, seal_id, sealing, stage
 from ..models.load import base_id
 from .route import Router

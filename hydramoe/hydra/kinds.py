@@ -18,8 +18,8 @@ from threadpoolctl import threadpool_limits
 from ..foundations.core import HydraError, one_of, rng
 from ..domains.discover import Domains
 from .vectors import standardize
-from .route import COUNT, NOT_NEGATIVE, POSITIVE, LinearRouter, Router, VectorRouter
-from .route import check_training, label_numbers, softmax
+from .route import COUNT, NOT_NEGATIVE, POSITIVE, LinearRouter, Router, VectorRouter, check_training
+from .route import label_numbers, softmax
 
 # %% ../../nbs/hydra/59_kinds.ipynb #cell49
 _GRAIN = 2.**-16

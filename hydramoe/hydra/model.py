@@ -13,11 +13,12 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers import DynamicCache
 from ..foundations.core import HydraError, number
-from ..models.template import answer_text, render
+from ..models.template import answer_text, render, fold_system_turns
 from ..models.base import Base, blocks
 from ..models.hidden import capture_inputs, mean_pool
 from ..domains.embed import prompt_text
 from ..experts.stack import Stack
+from ..experts.plan import base_plan
 from ..experts.model import GatedCausalLM, using
 from ..experts.trunk import run_trunk, rebuild_cache
 from ..experts.adapters import with_adapters
@@ -25,11 +26,9 @@ from .route import Router, explain_route, plot_route, route_text
 from .cascade import bind_base, needs_base
 from .gate import Gate, check_gate, explain_gate, make_gate, plot_gate
 from .bundle import check_bundle, expert_folders, load_router_or_gate
-from .saving import base_uri, bundle_base, bundle_config, expert_notes, require_encoder
-from .saving import uri_tokenizer, write_bundle
+from .saving import base_uri, bundle_base, bundle_config, expert_notes, require_encoder, uri_tokenizer
+from .saving import write_bundle
 from .generation import check_generation, sampling_keywords, to_messages
-from ..experts.plan import base_plan
-from ..models.template import fold_system_turns
 
 # %% ../../nbs/hydra/64a_model.ipynb #dc7c90bb
 class Hydra:

@@ -15,17 +15,15 @@ from pathlib import Path
 from ..foundations.core import HydraError, cache_dir, digest, log
 from ..foundations.files import read_json, read_jsonl, write_json, write_jsonl
 from ..foundations.store import is_sealed, sealing, stage
-from ..models.template import Refused, byte_tokenizer
-from ..models.load import base_dir, base_fingerprint, base_tokenizer
-from ..models.base import tiny_base
-from ..models.load import embedding_rows
+from ..models.template import Refused, byte_tokenizer, fold_system_turns
 from ..models.encode import encode
+from ..models.base import tiny_base
+from ..models.load import base_dir, base_fingerprint, base_tokenizer, embedding_rows
 from ..data.splits import sides
 from ..data.detect import detect
 from ..data.stream import RowCounts, stream_records
 from ..domains.embed import prompt_text
 from .spec import BuildSpec
-from ..models.template import fold_system_turns
 
 # %% ../../nbs/hydra/66a_rows.ipynb #863b65d3
 class Placed(dict):

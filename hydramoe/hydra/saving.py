@@ -13,13 +13,10 @@ from ..foundations.core import one_of
 from ..foundations.files import read_json, write_bytes, write_json
 from ..foundations.fetch import package
 from ..models.template import byte_tokenizer
-from ..models.identity import differences
-from ..models.base import Base
+from ..models.identity import differences, tokenizer_identity
+from ..models.base import Base, tiny_base
 from ..models.packaged import PACKAGED
-from ..models.load import base_tokenizer, is_known, keep_place
-from ..models.identity import tokenizer_identity
-from ..models.base import tiny_base
-from ..models.load import load_base
+from ..models.load import base_tokenizer, is_known, keep_place, load_base
 from ..experts.stack import Stack
 from .route import Router
 from .cascade import missing_encoders

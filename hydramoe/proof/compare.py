@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 import numpy as np
+from ..foundations.store import stage
 from ..data.records import DOMAINS
 from ..data.splits import split
 from ..domains.discover import Domains
-from ..experts.score import Losses, domain_nll, hindsight, load_losses, paired_bootstrap, pick
-from ..experts.score import record_sums, recovered
 from ..experts.stack import LoraSpec
+from ..experts.score import Losses, domain_nll, hindsight, load_losses, paired_bootstrap, pick, record_sums
+from ..experts.score import recovered
 from ..experts.train import TrainSpec
 from ..experts.stages import one_each, score_adapters_stage
-from ..foundations.store import stage
 
 # %% ../../nbs/proof/70_compare.ipynb #892125df
 LIBS = ('torch', 'transformers', 'bitsandbytes') # libraries whose versions a trained or scored stage depends on

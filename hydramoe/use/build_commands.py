@@ -11,8 +11,8 @@ import contextlib, os, sys, warnings
 from importlib.util import find_spec
 from pathlib import Path
 from ..foundations.core import HydraError, number
-from .command import BASE, BUNDLE, ENCODER, SEED
-from .command import Command, arg, duration_text, moved, require_free, shell_line
+from .command import BASE, BUNDLE, ENCODER, SEED, Command, arg, duration_text, moved, require_free
+from .command import shell_line
 
 # %% ../../nbs/use/84_build_commands.ipynb #867f11e9
 BUILD_COMMANDS = {} # name → Command, in the order in which help lists them

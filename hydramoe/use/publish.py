@@ -16,11 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 from ..foundations.core import HydraError, one_of, repo_root, log
-from ..foundations.files import file_sha256, read_json
-from ..foundations.files import write_bytes, write_json
+from ..foundations.files import file_sha256, read_json, write_bytes, write_json
 from ..foundations.fetch import fetch_all
-from ..foundations.page import html_code, html_details, html_figure, html_page, html_table
 from ..foundations.report import latex_numbers, latex_table, markdown_table
+from ..foundations.page import html_code, html_details, html_figure, html_page, html_table
 from .reproduce import Graph, Result, cell_source, current, experiments_at, load_result, run_scale
 
 # %% ../../nbs/use/81_publish.ipynb #6380e740
