@@ -120,7 +120,7 @@ def lego(
     if not len(units): return torch.zeros(deltas.shape, dtype=deltas.A.dtype)
     own_rank = max(1, round(len(units)/len(deltas)))
     k = min(rank or own_rank, len(units))
-    found = KMeans(k, n_init=4, random_state=seed).fit(units.numpy())
+    found = KMeans(k, n_init=4, random_state=seed%2**32).fit(units.numpy())
     merged = torch.zeros(deltas.shape, dtype=deltas.A.dtype)
     for c in range(k):
         members = units[torch.from_numpy(found.labels_==c)]
