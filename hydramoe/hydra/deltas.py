@@ -136,7 +136,7 @@ def to_core(
     Q_A = row_basis(deltas.A.flatten(0, 1))
     Q_B = row_basis(deltas.B.mT.flatten(0, 1))
     A = deltas.A.double()@Q_A
-    B = Q_B.T@deltas.B.double()
+    B = (deltas.B.double().mT@Q_B).mT # one multiplication; Q_Bᵀ@B would be one for each expert
     return CoreSpace(Deltas(A, B), Q_A, Q_B)
 
 # %% ../../nbs/hydra/62_deltas.ipynb #a2d96253
@@ -156,6 +156,7 @@ def compress(
     "The nearest product of rank r"
     if rank<1: raise HydraError(f"rank={rank}: an adapter has a rank of 1 or more")
     r = min(rank, *M.shape)
+    if not M.any(): return M.new_zeros(r, M.shape[1]), M.new_zeros(M.shape[0], r), 0. # and no direction at all
     exact = M.double()
     if M.shape[0]<=M.shape[1]:
         B = _left_vectors(exact, r)
@@ -166,5 +167,4 @@ def compress(
         B = exact@right
     energy = exact.square().sum().item()
     rest = (exact-B@A).square().sum().item()
-    lost = rest/energy if energy else 0.
-    return A.to(M.dtype), B.to(M.dtype), lost
+    return A.to(M.dtype), B.to(M.dtype), rest/energy

@@ -191,6 +191,9 @@ def check_method(
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise HydraError(f"{method} has no parameter {name!r}; {has}")
     if 'density' in params: number(params['density'], 'density', above=0, most=1)
+    for name in ('keep', 'rank'):
+        if params.get(name) is not None: number(params[name], name, whole=True, least=1)
+    if 'seed' in params: number(params['seed'], 'seed', whole=True)
     if 'variant' in params: one_of(params['variant'], TIES_VARIANTS, 'variant of TIES')
 
 # %% ../../nbs/hydra/62c_merge.ipynb #f454c292
@@ -376,7 +379,7 @@ def merged_stack(
 )->Stack: # of one expert
     "Put a merge into a stack of its own"
     expert = merge.expert()
-    own_rank = max(len(A) for A, _ in expert.values())
+    own_rank = max(1, *(len(A) for A, _ in expert.values()))
     is_forked = like.n_trunk_layers>0
     rank = max(own_rank, like.spec.rank) if is_forked else own_rank
     scale = like.trunk_scale.item() if is_forked else 1. # a PEFT adapter has one scale, the trunk's

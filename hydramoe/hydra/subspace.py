@@ -37,12 +37,14 @@ def polar(
     return U@Vh
 
 # %% ../../nbs/hydra/62b_subspace.ipynb #a9118981
-def _triples(A, B, k):
-    "The k largest singular triples of BA, from its factors: U (m,k), S (k,), V (n,k)"
+def _triples(A, B, k, length):
+    "The k largest singular triples of BA: U (m,k), S (k,), V (n,k); fewer if others are rounding beside a length"
     rows, U = svd_factors(A, B) # rows are S·Vᵀ
     S = rows.norm(dim=1)
-    V = rows.T/S.clamp_min(torch.finfo(S.dtype).tiny)
-    return U[:,:k], S[:k], V[:,:k]
+    above = S>100*torch.finfo(S.dtype).eps*length # a direction of length zero is any direction
+    k = min(k, int(above.sum()))
+    V = rows[:k].T/S[:k]
+    return U[:,:k], S[:k], V
 
 def tsv_m(
     deltas:Deltas, # what E experts add to a layer
@@ -53,7 +55,7 @@ def tsv_m(
     fit = max(1, min(deltas.shape)//len(deltas))
     k = fit if keep is None else min(keep, fit)
     if k<1: raise HydraError(f"keep={keep}: keep 1 or more directions of each expert")
-    triples = [_triples(A, B, k) for A, B in zip(deltas.A, deltas.B)]
+    triples = [_triples(A, B, k, A.norm()*B.norm()) for A, B in zip(deltas.A, deltas.B)]
     used = triples[:min(deltas.shape)] # more experts than directions: the first of them
     U = polar(torch.cat([u for u, _, _ in used], 1))
     V = polar(torch.cat([v for _, _, v in used], 1))
@@ -80,7 +82,7 @@ def iso_cts(
     "Common directions and each expert's own, all equally strong (Marczak et al., 2025)"
     number(common, 'common', least=0, most=1)
     room = min(deltas.shape)
-    n_own = int(room*(1-common))//len(deltas) # directions of each expert
+    n_own = int(room*(1-common)+1e-9)//len(deltas) # directions of each expert
     n_common = room-n_own*len(deltas)
     U, S, Vh = torch.linalg.svd(deltas.mix(weights), full_matrices=False)
     U = U[:,:n_common]
@@ -88,8 +90,9 @@ def iso_cts(
     if n_own:
         for A, B, weight in zip(deltas.A, deltas.B, weights.tolist()):
             outside = weight*(B-U@(U.T@B)) # writes nothing into the common space
-            parts.append(_triples(A, outside, n_own))
-    strength = torch.cat([s for _, s, _ in parts]).mean()
+            parts.append(_triples(A, outside, n_own, A.norm()*B.norm()*abs(weight)))
+    strengths = torch.cat([s for _, s, _ in parts])
+    strength = strengths.sum()/max(1, len(strengths))
     left = polar(torch.cat([u for u, _, _ in parts], 1))
     right = polar(torch.cat([v for _, _, v in parts], 1))
     return strength*(left@right.T)

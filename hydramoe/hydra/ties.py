@@ -44,11 +44,10 @@ def trim(
 )->Tensor: # (m,n), all other entries zero
     "Keep an expert's largest entries by magnitude"
     magnitudes = product.abs()
-    if threshold is None:
-        k = check_density(density, product.numel())
-        if k==product.numel(): return product
-        threshold = kth_largest(magnitudes, k)
-    return product*(magnitudes>=threshold)
+    if threshold is not None: return product*(magnitudes.float()>=threshold) # thresholds over layers are of float32
+    k = check_density(density, product.numel())
+    if k==product.numel(): return product
+    return product*(magnitudes>=kth_largest(magnitudes, k))
 
 # %% ../../nbs/hydra/62a_ties.ipynb #74e167ba
 class Tally:
