@@ -201,6 +201,7 @@ def remove_expert(
     one_of(name, list(folders), 'expert')
     router = load_router_or_gate(Path(bundle), manifest)
     old = Hydra.from_bundle(Path(bundle), manifest, router, base)
-    router = router_without(old.router, name)
+    router = old.router
+    if name in router.names: router = router_without(router, name) # a merged expert is in none
     del folders[name]
     return _save_changed(old, router, folders, old.about['experts'], dict(removed=name), out)
