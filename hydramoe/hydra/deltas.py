@@ -133,8 +133,9 @@ def to_core(
     deltas:Deltas # of a layer
 )->CoreSpace:
     "Move experts into core space; nothing is lost (Panariello et al., 2025)"
-    Q_A = row_basis(deltas.A.flatten(0, 1))
-    Q_B = row_basis(deltas.B.mT.flatten(0, 1))
+    used = deltas.A.any(2)&deltas.B.any(1) # (E,r): a row of A without its column of B adds nothing
+    Q_A = row_basis(deltas.A[used])
+    Q_B = row_basis(deltas.B.mT[used])
     A = deltas.A.double()@Q_A
     B = (deltas.B.double().mT@Q_B).mT # one multiplication; Q_Bᵀ@B would be one for each expert
     return CoreSpace(Deltas(A, B), Q_A, Q_B)
@@ -156,8 +157,9 @@ def compress(
     "The nearest product of rank r"
     if rank<1: raise HydraError(f"rank={rank}: an adapter has a rank of 1 or more")
     r = min(rank, *M.shape)
-    if not M.any(): return M.new_zeros(r, M.shape[1]), M.new_zeros(M.shape[0], r), 0. # and no direction at all
     exact = M.double()
+    energy = exact.square().sum().item()
+    if not energy: return M.new_zeros(r, M.shape[1]), M.new_zeros(M.shape[0], r), 0. # no direction at all
     if M.shape[0]<=M.shape[1]:
         B = _left_vectors(exact, r)
         A = B.T@exact
@@ -165,6 +167,5 @@ def compress(
         right = _left_vectors(exact.T, r)
         A = right.T
         B = exact@right
-    energy = exact.square().sum().item()
     rest = (exact-B@A).square().sum().item()
     return A.to(M.dtype), B.to(M.dtype), rest/energy

@@ -70,7 +70,9 @@ def iso_c(
 )->Tensor: # (m,n)
     "The sum of experts, with all singular values set to their mean (Marczak et al., 2025)"
     U, S, Vh = torch.linalg.svd(deltas.mix(weights), full_matrices=False)
-    k = keep or len(S)
+    in_use = int((S>len(S)*torch.finfo(S.dtype).eps*S[0]).sum()) # experts may cancel in some directions
+    k = min(keep or in_use, in_use)
+    if not k: return torch.zeros_like(U@Vh)
     return S[:k].mean()*(U[:,:k]@Vh[:k])
 
 # %% ../../nbs/hydra/62b_subspace.ipynb #976c9d11
