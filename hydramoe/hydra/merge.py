@@ -350,7 +350,7 @@ def plot_receipt(
     lost = [note['energy_lost'] for note in notes]
     right.plot(conflicts, label='sign conflict of the experts')
     right.plot(lost, label=f"energy lost at rank {receipt['rank']}")
-    right.set(xlabel='layer', ylim=(0, 1))
+    right.set(xlabel='layer', ylim=(0, 1.4*max(.05, *conflicts, *lost)))
     right.set_title(f"{receipt['method']} in {receipt['space']} space, {receipt['length']:.2f} times as long as an expert", fontsize=9)
     right.legend(frameon=False, fontsize=8)
     fig.tight_layout()

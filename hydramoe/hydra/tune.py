@@ -96,6 +96,7 @@ def best_of(
 def plot_curve(
     curve:list[dict], # from `line_search`
     by:str='density', # the parameter that tells its lines apart
+    name:str='', # of the method, for the legend
     ax=None # matplotlib axes; new ones if None
 ): # matplotlib Figure
     "Loss over length, a line for each value of a parameter"
@@ -103,10 +104,10 @@ def plot_curve(
     if ax is None: _, ax = plt.subplots(figsize=(4.6, 3))
     for value in dict.fromkeys(row.get(by) for row in curve):
         line = [row for row in curve if row.get(by)==value]
-        label = None if value is None else f'{by} {value:g}' if isinstance(value, float) else f'{by} {value}'
+        label = name if value is None else f'{name} {by} {value}'
         ax.plot([row['length'] for row in line], [row['nll'] for row in line], 'o-', label=label)
     ax.set(xlabel='length of the merge, relative to an expert', ylabel='loss on development rows')
-    if any(row.get(by) is not None for row in curve): ax.legend(frameon=False)
+    if label: ax.legend(frameon=False)
     return ax.figure
 
 # %% ../../nbs/hydra/62d_tune.ipynb #c1dd229e
