@@ -8,7 +8,7 @@ __all__ = ['SUMS', 'LISTED', 'OLDER', 'NOT_SHOWN', 'PAGE_BYTES', 'PALETTES', 'SC
            'fewer_colors', 'light_notebook', 'write_page', 'publish_pages', 'publish', 'published', 'numbers',
            'e3_table', 'paper_files', 'write_paper', 'subtitle', 'notebooks_table', 'chapters_table', 'results_table',
            'answer_with_route', 'demo_cost', 'pages_list', 'render_page', 'notebooks_page', 'write_pages', 'Speed',
-           'speed_table', 'routers_table', 'figures', 'report_page', 'run_demo']
+           'speed_table', 'routers_table', 'merging_table', 'figures', 'report_page', 'run_demo']
 
 # %% ../../nbs/use/81_publish.ipynb #10d98771
 import ast, base64, io, json, os, re
@@ -213,18 +213,18 @@ def _can_be_published(graph, name, scale):
     return all(graph.result(up, scale).seal==seal for up, seal in r.made['upstream'].items())
 
 # %% ../../nbs/use/81_publish.ipynb #3d42c9c0
-def _check_publishable(graph, scale):
-    "Refuse a scale of which anything can't be published"
-    missing = [name for name in experiments_at(graph, scale) if not _can_be_published(graph, name, scale)]
+def _check_publishable(graph, scale, until):
+    "Refuse experiments of a scale of which any can't be published"
+    missing = [name for name in experiments_at(graph, scale, until) if not _can_be_published(graph, name, scale)]
     if not missing: return
     state = f"{', '.join(missing)} not run, run by hand, or older than what it was made from"
     raise HydraError(f"{graph.runs/scale}: {state}; run `hydramoe reproduce {scale}` first")
 
-def _publish_scale(graph, scale, to):
+def _publish_scale(graph, scale, to, until):
     "Copy the results of a scale, without paths"
-    _check_publishable(graph, scale)
+    _check_publishable(graph, scale, until)
     written = []
-    for name in experiments_at(graph, scale):
+    for name in experiments_at(graph, scale, until):
         r = graph.result(name, scale)
         r.run = {k: v for k, v in r.run.items() if k!='paths'}
         written.append(write_json(to/f'{name}-{scale}.json', asdict(r)))
@@ -234,11 +234,12 @@ def _publish_scale(graph, scale, to):
 def publish_pages(
     scale:str, # that was run
     to:str|Path, # a folder of results: pages go to `pages` in it
-    graph:Graph # the experiments
+    graph:Graph, # the experiments
+    until:str|None=None # only this experiment of the scale, and what it needs
 )->list[Path]: # the files written
     "Copy the executed notebooks of a scale, made light"
     pages = []
-    for name in experiments_at(graph, scale):
+    for name in experiments_at(graph, scale, until):
         page = Path(to)/'pages'/f'{name}-{scale}.ipynb'
         pages.append(write_page(graph.runs/scale/f'{name}.ipynb', page, graph.nb(name)))
     write_sums(pages)
@@ -255,17 +256,18 @@ def _scales_to_publish(scale, graph):
 def publish(
     scale:str|None=None, # the one to publish; every finished one of `SCALES` if None
     to:str|Path|None=None, # a folder; `results_dir()` if None
-    graph:Graph|None=None # the experiments; those of the checkout if None
+    graph:Graph|None=None, # the experiments; those of the checkout if None
+    until:str|None=None # only this experiment of the scale, and what it needs
 )->list[Path]: # the files written
     "Copy finished runs into `results/`, a scale at a time, and the executed notebooks of the most thorough one"
     graph = graph or Graph()
     to = Path(to or results_dir())
     scales = _scales_to_publish(scale, graph)
     written = []
-    for s in scales: written += _publish_scale(graph, s, to)
+    for s in scales: written += _publish_scale(graph, s, to, until)
     write_sums(written)
     remove_older(written)
-    return written+publish_pages(scales[0], to, graph)
+    return written+publish_pages(scales[0], to, graph, until)
 
 # %% ../../nbs/use/81_publish.ipynb #e52261e9
 def published(
@@ -630,6 +632,19 @@ def routers_table(
     permuted = ', '.join(f"{_percent(s['controls']['permuted'])} on {name}" for name, s in settings.items())
     default = '*Default*: least loss on the development prompts, by which alone it was chosen.'
     return f"{table}\n\nScale `{r.scale}`. Experts permuted at random: {permuted}. {default}{older_note(r, folder)}"
+
+# %% ../../nbs/use/81_publish.ipynb #merge-tab-1
+def merging_table(
+    folder:str|Path|None=None, # of results; `results_dir()` if None
+    skills:bool=False # the instructions that need two skills, and not the test prompts
+)->str: # Markdown
+    "What merges lose, by `e4_merging` at the most thorough published scale"
+    r = _thorough_result('e4_merging', Path(folder or results_dir()))
+    if r is None: return '*No merges are published yet.*'
+    two = r.extra['skills']
+    table = two['table'] if skills else r.extra['table']
+    prompts = two['n'] if skills else r.extra['test_prompts']
+    return f"{markdown_table(table)}\n\nScale `{r.scale}`, {prompts} prompts.{older_note(r, folder)}"
 
 # %% ../../nbs/use/81_publish.ipynb #cell76
 def _plots_of(cell):
