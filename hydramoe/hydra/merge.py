@@ -329,30 +329,51 @@ def expert_overlap(
     return dict(names=names, cosines=cosines(inner).tolist(), conflicts=conflicts)
 
 # %% ../../nbs/hydra/62c_merge.ipynb #ed14b552
-def plot_receipt(
-    receipt:dict, # of a `Merge`
-    overlap:dict # from `expert_overlap`, of the same experts
-): # matplotlib Figure
-    "Cosines between the experts; sign conflict and energy lost, layer by layer"
-    import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=[1, 1.7])
+def _plot_cosines(ax, overlap):
+    "A grid of the cosines between experts"
     names = overlap['names']
     grid = np.array(overlap['cosines'])
-    left.imshow(grid, cmap='RdBu_r', vmin=-1, vmax=1)
+    ax.imshow(grid, cmap='RdBu_r', vmin=-1, vmax=1)
     for (i, j), value in np.ndenumerate(grid):
         color = 'white' if abs(value)>.6 else 'black'
-        left.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=7, color=color)
-    left.set_xticks(range(len(names)), names, rotation=35, ha='right', fontsize=8)
-    left.set_yticks(range(len(names)), names, fontsize=8)
-    left.set_title('cosine between experts', fontsize=9)
-    notes = receipt['layers']
-    conflicts = [overlap['conflicts'][note['layer']] for note in notes]
-    lost = [note['energy_lost'] for note in notes]
-    right.plot(conflicts, label='sign conflict of the experts')
-    right.plot(lost, label=f"energy lost at rank {receipt['rank']}")
-    right.set(xlabel='layer', ylim=(0, 1.4*max(.05, *conflicts, *lost)))
-    right.set_title(f"{receipt['method']} in {receipt['space']} space, {receipt['length']:.2f} times as long as an expert", fontsize=9)
-    right.legend(frameon=False, fontsize=8)
+        ax.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=7, color=color)
+    ax.set_xticks(range(len(names)), names, rotation=35, ha='right', fontsize=8)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_title('cosine between experts', fontsize=9)
+
+def _plot_layers(ax, receipt, overlap):
+    "Sign conflict and energy lost, layer by layer"
+    conflicts = [overlap['conflicts'][note['layer']] for note in receipt['layers']]
+    lost = [note['energy_lost'] for note in receipt['layers']]
+    rank = 'full rank' if receipt['rank'] is None else f"rank {receipt['rank']}"
+    ax.plot(conflicts, label='sign conflict of the experts')
+    ax.plot(lost, label=f'energy lost at {rank}')
+    ax.set(xlabel='layer', ylim=(0, 1.4*max(.05, *conflicts, *lost)))
+    ax.set_title(f"{receipt['method']} in {receipt['space']} space, {receipt['length']:.2f} times an expert's length", fontsize=9)
+    ax.legend(frameon=False, fontsize=8)
+
+def _plot_losses(ax, losses):
+    "The loss of each system on development rows"
+    colors = ['#c04020' if name=='merged' else '#2060a0' for name in losses]
+    ax.barh(list(losses), list(losses.values()), color=colors)
+    ax.invert_yaxis()
+    ax.tick_params(labelsize=8)
+    ax.set(xlabel='loss on development rows', xlim=(.9*min(losses.values()), None))
+
+# %% ../../nbs/hydra/62c_merge.ipynb #rcptplot
+def plot_receipt(
+    receipt:dict, # of a `Merge`
+    overlap:dict|None=None # from `expert_overlap`, of the same experts; None: the receipt's own
+): # matplotlib Figure
+    "Cosines between the experts; what cancels and is lost in each layer; losses on development rows, if it has any"
+    import matplotlib.pyplot as plt
+    overlap = overlap or receipt['overlap']
+    losses = receipt.get('development', {}).get('losses')
+    widths = [1, 1.7, 1] if losses else [1, 1.7]
+    fig, axes = plt.subplots(1, len(widths), figsize=(3.7*sum(widths), 3.6), width_ratios=widths)
+    _plot_cosines(axes[0], overlap)
+    _plot_layers(axes[1], receipt, overlap)
+    if losses: _plot_losses(axes[2], losses)
     fig.tight_layout()
     return fig
 
