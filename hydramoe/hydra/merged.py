@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..foundations.core import HydraError, check_names
-from ..foundations.files import check_writable
+from ..foundations.files import check_writable, writing_dir
 from ..models.encode import encode
 from ..experts.plan import make_plan
 from ..experts.score import Losses, loss_matrix, paired_bootstrap, record_sums
@@ -157,10 +157,11 @@ def save_merged_adapter(
     merge:Merge, # of its experts
     out:str|Path # a folder; made
 )->Path: # the folder: a plain PEFT adapter, and receipt.json
-    "Save a merge as a PEFT adapter"
+    "Save a merge as a PEFT adapter, whole or not at all"
     check_writable(out)
     stack = merged_stack(merge, hydra.base.model, hydra.model.stack, Path(out).name)
-    return save_merge(merge, out, stack, hydra.base.id)
+    with writing_dir(out) as folder: save_merge(merge, folder, stack, hydra.base.id)
+    return Path(out)
 
 def add_merged_expert(
     bundle:str|Path, # left as it is

@@ -33,7 +33,7 @@ def arg(
     return names, keywords
 
 # %% ../../nbs/use/83_command.ipynb #8b0dd2e3
-BUNDLE = arg('bundle', metavar='BUNDLE', help='folder that `hydramoe build`, `add`, `remove` or `adopt` wrote')
+BUNDLE = arg('bundle', metavar='BUNDLE', help='folder that `hydramoe build`, `add`, `remove`, `adopt` or `merge` wrote')
 BASE = arg('--base', help='where the base is, if not where the bundle says')
 ENCODER = arg('--encoder', metavar='DIR',
               help="where the router's encoder is, if the bundle was built with a folder as --encoder")
