@@ -362,9 +362,9 @@ def test_dare_is_right_on_average_and_draws_anew_for_each_layer(mixed):
 def test_lego_with_a_cluster_for_each_unit_is_the_sum_in_any_order(w, seed):
     deltas,weights = experts(len(w), 2, 17, 15, seed),weights_of(w)
     want = linear(deltas, weights/weights.mean())/len(w)**.5
-    same(lego(deltas, weights, rank=2*len(w)), want, 1e-6)
+    same(lego(deltas, weights, clusters=2*len(w)), want, 1e-6)
     turned = Deltas(deltas.A.flip(0), deltas.B.flip(0))
-    same(lego(turned, weights.flip(0), rank=2*len(w)), want, 1e-6)
+    same(lego(turned, weights.flip(0), clusters=2*len(w)), want, 1e-6)
 
 @few
 @given(positive, densities, seeds)

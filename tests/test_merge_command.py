@@ -107,7 +107,7 @@ def test_whole_models_are_not_cut_and_say_so(place):
 # ---- every option arrives
 
 GIVEN = [('ties', dict(density=.3, variant='mergekit')), ('average', dict(share=.5)), ('dare', dict(density=.6, seed=3)), ('dare_ties', dict(variant='peft')),
-         ('tsv_m', dict(keep=2)), ('iso_c', dict(keep=1)), ('iso_cts', dict(common=.5)), ('lego', dict(seed=2)), ('knots', dict(density=.5)), ('prune', dict(density=.5)), ('concat', {})]
+         ('tsv_m', dict(keep=2)), ('iso_c', dict(keep=1)), ('iso_cts', dict(common=.5)), ('lego', dict(seed=2, clusters=2)), ('knots', dict(density=.5)), ('prune', dict(density=.5)), ('concat', {})]
 
 @pytest.mark.parametrize('method, params', GIVEN, ids=[m for m, _ in GIVEN])
 def test_only_what_was_given_reaches_the_method(place, method, params):

@@ -177,7 +177,7 @@ def named_weights(
 METHOD_PARAMS = dict( # what each method understands, for checks before anything is computed
     linear=(), concat=(), average=('share',), prune=('density',), ties=('density', 'variant'), dare=('density', 'seed', 'keep_sum'),
     dare_ties=('density', 'seed', 'variant'), knots=('density', 'variant'), tsv_m=('keep',), iso_c=('keep',),
-    iso_cts=('common',), lego=('rank', 'seed'))
+    iso_cts=('common',), lego=('clusters', 'seed'))
 
 def check_method(
     method:str, # one of `MERGES`
@@ -191,8 +191,10 @@ def check_method(
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise HydraError(f"{method} has no parameter {name!r}; {has}")
     if 'density' in params: number(params['density'], 'density', above=0, most=1)
-    for name in ('keep', 'rank'):
+    for name in ('keep', 'clusters'):
         if params.get(name) is not None: number(params[name], name, whole=True, least=1)
+    for name in ('share', 'common'):
+        if name in params: number(params[name], name, least=0, most=1)
     if 'seed' in params: number(params['seed'], 'seed', whole=True)
     if 'variant' in params: one_of(params['variant'], TIES_VARIANTS, 'variant of TIES')
 
@@ -283,11 +285,18 @@ def _receipt_of(about, notes, lengths):
                 energy_lost=lost/length**2 if length else 0., experts=lengths, layers=notes)
 
 # %% ../../nbs/hydra/62c_merge.ipynb #aa8edcae
+def _rank_of_sum(stack, slots, since):
+    "The rank that a sum of what experts add can have"
+    of_experts = sum(stack.ranks[e] for e in slots)
+    if since is None: return of_experts
+    of_seed = max(len(A) for A, _ in since.values())
+    return of_experts+of_seed
+
 def merge_experts(
     stack:Stack, # of experts
     method:str='linear', # one of `MERGES`
     weights:dict[str,float]|None=None, # name → weight; None: 1/E for all
-    rank:int|None=None, # of the merged expert; None: the sum of the experts' ranks
+    rank:int|None=None, # of the merged expert; None: the sum of the experts' ranks, and of the seed's
     scale:float=1., # what the merge is multiplied with
     space:str|None=None, # one of `SPACES`; None: as `default_space` says
     since:dict|None=None, # from `seed_factors`: merge what experts add to their seed
@@ -299,7 +308,7 @@ def merge_experts(
     if rank is not None: number(rank, 'rank', whole=True, least=1)
     number(scale, 'scale', least=-1000, most=1000)
     keeps_factors = method=='concat' and rank is None and since is None
-    most = rank or sum(stack.ranks[e] for e in slots)
+    most = rank or _rank_of_sum(stack, slots, since)
     vector = torch.tensor(list(chosen.values()))
     factors, notes = {}, []
     for layer in merge_layers(stack, method, weights, space, since, **params):

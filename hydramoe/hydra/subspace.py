@@ -116,7 +116,7 @@ def _units(deltas, weights):
 def lego(
     deltas:Deltas, # what E experts add to a layer
     weights:Tensor, # (E,), of any sign
-    rank:int|None=None, # k, clusters; None: the experts' own rank
+    clusters:int|None=None, # k, the rank of the merge; None: the experts' own rank
     seed:int=0 # of the clustering
 )->Tensor: # (m,n), of rank k
     "Cluster the experts' units of rank 1, and keep the centres (Zhao et al., 2025)"
@@ -124,7 +124,7 @@ def lego(
     n_in = deltas.A.shape[2]
     if not len(units): return torch.zeros(deltas.shape, dtype=deltas.A.dtype)
     own_rank = max(1, round(len(units)/len(deltas)))
-    k = min(rank or own_rank, len(units))
+    k = min(clusters or own_rank, len(units))
     found = KMeans(k, n_init=4, random_state=seed%2**32).fit(units.numpy())
     merged = torch.zeros(deltas.shape, dtype=deltas.A.dtype)
     for c in range(k):

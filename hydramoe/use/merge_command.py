@@ -33,10 +33,11 @@ _HOW_OPTIONS = (
     arg('--keep', type=int, metavar='N', help='directions that tsv_m and iso_c keep (default: as many as fit)'),
     arg('--common', type=float, metavar='X',
         help='of iso_cts: share of the directions that come from the sum (default: 0.8)'),
+    arg('--clusters', type=int, metavar='N', help="of lego: the rank that it merges to (default: the experts' own)"),
     arg('--seed', type=int, metavar='N', help='of what dare, dare_ties and lego draw (default: 0)'),
     arg('--scale', type=float, metavar='X',
         help='what the merge is multiplied with (default: searched on the rows, else 1)'),
-    arg('--rank', type=int, metavar='N', help="of the merge (default: the sum of the experts' ranks)"),
+    arg('--rank', type=int, metavar='N', help="of the merge (default: the sum of the experts' ranks, and of the seed's with --since)"),
     arg('--space', choices=['full', 'core'], help="where the layers are merged (default: the method's own)"),
     arg('--since', metavar='DIR', help='adapter of the seed expert: merge what the experts add to it'))
 
@@ -74,7 +75,7 @@ def parse_weights(
     return weights
 
 # %% ../../nbs/use/84a_merge_command.ipynb #9849c040
-_PARAMS = 'density', 'variant', 'share', 'keep', 'common', 'seed'
+_PARAMS = 'density', 'variant', 'share', 'keep', 'common', 'clusters', 'seed'
 
 def _given_params(a):
     "The parameters of the method that were given"
