@@ -173,7 +173,8 @@ def test_a_result_is_whole_and_portable(f):
     assert f.stem==f'{r.name}-{r.scale}' and r.scale in SCALES
     assert r.made and r.run['seal']==r.seal, 'edited, or not made by the runner'
     assert not re.search(r'"/(?:\w[\w.-]*/)+', f.read_text()), 'a path of one machine'
-    for name,seal in r.made['upstream'].items(): assert load_result(root/'results'/f'{name}-{r.scale}.json').seal==seal
+    if f.stem not in read_older(): # what an older one was made from may have been published anew
+        for name,seal in r.made['upstream'].items(): assert load_result(root/'results'/f'{name}-{r.scale}.json').seal==seal
     declared = experiments_at(Graph(), r.scale)
     # a parameter that the notebook has learnt since is no reason to doubt an older result; a changed value is
     changed = {k: (v, declared[r.name].get(k)) for k,v in r.params.items() if declared[r.name].get(k)!=v}

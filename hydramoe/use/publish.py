@@ -634,6 +634,9 @@ def routers_table(
     return f"{table}\n\nScale `{r.scale}`. Experts permuted at random: {permuted}. {default}{older_note(r, folder)}"
 
 # %% ../../nbs/use/81_publish.ipynb #merge-tab-1
+_MERGING_COLUMNS = ('system', 'macro ppl', 'ppl of the reference', 'against single', 'against routed', 'against uniform mix',
+                    'right answers') # a result's own are sorted by name
+
 def merging_table(
     folder:str|Path|None=None, # of results; `results_dir()` if None
     skills:bool=False # the instructions that need two skills, and not the test prompts
@@ -644,7 +647,8 @@ def merging_table(
     two = r.extra['skills']
     table = two['table'] if skills else r.extra['table']
     prompts = two['n'] if skills else r.extra['test_prompts']
-    return f"{markdown_table(table)}\n\nScale `{r.scale}`, {prompts} prompts.{older_note(r, folder)}"
+    columns = [c for c in _MERGING_COLUMNS if c in table[0]]
+    return f"{markdown_table(table, columns)}\n\nScale `{r.scale}`, {prompts} prompts.{older_note(r, folder)}"
 
 # %% ../../nbs/use/81_publish.ipynb #cell76
 def _plots_of(cell):
