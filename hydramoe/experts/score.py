@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['micro_batches', 'collate', 'token_losses', 'response_losses', 'Losses', 'loss_matrix', 'save_losses', 'load_losses',
-           'record_sums', 'record_means', 'domain_nll', 'perplexity', 'pick', 'hindsight', 'recovered', 'ensemble',
-           'log_macro_draws', 'paired_bootstrap', 'score_rows', 'plot_scores']
+           'record_sums', 'record_means', 'domain_nll', 'perplexity', 'macro_nll', 'pick', 'hindsight', 'recovered',
+           'ensemble', 'log_macro_draws', 'paired_bootstrap', 'score_rows', 'plot_scores']
 
 # %% ../../nbs/experts/47_score.ipynb #cell2
 import torch, numpy as np, torch.nn.functional as F
@@ -240,6 +240,16 @@ def perplexity(
     "Token-weighted inside a domain, domains averaged in log space"
     nats = domain_nll(sums, tokens, domains)
     return {d: float(np.exp(x)) for d, x in nats.items()}
+
+# %% ../../nbs/experts/47_score.ipynb #macronll
+def macro_nll(
+    losses:Losses, # its records, domains and tokens
+    nll:np.ndarray # (T,) the loss of each token under a system
+)->float: # nats a token
+    "Mean loss over domains"
+    sums = record_sums(nll, losses.offsets)
+    by_domain = domain_nll(sums, losses.tokens, losses.domains)
+    return by_domain['macro']
 
 # %% ../../nbs/experts/47_score.ipynb #cell34
 def _matrix(losses, columns):

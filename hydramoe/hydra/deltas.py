@@ -39,13 +39,19 @@ class Deltas:
         "What each expert adds, one at a time"
         for e in range(len(self)): yield self.product(e)
 
+    def side_by_side(self,
+        weights:Tensor # (E,), of any sign
+    )->tuple[Tensor,Tensor]: # A (E·r,n), B (m,E·r)
+        "The factors of the weighted sum: those of all experts, the weights in B"
+        weighted = self.B*weights.to(self.B)[:,None,None]
+        return self.A.flatten(0, 1), weighted.transpose(0, 1).flatten(1)
+
     def mix(self,
         weights:Tensor # (E,), of any sign
     )->Tensor: # (m,n)
         "The weighted sum of the products, by one multiplication"
-        weighted = self.B*weights.to(self.B)[:,None,None]
-        side_by_side = weighted.transpose(0, 1).flatten(1) # (m,E·r)
-        return side_by_side@self.A.flatten(0, 1)
+        A, B = self.side_by_side(weights)
+        return B@A
 
 # %% ../../nbs/hydra/62_deltas.ipynb #7d7a920d
 def stack_deltas(

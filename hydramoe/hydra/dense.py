@@ -18,6 +18,7 @@ from ..models.load import load_base
 from ..experts.model import gated
 from ..experts.score import Losses, loss_matrix
 from ..experts.stack import LoraSpec, Stack
+from .ties import DENSITY
 from .merge import Merge, merge_layers
 from .model import Hydra
 
@@ -128,7 +129,7 @@ def mergekit_recipe(
     models = []
     for name, weight in weights.items():
         own = dict(weight=weight)
-        if method!='task_arithmetic': own['density'] = made['params'].get('density', .2)
+        if method!='task_arithmetic': own['density'] = made['params'].get('density', DENSITY)
         models.append(dict(model=places[name], parameters=own))
     return dict(merge_method=method, base_model=str(base), models=models, parameters=parameters, dtype='float32')
 

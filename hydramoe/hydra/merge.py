@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..foundations.core import HydraError, derive_seed, number, one_of, progress
-from ..foundations.files import read_json, write_json
+from ..foundations.files import write_json
 from ..experts.stack import LoraSpec, Stack
 from ..experts.adapters import factors_of
 from .gate import minus_seed
 from .deltas import CoreSpace, Deltas, compress, cosines, inner_products, sign_conflict, stack_deltas, to_core
-from .ties import TIES_VARIANTS, check_density, dare, dare_ties, prune, ties
+from .ties import DENSITY, TIES_VARIANTS, check_density, dare, dare_ties, prune, ties
 from .subspace import iso_c, iso_cts, knots, lego, tsv_m
 
 # %% ../../nbs/hydra/62c_merge.ipynb #17e34a0d
@@ -202,7 +202,7 @@ def check_method(
 def _with_thresholds(stack, slots, method, space, params, since):
     "Parameters of reference TIES, which trims over all layers"
     if method!='ties' or params.get('variant', 'reference')!='reference': return params
-    density = params.get('density', .2)
+    density = params.get('density', DENSITY)
     if density==1: return params
     return dict(params, thresholds=expert_thresholds(stack, slots, density, space, since))
 
@@ -269,10 +269,7 @@ def _layer_note(stack, layer, rank, lost):
 # %% ../../nbs/hydra/62c_merge.ipynb #36b92d71
 def _concat_factors(stack, i, slots, weights):
     "The factors of all experts side by side, rows of zeros left out"
-    deltas = stack_deltas(stack, i, slots)
-    A = deltas.A.flatten(0, 1)
-    weighted = deltas.B*weights.to(deltas.B)[:,None,None]
-    B = weighted.transpose(0, 1).flatten(1)
+    A, B = stack_deltas(stack, i, slots).side_by_side(weights)
     used = A.any(1)&B.any(0)
     return A[used], B[:,used]
 
@@ -312,8 +309,10 @@ def merge_experts(
     vector = torch.tensor(list(chosen.values()))
     factors, notes = {}, []
     for layer in merge_layers(stack, method, weights, space, since, **params):
-        A, B, lost = layer.factors(most)
-        if keeps_factors: A, B = _concat_factors(stack, layer.i, slots, vector)
+        if keeps_factors:
+            A, B = _concat_factors(stack, layer.i, slots, vector)
+            lost = 0.
+        else: A, B, lost = layer.factors(most)
         factors[layer.i] = A.float(), B.float()
         notes.append(_layer_note(stack, layer, len(A), lost))
     lengths = dict(zip(chosen, expert_lengths(stack, slots, since).tolist()))

@@ -12,13 +12,13 @@ from torch import Tensor
 from ..foundations.core import HydraError, number
 from .deltas import Deltas
 from .gate import svd_factors
-from .ties import elect_and_average, trim
+from .ties import DENSITY, elect_and_average, trim
 
 # %% ../../nbs/hydra/62b_subspace.ipynb #bd702c21
 def knots(
     deltas:Deltas, # what E experts add to a layer
     weights:Tensor, # (E,)
-    density:float=.2, # share of entries of each expert that is kept
+    density:float=DENSITY, # share of entries of each expert that is kept
     variant:str='reference' # of TIES, in the coordinates that are found
 )->Tensor: # (m,n)
     "TIES in coordinates that all experts share (Stoica et al., 2025)"

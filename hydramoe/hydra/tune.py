@@ -17,7 +17,7 @@ from ..foundations.core import HydraError, number, one_of, progress, rng
 from ..models.base import Base, differentiable_nf4
 from ..experts.stack import Stack
 from ..experts.model import GatedCausalLM, check_bare, hidden, logits
-from ..experts.score import Losses, domain_nll, loss_matrix, record_sums, token_losses
+from ..experts.score import Losses, loss_matrix, macro_nll, token_losses
 from .merge import Merge, check_method, merge_experts, merged_stack
 
 # %% ../../nbs/hydra/62d_tune.ipynb #b740d6cd
@@ -49,8 +49,7 @@ def macro_loss(
     column:str # one of its columns
 )->float: # nats a token
     "Mean loss over domains, each domain counted alike"
-    sums = record_sums(losses[column], losses.offsets)
-    return domain_nll(sums, losses.tokens, losses.domains)['macro']
+    return macro_nll(losses, losses[column])
 
 # %% ../../nbs/hydra/62d_tune.ipynb #0317fbb2
 LENGTHS = .5, .75, 1., 1.5, 2. # relative to an expert

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIBS', 'Setup', 'two_halves', 'group_ids', 'train_adapters', 'adapter_names', 'score_part', 'as_mix', 'uniform_mix',
-           'macro_nll', 'macro_ppl', 'routed_ppl', 'macro_differences', 'difference_record', 'difference_text',
-           'Setting', 'make_setting', 'share_won']
+           'macro_ppl', 'routed_ppl', 'macro_differences', 'difference_record', 'difference_text', 'Setting',
+           'make_setting', 'share_won']
 
 # %% ../../nbs/proof/70_compare.ipynb #dbdcda34
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ..data.records import DOMAINS
 from ..data.splits import split
 from ..domains.discover import Domains
 from ..experts.stack import LoraSpec
-from ..experts.score import Losses, domain_nll, hindsight, load_losses, paired_bootstrap, pick, record_sums
+from ..experts.score import Losses, hindsight, load_losses, macro_nll, paired_bootstrap, pick, record_sums
 from ..experts.score import recovered
 from ..experts.train import TrainSpec
 from ..experts.stages import one_each, score_adapters_stage
@@ -123,16 +123,6 @@ def uniform_mix(
     "The mix in which nothing is chosen: every adapter has the same weight"
     share = 1/len(names)
     return as_mix(names, np.full((n, len(names)), share))
-
-# %% ../../nbs/proof/70_compare.ipynb #3b3283bd
-def macro_nll(
-    losses:Losses, # its records, domains and tokens
-    nll:np.ndarray # (T,) the loss of each token under a system
-)->float: # nats a token
-    "Mean loss over domains"
-    sums = record_sums(nll, losses.offsets)
-    by_domain = domain_nll(sums, losses.tokens, losses.domains)
-    return by_domain['macro']
 
 # %% ../../nbs/proof/70_compare.ipynb #d0882647
 def macro_ppl(

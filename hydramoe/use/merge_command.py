@@ -149,11 +149,8 @@ def _chooses_by_gate(manifest):
 # %% ../../nbs/use/84a_merge_command.ipynb #7d06e56e
 def _check_new_expert(a, manifest, names):
     "Refuse an expert that the bundle can't take"
-    from hydramoe.foundations.core import check_names
-    if _chooses_by_gate(manifest):
-        raise HydraError(f"{a.bundle} chooses by a gate, which would choose the merge among its own experts: "
-                         "say --to adapter, and adopt those that you want")
-    check_names([*names, a.name or 'merged'], 'expert')
+    from hydramoe.hydra.merged import check_new_expert
+    check_new_expert(a.bundle, _chooses_by_gate(manifest), names, a.name or 'merged')
 
 # %% ../../nbs/use/84a_merge_command.ipynb #7e5d2330
 def _check_recipe(a, names, method, weights, params):
