@@ -107,6 +107,13 @@ def sign_conflict(
     return torch.minimum(up, down).sum().item()/all_pushes
 
 # %% ../../nbs/hydra/62_deltas.ipynb #4b264ad2
+def _is_independent(R):
+    "Does a triangle (d,k) come from k rows that are far from dependent?"
+    d, k = R.shape
+    if d<k: return False
+    inverse = torch.linalg.solve_triangular(R, torch.eye(k).to(R), upper=True)
+    return bool(R.norm()*inverse.norm()<1e6) # not if a zero on the diagonal made it infinite
+
 def row_basis(
     rows:Tensor # (k,n), of any lengths
 )->Tensor: # (n,d) orthonormal columns, in float64; d is the rank of the rows
@@ -117,6 +124,7 @@ def row_basis(
     directions = rows[used]/length[used]
     if not len(used): return rows.new_zeros(rows.shape[1], 0)
     Q, R = torch.linalg.qr(directions.T)
+    if _is_independent(R): return Q@torch.linalg.eigh(R@R.T).eigenvectors
     U, S, _ = torch.linalg.svd(R, full_matrices=False)
     smallest = S[0]*max(directions.shape)*torch.finfo(S.dtype).eps
     return Q@U[:,S>smallest]
