@@ -6,8 +6,9 @@
 __all__ = ['TYPES', 'EVERYTHING', 'code_cells', 'cell_source', 'Parameter', 'read_parameters', 'check_value', 'check_parameters',
            'value_from_text', 'split_assignment', 'parse_assignments', 'check_given', 'Result', 'load_result',
            'runs_dir', 'save_result', 'with_environment', 'RunFailed', 'shown_in_the_end', 'run_notebook',
-           'imported_names', 'code_digests', 'upstream_names', 'Graph', 'params_at', 'experiments_at', 'notebook_key',
-           'depends_on', 'is_whole', 'current', 'run_lock', 'run_scale', 'upstream']
+           'imported_names', 'code_digests', 'upstream_names', 'split_scale', 'first_seed', 'search_names', 'Graph',
+           'params_at', 'experiments_at', 'notebook_key', 'depends_on', 'is_whole', 'current', 'run_lock', 'run_scale',
+           'upstream']
 
 # %% ../../nbs/use/80_reproduce.ipynb #cell3
 import ast, contextlib, graphlib, io, json, math, os, re, resource, shutil, sys, tempfile, time, tokenize
@@ -466,13 +467,39 @@ def code_digests(
     own = [_dump_without_docstrings(tree) for tree in cells]
     return dict(notebook=digest(own), package=modules)
 
-# %% ../../nbs/use/80_reproduce.ipynb #a8649e93
+# %% ../../nbs/use/80_reproduce.ipynb #a8649x093
 def upstream_names(
     nb:str|Path # a notebook
 )->list[str]: # sorted
     "The experiments whose results a notebook reads"
     names = set()
     for c in code_cells(nb): names |= set(re.findall(r"\bupstream\(\s*['\"](\w+)['\"]", cell_source(c)))
+    return sorted(names)
+
+# %% ../../nbs/use/80_reproduce.ipynb #a8649x293
+def split_scale(
+    scale:str # a scale, or a scale and a seed: `study-1`
+)->tuple[str,int|None]: # the scale; the seed, None if the parameters' own is meant
+    "The scale and the seed of a run"
+    name, _, end = scale.rpartition('-')
+    if name and end.isdigit(): return name, int(end)
+    return scale, None
+
+def first_seed(
+    scale:str # a scale, or a scale and a seed
+)->str: # the run of seed 0 of the same scale; a scale without a seed as it is
+    "The run that searched the settings"
+    name, seed = split_scale(scale)
+    return scale if seed is None else f'{name}-0'
+
+# %% ../../nbs/use/80_reproduce.ipynb #a8649e93
+def search_names(
+    nb:str|Path # a notebook
+)->list[str]: # sorted
+    "The experiments that a notebook reads at seed 0"
+    pattern = r"\bupstream\(\s*['\"](\w+)['\"],\s*first_seed\(scale\)"
+    names = set()
+    for c in code_cells(nb): names |= set(re.findall(pattern, cell_source(c)))
     return sorted(names)
 
 # %% ../../nbs/use/80_reproduce.ipynb #7c9728fe
@@ -498,6 +525,7 @@ class Graph:
         for n, ups in self.needs.items():
             for u in ups: one_of(u, self.needs, f'upstream of {n}')
         self.order = _in_order(self.needs)
+        self.searches = {name for p in nbs for name in search_names(p)} # read at seed 0 by runs of every seed
 
     def nb(self,
         name:str # of an experiment
@@ -512,13 +540,22 @@ class Graph:
         "What it found"
         return load_result(self.runs/scale/f'{name}.json')
 
+    def read_at(self,
+        name:str, # of an experiment that another one reads
+        scale:str # of that other one
+    )->str:
+        "The scale at which it is read"
+        return first_seed(scale) if name in self.searches else scale
+
 # %% ../../nbs/use/80_reproduce.ipynb #cell44
 def _read_params(file, declared, scale):
     "The values in a file of parameters; what YAML took for text is read by its declared type"
+    name, seed = split_scale(scale)
     given = yaml.safe_load(file.read_text()) or {}
-    if not isinstance(given, dict) or given.get('scale', scale)!=scale:
-        raise HydraError(f"{file} must be lines `name: value`, with scale: {scale} or none")
+    if not isinstance(given, dict) or given.get('scale', name)!=name:
+        raise HydraError(f"{file} must be lines `name: value`, with scale: {name} or none")
     values = dict(given, scale=scale)
+    if seed is not None and 'seed' in declared: values['seed'] = seed
     for name, v in given.items():
         if name in declared and isinstance(v, str): values[name] = value_from_text(declared[name], v)
     return values
@@ -526,11 +563,11 @@ def _read_params(file, declared, scale):
 def params_at(
     graph:Graph, # the experiments
     name:str, # of an experiment
-    scale:str # its file is `params/NAME-SCALE.yaml`
+    scale:str # its file is `params/NAME-SCALE.yaml`, whatever the seed
 )->dict|None: # a value for every parameter; None: not part of that scale
     "The parameters of an experiment at a scale"
     declared = read_parameters(graph.nb(name))
-    file = graph.folder/'params'/f'{name}-{scale}.yaml'
+    file = graph.folder/'params'/f'{name}-{split_scale(scale)[0]}.yaml'
     if not file.exists(): return check_parameters(declared, dict(scale=scale)) if scale=='toy' else None
     given = _read_params(file, declared, scale)
     try: return check_parameters(declared, given)
@@ -562,7 +599,8 @@ def experiments_at(
     found = {}
     for n in graph.order:
         params = params_at(graph, n, scale)
-        if params is not None: found[n] = params
+        belongs = graph.read_at(n, scale)==scale # a search belongs to seed 0 alone
+        if params is not None and belongs: found[n] = params
     if not found: one_of(scale, _known_scales(graph), 'scale')
     if until is None: return found
     one_of(until, found, f'experiment at scale {scale}')
@@ -594,7 +632,7 @@ def depends_on(
     params:dict # every parameter
 )->dict: # the key is its digest
     "All that an experiment's result depends on"
-    seals = {u: graph.result(u, scale).seal for u in graph.needs[name]}
+    seals = {u: graph.result(u, graph.read_at(u, scale)).seal for u in graph.needs[name]}
     return notebook_key(graph.nb(name), params, seals)
 
 # %% ../../nbs/use/80_reproduce.ipynb #dea5af92
@@ -647,14 +685,21 @@ def _run_experiment(graph, name, scale, params):
     return graph.result(name, scale)
 
 # %% ../../nbs/use/80_reproduce.ipynb #3061c42a
+def _run_searches(graph, scale, names):
+    "Run the searches of seed 0 that experiments of another seed read"
+    if first_seed(scale)==scale: return
+    needed = {search for name in names for search in graph.needs[name] if search in graph.searches}
+    for search in sorted(needed): run_scale(first_seed(scale), search, graph)
+
 def run_scale(
-    scale:str, # names the parameter files
+    scale:str, # names the parameter files; with a seed, `study-1`, the runs of that seed
     until:str|None=None, # stop at this experiment, and run only what it needs
     graph:Graph|None=None # the experiments; those of the checkout if None
 )->dict[str,Result]: # by experiment, in the order they ran
     "Run the experiments of a scale, except those whose result could not change"
     graph = graph or Graph()
     todo = experiments_at(graph, scale, until)
+    _run_searches(graph, scale, todo)
     results = {}
     with run_lock(graph.runs/scale), with_environment(HYDRAMOE_RUNS=str(graph.runs)):
         for i, (name, params) in enumerate(todo.items(), 1):
