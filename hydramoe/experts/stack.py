@@ -385,3 +385,19 @@ def raise_rank(self:Stack,
         A, _ = self.leaves[i]
         whole = _random_A(seed, layer.name, self.spec.rank, layer.n_in)
         A[e,r:] = whole[r:].to(A.device)
+
+# %% ../../nbs/experts/40_stack.ipynb #cell3x130
+@patch
+@torch.no_grad()
+def rescale(self:Stack,
+    e:int, # slot
+    scale:float # its new s
+): # computes what it computed before
+    "Give an expert another scale, and the rest of the old one to B"
+    e = check_slot(self, e)
+    number(scale, 'scale', above=0)
+    share = self.scale[e].item()/scale
+    for i in self.upper_layers:
+        _, B = self.leaves[i]
+        B[e] *= share
+    self.scale[e] = scale

@@ -71,12 +71,15 @@ def start_expert(
     start:Path|None=None, # an adapter directory, or a stage directory with one adapter in it; None: fresh
     seed:int=0 # of the fresh factors
 ):
-    "Fill a slot with fresh factors or with a copy of `start`, widened if its rank is smaller"
+    "Fill a slot with fresh factors or with a copy of `start`, brought to the stack's rank and scale"
     stack.init_expert(slot, seed, name)
     if start is None: return
     found = find_adapters(start)
     if len(found)!=1: raise HydraError(f"{start} holds {len(found)} adapters; to branch from it, it must hold one")
     stack.load_peft(found[0], slot, name)
+    scale = stack.spec.alpha/stack.spec.rank
+    differs = abs(stack.scale[slot].item()/scale-1)>1e-6
+    if differs and not stack.n_trunk_layers: stack.rescale(slot, scale) # beside a trunk the start's scale stays
     if stack.ranks[slot] < stack.spec.rank: stack.raise_rank(slot, seed)
 
 # %% ../../nbs/experts/50_stages.ipynb #cell49
