@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SUMS', 'LISTED', 'OLDER', 'NOT_SHOWN', 'PAGE_BYTES', 'PALETTES', 'SCALES', 'TABLE', 'CHAPTERS', 'PAGES', 'SPEEDS',
            'read_sums', 'write_sums', 'check_sums', 'results_dir', 'read_older', 'older_note', 'remove_older',
-           'fewer_colors', 'light_notebook', 'write_page', 'publish_pages', 'publish', 'published', 'numbers',
-           'e3_table', 'paper_files', 'write_paper', 'subtitle', 'notebooks_table', 'chapters_table', 'results_table',
-           'answer_with_route', 'demo_cost', 'pages_list', 'render_page', 'notebooks_page', 'write_pages', 'Speed',
-           'speed_table', 'routers_table', 'merging_table', 'figures', 'report_page', 'run_demo']
+           'fewer_colors', 'light_notebook', 'write_page', 'thorough_first', 'publish_pages', 'publish', 'published',
+           'numbers', 'e3_table', 'paper_files', 'write_paper', 'subtitle', 'notebooks_table', 'chapters_table',
+           'results_table', 'answer_with_route', 'demo_cost', 'pages_list', 'render_page', 'notebooks_page',
+           'write_pages', 'Speed', 'speed_table', 'routers_table', 'merging_table', 'figures', 'report_page',
+           'run_demo']
 
 # %% ../../nbs/use/81_publish.ipynb #10d98771
 import ast, base64, io, json, os, re
@@ -20,7 +21,7 @@ from ..foundations.files import file_sha256, read_json, write_bytes, write_json
 from ..foundations.fetch import fetch_all
 from ..foundations.report import latex_numbers, latex_table, markdown_table
 from ..foundations.page import html_code, html_details, html_figure, html_page, html_table
-from .reproduce import Graph, Result, cell_source, current, experiments_at, load_result, run_scale
+from .reproduce import Graph, Result, cell_source, current, experiments_at, load_result, run_scale, split_scale
 
 # %% ../../nbs/use/81_publish.ipynb #6380e740
 SUMS = 'SHA256SUMS' # the list of what is published in a folder
@@ -199,9 +200,23 @@ def write_page(
     if len(data)>PAGE_BYTES: log(f'{to}: {len(data)} bytes, more than the {PAGE_BYTES} that a page should have')
     return write_bytes(to, data)
 
-# %% ../../nbs/use/81_publish.ipynb #8751ab77
+# %% ../../nbs/use/81_publish.ipynb #8751ax077
 SCALES = ('paper', 'study', 'pilot', 'demo') # that may be published, the most thorough first
 
+def thorough_first(
+    scales:list[str] # each with or without a seed
+)->list[str]: # those of `SCALES`, the most thorough first; of one scale the first seed first
+    "Scales by how thorough they are"
+    known = [s for s in scales if split_scale(s)[0] in SCALES]
+
+    def place(s):
+        name, seed = split_scale(s)
+        without_seed = seed is None
+        return SCALES.index(name), without_seed, seed
+
+    return sorted(known, key=place)
+
+# %% ../../nbs/use/81_publish.ipynb #8751ab77
 def _can_be_published(graph, name, scale):
     "Whether a result is the runner's, with its notebook, and was made from what its upstream holds now"
     file = graph.runs/scale/f'{name}.json'
@@ -210,7 +225,7 @@ def _can_be_published(graph, name, scale):
     if not r.made: return False # run by hand
     nb = file.with_suffix('.ipynb')
     if not nb.exists() or r.run.get('notebook')!=file_sha256(nb): return False
-    return all(graph.result(up, scale).seal==seal for up, seal in r.made['upstream'].items())
+    return all(graph.result(up, graph.read_at(up, scale)).seal==seal for up, seal in r.made['upstream'].items())
 
 # %% ../../nbs/use/81_publish.ipynb #3d42c9c0
 def _check_publishable(graph, scale, until):
@@ -248,8 +263,10 @@ def publish_pages(
 # %% ../../nbs/use/81_publish.ipynb #4ba62628
 def _scales_to_publish(scale, graph):
     "The scale that was asked for, or every one that was run, the most thorough first"
-    if scale: return [one_of(scale, SCALES, 'scale')]
-    scales = [s for s in SCALES if (graph.runs/s).is_dir()]
+    if scale:
+        one_of(split_scale(scale)[0], SCALES, 'scale')
+        return [scale]
+    scales = thorough_first([p.name for p in graph.runs.glob('*') if p.is_dir()])
     if not scales: raise HydraError(f"nothing to publish in {graph.runs}; run `hydramoe reproduce demo` first")
     return scales
 
@@ -270,17 +287,21 @@ def publish(
     return written+publish_pages(scales[0], to, graph, until)
 
 # %% ../../nbs/use/81_publish.ipynb #e52261e9
+def _published_scales(name, folder):
+    "The scales at which an experiment is published, the most thorough first"
+    return thorough_first([f.stem.removeprefix(f'{name}-') for f in folder.glob(f'{name}-*.json')])
+
 def published(
     folder:str|Path|None=None, # of results; `results_dir()` if None
     scale:str|None=None # the one to read; the most thorough one if None
 )->dict[str,Result]: # by experiment; empty if nothing is published
     "The results of the most thorough scale that has an `e3_routing`, or of one scale"
     folder = Path(folder or results_dir())
-    for s in [scale] if scale else SCALES:
-        if not (folder/f'e3_routing-{s}.json').exists(): continue
-        files = sorted(folder.glob(f'*-{s}.json'))
-        return {f.stem.removesuffix(f'-{s}'): load_result(f) for f in files}
-    return {}
+    scales = _published_scales('e3_routing', folder)
+    if scale: scales = [s for s in scales if s==scale]
+    if not scales: return {}
+    files = sorted(folder.glob(f'*-{scales[0]}.json'))
+    return {f.stem.removesuffix(f'-{scales[0]}'): load_result(f) for f in files}
 
 # %% ../../nbs/use/81_publish.ipynb #7b5e0ba4
 def _minus(text):
@@ -615,9 +636,8 @@ def _router_row(router, settings):
 # %% ../../nbs/use/81_publish.ipynb #routers-1
 def _thorough_result(name, folder):
     "The result of an experiment at the most thorough published scale, or None"
-    files = [folder/f'{name}-{scale}.json' for scale in SCALES]
-    found = [f for f in files if f.exists()]
-    return load_result(found[0]) if found else None
+    scales = _published_scales(name, folder)
+    return load_result(folder/f'{name}-{scales[0]}.json') if scales else None
 
 # %% ../../nbs/use/81_publish.ipynb #5f288d55
 def routers_table(
