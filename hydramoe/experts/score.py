@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['micro_batches', 'collate', 'token_losses', 'response_losses', 'Losses', 'loss_matrix', 'save_losses', 'load_losses',
-           'record_sums', 'record_means', 'domain_nll', 'perplexity', 'macro_nll', 'pick', 'hindsight', 'recovered',
-           'ensemble', 'log_macro_draws', 'paired_bootstrap', 'score_rows', 'plot_scores']
+           'record_sums', 'record_means', 'macro_nll', 'pick', 'hindsight', 'recovered', 'ensemble', 'score_rows',
+           'plot_scores']
 
 # %% ../../nbs/experts/47_score.ipynb #cell2
 import torch, numpy as np, torch.nn.functional as F
@@ -15,8 +15,9 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from ..foundations.core import HydraError, progress, rng
+from ..foundations.core import HydraError, progress
 from ..foundations.files import read_json, write_json
+from ..foundations.statistics import domain_nll, log_macro_draws
 from .model import hidden, logits
 from .trunk import run_above
 
@@ -216,31 +217,6 @@ def record_means(
     "Mean nll of each record's response tokens"
     return record_sums(nll, offsets)/np.diff(offsets)
 
-# %% ../../nbs/experts/47_score.ipynb #6947134a
-def domain_nll(
-    sums:np.ndarray, # (N,) total nll of each record
-    tokens:np.ndarray, # (N,) response tokens of each
-    domains:list # N names
-)->dict[str,float]: # domain → nats a token, and `macro`, the mean over domains
-    "Mean nll a token of each domain"
-    of = np.asarray(domains)
-    out = {}
-    for d in sorted(set(domains)):
-        inside = of==d
-        out[str(d)] = float(sums[inside].sum()/tokens[inside].sum())
-    mean = np.mean(list(out.values()))
-    return out | {'macro': float(mean)}
-
-# %% ../../nbs/experts/47_score.ipynb #3125455b
-def perplexity(
-    sums:np.ndarray, # (N,) total nll of each record
-    tokens:np.ndarray, # (N,) response tokens of each
-    domains:list # N names
-)->dict[str,float]: # domain → perplexity, and `macro`
-    "Token-weighted inside a domain, domains averaged in log space"
-    nats = domain_nll(sums, tokens, domains)
-    return {d: float(np.exp(x)) for d, x in nats.items()}
-
 # %% ../../nbs/experts/47_score.ipynb #macronll
 def macro_nll(
     losses:Losses, # its records, domains and tokens
@@ -309,47 +285,6 @@ def ensemble(
     np.log(w, out=log_w, where=w>0)
     log_p = -_matrix(losses, columns)
     return -np.logaddexp.reduce(_per_token(log_w.T, losses)+log_p, axis=0)
-
-# %% ../../nbs/experts/47_score.ipynb #cell42
-def log_macro_draws(
-    sums:np.ndarray, # (S,N) total nll of each record under each of S systems
-    tokens:np.ndarray, # (N,) response tokens of each record
-    domains:list, # N names
-    draws:int=2000, # bootstrap samples
-    seed:int=0 # of the resampling
-)->np.ndarray: # (S,draws) log macro perplexity, every system on the same samples
-    "Macro perplexity over records drawn again within each domain"
-    of = np.asarray(domains)
-    sums = np.asarray(sums, np.float64)
-    names = sorted(set(domains))
-    total = 0
-    for d in names:
-        at = np.flatnonzero(of==d)
-        n = len(at)
-        generator = rng(seed, 'bootstrap', d)
-        times = generator.multinomial(n, np.full(n, 1/n), draws).astype(float) # how often each record is drawn
-        total = total+sums[:,at]@times.T/(times@tokens[at])
-    return total/len(names)
-
-# %% ../../nbs/experts/47_score.ipynb #8356931d
-def paired_bootstrap(
-    a:np.ndarray, # (N,) total nll of each record under system a (mean nll if no `tokens`)
-    b:np.ndarray, # (N,) the same records under system b
-    domains:list, # N names
-    tokens:np.ndarray=None, # (N,) response tokens of each record; None: every record weighs the same
-    draws:int=2000, # bootstrap samples
-    seed:int=0, # of the resampling
-    level:float=.95 # of the interval
-)->tuple[float,float,float]: # percent, low, high: below 0, a is better
-    "Difference of macro perplexity, a against b, with an interval by record within domain (training noise left out)"
-    tokens = np.ones(len(domains)) if tokens is None else np.asarray(tokens)
-    both = np.stack([a, b])
-    macro_a = domain_nll(both[0], tokens, domains)['macro']
-    macro_b = domain_nll(both[1], tokens, domains)['macro']
-    draws_a, draws_b = log_macro_draws(both, tokens, domains, draws, seed)
-    ends = [(1-level)/2, (1+level)/2]
-    low, high = np.quantile(draws_a-draws_b, ends)
-    return tuple(float(100*np.expm1(difference)) for difference in (macro_a-macro_b, low, high))
 
 # %% ../../nbs/experts/47_score.ipynb #cell47
 def _domain_scores(sums, tokens, domains, draws, seed):

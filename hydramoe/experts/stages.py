@@ -17,6 +17,7 @@ from torch import Tensor
 from ..foundations.core import HydraError, digest, progress, versions
 from ..foundations.files import read_json, read_jsonl, write_json
 from ..foundations.source import source_hash
+from ..foundations.statistics import paired_bootstrap, perplexity
 from ..foundations.store import SealError, open_sealed, sealing, stage, work_dir
 from ..models.encode import encode
 from ..models.load import base_dir, load_base
@@ -27,8 +28,7 @@ from .model import gated
 from .trunk import run_trunk
 from .adapter_files import unfit
 from .adapters import find_adapters, with_adapters
-from .score import collate, load_losses, loss_matrix, micro_batches, paired_bootstrap, perplexity
-from .score import record_sums, save_losses
+from .score import collate, load_losses, loss_matrix, micro_batches, record_sums, save_losses
 from .train import EarlyStopSpec, TrainSpec, disk_errors, fit, mesh_place, tensor_bytes, using_threads
 from .jobs import in_processes, shard
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from ..foundations.core import HydraError, check_names
 from ..foundations.files import check_writable, writing_dir
+from ..foundations.statistics import paired_bootstrap
 from ..models.encode import encode
 from ..experts.plan import make_plan
-from ..experts.score import Losses, loss_matrix, macro_nll, paired_bootstrap, record_sums
+from ..experts.score import Losses, loss_matrix, macro_nll, record_sums
 from .bundle import check_bundle, expert_folders
 from .merge import METHOD_PARAMS, MERGES, Merge, check_method, expert_overlap, merge_experts, merged_stack
 from .merge import named_weights, save_merge, seed_factors

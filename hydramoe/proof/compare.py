@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['LIBS', 'Setup', 'two_halves', 'group_ids', 'spec_of', 'lora_of', 'first_pass', 'train_adapters', 'adapter_names',
-           'score_part', 'as_mix', 'uniform_mix', 'macro_ppl', 'routed_ppl', 'macro_differences', 'difference_record',
-           'difference_text', 'Setting', 'make_setting', 'share_won']
+           'score_part', 'as_mix', 'uniform_mix', 'macro_ppl', 'routed_ppl', 'macro_differences', 'Setting',
+           'make_setting', 'share_won']
 
 # %% ../../nbs/proof/70_compare.ipynb #dbdcda34
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 import numpy as np
+from ..foundations.statistics import Difference, correct, paired_difference
 from ..foundations.store import stage
 from ..data.records import DOMAINS
 from ..data.splits import split
 from ..domains.discover import Domains
 from ..experts.stack import LoraSpec
-from ..experts.score import Losses, hindsight, load_losses, macro_nll, paired_bootstrap, pick, record_sums
-from ..experts.score import recovered
+from ..experts.score import Losses, hindsight, load_losses, macro_nll, pick, record_sums, recovered
 from ..experts.train import TrainSpec
 from ..experts.stages import one_each, score_adapters_stage
 
@@ -182,30 +182,15 @@ def macro_differences(
     reference:str, # one of the systems
     draws:int, # bootstrap samples
     seed:int # of the bootstrap
-)->dict[str,tuple[float,float,float]]: # name → percent, low, high: below 0 is better than the reference
+)->dict[str,Difference]: # below 0 is better than the reference; p by Holm for all systems but the reference
     "Difference of macro perplexity of each system to one of them, with an interval"
     sums = {name: record_sums(nll, losses.offsets) for name, nll in systems.items()}
     against = sums[reference]
     found = {}
     for name, own in sums.items():
-        found[name] = paired_bootstrap(own, against, losses.domains, losses.tokens, draws, seed)
-    return found
-
-# %% ../../nbs/proof/70_compare.ipynb #c597ac5f
-def difference_record(
-    difference:tuple # percent, low, high
-)->dict: # as results keep it
-    "A difference with names"
-    percent, low, high = difference
-    return dict(percent=percent, lo=low, hi=high)
-
-# %% ../../nbs/proof/70_compare.ipynb #e21be0df
-def difference_text(
-    difference:tuple # percent, low, high
-)->str: # '-1.2 % [-2.0, +0.4]'
-    "A difference as tables show it"
-    percent, low, high = difference
-    return f'{percent:+.1f} % [{low:+.1f}, {high:+.1f}]'
+        found[name] = paired_difference(own, against, losses.domains, losses.tokens, draws, seed)
+    family = {name: d for name, d in found.items() if name!=reference}
+    return found | correct(family)
 
 # %% ../../nbs/proof/70_compare.ipynb #9090b1ef
 @dataclass
