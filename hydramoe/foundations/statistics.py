@@ -7,10 +7,10 @@ __all__ = ['LEAST_P', 'domain_nll', 'perplexity', 'macro_weights', 'log_differen
            'half_interval', 'Difference', 'mean_of_runs', 'sign_flip_p', 'paired_difference', 'holm', 'correct',
            'is_significant', 'difference_text', 'difference_record', 'interval_text']
 
-# %% ../../nbs/foundations/05_statistics.ipynb #fa278e22
+# %% ../../nbs/foundations/05_statistics.ipynb #cb9e1418
 import numpy as np
 from typing import NamedTuple
-from .core import HydraError, number, rng
+from .core import HydraError, rng
 
 # %% ../../nbs/foundations/05_statistics.ipynb #d117e916
 def domain_nll(
@@ -149,7 +149,7 @@ def mean_of_runs(
     error = logs.std(ddof=1)/np.sqrt(runs)
     return _by_student(logs.mean(), np.array([error]), [runs-1], level, runs)
 
-# %% ../../nbs/foundations/05_statistics.ipynb #f603936e
+# %% ../../nbs/foundations/05_statistics.ipynb #206e4fe7
 def sign_flip_p(
     a:np.ndarray, # (N,) total nll of each record under system a
     b:np.ndarray, # (N,) the same records under system b
@@ -170,7 +170,7 @@ def sign_flip_p(
         as_large += int((abs(tossed)>=found*(1-1e-9)).sum())
     return (1+as_large)/(1+flips)
 
-# %% ../../nbs/foundations/05_statistics.ipynb #1e810c21
+# %% ../../nbs/foundations/05_statistics.ipynb #31bb8cd1
 def _as_runs(sums, domains, tokens, name):
     "The nll (R,N) of R runs, or an error"
     sums = np.atleast_2d(np.asarray(sums, np.float64))
@@ -181,7 +181,7 @@ def _as_runs(sums, domains, tokens, name):
     if np.isfinite(sums).all(): return sums
     raise HydraError(f'{name} has losses that are not finite; an interval over them would say nothing')
 
-# %% ../../nbs/foundations/05_statistics.ipynb #3d7a27a4
+# %% ../../nbs/foundations/05_statistics.ipynb #27594d7e
 def paired_difference(
     a:np.ndarray, # (N,) total nll of each record under system a, or (R,N): a row for each of R training runs
     b:np.ndarray, # the same under system b, run by run
@@ -207,7 +207,7 @@ def paired_difference(
     freedom = [runs-1, max(1, len(domains)-len(set(domains)))]
     return _by_student(np.mean(by_run), np.array([of_runs, of_prompts]), freedom, level, runs)
 
-# %% ../../nbs/foundations/05_statistics.ipynb #8a791238
+# %% ../../nbs/foundations/05_statistics.ipynb #614cf5d5
 def holm(
     p:list[float] # of each comparison of a family
 )->np.ndarray: # corrected, in the same order: those up to .05 are significant together
@@ -221,7 +221,7 @@ def holm(
     corrected[order] = np.minimum(rising, 1)
     return corrected
 
-# %% ../../nbs/foundations/05_statistics.ipynb #2c518b0f
+# %% ../../nbs/foundations/05_statistics.ipynb #a82086bb
 def correct(
     family:dict[str,Difference] # all that are compared with the same system, in the same table
 )->dict[str,Difference]: # with p corrected; the intervals stay each for itself
@@ -231,7 +231,7 @@ def correct(
     corrected = holm([d.p for d in family.values()])
     return {name: d._replace(p=float(p)) for (name, d), p in zip(family.items(), corrected)}
 
-# %% ../../nbs/foundations/05_statistics.ipynb #d1f0bd37
+# %% ../../nbs/foundations/05_statistics.ipynb #4756a41f
 def is_significant(
     difference:Difference, # its p corrected, if it's one of a family
     alpha:float=.05 # chance of a false winner
@@ -241,7 +241,7 @@ def is_significant(
     leaves_out_zero = d.low>0 or d.high<0
     return leaves_out_zero and d.p is not None and d.p<=alpha
 
-# %% ../../nbs/foundations/05_statistics.ipynb #b5bf6c2c
+# %% ../../nbs/foundations/05_statistics.ipynb #5de11032
 def difference_text(
     difference:Difference, # or (percent, low, high), which has no star
     unit:str='%' # of its numbers
@@ -251,7 +251,7 @@ def difference_text(
     star = ' *' if is_significant(difference) else ''
     return f'{percent:+.1f} {unit} [{low:+.1f}, {high:+.1f}]{star}'
 
-# %% ../../nbs/foundations/05_statistics.ipynb #e0498698
+# %% ../../nbs/foundations/05_statistics.ipynb #8faaa643
 def difference_record(
     difference:Difference # or (percent, low, high)
 )->dict: # as results keep it
@@ -259,7 +259,7 @@ def difference_record(
     d = Difference(*difference)
     return dict(percent=d.percent, lo=d.low, hi=d.high, p=d.p, runs=d.runs)
 
-# %% ../../nbs/foundations/05_statistics.ipynb #7a2fac35
+# %% ../../nbs/foundations/05_statistics.ipynb #5e54eaad
 def interval_text(
     runs:int=1 # training runs of each system
 )->str: # one or two sentences
