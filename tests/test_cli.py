@@ -16,7 +16,7 @@ from hydramoe.hydra.adopt import adopt
 from hydramoe.use import cli, command
 from helpers import TINY, here
 
-COMMANDS = ['build', 'domains', 'add', 'remove', 'adopt', 'merge', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce',
+COMMANDS = ['build', 'domains', 'add', 'remove', 'adopt', 'merge', 'verdict', 'ask', 'explain', 'check', 'chat', 'run', 'reproduce',
             'data list', 'data show', 'data prepare', 'data check', 'data card']
 
 def hydramoe(*argv, **kw):
@@ -282,7 +282,7 @@ def test_each_option_is_documented_once():
     said = {}
     for name, c in cli.COMMANDS.items():
         for names, how in c.args: said.setdefault(names[-1], set()).add(how.get('help'))
-    own = {'--out', '--base', '--encoder', '--name', '--top-k', '--gate', '--domain', '--rows', '--domains', 'name', 'names', 'file', 'files', 'prompt', '--format', '--start', '--rank', '--seed'}
+    own = {'--out', '--base', '--encoder', '--name', '--top-k', '--gate', '--domain', '--rows', '--domains', 'name', 'names', 'file', 'files', 'prompt', '--format', '--start', '--rank', '--seed', '--single'}
     assert {n for n, helps in said.items() if len(helps)>1} <= own
 
 def test_add_takes_several_files_and_remove_takes_it_back(made):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUILD_COMMANDS', 'FILES', 'FILE_OPTIONS', 'MAX_LENGTH', 'ROW_OPTIONS', 'QUANT', 'TRAINING_OPTIONS', 'MOVED_OPTIONS',
-           'reading_options', 'report_rejects', 'dry_run', 'example_prompt', 'build_command', 'domains_command',
-           'add_command', 'remove_command', 'adopt_command']
+           'reading_options', 'report_rejects', 'dry_run', 'example_prompt', 'judge_build', 'build_command',
+           'domains_command', 'add_command', 'remove_command', 'adopt_command']
 
 # %% ../../nbs/use/84_build_commands.ipynb #0d32d42b
 import contextlib, os, sys, warnings
@@ -231,6 +231,25 @@ def _usable_records(a, spec, out):
     finally: refused = report_rejects(rejects, out)
     return records, refused
 
+# %% ../../nbs/use/84_build_commands.ipynb #c0793x0af
+def judge_build(
+    hydra, # just built; may lose its experts
+    out:Path, # its bundle, for what is said
+    with_single:bool=False # train one adapter as long as all experts together, and compare with it
+)->tuple[str,dict|None]: # a line; as `verdict` returns it, or None where there is none
+    "Was it worth building? By the rows that the build held out"
+    from hydramoe.hydra.card import MIN_DEV_ROWS
+    from hydramoe.proof.verdict_page import held_out_rows, judge_hydra, run_single
+    rows = held_out_rows(hydra.about)
+    ask_again = shell_line('verdict', out, '--rows')+' FILE'
+    if len(rows)<MIN_DEV_ROWS:
+        return f'verdict: {len(rows)} rows were held out, and {MIN_DEV_ROWS} are needed for one; {ask_again}', None
+    try:
+        single = run_single(hydra.about) if with_single else None
+        found, _ = judge_hydra(hydra, rows, single, hydra.about['built']['spec']['max_length'])
+    except HydraError as e: return f'verdict: none, for {e}', None
+    return f"verdict: {found['text']} The router was chosen by the same rows, which flatters it; {ask_again}", found
+
 # %% ../../nbs/use/84_build_commands.ipynb #c07939af
 def build_command(a):
     "Records in, bundle out"
@@ -244,9 +263,11 @@ def build_command(a):
     records, refused = _usable_records(a, spec, out)
     if a.dry_run: return dry_run(records, spec, refused, a.domains)
     with _without_unlearnt_warning(): hydra = Hydra.build(records, out, run=run, domains=a.domains, **vars(spec))
+    said, found = (None, None) if a.no_verdict else judge_build(hydra, out, a.single)
     try_it = shell_line('ask', out, example_prompt(records))
-    made = dict(bundle=str(out), experts=hydra.names, built=hydra.about['built'], rejects=refused, next=try_it)
-    return _with_exit_code(hydra.about, f"{out}: {hydra}\ntry it: {try_it}", made)
+    lines = [f'{out}: {hydra}', said, f'try it: {try_it}']
+    made = dict(bundle=str(out), experts=hydra.names, built=hydra.about['built'], rejects=refused, next=try_it, verdict=found)
+    return _with_exit_code(hydra.about, '\n'.join(line for line in lines if line), made)
 
 # %% ../../nbs/use/84_build_commands.ipynb #da7ee1ae
 _EXAMPLES = [
@@ -262,6 +283,9 @@ BUILD_COMMANDS['build'] = Command(build_command, help='Make a Hydra from your ow
     arg('--domains', metavar='FILE',
         help='domains to train on, written by `hydramoe domains` and edited (default: as discovered)'),
     arg('--out', metavar='DIR', help='the bundle to write (default: FILE-hydra, here)'),
+    arg('--single', action='store_true',
+        help='also train one adapter, as long as all experts together, and compare with it at the end'),
+    arg('--no-verdict', action='store_true', help="don't judge at the end, on the rows held out, whether it was worth it"),
     arg('--dry-run', action='store_true',
         help='say what would be made, how long it would take and how much memory; train nothing'),
     *MOVED_OPTIONS])
