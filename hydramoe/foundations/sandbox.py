@@ -65,7 +65,7 @@ def bubblewrap_command(
     command += ['--size', str(DISK_MB*2**20), '--tmpfs', '/tmp', '--remount-ro', '/dev', '--remount-ro', '/', '--chdir', '/tmp']
     return [*command, *_START, *limits, *_interpreter_command()]
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #de9e4fa4
+# %% ../../nbs/foundations/06_sandbox.ipynb #16be4212
 _SETUP = r'''
 set -e
 folder=$1 root=$1/root disk=$2 paths=$3
@@ -91,10 +91,11 @@ done </proc/self/mountinfo
 for name in null zero urandom; do touch dev/$name; mount --bind /dev/$name dev/$name; done
 mount -t tmpfs -o size=$disk,mode=1777,nosuid,nodev tmpfs tmp
 mount -t proc proc proc
+{ echo 0 >/proc/sys/kernel/shmall; } 2>/dev/null || true # see below
 pivot_root . old
 umount -l old
 rmdir old
-mount -o remount,ro /
+mount -o remount,bind,ro /
 cd /tmp
 "$@"
 '''
@@ -154,7 +155,7 @@ def read_bounded(
             elif time.monotonic()>deadline: why = 'timeout'
     return [text[:most] for text in said.values()], why
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #7d4008fe
+# %% ../../nbs/foundations/06_sandbox.ipynb #1382ec10
 @dataclass
 class Outcome:
     "What became of a program"
@@ -163,6 +164,7 @@ class Outcome:
     stderr:str # its end
     seconds:float # from its start to its end
 
+_PATH = '/usr/bin:/usr/sbin:/bin:/sbin' # where the tools are looked for
 _START_SECONDS = 60 # for setting up, on a busy machine
 _LAST = 2000 # characters of stderr that are kept
 
@@ -195,7 +197,7 @@ def _watch(process, seconds, most_output):
     stdout, stderr = (text.decode('utf-8', 'replace') for text in (stdout, stderr))
     return Outcome(_judge(why, process.returncode, stderr), stdout, stderr[-_LAST:], took)
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #7a88d3d6
+# %% ../../nbs/foundations/06_sandbox.ipynb #fd7c8f20
 def _run(way, source, stdin, seconds, memory_mb, most_output):
     "Run a program in one of the ways of isolation"
     with tempfile.TemporaryDirectory(prefix='hydramoe-') as name:
@@ -205,16 +207,15 @@ def _run(way, source, stdin, seconds, memory_mb, most_output):
         command = _command(way, folder, limit_command(seconds, memory_mb))
         with open(folder/'stdin', 'rb') as given:
             pipes = dict(stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            path = dict(PATH='/usr/bin:/usr/sbin:/bin:/sbin')
-            with subprocess.Popen(command, env=path, start_new_session=True, **pipes) as process:
+            with subprocess.Popen(command, env=dict(PATH=_PATH), start_new_session=True, **pipes) as process:
                 return _watch(process, seconds, most_output)
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #ef5add2a
+# %% ../../nbs/foundations/06_sandbox.ipynb #0d2e8b7c
 _TOOLS = dict(bubblewrap='bwrap prlimit env', unshare='unshare mount umount pivot_root setpriv prlimit env')
 
 def _works(way):
     "Does this way of isolation run a program here?"
-    if not all(shutil.which(tool, path='/usr/bin:/usr/sbin:/bin:/sbin') for tool in _TOOLS[way].split()): return False
+    if not all(shutil.which(tool, path=_PATH) for tool in _TOOLS[way].split()): return False
     try: return _run(way, 'print(6*7)', '', 20, 512, 100).stdout=='42\n'
     except (HydraError, OSError): return False
 
