@@ -82,8 +82,8 @@ def _final_number(text):
     numbers = numbers_in(text if marked is None else marked)
     return numbers[-1] if numbers else None
 
-# %% ../../nbs/data/21b_check.ipynb #ce13aa03
-_DROPPED = re.compile(r'\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;: ]|\\q?quad|\^\{?\\circ\}?|\\degree|°|\\?[$%]|~|\\displaystyle')
+# %% ../../nbs/data/21b_check.ipynb #e6909d49
+_DROPPED = re.compile(r'\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|(?<!\\)\\[!,;: ]|\\q?quad|\^\{?\\circ\}?|\\degree|°|\\?[$%]|~|\\displaystyle')
 _TEXT = r'\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}'
 _SHORT = re.compile(r'\\(frac|sqrt)\s*(?=[^\s{\[a-zA-Z])')
 _ROOT_OF_ONE = re.compile(r'\\sqrt(\w)')
@@ -91,7 +91,7 @@ _FRACTION_OF_DIGITS = re.compile(r'\\frac(\{[^{}]*\}|\w)(\{[^{}]*\}|\w)')
 
 def _brace(part): return part if part.startswith('{') else '{'+part+'}'
 
-# %% ../../nbs/data/21b_check.ipynb #b422dbad
+# %% ../../nbs/data/21b_check.ipynb #593d6875
 def normalize_latex(
     expression:str # as a model or a solution wrote it
 )->str: # without spaces
@@ -100,11 +100,12 @@ def normalize_latex(
     text = re.sub(r'\\[dtc]frac', r'\\frac', text)
     text = _DROPPED.sub('', text)
     text = re.sub(r'^\s*'+_TEXT+r'\s*$', r'\1', text) # it is nothing but a word
-    text = re.sub(_TEXT, '', text) # it is a unit
+    text = re.sub(_TEXT+r'\s*(?:\^\{?\d\}?)?', '', text) # it is a unit
     text = re.sub(r'\s+', '', text)
     text = _ROOT_OF_ONE.sub(r'\\sqrt{\1}', text)
     text = _FRACTION_OF_DIGITS.sub(lambda found: r'\frac'+_brace(found[1])+_brace(found[2]), text)
-    text = re.sub(r'^[a-zA-Z](?:\([a-z]\))?=', '', text) # `x = 5` is 5
+    text = re.sub(r'([_^])\{(\w)\}', r'\1\2', text)
+    text = re.sub(r'^[a-zA-Z](?:\([a-z]\))?(?:=|\\in(?![a-z]))', '', text) # `x = 5` is 5
     text = re.sub(r'(?<!\d)\.(?=\d)', '0.', text)
     return text.rstrip('.')
 
@@ -127,8 +128,8 @@ def _final_expression(text):
     if formulas: return ''.join(formulas[-1])
     return text.strip().rpartition('\n')[2]
 
-# %% ../../nbs/data/21b_check.ipynb #f4e9d561
-_ONE_NUMBER = re.compile(r'-?(?:[\d.,]+|\\frac\{-?\d+\}\{\d+\}|\d+/\d+)')
+# %% ../../nbs/data/21b_check.ipynb #eafea5b9
+_ONE_NUMBER = re.compile(r'-?(?:[\d.,]+|\d*\\frac\{-?\d+\}\{\d+\}|\d+/\d+)')
 
 def _as_number(latex):
     "The value of a normalised expression that is one number and nothing else; None if it is more"
@@ -235,8 +236,17 @@ def _only_here(action, first, second, database, trigger):
     calls = action==sqlite3.SQLITE_FUNCTION and second.lower() in _UNFIT
     return sqlite3.SQLITE_DENY if reaches or calls else sqlite3.SQLITE_OK
 
-# %% ../../nbs/data/21b_check.ipynb #f52b880d
-_MOST_STEPS, _MOST_SECONDS, _MOST_ROWS, _LONGEST_STRING = 1_000_000, 10, 10_000, 10_000
+# %% ../../nbs/data/21b_check.ipynb #8d48649b
+def _unfolds_small(query):
+    "Is a query short once its common table expressions are written out?"
+    words = re.findall(r'(?i)\b(?:with|select|from|join)\b|,', query)
+    selects = len([word for word in words if word.lower()=='select'])
+    if not any(word.lower()=='with' for word in words): return selects<=20 and len(query)<=_LONGEST_QUERY
+    return selects<=6 and len(words)-selects<=40
+
+# %% ../../nbs/data/21b_check.ipynb #76357436
+_LONGEST_QUERY = 5000 # characters
+_MOST_STEPS, _MOST_SECONDS, _MOST_ROWS, _LONGEST_STRING = 5_000_000, 10, 10_000, 5_000
 
 def _stopper():
     "What SQLite calls every thousand steps of a query: is it enough?"
@@ -249,6 +259,7 @@ def run_query(
     query:str # SQL of any origin
 )->list[tuple]|None: # rows; None if it fails, is refused, or finds too many
     "What a query finds, if it reads and is short"
+    if not _unfolds_small(query): return None
     con.set_authorizer(_only_reads)
     con.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_STRING)
     con.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 100)
@@ -257,7 +268,7 @@ def run_query(
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError): return None
     return rows if len(rows)<=_MOST_ROWS else None
 
-# %% ../../nbs/data/21b_check.ipynb #35487c15
+# %% ../../nbs/data/21b_check.ipynb #e254a041
 def _same_cell(found, expected):
     "Are two values of SQLite equal, numbers but for their last digits?"
     numbers = isinstance(found, (int, float)) and isinstance(expected, (int, float))
@@ -281,7 +292,7 @@ def same_rows(
         if len(row)!=len(wanted) or not all(map(_same_cell, row, wanted)): return False
     return True
 
-# %% ../../nbs/data/21b_check.ipynb #2f424222
+# %% ../../nbs/data/21b_check.ipynb #70c56723
 def is_ordered(
     query:str # SQL
 )->bool:
@@ -305,7 +316,7 @@ def _open_tables(schema):
         raise HydraError(f'the schema does not run in SQLite ({e}): give CREATE TABLE and INSERT statements') from None
     return con
 
-# %% ../../nbs/data/21b_check.ipynb #f0f1a1b3
+# %% ../../nbs/data/21b_check.ipynb #9728d284
 def _holds_rows(con):
     "Does any table of a database hold a row?"
     tables = [name for name, in con.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -329,7 +340,7 @@ def check_rows(
     finally: con.close()
     return found is not None and same_rows(found, expected, is_ordered(reference))
 
-# %% ../../nbs/data/21b_check.ipynb #7cf2c771
+# %% ../../nbs/data/21b_check.ipynb #e162f0ca
 def calls_in(
     answer:str # what a model wrote
 )->list[dict]: # each with a `name`
@@ -345,7 +356,7 @@ def calls_in(
         values += value if isinstance(value, list) else [value]
     return [value for value in values if isinstance(value, dict) and 'name' in value]
 
-# %% ../../nbs/data/21b_check.ipynb #8b0085c0
+# %% ../../nbs/data/21b_check.ipynb #aa45218d
 _LISTS = 'array', 'tuple'
 
 def _accepted(value, schema):
@@ -367,7 +378,7 @@ def _expected_call(call, schemas):
         if isinstance(accepted, dict): return name, accepted
     raise HydraError(f'{str(call)[:80]} is no call: give {{"name": …, "arguments": {{…}}}} or {{name: {{parameter: [values]}}}}')
 
-# %% ../../nbs/data/21b_check.ipynb #217d7787
+# %% ../../nbs/data/21b_check.ipynb #93ebd1fb
 _KINDS = dict(string=str, integer=int, float=float, number=float, boolean=bool, array=list, tuple=list, dict=dict, object=dict)
 
 def _loose(value):
@@ -378,10 +389,10 @@ def _loose(value):
 
 def _is_kind(value, kind, accepted):
     "Is a value of the type that the function's schema names, or that the first accepted value has?"
-    model = next((v for v in accepted if v!=''), None)
-    return kind not in _KINDS or type(value)==_KINDS[kind] or model is not None and type(value)==type(model)
+    models = [type(v) for v in accepted if v!='']
+    return kind not in _KINDS or type(value)==_KINDS[kind] or type(value) in models[:1]
 
-# %% ../../nbs/data/21b_check.ipynb #76eb5105
+# %% ../../nbs/data/21b_check.ipynb #282ede28
 def _dict_holds(found, accepted):
     "Has an object the keys and values that are accepted?"
     if not (isinstance(found, dict) and isinstance(accepted, dict)) or not set(found)<=set(accepted): return False
@@ -406,7 +417,7 @@ def _argument_holds(found, schema, accepted):
     if isinstance(found, list): return any(_list_holds(found, a, inner) for a in accepted)
     return _loose(found) in [_loose(a) for a in accepted if type(a)!=bool or type(found)==bool]
 
-# %% ../../nbs/data/21b_check.ipynb #dcb08e4b
+# %% ../../nbs/data/21b_check.ipynb #13629a06
 def _tool_schemas(tools):
     "name → schema of the parameters, of each function"
     functions = [tool.get('function', tool) for tool in tools]
@@ -421,7 +432,7 @@ def _call_holds(call, name, accepted, parameters):
     if not needed<=set(arguments)<=set(accepted) & set(properties): return False
     return all(_argument_holds(v, properties[p], accepted[p]) for p, v in arguments.items())
 
-# %% ../../nbs/data/21b_check.ipynb #da3167db
+# %% ../../nbs/data/21b_check.ipynb #18d5570b
 def check_call(
     answer:str, # what a model wrote
     calls:list[dict], # expected: `{name: {parameter: [accepted values]}}`, or plain calls
@@ -439,7 +450,7 @@ def check_call(
     rows, columns = linear_sum_assignment(fits, maximize=True)
     return bool(fits[rows, columns].all())
 
-# %% ../../nbs/data/21b_check.ipynb #7cd42071
+# %% ../../nbs/data/21b_check.ipynb #e87e34a1
 def check_no_call(
     answer:str, # what a model wrote
     tools:list[dict] # the functions offered
@@ -451,7 +462,7 @@ def check_no_call(
     as_python = any(re.search(rf'(?<![\w.]){re.escape(name)}\s*\(', answer) for name in names)
     return not any(is_call) and not as_python
 
-# %% ../../nbs/data/21b_check.ipynb #365c248a
+# %% ../../nbs/data/21b_check.ipynb #c0338fc1
 def _program_in(answer, entry):
     "The code of an answer: the last fence that defines what is asked for, else the first fence"
     if entry is None: return code_in(answer)
@@ -466,7 +477,7 @@ def _test_program(code, tests, word):
             f"exec(compile({tests!r}, 'tests.py', 'exec'), space)\n"
             f"print('\\n{word}')\n")
 
-# %% ../../nbs/data/21b_check.ipynb #5b79bec3
+# %% ../../nbs/data/21b_check.ipynb #aa5d21fe
 def check_program(
     answer:str, # what a model wrote
     tests:str, # Python with asserts; or HumanEval's `def check(candidate)`
@@ -484,6 +495,6 @@ def check_program(
     outcome = run_program(_test_program(code, tests, word), seconds=seconds, allow_code=allow_code)
     return outcome.status=='ok' and outcome.stdout.endswith(f'\n{word}\n')
 
-# %% ../../nbs/data/21b_check.ipynb #58d8244f
+# %% ../../nbs/data/21b_check.ipynb #1681d99d
 CHECKS = dict(number=check_number, math=check_math, choice=check_choice, rows=check_rows, call=check_call,
               no_call=check_no_call, program=check_program)

@@ -100,7 +100,7 @@ cd /tmp
 "$@"
 '''
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #7251e176
+# %% ../../nbs/foundations/06_sandbox.ipynb #1c1650c0
 _NO_RIGHTS = 'setpriv --bounding-set -all --inh-caps -all --no-new-privs'.split()
 _NO_NAMESPACES = ['sh', '-c', 'echo 0 >/proc/sys/user/max_user_namespaces; exec "$@"', 'sh']
 _NAMESPACES = '--mount --pid --net --ipc --uts --fork --kill-child'.split()
@@ -121,7 +121,7 @@ def unshare_command(
     inner = [*become, *own_user, *_NO_NAMESPACES, *_NO_RIGHTS, *_START]
     return [*dies_with_us, *outer, *setup, *inner, *limits, *_interpreter_command()]
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #ef070a1f
+# %% ../../nbs/foundations/06_sandbox.ipynb #434f0232
 def _wait_until_ready(process, seconds):
     "Read up to the sign that the program starts; whether it came"
     said = b''
@@ -134,7 +134,7 @@ def _wait_until_ready(process, seconds):
             said += piece
     return said==_READY
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #48e7aab9
+# %% ../../nbs/foundations/06_sandbox.ipynb #673b17fb
 def read_bounded(
     pipes:list, # files of a process, open for reading
     seconds:float, # from now
@@ -155,7 +155,7 @@ def read_bounded(
             elif time.monotonic()>deadline: why = 'timeout'
     return [text[:most] for text in said.values()], why
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #1382ec10
+# %% ../../nbs/foundations/06_sandbox.ipynb #16f4fe48
 @dataclass
 class Outcome:
     "What became of a program"
@@ -164,10 +164,6 @@ class Outcome:
     stderr:str # its end
     seconds:float # from its start to its end
 
-_PATH = '/usr/bin:/usr/sbin:/bin:/sbin' # where the tools are looked for
-_START_SECONDS = 60 # for setting up, on a busy machine
-_LAST = 2000 # characters of stderr that are kept
-
 def _judge(why, code, stderr):
     "The status of a program from how reading ended, its exit code and its last words"
     if why!='end': return why
@@ -175,29 +171,39 @@ def _judge(why, code, stderr):
     last = stderr.strip().rpartition('\n')[2]
     return 'memory' if last.startswith('MemoryError') else 'error'
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #c85bcb66
+# %% ../../nbs/foundations/06_sandbox.ipynb #ce899684
+_START_SECONDS = 60 # for setting up, on a busy machine
+_LAST = 2000 # characters of stderr that are kept
+
+def _end(process):
+    "End a process and all of its group"
+    with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+def _watch(process, seconds, most_output):
+    "Read what a program says, and end it; its outcome"
+    pipes = [process.stdout, process.stderr]
+    try:
+        if not _wait_until_ready(process, _START_SECONDS):
+            _end(process)
+            reason = process.stderr.read(_LAST).decode('utf-8', 'replace').strip()
+            raise HydraError(f"the sandbox did not start ({reason or 'no reason given'}): no program was run")
+        began = time.monotonic()
+        (stdout, stderr), why = read_bounded(pipes, seconds, most_output)
+        took = time.monotonic()-began
+        if why=='end': process.wait()
+    finally: _end(process)
+    stderr = stderr.decode('utf-8', 'replace')
+    status = _judge(why, process.returncode, stderr)
+    return Outcome(status, stdout.decode('utf-8', 'replace'), stderr[-_LAST:], took)
+
+# %% ../../nbs/foundations/06_sandbox.ipynb #2950e9ed
+_PATH = '/usr/bin:/usr/sbin:/bin:/sbin' # where the tools are looked for
+
 def _command(way, folder, limits):
     if way=='bubblewrap': return bubblewrap_command(folder, limits)
     return unshare_command(folder, limits, os.geteuid()==0)
 
-def _watch(process, seconds, most_output):
-    "Read what a program says and end it; its outcome"
-    try:
-        if not _wait_until_ready(process, _START_SECONDS):
-            process.kill()
-            why = process.stderr.read(_LAST).decode('utf-8', 'replace').strip()
-            raise HydraError(f"the sandbox did not start ({why or 'no reason given'}): see `isolation()`")
-        began = time.monotonic()
-        (stdout, stderr), why = read_bounded([process.stdout, process.stderr], seconds, most_output)
-        took = time.monotonic()-began
-        if why=='end': process.wait()
-    finally:
-        with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    stdout, stderr = (text.decode('utf-8', 'replace') for text in (stdout, stderr))
-    return Outcome(_judge(why, process.returncode, stderr), stdout, stderr[-_LAST:], took)
-
-# %% ../../nbs/foundations/06_sandbox.ipynb #fd7c8f20
 def _run(way, source, stdin, seconds, memory_mb, most_output):
     "Run a program in one of the ways of isolation"
     with tempfile.TemporaryDirectory(prefix='hydramoe-') as name:
@@ -210,12 +216,13 @@ def _run(way, source, stdin, seconds, memory_mb, most_output):
             with subprocess.Popen(command, env=dict(PATH=_PATH), start_new_session=True, **pipes) as process:
                 return _watch(process, seconds, most_output)
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #0d2e8b7c
+# %% ../../nbs/foundations/06_sandbox.ipynb #06808e3c
 _TOOLS = dict(bubblewrap='bwrap prlimit env', unshare='unshare mount umount pivot_root setpriv prlimit env')
 
 def _works(way):
     "Does this way of isolation run a program here?"
-    if not all(shutil.which(tool, path=_PATH) for tool in _TOOLS[way].split()): return False
+    found = [shutil.which(tool, path=_PATH) for tool in _TOOLS[way].split()]
+    if not all(found): return False
     try: return _run(way, 'print(6*7)', '', 20, 512, 100).stdout=='42\n'
     except (HydraError, OSError): return False
 
@@ -227,7 +234,7 @@ def isolation(
     ways = ['unshare'] if os.geteuid()==0 else ['bubblewrap', 'unshare']
     return next(filter(_works, ways), None)
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #d9776909
+# %% ../../nbs/foundations/06_sandbox.ipynb #26a15e8a
 _NOT_ASKED = ("running a program that a model wrote is off: ask for it by allow_code=True (on the command line: "
               "--allow-code). It then runs without a network and with limits, away from your files")
 _NO_ISOLATION = ("programs cannot be isolated on this machine, so none is run. On Linux install bubblewrap, or allow user "
