@@ -38,16 +38,19 @@ def limit_command(
     count = f'--nproc={MOST_PROCESSES} --nofile=64 --cpu={2*math.ceil(seconds)+1}'
     return ['prlimit', *size.split(), *count.split(), '--']
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #24907741
+# %% ../../nbs/foundations/06_sandbox.ipynb #b80eb84d
 _READY = b'ready\n'
 _START = ['sh', '-c', 'echo ready; exec "$@"', 'sh']
-_INTERPRETER_OPTIONS = '-P -s -S -B -X utf8'.split()
+_OPTIONS = '-P -s -S -B -X utf8'.split()
+_BEGIN = """__import__('builtins').exit = __import__('builtins').quit = __import__('sys').exit
+__file__ = '/program.py'
+exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"""
 
 def _interpreter_command():
     "Python, alone, on the file that both ways of isolation give it"
     interpreter = os.path.realpath(sys.executable)
     empty = ['env', '-i', 'PYTHONHASHSEED=0']
-    return [*empty, interpreter, *_INTERPRETER_OPTIONS, '/program.py']
+    return [*empty, interpreter, *_OPTIONS, '-c', _BEGIN]
 
 # %% ../../nbs/foundations/06_sandbox.ipynb #8d75ac26
 _SEPARATE = '--unshare-user --unshare-all --disable-userns --die-with-parent --new-session --clearenv --cap-drop ALL'
