@@ -109,9 +109,9 @@ def normalize_latex(
     text = re.sub(r'(?<!\d)\.(?=\d)', '0.', text)
     return text.rstrip('.')
 
-# %% ../../nbs/data/21b_check.ipynb #9b11c89b
+# %% ../../nbs/data/21b_check.ipynb #b12f048d
 _SAID = re.compile(r'(?i)\b(?:final\s+)?answer\s*(?:is|:)\s*:?')
-_FORMULA = re.compile(r'(?s)\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]')
+_FORMULA = re.compile(r'(?<!\\)\$\$?((?:[^$\\]|\\.)+)\$|\\\(((?:[^\\]|\\[^()])+)\\\)|\\\[((?:[^\\]|\\[^\[\]])+)\\\]')
 
 def _after_said(text):
     "What follows the last \"answer is\", on its line; None if nobody says so"
@@ -151,8 +151,8 @@ def check_math(
     value = _as_number(found)
     return value is not None and value==_as_number(expected)
 
-# %% ../../nbs/data/21b_check.ipynb #5c524e96
-_ARTICLE = re.compile(r'(?:^|(?<=[.!?:\n]))\s*A(?=\s+(?!or\b|and\b|is\b|because\b|since\b)[\w\'"])')
+# %% ../../nbs/data/21b_check.ipynb #3697fdcb
+_ARTICLE = re.compile(r'(?:^|(?<=[.!?:\n]))[ \t]*A(?=\s+(?!or\b|and\b|is\b|because\b|since\b)[\w\'"])')
 
 def _letters_named(text, count):
     "The choices that a text names by letter"
@@ -244,7 +244,7 @@ def _unfolds_small(query):
     if not any(word.lower()=='with' for word in words): return selects<=20 and len(query)<=_LONGEST_QUERY
     return selects<=6 and len(words)-selects<=40
 
-# %% ../../nbs/data/21b_check.ipynb #76357436
+# %% ../../nbs/data/21b_check.ipynb #68c2a2f5
 _LONGEST_QUERY = 5000 # characters
 _MOST_STEPS, _MOST_SECONDS, _MOST_ROWS, _LONGEST_STRING = 5_000_000, 10, 10_000, 5_000
 
@@ -264,9 +264,12 @@ def run_query(
     con.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_STRING)
     con.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 100)
     con.set_progress_handler(_stopper(), 1000)
-    try: rows = con.execute(query).fetchmany(_MOST_ROWS+1)
+    try:
+        cursor = con.execute(query)
+        rows = cursor.fetchmany(_MOST_ROWS+1)
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError): return None
-    return rows if len(rows)<=_MOST_ROWS else None
+    has_columns = cursor.description is not None # an empty statement has none
+    return rows if has_columns and len(rows)<=_MOST_ROWS else None
 
 # %% ../../nbs/data/21b_check.ipynb #e254a041
 def _same_cell(found, expected):
@@ -462,7 +465,7 @@ def check_no_call(
     as_python = any(re.search(rf'(?<![\w.]){re.escape(name)}\s*\(', answer) for name in names)
     return not any(is_call) and not as_python
 
-# %% ../../nbs/data/21b_check.ipynb #c0338fc1
+# %% ../../nbs/data/21b_check.ipynb #1307925a
 def _program_in(answer, entry):
     "The code of an answer: the last fence that defines what is asked for, else the first fence"
     if entry is None: return code_in(answer)
@@ -472,9 +475,11 @@ def _program_in(answer, entry):
 
 def _test_program(code, tests, word):
     "A program that runs the code, then its tests, and prints a word at the end"
-    return (f"space = {{'__name__': 'answer'}}\n"
-            f"exec(compile({code!r}, 'answer.py', 'exec'), space)\n"
-            f"exec(compile({tests!r}, 'tests.py', 'exec'), space)\n"
+    return (f"import sys, types\n"
+            f"answer = types.ModuleType('answer')\n"
+            f"sys.modules['answer'] = answer\n"
+            f"exec(compile({code!r}, 'answer.py', 'exec'), vars(answer))\n"
+            f"exec(compile({tests!r}, 'tests.py', 'exec'), vars(answer))\n"
             f"print('\\n{word}')\n")
 
 # %% ../../nbs/data/21b_check.ipynb #aa5d21fe
