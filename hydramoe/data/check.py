@@ -25,9 +25,14 @@ def _is_readable(answer):
         raise HydraError(f'the answer is of type {type(answer).__name__}; give the text that the model wrote')
     return len(answer)<=_LONGEST
 
-# %% ../../nbs/data/21b_check.ipynb #85cb960c
+# %% ../../nbs/data/21b_check.ipynb #417bdd07
 _PLAIN = r'(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?![\d.]))?|\.\d+'
-_NUMBER = re.compile(rf'(?P<sign>(?<![\w)])-\s?)?[$€£]?(?:(?P<whole>\d+)\s+(?=\d+/\d))?(?P<over>{_PLAIN})(?:\s?/\s?(?P<under>{_PLAIN}))?')
+_NUMBER = re.compile(rf'''(?x)
+    (?P<sign> (?<![\w)]) -\s? )? # a minus, not that of a subtraction or a range
+    [$€£]?
+    (?: (?P<whole>\d+)\s+ (?=\d+/\d) )? # of a mixed number
+    (?P<over>{_PLAIN})
+    (?: \s?/\s? (?P<under>{_PLAIN}) )?''')
 _SIMPLER = (('−', '-'), ('{,}', ','), (r'\,', ''), (r'\!', ''), (r'\$', '$'), (r'\%', '%'))
 _FRACTION = re.compile(r'\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}')
 
@@ -82,8 +87,10 @@ def _final_number(text):
     numbers = numbers_in(text if marked is None else marked)
     return numbers[-1] if numbers else None
 
-# %% ../../nbs/data/21b_check.ipynb #e6909d49
-_DROPPED = re.compile(r'\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|(?<!\\)\\[!,;: ]|\\q?quad|\^\{?\\circ\}?|\\degree|°|\\?[$%]|~|\\displaystyle')
+# %% ../../nbs/data/21b_check.ipynb #3f646eed
+_LAYOUT = r'\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!,;: ]|\\q?quad|~'
+_SIGNS = r'\^\{?\\circ\}?|\\degree|°|\\?[$%]'
+_DROPPED = re.compile(f'{_LAYOUT}|{_SIGNS}')
 _TEXT = r'\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}'
 _SHORT = re.compile(r'\\(frac|sqrt)\s*(?=[^\s{\[a-zA-Z])')
 _ROOT_OF_ONE = re.compile(r'\\sqrt(\w)')
@@ -173,7 +180,7 @@ def _texts_named(text, choices):
         text = whole.sub(' ', text)
     return named
 
-# %% ../../nbs/data/21b_check.ipynb #2683f684
+# %% ../../nbs/data/21b_check.ipynb #0f65652e
 def check_choice(
     answer:str, # what a model wrote
     choices:list[str], # their texts, without letters
@@ -181,7 +188,8 @@ def check_choice(
 )->bool:
     "Does an answer name the right choice, by letter or by its text, and no other?"
     if not 2<=len(choices)<=26: raise HydraError(f'{len(choices)} choices: give 2 to 26')
-    if not all(isinstance(choice, str) and choice.strip() for choice in choices): raise HydraError('a choice is empty: give the text of each')
+    empty = [choice for choice in choices if not (isinstance(choice, str) and choice.strip())]
+    if empty: raise HydraError(f'the choice {empty[0]!r} says nothing: give the text of each')
     one_of(right, range(len(choices)), 'the right choice')
     if not _is_readable(answer): return False
     marked = _marked(answer)
@@ -244,9 +252,12 @@ def _unfolds_small(query):
     if not any(word.lower()=='with' for word in words): return selects<=20 and len(query)<=_LONGEST_QUERY
     return selects<=6 and len(words)-selects<=40
 
-# %% ../../nbs/data/21b_check.ipynb #68c2a2f5
+# %% ../../nbs/data/21b_check.ipynb #ae4ec9fd
 _LONGEST_QUERY = 5000 # characters
-_MOST_STEPS, _MOST_SECONDS, _MOST_ROWS, _LONGEST_STRING = 5_000_000, 10, 10_000, 5_000
+_MOST_STEPS = 5_000_000 # of SQLite
+_MOST_SECONDS = 10 # should its steps be long ones
+_MOST_ROWS = 10_000
+_LONGEST_STRING = 5_000 # bytes
 
 def _stopper():
     "What SQLite calls every thousand steps of a query: is it enough?"
@@ -319,12 +330,14 @@ def _open_tables(schema):
         raise HydraError(f'the schema does not run in SQLite ({e}): give CREATE TABLE and INSERT statements') from None
     return con
 
-# %% ../../nbs/data/21b_check.ipynb #9728d284
+# %% ../../nbs/data/21b_check.ipynb #16e4cb32
 def _holds_rows(con):
     "Does any table of a database hold a row?"
     tables = [name for name, in con.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     quoted = ['"'+name.replace('"', '""')+'"' for name in tables]
     return any(con.execute(f'SELECT 1 FROM {name} LIMIT 1').fetchone() for name in quoted)
+
+_NO_ROWS = 'the schema fills no table, so that any query would be right: give INSERT statements'
 
 def check_rows(
     answer:str, # what a model wrote
@@ -335,7 +348,7 @@ def check_rows(
     readable = _is_readable(answer)
     con = _open_tables(schema)
     try:
-        if not _holds_rows(con): raise HydraError('the schema fills no table, so that any query would be right: give INSERT statements')
+        if not _holds_rows(con): raise HydraError(_NO_ROWS)
         expected = run_query(con, reference.strip().rstrip(';'))
         if expected is None: raise HydraError(f'the reference {reference[:80]!r} is no query that runs on this schema')
         query = query_in(answer) if readable else None
@@ -359,7 +372,7 @@ def calls_in(
         values += value if isinstance(value, list) else [value]
     return [value for value in values if isinstance(value, dict) and 'name' in value]
 
-# %% ../../nbs/data/21b_check.ipynb #aa45218d
+# %% ../../nbs/data/21b_check.ipynb #541c207e
 _LISTS = 'array', 'tuple'
 
 def _accepted(value, schema):
@@ -379,10 +392,12 @@ def _expected_call(call, schemas):
     if isinstance(call, dict) and len(call)==1:
         name, accepted = next(iter(call.items()))
         if isinstance(accepted, dict): return name, accepted
-    raise HydraError(f'{str(call)[:80]} is no call: give {{"name": …, "arguments": {{…}}}} or {{name: {{parameter: [values]}}}}')
+    forms = '{"name": …, "arguments": {…}} or {name: {parameter: [accepted values]}}'
+    raise HydraError(f'{str(call)[:80]} is no call: give {forms}')
 
-# %% ../../nbs/data/21b_check.ipynb #93ebd1fb
-_KINDS = dict(string=str, integer=int, float=float, number=float, boolean=bool, array=list, tuple=list, dict=dict, object=dict)
+# %% ../../nbs/data/21b_check.ipynb #f60ea078
+_KINDS = dict(string=str, integer=int, float=float, number=float, boolean=bool, array=list, tuple=list,
+              dict=dict, object=dict)
 
 def _loose(value):
     "A string without case, spaces and some punctuation; a list of such"
@@ -482,7 +497,7 @@ def _test_program(code, tests, word):
             f"exec(compile({tests!r}, 'tests.py', 'exec'), vars(answer))\n"
             f"print('\\n{word}')\n")
 
-# %% ../../nbs/data/21b_check.ipynb #aa5d21fe
+# %% ../../nbs/data/21b_check.ipynb #90d1b771
 def check_program(
     answer:str, # what a model wrote
     tests:str, # Python with asserts; or HumanEval's `def check(candidate)`
@@ -493,7 +508,8 @@ def check_program(
 )->bool:
     "Does the program of an answer pass the tests, in the sandbox?"
     if not tests.strip(): raise HydraError('there are no tests, so that any program would be right: give asserts')
-    if entry is not None and not entry.isidentifier(): raise HydraError(f'entry={entry[:60]!r} is no name of a function')
+    if entry is not None and not entry.isidentifier():
+        raise HydraError(f'entry={entry[:60]!r} is no name of a function')
     if entry and re.search(r'(?m)^def check\(', tests): tests += f'\ncheck({entry})\n'
     code = _program_in(answer, entry) if _is_readable(answer) else ''
     word = token_hex(8)

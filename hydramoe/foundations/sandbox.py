@@ -52,7 +52,7 @@ def _interpreter_command():
     empty = ['env', '-i', 'PYTHONHASHSEED=0']
     return [*empty, interpreter, *_OPTIONS, '-c', _BEGIN]
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #8d75ac26
+# %% ../../nbs/foundations/06_sandbox.ipynb #e76a0100
 _SEPARATE = '--unshare-user --unshare-all --disable-userns --die-with-parent --new-session --clearenv --cap-drop ALL'
 
 def bubblewrap_command(
@@ -65,7 +65,8 @@ def bubblewrap_command(
         if os.path.islink(path): command += ['--symlink', os.readlink(path), path]
         else: command += ['--ro-bind', path, path]
     command += ['--ro-bind', f'{folder}/program.py', '/program.py', '--proc', '/proc', '--dev', '/dev']
-    command += ['--size', str(DISK_MB*2**20), '--tmpfs', '/tmp', '--remount-ro', '/dev', '--remount-ro', '/', '--chdir', '/tmp']
+    command += ['--size', str(DISK_MB*2**20), '--tmpfs', '/tmp', '--chdir', '/tmp']
+    command += ['--remount-ro', '/dev', '--remount-ro', '/']
     return [*command, *_START, *limits, *_interpreter_command()]
 
 # %% ../../nbs/foundations/06_sandbox.ipynb #16be4212
@@ -237,11 +238,11 @@ def isolation(
     ways = ['unshare'] if os.geteuid()==0 else ['bubblewrap', 'unshare']
     return next(filter(_works, ways), None)
 
-# %% ../../nbs/foundations/06_sandbox.ipynb #26a15e8a
+# %% ../../nbs/foundations/06_sandbox.ipynb #2e10199e
 _NOT_ASKED = ("running a program that a model wrote is off: ask for it by allow_code=True (on the command line: "
               "--allow-code). It then runs without a network and with limits, away from your files")
-_NO_ISOLATION = ("programs cannot be isolated on this machine, so none is run. On Linux install bubblewrap, or allow user "
-                 "namespaces; on macOS or Windows run hydramoe in a Linux container or virtual machine")
+_NO_ISOLATION = ("programs cannot be isolated on this machine, so none is run. On Linux install bubblewrap, "
+                 "or allow user namespaces; on macOS or Windows run hydramoe in a Linux container or virtual machine")
 
 def run_program(
     source:str, # Python; the standard library is all it has
