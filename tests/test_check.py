@@ -75,6 +75,10 @@ def test_fractions_are_exact(value, k):
 @pytest.mark.parametrize('text, found', [('7-3', [7, 3]), ('1,2,3', [1, 2, 3]), ('1,200,3', [1200, 3]), ('1e3', [1000]), ('2/0', []), ('v2', [2]), ('', []), ('-', []), ('1.2.', [Fraction('1.2')]), ('5 - 3', [5, -3]), ('1e-2', [Fraction('.01')]), ('3.', [3]), ('١', [1])])
 def test_what_is_a_number(text, found): assert numbers_in(text)==found
 
+def test_a_sign_is_part_of_a_number():
+    for text in ('-5', '−5', '-$5', '- 5', r'\boxed{-5}', '-10/2'): assert check_number(text, '-5') and not check_number(text, '5'), text
+    for text in ('5', '10-5', 'x-5', '(2)-5'): assert check_number(text, '5') and not check_number(text, '-5'), text
+
 def test_percent_is_a_unit():
     assert check_number('50%', '50') and check_number(r'50\%', '50') and not check_number('50%', '0.5') and not check_number('0.5', '50%')
 
@@ -157,6 +161,7 @@ def test_one_choice_by_letter_or_text(data, n):
 def test_words_are_no_letters():
     for text in ('A dog', 'It is a dog.', 'DNA', 'vitamin-A'): assert not check_choice(text, ['iron', 'copper', 'zinc'], 0), text
     assert check_choice('A dog.', ['a cat', 'a dog'], 1) and not check_choice('kilograms', ['grams', 'litres'], 0)
+    for i, text in enumerate(('cell', 'cell wall', 'wall')): assert check_choice(f'It is the {text}.', ['cell', 'cell wall', 'wall'], i)
 
 @pytest.mark.parametrize('choices, right', [([], 0), (['a'], 0), (['a', ''], 0), (['a', 'b'], 2), (['a', 'b'], -1), (['a', None], 0), (list('abcdefghijklmnopqrstuvwxyz0'), 0)])
 def test_bad_choices_are_refused(choices, right):
