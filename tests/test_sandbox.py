@@ -161,9 +161,10 @@ else: print(n, 'no limit')
 '''
 
 def test_a_fork_bomb_has_few_processes(inside, monkeypatch):
-    assert inside(COUNT_FORKS).stdout==f'{MOST_PROCESSES-1} Resource temporarily unavailable\n'
-    monkeypatch.setattr(sandbox, 'MOST_PROCESSES', 20) # it is this limit that holds
-    assert inside(COUNT_FORKS).stdout=='19 Resource temporarily unavailable\n'
+    for most in (MOST_PROCESSES, 20): # it is this limit that holds
+        monkeypatch.setattr(sandbox, 'MOST_PROCESSES', most)
+        forks, why = inside(COUNT_FORKS).stdout.split(maxsplit=1)
+        assert most-2<=int(forks)<=most-1 and why=='Resource temporarily unavailable\n' # bubblewrap is one itself
 
 def test_a_fork_bomb_ends(inside):
     bomb = 'import os\nwhile True:\n    try: os.fork()\n    except OSError: pass'
