@@ -6,22 +6,14 @@
 __all__ = ['check_answer', 'two_skills']
 
 # %% ../../nbs/data/24g_two_skills.ipynb #a0db0bad
-import ast, json, math, operator, re, sqlite3, warnings
+import ast, math, operator, re, sqlite3, warnings
 from typing import NamedTuple
 from ..foundations.core import HydraError, number, rng
 from .records import record
+from .check import calls_in, code_in, query_in
 from .sources import as_csv
 from .tools import tool_call, tool_prompt
 from .craft_sql import fill_table
-
-# %% ../../nbs/data/24g_two_skills.ipynb #3e8ce822
-_FENCE = re.compile(r'(?s)```(?:(?i:sqlite|sql|json|python|py)\b)?(.*?)(?:```|\Z)')
-
-def _code_of(answer):
-    "What stands in the first code fence; the whole answer if there is none"
-    fenced = _FENCE.search(answer)
-    found = fenced[1] if fenced else answer
-    return found.strip()
 
 # %% ../../nbs/data/24g_two_skills.ipynb #705f0b16
 def _same_value(found, expected):
@@ -64,7 +56,7 @@ _BEFORE_EXPRESSION = re.compile(r'^\s*(?:return\b|[A-Za-z_]\w*\s*=(?!=))?\s*')
 
 def _expression_in(answer, values):
     "The first piece of code, or line, that is arithmetic on `values`; None if there is none"
-    code = _code_of(answer)
+    code = code_in(answer)
     pieces = re.findall(r'`([^`\n]+)`', code) + code.splitlines()
     for piece in pieces[:20]:
         tail = piece.rpartition(':')[2].strip(' `')
@@ -79,22 +71,6 @@ def _expression_holds(check, answer):
     if expression is None: return False
     found = [_arithmetic(expression, values) for values in check['values']]
     return all(map(_same_value, found, check['expected']))
-
-# %% ../../nbs/data/24g_two_skills.ipynb #5f999865
-_QUERY = re.compile(r'(?is)\bSELECT\b.*|\bWITH\s+(?:RECURSIVE\s+)?\w+\s*(?:\([^()]*\)\s*)?AS\b.*')
-_STATEMENT = re.compile(r'(?i)\s*(?:SELECT|WITH\s+RECURSIVE|INSERT|UPDATE|DELETE|REPLACE|CREATE|DROP|ALTER|ATTACH'
-                        r'|DETACH|PRAGMA|VACUUM|ANALYZE|REINDEX|EXPLAIN|BEGIN|COMMIT|ROLLBACK|SAVEPOINT|VALUES)\b')
-
-def _query_in(answer):
-    "The query of an answer; None if there is none, or another statement beside it"
-    pieces = _code_of(answer).split(';')
-    holding = [i for i, piece in enumerate(pieces) if _QUERY.search(piece)]
-    if not holding: return None
-    piece = pieces.pop(holding[0])
-    if any(_STATEMENT.match(other) for other in pieces): return None
-    query = _QUERY.search(piece)[0].partition('\n\n')[0]
-    if query.count('`')%2: query = query.rpartition('`')[0] # it stood in backticks
-    return query.strip()
 
 # %% ../../nbs/data/24g_two_skills.ipynb #a727328b
 _HARMLESS = 'abs avg coalesce count ifnull iif like lower max min nullif rank round row_number sum total upper'
@@ -136,7 +112,7 @@ def _run_query(query, table, columns, rows):
 # %% ../../nbs/data/24g_two_skills.ipynb #12fa3771
 def _query_holds(check, answer):
     "Does the query of an answer find what is expected, in the table shown and in others like it?"
-    query = _query_in(answer)
+    query = query_in(answer)
     if query is None: return False
     for rows, expected in zip(check['tables'], check['expected']):
         found = _run_query(query, check['table'], check['columns'], rows)
@@ -145,24 +121,10 @@ def _query_holds(check, answer):
             if len(row)!=1 or not _same_value(row[0], value): return False
     return True
 
-# %% ../../nbs/data/24g_two_skills.ipynb #58d89bed
-def _calls_in(answer):
-    "The calls that an answer holds, wherever its JSON begins"
-    text = _code_of(answer)
-    values = []
-    end = 0
-    for begin in re.finditer(r'[\[{]', text):
-        if begin.start()<end: continue
-        if len(values)>20: break
-        try: value, end = json.JSONDecoder().raw_decode(text, begin.start())
-        except (ValueError, RecursionError): value, end = None, begin.end()
-        values += value if isinstance(value, list) else [value]
-    return [value for value in values if isinstance(value, dict) and 'name' in value]
-
 # %% ../../nbs/data/24g_two_skills.ipynb #5128ffeb
 def _call_holds(check, answer):
     "Is there one call, with the name and the arguments that are expected?"
-    calls = _calls_in(answer)
+    calls = calls_in(answer)
     if len(calls)!=1 or calls[0]['name']!=check['name']: return False
     arguments, expected = calls[0].get('arguments'), check['arguments']
     if not isinstance(arguments, dict) or set(arguments)!=set(expected): return False
