@@ -143,7 +143,7 @@ def _score_tokens(self, requests, disable_tqdm=False, override_bs=None):
         self.cache_hook.add_partial('loglikelihood', requests[i][0], score)
     return scores
 
-# %% ../../nbs/proof/72_evaluate.ipynb #6e1fcf47
+# %% ../../nbs/proof/72_evaluate.ipynb #7236ff34
 def text_windows(
     lm, # of lm-eval, with a tokenizer
     text:str # to be predicted from its first token on
@@ -154,6 +154,7 @@ def text_windows(
     windows = get_rolling_token_windows(ids, prefix_token=lm.prefix_token_id, max_seq_len=lm.max_length, context_len=1)
     return [make_disjoint_window(window) for window in windows]
 
+# %% ../../nbs/proof/72_evaluate.ipynb #3f86f777
 def _score_texts(self, requests, disable_tqdm=False):
     "The log-likelihood of whole texts; a method of `HydraLM`"
     texts = [request.args[0] for request in requests]
@@ -168,7 +169,7 @@ def _score_texts(self, requests, disable_tqdm=False):
     for text, total in zip(texts, totals): self.cache_hook.add_partial('loglikelihood_rolling', (text,), total)
     return totals
 
-# %% ../../nbs/proof/72_evaluate.ipynb #307e8c08
+# %% ../../nbs/proof/72_evaluate.ipynb #0764d449
 @functools.cache
 def hydra_lm_class(
 )->type: # a subclass of lm-eval's `HFLM`, which lm-eval knows as `hydra`
@@ -219,7 +220,7 @@ def hydra_lm_class(
 
     return HydraLM
 
-# %% ../../nbs/proof/72_evaluate.ipynb #52f5eb2b
+# %% ../../nbs/proof/72_evaluate.ipynb #58f66a3d
 def hydra_lm(
     hydra:Hydra,
     expert=None, # None: routed request by request; else as `Hydra.gates` takes it

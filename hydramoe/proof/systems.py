@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FEWSHOT_SEED', 'CHUNK', 'LIBS', 'System', 'is_bundle', 'first_system', 'other_system', 'systems_of', 'system_files',
            'without_noise', 'open_lm', 'load_tasks', 'question_of', 'request_rows', 'build_requests', 'answer_rows',
-           'answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task', 'seconds_stage', 'spread_rows',
-           'requests_by_kind', 'forecast', 'is_share', 'mean_interval', 'paired_interval', 'first_metric',
-           'item_values', 'chance_of', 'comparison', 'evaluate_systems', 'write_results']
+           'lm_answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task', 'lm_seconds_stage',
+           'sample_requests', 'requests_by_kind', 'forecast_evaluation', 'is_share', 'mean_interval', 'paired_interval',
+           'first_metric', 'item_values', 'chance_of', 'comparison', 'evaluate_systems', 'write_results']
 
 # %% ../../nbs/proof/72a_systems.ipynb #7e09264d
 import contextlib, functools, io, itertools, json, math, re, sys, tempfile, time
@@ -248,25 +248,25 @@ def answer_rows(
         answers |= zip(chunk, read_json(file))
     return [answers[i] for i in range(len(rows))]
 
-# %% ../../nbs/proof/72a_systems.ipynb #4b2d40a6
+# %% ../../nbs/proof/72a_systems.ipynb #028042b9
 def _described(manifest, weights, system):
     "The system that a stage was called for"
     bundle = str(Path(manifest).parent) if manifest else None
     adapter = str(Path(weights).parent) if weights else None
     return System('', bundle, adapter=adapter, **system)
 
-def answers_stage(out, requests, kind, batch_size=8, manifest=None, config=None, weights=None, **system):
+def lm_answers_stage(out, requests, kind, batch_size=8, manifest=None, config=None, weights=None, **system):
     "Write answers.jsonl: the answer of a system to each request"
     lm = open_lm(_described(manifest, weights, system), batch_size)
     rows = read_jsonl(requests)
     answers = answer_rows(lm, kind, rows, work_dir(out), CHUNK*batch_size)
     write_jsonl(out/'answers.jsonl', [dict(answer=answer) for answer in answers])
 
-# %% ../../nbs/proof/72a_systems.ipynb #112d088d
+# %% ../../nbs/proof/72a_systems.ipynb #b22e52d8
 LIBS = 'torch', 'transformers', 'lm-eval' # whose versions may change an answer
 
 def run_system_stage(
-    make, # `answers_stage`, or another that takes the same
+    make, # `lm_answers_stage`, or another that takes the same
     system:System,
     kind:str, # of the requests
     rows:list[dict], # from `request_rows`
@@ -283,7 +283,7 @@ def run_system_stage(
         params = dict(said, kind=kind, batch_size=batch_size)
         return stage(make, params, inputs, LIBS, device, system.quant or 'as trained', root)
 
-# %% ../../nbs/proof/72a_systems.ipynb #feadf577
+# %% ../../nbs/proof/72a_systems.ipynb #6abbd527
 @functools.cache
 def sealed_lm_class(
 )->type: # a subclass of lm-eval's `LM`
@@ -302,7 +302,7 @@ def sealed_lm_class(
         def answers(self, kind, requests):
             rows = request_rows(self.tasks, requests)
             with contextlib.redirect_stderr(self.stderr):
-                made = run_system_stage(answers_stage, self.system, kind, rows, self.batch_size, self.root)
+                made = run_system_stage(lm_answers_stage, self.system, kind, rows, self.batch_size, self.root)
             return [row['answer'] for row in read_jsonl(made/'answers.jsonl')]
 
         def loglikelihood(self, requests):
@@ -325,7 +325,7 @@ def sealed_lm_class(
 
     return SealedLM
 
-# %% ../../nbs/proof/72a_systems.ipynb #792e2a68
+# %% ../../nbs/proof/72a_systems.ipynb #0af7eaa4
 def evaluate_task(
     system:System,
     task, # of lm-eval
@@ -344,8 +344,8 @@ def evaluate_task(
     found['config'] = dict(model=asdict(system), batch_size=batch_size, **how)
     return found
 
-# %% ../../nbs/proof/72a_systems.ipynb #6f7cb069
-def seconds_stage(out, requests, kind, batch_size=8, manifest=None, config=None, weights=None, **system):
+# %% ../../nbs/proof/72a_systems.ipynb #7d022b76
+def lm_seconds_stage(out, requests, kind, batch_size=8, manifest=None, config=None, weights=None, **system):
     "Write seconds.json: how long a request takes, on average"
     lm = open_lm(_described(manifest, weights, system), batch_size)
     rows = read_jsonl(requests)
@@ -354,7 +354,7 @@ def seconds_stage(out, requests, kind, batch_size=8, manifest=None, config=None,
     _ask(lm, kind, rows, 0)
     write_json(out/'seconds.json', (time.perf_counter()-began)/len(rows))
 
-def spread_rows(
+def sample_requests(
     rows:list[dict], # from `request_rows`
     n:int # how many
 )->list[dict]: # n at most
@@ -363,7 +363,7 @@ def spread_rows(
     places = np.linspace(0, len(rows)-1, min(n, len(rows)))
     return [ordered[round(place)] for place in places]
 
-# %% ../../nbs/proof/72a_systems.ipynb #79f73677
+# %% ../../nbs/proof/72a_systems.ipynb #8fa9426d
 def requests_by_kind(
     tasks:dict, # name → lm-eval's task
     limit:int|None=None, # rows at most
@@ -377,7 +377,7 @@ def requests_by_kind(
             kinds.setdefault(request.request_type, []).extend(rows)
     return kinds
 
-def forecast(
+def forecast_evaluation(
     systems:list[System],
     tasks:dict, # name → lm-eval's task
     limit:int|None=None, # rows at most
@@ -392,12 +392,12 @@ def forecast(
         kinds = requests_by_kind(tasks, limit, template)
         seconds = 0.
         for kind, rows in kinds.items():
-            made = run_system_stage(seconds_stage, system, kind, spread_rows(rows, batch_size), batch_size, root)
+            made = run_system_stage(lm_seconds_stage, system, kind, sample_requests(rows, batch_size), batch_size, root)
             seconds += len(rows)*read_json(made/'seconds.json')
         found.append(dict(system=system.name, requests=sum(map(len, kinds.values())), seconds=seconds))
     return found
 
-# %% ../../nbs/proof/72a_systems.ipynb #fb3f862a
+# %% ../../nbs/proof/72a_systems.ipynb #82f38e61
 def is_share(
     values:np.ndarray # of a metric, one a row
 )->bool: # are they all 0 or 1?
@@ -419,7 +419,7 @@ def mean_interval(
     found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method='wilson')
     return float(found.low), float(found.high)
 
-# %% ../../nbs/proof/72a_systems.ipynb #35f7c465
+# %% ../../nbs/proof/72a_systems.ipynb #69c94fdb
 def paired_interval(
     values:np.ndarray, # of a system, one a row
     first:np.ndarray # of the system that it is compared with, on the same rows
@@ -434,7 +434,7 @@ def paired_interval(
     reach = stats.norm.ppf(.975)*error
     return float(max(-1, middle-reach)), float(min(1, middle+reach))
 
-# %% ../../nbs/proof/72a_systems.ipynb #8503b13a
+# %% ../../nbs/proof/72a_systems.ipynb #0b0f384f
 def first_metric(
     found:dict, # lm-eval's results of one task
     task:str # its name
@@ -467,7 +467,7 @@ def chance_of(
     if said is not None or config['output_type']!='multiple_choice' or metric not in ('acc', 'acc_norm'): return said
     return float(np.mean([1/len(sample['arguments']) for sample in found['samples'][task]]))
 
-# %% ../../nbs/proof/72a_systems.ipynb #b969031b
+# %% ../../nbs/proof/72a_systems.ipynb #e14e400d
 def _table_row(task, system, found, first):
     "One system on one task, against the first"
     metric, filter = first_metric(found, task)
@@ -490,7 +490,7 @@ def comparison(
         rows += [_table_row(task, system, results, first) for system, results in by_system.items()]
     return rows
 
-# %% ../../nbs/proof/72a_systems.ipynb #f5ca2665
+# %% ../../nbs/proof/72a_systems.ipynb #039703a0
 def evaluate_systems(
     systems:list[System], # the first is what the others are compared with
     tasks:dict, # name → lm-eval's task, from `load_tasks`
@@ -502,7 +502,7 @@ def evaluate_systems(
         found[name][system.name] = evaluate_task(system, task, **how)
     return found
 
-# %% ../../nbs/proof/72a_systems.ipynb #c0e4f1fb
+# %% ../../nbs/proof/72a_systems.ipynb #0362c91a
 def _file_name(text): return re.sub(r'[^\w.+-]', '_', text)
 
 def write_results(
