@@ -169,7 +169,7 @@ def _score_texts(self, requests, disable_tqdm=False):
     for text, total in zip(texts, totals): self.cache_hook.add_partial('loglikelihood_rolling', (text,), total)
     return totals
 
-# %% ../../nbs/proof/72_evaluate.ipynb #0764d449
+# %% ../../nbs/proof/72_evaluate.ipynb #86d2ad4c
 @functools.cache
 def hydra_lm_class(
 )->type: # a subclass of lm-eval's `HFLM`, which lm-eval knows as `hydra`
@@ -220,7 +220,7 @@ def hydra_lm_class(
 
     return HydraLM
 
-# %% ../../nbs/proof/72_evaluate.ipynb #58f66a3d
+# %% ../../nbs/proof/72_evaluate.ipynb #b27d6cf2
 def hydra_lm(
     hydra:Hydra,
     expert=None, # None: routed request by request; else as `Hydra.gates` takes it
