@@ -21,7 +21,7 @@ from hydramoe.models.template import render # noqa: E402
 from hydramoe.hydra import Hydra # noqa: E402
 from hydramoe.hydra.adopt import adopt # noqa: E402
 from hydramoe.proof import systems # noqa: E402
-from hydramoe.proof.evaluate import hydra_lm, hydra_lm_class, last_question, route_texts, score_batch, score_pairs # noqa: E402
+from hydramoe.proof.evaluate import hydra_lm, hydra_lm_class, last_question, route_texts, score_pairs # noqa: E402
 from hydramoe.proof.systems import System, answer_rows, build_requests, comparison, evaluate_systems, evaluate_task # noqa: E402
 from hydramoe.proof.systems import first_system, forecast_evaluation, item_values, load_tasks, lm_answers_stage # noqa: E402
 from hydramoe.proof.systems import mean_interval, open_lm, paired_interval, request_rows, run_system_stage # noqa: E402
@@ -77,17 +77,20 @@ def test_a_fixed_expert_answers_as_the_merged_model(made, kind, size, bundle, ex
     if expert!='base': assert not same(kind, ours, ask(reference(made, bundle, 'base'), kind)) # the expert does something
 
 def test_a_greedy_answer_is_called_so(made):
-    lm = hydra_lm(Hydra.load(made/'b'), 'sea')
-    (said,) = ask(lm, 'generate_until', [(TEXTS[0], dict(until=['\0'], max_gen_toks=3, do_sample=False))])
-    ids = lm.tok_encode(said)
-    assert lm.tokenizer.decode(ids)==said and len(ids)==3, 'this seed says something that is no text: take another'
-    assert [greedy for _, greedy in ask(lm, 'loglikelihood', [(TEXTS[0], said), (TEXTS[0], said[:-1]+'~~')])]==[True, False]
+    hydra = Hydra.load(made/'b')
+    context, gates = hydra.base.tokenizer.encode(TEXTS[0]), hydra.gates(['any'], 'sea')
+    said = hydra.model.generate(torch.tensor([context]), gates=gates, max_new_tokens=3, do_sample=False)[0,len(context):].tolist()
+    answers = [said, [*said[:-1], said[-1]+1], [said[0]+1, *said[1:]]] # the last one is fed another token
+    scores = dict(score_pairs(hydra.model, [(context, answer) for answer in answers], [gates[0]]*3, 2048))
+    assert [scores[i][1] for i in range(3)]==[True, False, False]
 
 @pytest.mark.parametrize('kind', ['loglikelihood', 'loglikelihood_rolling'])
 def test_what_is_too_long_is_cut_as_lm_eval_cuts_it(made, kind):
-    ours = ask(hydra_lm(Hydra.load(made/'b'), 'sea', max_length=16), kind)
-    assert same(kind, ours, ask(reference(made, max_length=16), kind))
-    assert not same(kind, ours, ask(reference(made), kind))
+    ours = hydra_lm(Hydra.load(made/'b'), 'sea', max_length=16)
+    arguments = KINDS[kind][:12]
+    assert same(kind, ask(ours, kind, arguments), ask(reference(made, max_length=16), kind, arguments))
+    assert not same(kind, ask(ours, kind, arguments), ask(reference(made), kind, arguments))
+    with pytest.raises(HydraError, match='the base reads 16'): ask(ours, 'loglikelihood', [('short', 'an answer that is longer')])
 
 def test_a_gate_answers_as_its_own_forward(made):
     hydra = Hydra.load(made/'gated')
@@ -156,7 +159,7 @@ def test_of_a_task_the_question_is_read_without_examples_and_template(made, tmp_
     assert ('<|im_start|>' in rows[0]['args'][0])==chat
 
 def test_nothing_to_read_is_all_experts_alike_and_no_weight_is_the_base():
-    assert route_texts(fickle(), [''])[0].tolist()==[1/3]*3
+    assert np.allclose(route_texts(fickle(), [''])[0], 1/3)
     assert route_texts(fickle(), ['none of them', 'law'])[0] is None
 
 # ---- lm-eval's cache
