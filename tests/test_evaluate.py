@@ -31,7 +31,7 @@ from hydramoe.use.eval_command import EVAL_COMMANDS # noqa: E402
 from helpers import files_in, forked # noqa: E402
 from hydras import NAMES, TEXTS, by_hand, fickle, save_base # noqa: E402
 
-CHOICES = ['yes', 'no', 'perhaps', 'a long answer']
+CHOICES = ['yes', 'no', 'perhaps', 'a long answer', 'A', 'B']
 PAIRS = [(f'{text}:', f' {choice}') for text in TEXTS for choice in CHOICES]+[('', 'nothing before it')]
 LONG = [('law '*9,), ('sea',), ('a sum of numbers, and a few more of them',)]
 STOP = dict(until=['\n', '['], max_gen_toks=7, do_sample=False) # no letter of the template's marks, where lm-eval would stop too
@@ -87,7 +87,7 @@ def test_a_greedy_answer_is_called_so(made):
 @pytest.mark.parametrize('kind', ['loglikelihood', 'loglikelihood_rolling'])
 def test_what_is_too_long_is_cut_as_lm_eval_cuts_it(made, kind):
     ours = hydra_lm(Hydra.load(made/'b'), 'sea', max_length=16)
-    arguments = KINDS[kind][:12]
+    arguments = KINDS[kind][:18]
     assert same(kind, ask(ours, kind, arguments), ask(reference(made, max_length=16), kind, arguments))
     assert not same(kind, ask(ours, kind, arguments), ask(reference(made), kind, arguments))
     with pytest.raises(HydraError, match='the base reads 16'): ask(ours, 'loglikelihood', [('short', 'an answer that is longer')])
@@ -170,6 +170,13 @@ def test_lm_evals_response_cache_is_filled_and_read(tmp_path):
     before = {kind: ask(cached, kind) for kind in KINDS}
     lm.hydra = None # whoever is asked now fails
     assert {kind: ask(cached, kind) for kind in KINDS}==before
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_each_answer_is_kept_when_it_is_known(kind):
+    lm, kept = hydra_lm(fickle(), batch_size=2), {}
+    lm.cache_hook = SimpleNamespace(add_partial=lambda attr, args, answer: kept.update({json.dumps([attr, *args]): answer}))
+    answers = ask(lm, kind)
+    assert kept=={json.dumps([kind, *args]): answer for args, answer in zip(KINDS[kind], answers)}
 
 # ---- systems and tasks
 
@@ -273,14 +280,15 @@ def killed_or_done(made, tmp_path, root, at=None):
         hydra_lm_class().loglikelihood = counted
         run_system_stage(lm_answers_stage, System('b', str(made/'b')), 'loglikelihood', rows, 1, root)
         if at=='never again': assert asked[0]==1, asked # all but the last chunk were there
-    return os.WIFSIGNALED(forked(work))
+    status = forked(work)
+    assert os.WIFSIGNALED(status) or status==0
+    return os.WIFSIGNALED(status)
 
 def test_a_killed_run_goes_on_and_holds_the_same_bytes(made, tmp_path):
     assert not killed_or_done(made, tmp_path, tmp_path/'whole')
     assert killed_or_done(made, tmp_path, tmp_path/'killed', 3)
     assert stages_in(tmp_path/'killed')==[] and len(list((tmp_path/'killed').glob('.work-*/*.json')))==2
-    status = killed_or_done(made, tmp_path, tmp_path/'killed', 'never again')
-    assert not status
+    assert not killed_or_done(made, tmp_path, tmp_path/'killed', 'never again')
     (a,), (b,) = stages_in(tmp_path/'whole'), stages_in(tmp_path/'killed')
     assert a==b
     contents = [read_jsonl(root/a/'answers.jsonl') for root in (tmp_path/'whole', tmp_path/'killed')]
