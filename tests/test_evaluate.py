@@ -17,18 +17,18 @@ from lm_eval.models.huggingface import HFLM # noqa: E402
 from hydramoe.foundations.core import HydraError, rng # noqa: E402
 from hydramoe.foundations.files import read_json, read_jsonl, write_bytes, write_jsonl # noqa: E402
 from hydramoe.models.base import tiny_base # noqa: E402
+from hydramoe.models.load import load_base # noqa: E402
 from hydramoe.models.template import render # noqa: E402
 from hydramoe.hydra import Hydra # noqa: E402
 from hydramoe.hydra.adopt import adopt # noqa: E402
-from hydramoe.proof import systems # noqa: E402
 from hydramoe.proof.evaluate import hydra_lm, hydra_lm_class, last_question, route_texts, score_pairs # noqa: E402
 from hydramoe.proof.systems import System, answer_rows, build_requests, comparison, evaluate_systems, evaluate_task # noqa: E402
 from hydramoe.proof.systems import first_system, forecast_evaluation, item_values, load_tasks, lm_answers_stage # noqa: E402
 from hydramoe.proof.systems import mean_interval, open_lm, paired_interval, request_rows, run_system_stage # noqa: E402
-from hydramoe.proof.systems import sample_requests, systems_of, write_results # noqa: E402
+from hydramoe.proof.systems import ratio_interval, sample_requests, systems_of, write_results # noqa: E402
 from hydramoe.use.command import run_shell # noqa: E402
 from hydramoe.use.eval_command import EVAL_COMMANDS # noqa: E402
-from helpers import files_in, forked # noqa: E402
+from helpers import files_in, forked, root # noqa: E402
 from hydras import NAMES, TEXTS, by_hand, fickle, save_base # noqa: E402
 
 CHOICES = ['yes', 'no', 'perhaps', 'a long answer', 'A', 'B']
@@ -352,12 +352,22 @@ def test_the_table_is_what_the_items_say(made, tmp_path):
         assert row['n']==12 and row['chance']==.5 and np.isclose(row['score'], items[row['system']].mean()) and row['low']<=row['score']<=row['high']
     for row in rows[1:]: assert np.isclose(row['difference'], row['score']-rows[0]['score']) and row['difference_low']<=row['difference']<=row['difference_high']
 
-def test_a_perplexity_has_a_score_and_no_interval(made, tmp_path):
+def test_a_perplexity_has_an_interval_by_rows(made, tmp_path):
     metrics = [dict(metric='word_perplexity', aggregation='weighted_perplexity', higher_is_better=False)]
     task = task_of(tmp_path, output_type='loglikelihood_rolling', doc_to_text='', doc_to_target='{{q}}', doc_to_choice=None, metric_list=metrics)
-    found = evaluate_systems(systems_of(first_system(str(made/'b')), ['base']), load_tasks([task]), root=tmp_path/'s')
+    found = evaluate_systems(systems_of(first_system(str(made/'b')), ['base', 'model=tiny']), load_tasks([task]), root=tmp_path/'s')
     rows = comparison(found)
-    assert all(row['score']>1 and 'low' not in row and row['chance'] is None for row in rows)
+    assert all(row['low']<row['score']<row['high'] and row['chance'] is None for row in rows)
+    assert np.isclose(rows[1]['score'], rows[2]['score']) and np.isclose(rows[1]['difference_low'], rows[2]['difference_low'])
+    def total(values): return values.sum(0)[0]/values.sum(0)[1]
+    draw = rng(0, 'ratio').normal(3, 1, (50, 2))
+    low, high = ratio_interval(draw, total, draw)
+    assert low==high==0 # paired: a system differs in nothing from itself
+
+def test_texts_that_are_scored_together_have_no_interval(made, tmp_path):
+    task = task_of(tmp_path, **GENERATED|dict(metric_list=[dict(metric='chrf', aggregation='chrf', higher_is_better=True)]))
+    rows = comparison(evaluate_systems(systems_of(first_system(str(made/'b')), ['base']), load_tasks([task]), root=tmp_path/'s'))
+    assert [row['low'] for row in rows]==[None, None] and rows[1]['difference_low'] is None and rows[0]['score']>=0
 
 def test_results_are_written_whole_and_twice_the_same(made, tmp_path):
     def run(name):
@@ -418,3 +428,14 @@ def test_naming_the_tasks_needs_no_torch():
     code = ("import sys; from hydramoe.use.command import run_command; from hydramoe.use.eval_command import EVAL_COMMANDS\n"
             "try: run_command(EVAL_COMMANDS, ['eval', '--help'])\nexcept SystemExit: pass\nassert not {'torch', 'lm_eval'} & set(sys.modules)")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode==0
+
+# ---- the real model
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+def test_experts_of_a_real_model_answer_as_merged(kind):
+    small = root/'tests'/'data'/'small_hydra'
+    base = load_base('smollm2', 'fp32')
+    dense = PeftModel.from_pretrained(base.model, small/'experts'/'sql-elements-result').merge_and_unload()
+    theirs = ask(HFLM(dense, 'causal', tokenizer=base.tokenizer, batch_size=4), kind)
+    assert same(kind, ask(hydra_lm(Hydra.load(small, quant='fp32'), 'sql-elements-result', 4), kind), theirs)
