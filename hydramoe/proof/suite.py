@@ -11,7 +11,7 @@ __all__ = ['QUESTION_FORM', 'PROBLEM_FORM', 'SUMMARY_FORM', 'PROGRAM_ENDS', 'KNO
            'run_items', 'metric_entry', 'columns_of', 'sampled', 'task_config', 'suite_tasks', 'informative',
            'bits_interval', 'measured', 'task_row', 'suite_rows', 'scores_source', 'task_yaml', 'write_suite']
 
-# %% ../../nbs/proof/73a_suite.ipynb #69935ced
+# %% ../../nbs/proof/73a_suite.ipynb #55366b87
 import functools, json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ..foundations.core import HydraError, one_of
 from ..foundations.files import read_json, write_bytes, writing_dir
 from ..foundations.store import stage
 from ..data.records import DOMAINS
-from ..data.cards import cards_digest, load_card
+from ..data.cards import card_names, cards_digest, load_card
 from ..data.check import check_call, check_choice, check_math, check_no_call, check_number, check_program, check_rows
 from .items import asked_items, call_items, function_items, gap_items, items_stage, letter_items
 from .items import preference_items, program_items, query_items, reference_items, reply_items
@@ -224,14 +224,14 @@ KNOWLEDGE_TASKS = dict(
     hydra_human_eval_reference=SuiteTask('coding', partial(program_items, 'human_eval'), score_reference,
         'the rest of a function', delimiter=''))
 
-# %% ../../nbs/proof/73a_suite.ipynb #582fcf6d
+# %% ../../nbs/proof/73a_suite.ipynb #60d22059
 LANGUAGE_TASKS = dict(
     hydra_hellaswag=SuiteTask('writing', partial(asked_items, 'hellaswag'), score_choices,
         'how a text goes on'),
     hydra_preference=SuiteTask('writing', partial(preference_items, 'preferred'), score_choices,
         'which of two answers people preferred'),
-    hydra_writing_reference=SuiteTask('writing', partial(reference_items, 'passage_tasks', 'prose_tasks', 'verse_tasks'),
-        score_reference, 'the missing or next piece of a literary text'),
+    hydra_writing_reference=SuiteTask('writing', partial(reference_items, 'passage_tasks'), score_reference,
+        'what is missing in a passage, or comes next'),
     hydra_boolq=SuiteTask('truthfulness', partial(verdict_items, 'boolq_dev'), score_choices,
         'whether a passage says so'),
     hydra_truthful_reference=SuiteTask('truthfulness', partial(reference_items, 'truthful_qa', form=QUESTION_FORM),
@@ -304,16 +304,17 @@ def suite_names(
         if is_of_domain and is_of_kind and (is_packaged or hub): names.append(name)
     return names
 
-# %% ../../nbs/proof/73a_suite.ipynb #11b12504
+# %% ../../nbs/proof/73a_suite.ipynb #c0db957c
 def run_items(
     name:str, # of a task
     out:str|Path|None=None # folder of the sealed directory; in the cache if None
 )->Path: # sealed: items.jsonl, about.json
     "The items of one task, made once"
     task = SUITE[one_of(name, list(SUITE), 'task')]
-    made_by = dict(make=task.make.func.__name__, cards=task.cards, how=task.make.keywords)
-    most = MOST_WRITTEN if task.is_written else None
-    return stage(items_stage, dict(made_by, text=cards_digest(','.join(task.cards)), most=most), root=out, name=name)
+    read = sorted({*task.cards, *card_names(task.domain)}) # also what is trained on, for leaks
+    params = dict(make=task.make.func.__name__, cards=task.cards, how=task.make.keywords, text=cards_digest(','.join(read)))
+    if task.is_written: params['most'] = MOST_WRITTEN
+    return stage(items_stage, params, root=out, name=name)
 
 # %% ../../nbs/proof/73a_suite.ipynb #8b6c3d99
 AGGREGATIONS = dict(bits_per_byte='bits_per_byte') # metric → how lm-eval sums it up; others by their mean
