@@ -1,5 +1,5 @@
 "The suite of nine domains: what is asked, that nobody was trained on it, and that lm-eval counts as it counts its own tasks."
-import json, sqlite3, subprocess, sys
+import functools, json, sqlite3, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from hydramoe.data.leaks import find_leaks
 from hydramoe.data.load import load
 from hydramoe.data.parts import part_of
 from hydramoe.data.records import DOMAINS
+from hydramoe.data.sources import as_csv
 from hydramoe.data.splits import prompt_key
 from hydramoe.models.base import tiny_base
 from hydramoe.proof import items as items_room
@@ -42,7 +43,8 @@ def ask(model, tasks, limit=6, **more):
     alone = TaskManager(include_defaults=False)
     return lm_eval.simple_evaluate(model, tasks=tasks, limit=limit, task_manager=alone, bootstrap_iters=10, **more)
 
-def items_of(name): return read_jsonl(run_items(name)/'items.jsonl')
+made = functools.cache(run_items)
+def items_of(name): return read_jsonl(made(name)/'items.jsonl')
 
 
 # ---- what is asked
@@ -50,7 +52,7 @@ def items_of(name): return read_jsonl(run_items(name)/'items.jsonl')
 @pytest.mark.parametrize('name', suite_names(written=None))
 def test_items_are_whole(name):
     items = items_of(name)
-    about = read_json(run_items(name)/'about.json')
+    about = read_json(made(name)/'about.json')
     assert about['n']==len(items)==len({item['id'] for item in items})>=50
     for item in items:
         assert item['query'] or SUITE[name].make.func.__name__=='gap_items'
@@ -74,7 +76,7 @@ def test_right_answers_are_in_no_favoured_place():
     for name in ('hydra_sql', 'hydra_reply', 'hydra_scene', 'hydra_function'):
         items = items_of(name)
         share = sum(item['gold']==0 for item in items)/len(items)
-        assert not informative(share, len(items), chance_of(items)) or abs(share-chance_of(items))<.1
+        assert abs(share-chance_of(items))<.1
 
 def test_the_true_reply_is_among_replies_of_the_same_play():
     records = load('scenes_held')
@@ -92,7 +94,7 @@ def test_wrong_queries_return_other_rows_and_the_right_one_the_right_rows():
         con.executescript(item['tables'])
         rows = [con.execute(query).fetchall() for query in item['choices']]
         right = rows.pop(item['gold'])
-        assert items_room.as_csv_text(right)==answers[item['query']] if hasattr(items_room, 'as_csv_text') else right
+        assert as_csv(None, right)==answers[item['query']]
         assert not any(same_rows(other, right, False) and same_rows(other, right, True) for other in rows)
 
 def test_whoever_always_calls_or_never_is_at_chance():
@@ -257,22 +259,21 @@ RIGHT = dict(hydra_gsm8k=lambda doc: doc['reference'], hydra_math_500=lambda doc
 @pytest.mark.parametrize('name', RIGHT)
 def test_right_answers_are_right_and_others_wrong(name):
     reciter = Reciter(RIGHT[name])
-    found = ask(reciter, suite_tasks([name]), None)
+    tasks = suite_tasks([name])
+    found = ask(reciter, tasks, 40)
     metric = found['configs'][name]['metric_list'][0]['metric']
     assert found['results'][name][f'{metric},none']==1
-    assert found['n-samples'][name]['effective']<=MOST_WRITTEN
     assert all(how['max_gen_toks']==MOST_TOKENS and not how['do_sample'] for how in reciter.kwargs)
     wrong = '[{"name": "x", "arguments": {}}]' if name=='hydra_no_calls' else 'I could not say.'
-    assert ask(Reciter(lambda doc: wrong), suite_tasks([name]), None)['results'][name][f'{metric},none']<.1
+    assert ask(Reciter(lambda doc: wrong), suite_tasks([name]), 40)['results'][name][f'{metric},none']<.1
 
 def test_accepted_calls_are_right():
-    found = ask(Reciter(called), suite_tasks(['hydra_calls']), None)
+    found = ask(Reciter(called), suite_tasks(['hydra_calls']), 80)
     assert found['results']['hydra_calls']['acc,none']>.95 # an accepted value of an object may hold alternatives inside
     assert ask(Reciter(lambda doc: '[]'), suite_tasks(['hydra_calls']))['results']['hydra_calls']['acc,none']==0
 
 def test_programs_run_only_if_told_so():
     task = suite_tasks(['hydra_human_eval'], samples=2)
-    answers = iter(lambda: None, 1)
     def half_right(doc, left=[0]):
         left[0] += 1
         return doc['reference'] if left[0]%2 else '    return None\n'
