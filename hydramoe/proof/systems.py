@@ -7,7 +7,7 @@ __all__ = ['FEWSHOT_SEED', 'CHUNK', 'LIBS', 'DRAWS', 'System', 'is_bundle', 'fir
            'system_files', 'without_noise', 'open_lm', 'load_tasks', 'question_of', 'request_rows', 'build_requests',
            'answer_rows', 'lm_answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task',
            'lm_seconds_stage', 'sample_requests', 'requests_by_kind', 'forecast_evaluation', 'is_share',
-           'mean_interval', 'paired_interval', 'ratio_interval', 'first_metric', 'item_values', 'chance_of',
+           'mean_interval', 'paired_interval', 'paired_p', 'ratio_interval', 'first_metric', 'item_values', 'chance_of',
            'comparison', 'evaluate_systems', 'write_results']
 
 # %% ../../nbs/proof/72a_systems.ipynb #45aec6ad
@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
+from ..foundations.accuracy import accuracy_difference, mcnemar_p, wilson
 from ..foundations.core import HydraError, derive_seed, one_of, progress, rng
 from ..foundations.files import file_sha256, read_json, read_jsonl, write_json, write_jsonl, writing_dir
+from ..foundations.statistics import holm
 from ..foundations.store import stage, work_dir
 from ..models.load import load_base
 from ..experts.adapter_files import adapter_config
@@ -416,23 +418,28 @@ def mean_interval(
 )->tuple[float|None,float|None]: # low, high
     "The 95 % interval of a score: Wilson's for shares, Student's for other means"
     if not is_share(values): return _student(values)
-    found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method='wilson')
-    return float(found.low), float(found.high)
+    _, low, high = wilson(int(values.sum()), len(values))
+    return low, high
 
 # %% ../../nbs/proof/72a_systems.ipynb #69c94fdb
 def paired_interval(
     values:np.ndarray, # of a system, one a row
     first:np.ndarray # of the system that it is compared with, on the same rows
 )->tuple[float|None,float|None]: # low, high
-    "The 95 % interval of a mean difference: Agresti and Min's (2005) for shares, Student's for other means"
-    difference = values-first
-    if not (is_share(values) and is_share(first)): return _student(difference)
-    gained, lost = (difference>0).sum(), (difference<0).sum()
-    n = len(difference)+2
-    middle = (gained-lost)/n
-    error = math.sqrt(gained+lost+1-(gained-lost)**2/n)/n
-    reach = stats.norm.ppf(.975)*error
-    return float(max(-1, middle-reach)), float(min(1, middle+reach))
+    "The 95 % interval of a mean difference: Newcombe's for shares, Student's for other means"
+    if not (is_share(values) and is_share(first)): return _student(values-first)
+    found = accuracy_difference(values, first)
+    return found.low/100, found.high/100
+
+def paired_p(
+    values:np.ndarray, # of a system, one a row
+    first:np.ndarray # of the system that it is compared with, on the same rows
+)->float|None: # two-sided; None of fewer than two rows
+    "How likely chance alone makes such a difference: McNemar's test for shares, Student's for other means"
+    if len(values)<2: return None
+    if is_share(values) and is_share(first): return mcnemar_p(values, first)
+    if (values==first).all(): return 1.
+    return float(stats.ttest_rel(values, first).pvalue)
 
 # %% ../../nbs/proof/72a_systems.ipynb #c52f043f
 DRAWS = 1000 # of the bootstrap
@@ -506,17 +513,27 @@ def _table_row(task, system, found, first):
     row |= dict(n=found['n-samples'][task]['effective'], score=_score_of(found, task), low=own[0], high=own[1])
     if found is first: return row
     difference = row['score']-_score_of(first, task)
-    return row|dict(difference=difference, difference_low=paired[0], difference_high=paired[1])
+    values, reference = item_values(found, task), item_values(first, task)
+    has_rows = values is not None and values.ndim==1
+    p = paired_p(values, reference) if has_rows else None
+    return row|dict(difference=difference, difference_low=paired[0], difference_high=paired[1], p=p)
+
+def _correct_rows(rows):
+    "Rows whose p-values hold for all of them together"
+    with_p = [row for row in rows if row.get('p') is not None]
+    corrected = holm([row['p'] for row in with_p]) if with_p else []
+    for row, p in zip(with_p, corrected): row['p'] = float(p)
+    return rows
 
 def comparison(
     found:dict # task → system → lm-eval's results; the first system is what the others are compared with
-)->list[dict]: # a row for each task and system: score, low, high, difference, …
+)->list[dict]: # a row for each task and system: score, low, high, difference, p by Holm, …
     "Scores with intervals, and paired differences from the first system"
     rows = []
     for task, by_system in found.items():
         first = next(iter(by_system.values()))
         rows += [_table_row(task, system, results, first) for system, results in by_system.items()]
-    return rows
+    return _correct_rows(rows)
 
 # %% ../../nbs/proof/72a_systems.ipynb #c2c06b0c
 def evaluate_systems(

@@ -46,8 +46,7 @@ def split_words(
 def known_suite(
 )->dict: # name → `hydramoe.proof.suite.SuiteTask`
     "The tasks of the nine-domain suite"
-    try: from hydramoe.proof.suite import SUITE
-    except ImportError: return {}
+    from hydramoe.proof.suite import SUITE
     return SUITE
 
 def _tasks_asked_for(words, include, allow_code):
@@ -95,11 +94,13 @@ def score_text(
 def change_text(
     row:dict # of `comparison`
 )->str: # '+3.1 [−0.4, +6.5]'; '' for the first system
-    "How far a system is from the first; a star where the interval leaves out zero"
+    "How far a system is from the first; a star where that is significant, corrected for the whole table"
     if row.get('difference_low') is None: return ''
     low, high = row['difference_low'], row['difference_high']
     factor, fmt = (100, '+.1f') if _in_percent(row) else (1, '+.3f')
-    star = ' *' if low>0 or high<0 else ''
+    leaves_out_zero = low>0 or high<0
+    may_be_chance = row['p'] is not None and row['p']>.05
+    star = ' *' if leaves_out_zero and not may_be_chance else ''
     return f"{format_cell(factor*row['difference'], fmt)} {interval((factor*low, factor*high), fmt)}{star}"
 
 # %% ../../nbs/use/86a_eval_command.ipynb #57d28871
