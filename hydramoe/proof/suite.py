@@ -16,9 +16,10 @@ import functools, json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import comb, sqrt
+from math import comb
 from pathlib import Path
 import yaml
+from ..foundations.accuracy import wilson
 from ..foundations.core import HydraError, one_of
 from ..foundations.files import read_json, write_bytes, writing_dir
 from ..foundations.store import stage
@@ -397,19 +398,13 @@ def suite_tasks(
     return [task_config(name, run_items(name, out), samples) for name in names]
 
 # %% ../../nbs/proof/73a_suite.ipynb #afa96579
-def _wilson(accuracy, n, z=1.96):
-    "Wilson's interval for a share (1927)"
-    middle = accuracy+z*z/(2*n)
-    half = z*sqrt(accuracy*(1-accuracy)/n+(z/(2*n))**2)
-    return (middle-half)/(1+z*z/n), (middle+half)/(1+z*z/n)
-
 def informative(
     accuracy:float, # 0 to 1
     n:int, # items
     chance:float # of who knows nothing
 )->bool: # does the whole interval lie above it?
     "Is an accuracy told apart from chance?"
-    low, _ = _wilson(accuracy, n)
+    _, low, _ = wilson(round(accuracy*n), n)
     return low>chance
 
 # %% ../../nbs/proof/73a_suite.ipynb #bfac1d51
@@ -436,7 +431,7 @@ def measured(
     if metric=='bits_per_byte': return bits_interval([sample[metric] for sample in found['samples'][task]])
     value = found['results'][task][f'{metric},none']
     n = found['n-samples'][task]['effective']
-    if metric!='rouge_l': return value, *_wilson(value, n)
+    if metric!='rouge_l': return value, *wilson(round(value*n), n)[1:]
     half = 1.96*found['results'][task][f'{metric}_stderr,none']
     return value, value-half, value+half
 

@@ -7,8 +7,8 @@ __all__ = ['FEWSHOT_SEED', 'CHUNK', 'LIBS', 'DRAWS', 'System', 'is_bundle', 'fir
            'system_files', 'without_noise', 'open_lm', 'load_tasks', 'question_of', 'request_rows', 'build_requests',
            'answer_rows', 'lm_answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task',
            'lm_seconds_stage', 'sample_requests', 'requests_by_kind', 'forecast_evaluation', 'is_share',
-           'mean_interval', 'paired_interval', 'paired_p', 'ratio_interval', 'first_metric', 'item_values', 'chance_of',
-           'comparison', 'evaluate_systems', 'write_results']
+           'mean_interval', 'paired_interval', 'paired_p', 'ratio_interval', 'first_metric', 'item_values',
+           'task_chance', 'comparison', 'evaluate_systems', 'write_results']
 
 # %% ../../nbs/proof/72a_systems.ipynb #45aec6ad
 import contextlib, difflib, functools, io, itertools, json, math, re, sys, tempfile, time
@@ -481,7 +481,7 @@ def item_values(
     try: return np.array(values, float)
     except (TypeError, ValueError): return None
 
-def chance_of(
+def task_chance(
     found:dict, # lm-eval's results of one task
     task:str # its name
 )->float|None: # None: unknown
@@ -509,7 +509,7 @@ def _table_row(task, system, found, first):
     "One system on one task, against the first"
     metric, _ = first_metric(found, task)
     own, paired = _intervals(metric, item_values(found, task), item_values(first, task))
-    row = dict(task=task, system=system, metric=metric, chance=chance_of(found, task))
+    row = dict(task=task, system=system, metric=metric, chance=task_chance(found, task))
     row |= dict(n=found['n-samples'][task]['effective'], score=_score_of(found, task), low=own[0], high=own[1])
     if found is first: return row
     difference = row['score']-_score_of(first, task)
