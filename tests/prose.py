@@ -38,7 +38,7 @@ def readme():
         'zero is the base': 'the formula above it',
         '## {} commands': [word(len(re.findall(r'(?m)^make ', text('README.md')))).capitalize()],
         'Python {} or newer': [project['requires-python'].removeprefix('>=')],
-        'runs {} notebooks on real instruction data of {} domains, on SmolLM2-135M in {} bits': [word(len(demo)), word(len(DOMAINS)), dict(nf4=4)[demo['e2_experts']['quant']]],
+        'runs {} notebooks on real instruction data of {} domains, on SmolLM2-135M in {} bits': [word(len(demo)), word(len(DOMAINS)), dict(nf4=4)[demo['e2_search']['quant']]],
         'copy the {} files of `demo`': [word(len(list((root/'nbs'/'experiments'/'params').glob('*-demo.yaml'))))],
     }
 
@@ -47,6 +47,8 @@ def results_page(): return {
     'Some {} thousand tokens a pass': [about(tokens('study'), {100_000: 'hundred'})],
     'with {} as many tokens and {} as many test prompts': [about(tokens('pilot')/tokens('study'), {.5: 'half'}), about(prompts('pilot')/prompts('study'), {.5: 'half'})],
     'with its {} test prompts': [str(prompts('demo'))],
+    '`hydramoe reproduce study-0`, `study-1` and so on': 'names of runs',
+    'that seed 0 searched': 'the name of a run',
     'all experts, 100 % the *oracle*': 'the unit of the table',
     'more than 100 % is possible': 'the unit of the table',
     'Measured on {} or {} CPU cores': [word(n) for n in sorted({measured(f)['conditions']['threads'] for f,*_ in SPEEDS})],
