@@ -88,7 +88,7 @@ RUN_COMMANDS['run'] = Command(
     run_notebook_command, help='Run a notebook with other parameters, or with many values of them',
     examples=['hydramoe run nbs/experiments/e1_domains.ipynb',
               'hydramoe run nbs/experiments/e1_domains.ipynb -p k=4 -p seed=1 --out e1-k4.ipynb',
-              'hydramoe run nbs/experiments/e2_experts.ipynb -p rank=2,4,8 -p seed=0,1 --jobs 2'],
+              'hydramoe run nbs/experiments/e2_search.ipynb -p rank=2,4,8 -p seed=0,1 --jobs 2'],
     args=[arg('notebook', help='a notebook with a cell tagged `parameters`'),
           arg('-p', dest='params', action='append', default=[], metavar='NAME=VALUE', help=_PARAM),
           arg('--jobs', type=int, default=1, metavar='N', help='runs at a time, of a sweep (default %(default)s)'),
@@ -109,5 +109,5 @@ RUN_COMMANDS['reproduce'] = Command(
     reproduce_command, help='Run the experiments of a scale, but what is unchanged',
     examples=['hydramoe reproduce toy', 'hydramoe reproduce demo', 'hydramoe reproduce study --until e2_experts'],
     args=[arg('scale',
-              help='toy (seconds), demo (minutes), pilot (its data, searched and with controls), study (hours)'),
+              help='toy (seconds), demo (minutes), pilot (its data, searched and with controls), study (hours); with a seed, study-1, a run of that seed'),
           arg('--until', metavar='NAME', help='stop at this experiment')])
