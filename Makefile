@@ -10,7 +10,7 @@ WORKERS ?= 2
 WANT = $(shell cat constraints.txt pyproject.toml | cksum)-$(EXTRAS)-$(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets demo test test-slow results paper readme lab hooks export clean check
+.PHONY: help setup assets demo test test-slow test-extern results paper readme lab hooks export clean check
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,10 +30,13 @@ demo: setup ## from nothing to routed QLoRA experts and a report (some 10 minute
 	@$(BIN)/hydramoe reproduce demo
 
 test: assets ## the test suite: every notebook, and tests/ (under 20 minutes)
-	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' tests
+	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not extern' tests
 
 test-slow: assets ## the tests that take long
 	@$(BIN)/python -m pytest -n $(WORKERS) -m slow tests
+
+test-extern: assets ## oracles that are asked now and then; the dated record is tests/EXTERN.md, commit it
+	@$(BIN)/python -m pytest -m extern --record tests/EXTERN.md tests
 
 results: setup ## copy finished runs into results/, and results into paper and README
 	@$(BIN)/python -c 'from hydramoe.use.publish import publish, write_paper; publish(); write_paper()'

@@ -1,5 +1,6 @@
 "What holds for all tests: one thread, and hypothesis draws the same examples in every run."
-import errno, os, subprocess, sys
+import errno, os, subprocess, sys, time
+from pathlib import Path
 
 import hydramoe # noqa: F401, sets OMP_WAIT_POLICY before torch is imported
 
@@ -27,6 +28,18 @@ def pytest_xdist_make_scheduler(config, log):
     class ByCost(LoadScopeScheduling):
         def _split_scope(self, nodeid): return together(nodeid)
     return ByCost(config, log)
+
+def pytest_addoption(parser):
+    parser.addoption('--record', metavar='FILE', help='write a dated table of what passed and failed')
+
+def pytest_terminal_summary(terminalreporter, config):
+    file = config.getoption('--record')
+    if not file: return
+    lines = [f"# Oracles that are asked now and then\n\nMade by `make test-extern` on {time.strftime('%d %B %Y', time.gmtime())}, hydramoe {hydramoe.__version__}.\n",
+             '| test | outcome | seconds |', '| :-- | :-- | --: |']
+    for outcome in ('passed', 'failed'):
+        for r in terminalreporter.stats.get(outcome, []): lines.append(f'| `{r.nodeid}` | {outcome} | {r.duration:.0f} |')
+    Path(file).write_text('\n'.join(lines)+'\n')
 
 @pytest.fixture(autouse=True)
 def same_environment():

@@ -125,7 +125,7 @@ def test_no_comparison_is_one_that_is_trained_on():
     trained = {items_room.prompt_as_text(r) for r in items_room.trained_rows('writing')}
     assert trained and not trained & {item['query'] for item in items_of('hydra_preference')}
 
-@pytest.mark.slow
+@pytest.mark.extern
 def test_no_prompt_of_the_suite_is_in_what_any_domain_is_trained_on():
     cards = {card for name in suite_names(written=None) for card in SUITE[name].cards}
     held = {prompt_key(r) for card in cards for r in unseen_rows(card, forms=True)}
