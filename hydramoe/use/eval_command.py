@@ -7,7 +7,6 @@ __all__ = ['EVAL_COMMANDS', 'split_words', 'known_suite', 'forecast_line', 'scor
            'eval_command']
 
 # %% ../../nbs/use/86a_eval_command.ipynb #f797e5a3
-from pathlib import Path
 from ..foundations.core import HydraError, log, number
 from ..foundations.report import format_cell, interval, markdown_table
 from .command import BASE, ENCODER, Command, arg, duration_text, require_free
@@ -99,7 +98,8 @@ def change_text(
     low, high = row['difference_low'], row['difference_high']
     factor, fmt = (100, '+.1f') if _in_percent(row) else (1, '+.3f')
     leaves_out_zero = low>0 or high<0
-    may_be_chance = row['p'] is not None and row['p']>.05
+    p = row.get('p') # None of a ratio of sums
+    may_be_chance = p is not None and p>.05
     star = ' *' if leaves_out_zero and not may_be_chance else ''
     return f"{format_cell(factor*row['difference'], fmt)} {interval((factor*low, factor*high), fmt)}{star}"
 
