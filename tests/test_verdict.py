@@ -12,6 +12,7 @@ from hydramoe.experts.score import Losses, hindsight, macro_nll, pick
 from hydramoe.hydra import Hydra
 from hydramoe.hydra.adopt import adopt
 from hydramoe.proof.outlook import outlook_answer
+from hydramoe.proof.compare import macro_differences
 from hydramoe.proof.verdict import ANSWERS, Evidence, decide, foreseen, gather_evidence, smallest_seen
 from hydramoe.proof.verdict import one_adapter, verdict, verdict_sentences, verdict_systems
 from hydramoe.proof.verdict_page import expert_changes, find_stage, held_out_rows, judge_hydra, run_single, score_hydra
@@ -45,7 +46,9 @@ def with_column(losses, name, nll):
 def answer(losses, home, trained=None):
     "The answer alone, which is quicker to have than the whole verdict"
     systems = verdict_systems(losses, EXPERTS, home)
-    return decide(gather_evidence(losses, systems, one_adapter(losses, EXPERTS), trained, draws=400))
+    one = one_adapter(losses, EXPERTS)
+    to_one = macro_differences(losses, systems, one, 400, seed=0)
+    return decide(gather_evidence(losses, systems, one, to_one, trained, draws=400))
 
 PLANTED = {
     'build': dict(right=.95),
@@ -62,7 +65,8 @@ def test_a_planted_world_gives_its_answer(planted):
 def test_a_merge_that_gains_less_than_routing_is_not_the_answer():
     for seed in range(5):
         losses, home = world(seed, right=.95, uniform=.08)
-        e = gather_evidence(losses, verdict_systems(losses, EXPERTS, home), one_adapter(losses, EXPERTS), draws=400)
+        systems, one = verdict_systems(losses, EXPERTS, home), one_adapter(losses, EXPERTS)
+        e = gather_evidence(losses, systems, one, macro_differences(losses, systems, one, 400, seed=0), draws=400)
         assert e.merged[2]<0<e.merged_to_routed[1] # better than one adapter, worse than routing
         assert decide(e)=='build'
 

@@ -494,12 +494,13 @@ def task_chance(
 
 # %% ../../nbs/proof/72a_systems.ipynb #6d43aba0
 def _intervals(metric, values, first):
-    "The interval of a score, and of its paired difference"
-    if values is not None and values.ndim==1: return mean_interval(values), paired_interval(values, first)
+    "The interval of a score, that of its paired difference, and the p-value of the difference"
+    if values is not None and values.ndim==1:
+        return mean_interval(values), paired_interval(values, first), paired_p(values, first)
     from lm_eval.api.registry import get_metric_aggregation
     aggregate = get_metric_aggregation(metric)
-    if values is None or aggregate is None: return (None, None), (None, None)
-    return ratio_interval(values, aggregate), ratio_interval(values, aggregate, first)
+    if values is None or aggregate is None: return (None, None), (None, None), None
+    return ratio_interval(values, aggregate), ratio_interval(values, aggregate, first), None
 
 def _score_of(found, task):
     "The first metric of a task"
@@ -508,14 +509,11 @@ def _score_of(found, task):
 def _table_row(task, system, found, first):
     "One system on one task, against the first"
     metric, _ = first_metric(found, task)
-    own, paired = _intervals(metric, item_values(found, task), item_values(first, task))
+    own, paired, p = _intervals(metric, item_values(found, task), item_values(first, task))
     row = dict(task=task, system=system, metric=metric, chance=task_chance(found, task))
     row |= dict(n=found['n-samples'][task]['effective'], score=_score_of(found, task), low=own[0], high=own[1])
     if found is first: return row
     difference = row['score']-_score_of(first, task)
-    values, reference = item_values(found, task), item_values(first, task)
-    has_rows = values is not None and values.ndim==1
-    p = paired_p(values, reference) if has_rows else None
     return row|dict(difference=difference, difference_low=paired[0], difference_high=paired[1], p=p)
 
 def _correct_rows(rows):

@@ -142,12 +142,12 @@ def gather_evidence(
     losses:Losses, # its rows
     systems:dict[str,np.ndarray], # of `verdict_systems`
     one:str, # of `one_adapter`
+    to_one:dict[str,tuple], # every system against it, by `macro_differences`
     trained:dict[str,int]|None=None, # expert → training rows
     draws:int=2000, # bootstrap samples
     seed:int=0 # of the bootstrap
 )->Evidence:
     "All that decides, measured"
-    to_one = macro_differences(losses, systems, one, draws, seed)
     to_base = macro_differences(losses, {name: systems[name] for name in ('base', OWN)}, 'base', draws, seed)
     merges = [name for name in (UNIFORM, MERGED) if name in systems]
     merge = min(merges, key=lambda name: to_one[name][0])
@@ -244,13 +244,12 @@ def _check_columns(losses, experts):
     if missing: raise HydraError(f"the loss matrix has no column {missing[0]!r}; a verdict needs base, each expert, "
                                  f"{UNIFORM!r} and {ROUTED!r}, as `unmerged_losses` makes them")
 
-def _describe_systems(losses, systems, one, draws, seed):
+def _describe_systems(losses, systems, to_one):
     "A row for each system: perplexity, and the difference to one adapter"
-    differences = macro_differences(losses, systems, one, draws, seed)
     rows = []
     for name, nll in systems.items():
         ppl = float(np.exp(macro_nll(losses, nll)))
-        rows.append(dict(system=name, ppl=ppl, **difference_record(differences[name])))
+        rows.append(dict(system=name, ppl=ppl, **difference_record(to_one[name])))
     return rows
 
 # %% ../../nbs/proof/74_verdict.ipynb #385327f7
@@ -266,10 +265,11 @@ def verdict(
     _check_columns(losses, experts)
     systems = verdict_systems(losses, experts, home, seed)
     one = one_adapter(losses, experts)
-    e = gather_evidence(losses, systems, one, trained, draws, seed)
+    to_one = macro_differences(losses, systems, one, draws, seed)
+    e = gather_evidence(losses, systems, one, to_one, trained, draws, seed)
     answer = decide(e)
     limit = smallest_seen([e.headroom, e.routed], e.rows)
-    table = _describe_systems(losses, systems, one, draws, seed)
+    table = _describe_systems(losses, systems, to_one)
     at_home = _at_home(losses, experts, home, trained, draws, seed)
     sentences = verdict_sentences(answer, e, one, limit)
     return dict(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SUMS', 'LISTED', 'OLDER', 'NOT_SHOWN', 'PAGE_BYTES', 'PALETTES', 'SCALES', 'TABLE', 'CHAPTERS', 'PAGES', 'SPEEDS',
            'read_sums', 'write_sums', 'check_sums', 'results_dir', 'read_older', 'older_note', 'remove_older',
-           'fewer_colors', 'light_notebook', 'write_page', 'thorough_first', 'publish_pages', 'publish', 'published',
-           'numbers', 'e3_table', 'paper_files', 'write_paper', 'subtitle', 'notebooks_table', 'chapters_table',
-           'results_table', 'answer_with_route', 'demo_cost', 'pages_list', 'render_page', 'notebooks_page',
-           'write_pages', 'Speed', 'speed_table', 'routers_table', 'merging_table', 'figures', 'report_page',
-           'run_demo']
+           'fewer_colors', 'light_notebook', 'write_page', 'thorough_first', 'publish_pages', 'publish',
+           'published_scales', 'published', 'numbers', 'e3_table', 'paper_files', 'write_paper', 'subtitle',
+           'notebooks_table', 'chapters_table', 'results_table', 'answer_with_route', 'demo_cost', 'pages_list',
+           'render_page', 'notebooks_page', 'write_pages', 'Speed', 'speed_table', 'routers_table', 'merging_table',
+           'figures', 'report_page', 'run_demo']
 
 # %% ../../nbs/use/81_publish.ipynb #10d98771
 import ast, base64, io, json, os, re
@@ -287,8 +287,11 @@ def publish(
     return written+publish_pages(scales[0], to, graph, until)
 
 # %% ../../nbs/use/81_publish.ipynb #e52261e9
-def _published_scales(name, folder):
-    "The scales at which an experiment is published, the most thorough first"
+def published_scales(
+    name:str, # of an experiment
+    folder:Path # of results
+)->list[str]: # with their seeds, the most thorough first
+    "The scales at which an experiment is published"
     return thorough_first([f.stem.removeprefix(f'{name}-') for f in folder.glob(f'{name}-*.json')])
 
 def published(
@@ -297,7 +300,7 @@ def published(
 )->dict[str,Result]: # by experiment; empty if nothing is published
     "The results of the most thorough scale that has an `e3_routing`, or of one scale"
     folder = Path(folder or results_dir())
-    scales = _published_scales('e3_routing', folder)
+    scales = published_scales('e3_routing', folder)
     if scale: scales = [s for s in scales if s==scale]
     if not scales: return {}
     files = sorted(folder.glob(f'*-{scales[0]}.json'))
@@ -636,7 +639,7 @@ def _router_row(router, settings):
 # %% ../../nbs/use/81_publish.ipynb #routers-1
 def _thorough_result(name, folder):
     "The result of an experiment at the most thorough published scale, or None"
-    scales = _published_scales(name, folder)
+    scales = published_scales(name, folder)
     return load_result(folder/f'{name}-{scales[0]}.json') if scales else None
 
 # %% ../../nbs/use/81_publish.ipynb #5f288d55

@@ -12,7 +12,7 @@ from ..foundations.core import HydraError
 from ..foundations.report import markdown_table
 from ..foundations.statistics import Difference, correct, difference_text, domain_nll, interval_text, paired_difference
 from .reproduce import Result, load_result, split_scale
-from .publish import results_dir, thorough_first
+from .publish import published_scales, results_dir
 
 # %% ../../nbs/use/81a_seeds.ipynb #11e74e85
 def seed_results(
@@ -21,10 +21,9 @@ def seed_results(
     folder:str|Path|None=None # of results; `results_dir()` if None
 )->list[Result]: # by seed
     "The published runs of an experiment at a scale, one for each seed"
-    files = Path(folder or results_dir()).glob(f'{name}-{scale}-*.json')
-    scales = [f.stem.removeprefix(f'{name}-') for f in files]
-    seeded = [s for s in thorough_first(scales) if split_scale(s)[0]==scale]
-    return [load_result(Path(folder or results_dir())/f'{name}-{s}.json') for s in seeded]
+    folder = Path(folder or results_dir())
+    seeded = [s for s in published_scales(name, folder) if s.startswith(f'{scale}-')]
+    return [load_result(folder/f'{name}-{s}.json') for s in seeded]
 
 # %% ../../nbs/use/81a_seeds.ipynb #bba452ac
 def runs_losses(
