@@ -208,12 +208,13 @@ def check_bare(
 def gated(
     base:Base, # from `load_base` or `tiny_base`
     slots:int, # E, how many experts
-    spec:LoraSpec|None=None # their shape
+    spec:LoraSpec|None=None, # their shape
+    shared:bool=False # hold one more, which all rows use with weight one
 )->GatedCausalLM: # slots are empty: `init_expert` or `load_peft` fill them
     "Put a stack of experts on a base"
     check_bare(base)
     differentiable_nf4(base.model)
-    return GatedCausalLM(base.model, Stack(base.model, slots, spec))
+    return GatedCausalLM(base.model, Stack(base.model, slots, spec, shared))
 
 # %% ../../nbs/experts/42_model.ipynb #cell75
 def packed_inputs(

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .stack import Stack
-from .plan import Plan, RowsPlan, Runs, base_plan, grouped_pays, make_plan, one_hot, with_trunk
+from .plan import OnePlan, Plan, RowsPlan, Runs, base_plan, completed, grouped_pays
 from .model import GatedCausalLM, hidden, using
 
 # %% ../../nbs/experts/43_packing.ipynb #17eb7b26
@@ -87,24 +87,32 @@ def packed_attention(
         model.supports_packing = False
         if before in _ATTENTIONS: model.base.set_attn_implementation(before)
 
+# %% ../../nbs/experts/43_packing.ipynb #line-x1d3
+def _residuals(experts, stack):
+    "The experts (S,) of runs and their weights; a run of the shared expert alone has another with weight zero"
+    if stack.shared is None: return experts, stack.scale[experts]
+    alone = experts==stack.shared
+    index = experts.masked_fill(alone, 0)
+    return index, stack.scale[index].masked_fill(alone, 0.)
+
 # %% ../../nbs/experts/43_packing.ipynb #line-c3
 def packed_plan(
-    who:list[int], # slot of each row
+    who:list[int], # slot of each row; or the number of the shared expert, for a row that it has to itself
     lengths:list[int], # its tokens
     stack:Stack # E slots
 )->Plan: # to be used for one input (1,T), T the sum of the lengths
-    "How packed rows are computed, each by its one expert"
+    "How packed rows are computed, each by its one expert, and by the shared one if there is one"
     device = stack.theta.device
     experts = []
     tokens = []
     for expert, rows in groupby(zip(who, lengths), key=lambda row: row[0]):
         experts.append(expert)
         tokens.append(sum(n for _, n in rows))
-    index = torch.tensor(experts, device=device)
-    if len(experts)==1: return make_plan(one_hot(index, stack.slots), stack)
+    if set(experts)=={stack.shared}: return base_plan(stack)
+    if len(experts)==1: return completed(OnePlan(stack, experts[0], stack.scale[experts[0]].item()))
     ends = list(accumulate(tokens))
     cuts = None if stack.theta.is_cuda and grouped_pays(stack) else ends[:-1]
     ends = torch.tensor(ends, dtype=torch.int32, device=device)
-    weight = stack.scale[index][:,None,None]
-    runs = Runs(index[:,None], weight, rows=1, ends=ends, cuts=cuts, packed=True)
-    return with_trunk(RowsPlan(stack, runs))
+    index, weight = _residuals(torch.tensor(experts, device=device), stack)
+    runs = Runs(index[:,None], weight[:,None,None], rows=1, ends=ends, cuts=cuts, packed=True)
+    return completed(RowsPlan(stack, runs))

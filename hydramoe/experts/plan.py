@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['slow_add', 'Plan', 'BasePlan', 'Factors', 'GroupProduct', 'FactorPlan', 'ExpertViews', 'OnePlan', 'DensePlan', 'Runs',
            'RowsPlan', 'grouped_pays', 'Lookup', 'TrainedInner', 'TrainedOuter', 'by_expert', 'GatePlan', 'TrunkPlan',
-           'ForkedPlan', 'with_trunk', 'base_plan', 'make_plan', 'one_hot']
+           'ForkedPlan', 'with_trunk', 'SharedPlan', 'completed', 'base_plan', 'make_plan', 'one_hot']
 
 # %% ../../nbs/experts/41_plan.ipynb #041fc6de
 from collections.abc import Callable
@@ -32,6 +32,7 @@ def slow_add(
         inner = x@A[e].T
         outer = inner@B[e].T
         y = y + g[...,e:e+1]*stack.scale[e]*outer
+    if stack.shared is not None: y = y + stack.scale[stack.shared]*(x@A[stack.shared].T)@B[stack.shared].T
     return y
 
 # %% ../../nbs/experts/41_plan.ipynb #9d8d85a2
@@ -106,7 +107,7 @@ class FactorPlan(Plan):
             with torch.no_grad(): self.kept[g,dtype] = self.gather(g, dtype)
         return self.kept[g,dtype]
 
-    def shared(self, x, i, product):
+    def part_of_group(self, x, i, product):
         "A layer's part of its group's product with A; `product(x, g)` makes it if it's not made"
         layer = self.stack.layers[i]
         made = self.made
@@ -155,7 +156,7 @@ def inner(self:FactorPlan, x, g):
 @patch
 def add_by_products(self:FactorPlan, y, x, i):
     "Two products: the general way"
-    z = self.shared(x, i, self.inner)
+    z = self.part_of_group(x, i, self.inner)
     layer = self.stack.layers[i]
     factors = self.factors(layer.group, x.dtype)
     return self.second(y, z, factors.Bs[layer.index])
@@ -580,7 +581,7 @@ def trained_inner(self:FactorPlan, x, g):
 @patch
 def add_for_training(self:FactorPlan, y, x, i):
     "Two products whose gradient goes into `stack.grad`"
-    z = self.shared(x, i, self.trained_inner)
+    z = self.part_of_group(x, i, self.trained_inner)
     if y._is_view(): y = y.clone() # autograd refuses to write into some views, those of a split for example
     _, leaf = self.stack.leaves[i]
     return TrainedOuter.apply(y, z, self.stack, self.runs, i, leaf)
@@ -696,11 +697,42 @@ def with_trunk(
     "Complete a plan by the trunk, if its stack has one"
     return ForkedPlan(plan) if plan.stack.n_trunk_layers else plan
 
+# %% ../../nbs/experts/41_plan.ipynb #960d8x278
+class SharedPlan(Plan):
+    "The shared expert for all rows, and another plan on top of it"
+    def __init__(self,
+        residuals:Plan # what the gates ask for
+    ):
+        stack = residuals.stack
+        super().__init__(stack)
+        self.common = OnePlan(stack, stack.shared, stack.scale[stack.shared].item())
+        self.common.one_expert_a_row = not stack.shared_is_frozen # else it isn't trained
+        self.residuals = residuals
+
+    def add(self, y, x, i):
+        "First the shared expert's part, then that of the others"
+        y = self.common.add(y, x, i)
+        return self.residuals.add(y, x, i)
+
+    def keep(self):
+        "Both parts keep what they gather"
+        self.common.keep()
+        self.residuals.keep()
+        return self
+
+# %% ../../nbs/experts/41_plan.ipynb #960d8x378
+def completed(
+    plan:Plan # of the experts in the slots
+)->Plan: # the same plan if its stack has neither a shared expert nor a fork
+    "Complete a plan by what all rows use: the shared expert, and below a fork the trunk"
+    if plan.stack.shared is not None: plan = SharedPlan(plan)
+    return with_trunk(plan)
+
 def base_plan(
     stack:Stack
 )->Plan:
-    "The plan of gates that are zero: the base, and below a fork the trunk"
-    return with_trunk(BasePlan(stack))
+    "The plan of gates that are zero: the base, with what all experts of the stack share"
+    return completed(BasePlan(stack))
 
 # %% ../../nbs/experts/41_plan.ipynb #cell45
 def _check_gates(gates, slots):
@@ -744,7 +776,7 @@ def _rows_pay(n_runs, k, n_used):
 
 def _choose_plan(g, stack, kind):
     "The plan for gates (B,T or 1,E)"
-    if g.requires_grad: return _dense_plan(g, stack, torch.arange(stack.slots, device=g.device))
+    if g.requires_grad: return _dense_plan(g, stack, torch.arange(g.shape[-1], device=g.device))
     on = g!=0
     used = on.flatten(0, 1).any(0).nonzero()[:,0]
     if not len(used): return BasePlan(stack)
@@ -765,12 +797,11 @@ def make_plan(
     kind:str|None=None # force 'rows' or 'dense'
 )->Plan: # to be used for inputs of B rows
     "Decide how a choice of gates is computed"
-    if callable(gates):
-        plan = GatePlan(stack, _check_gate(gates, stack))
-    else:
-        g = _check_gates(gates, stack.slots)
-        plan = _choose_plan(g.to(stack.theta.device, torch.float32), stack, kind)
-    return with_trunk(plan)
+    if callable(gates): return completed(GatePlan(stack, _check_gate(gates, stack)))
+    g = _check_gates(gates, stack.slots)
+    g = g.to(stack.theta.device, torch.float32)
+    if stack.shared is not None: g = torch.cat([g, torch.ones_like(g[...,:1])], -1)
+    return with_trunk(_choose_plan(g, stack, kind))
 
 # %% ../../nbs/experts/41_plan.ipynb #2a39412b
 def one_hot(

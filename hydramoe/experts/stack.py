@@ -177,11 +177,14 @@ class Stack(nn.Module):
     def __init__(self,
         base_model:nn.Module, # a transformers causal language model; only its layers' sizes are read
         slots:int, # E, how many experts the stack holds
-        spec:LoraSpec|None=None # their shape
+        spec:LoraSpec|None=None, # their shape
+        shared:bool=False # hold one more, which all rows use with weight one
     ):
         super().__init__()
-        if slots<1: raise HydraError(f"slots={slots}: a stack holds at least one expert")
+        if slots<1 and not shared: raise HydraError(f"slots={slots}: a stack holds at least one expert")
         self.slots = slots
+        self.shared = slots if shared else None # number of the shared expert's row
+        self.shared_is_frozen = False # does it stay as it is while others train?
         self.spec = spec or LoraSpec()
         self._describe_base(base_model)
         layout = _lay_out_stack(target_layers(base_model, self.spec.targets), self.spec, self.depth)
@@ -206,9 +209,10 @@ def _describe_base(self:Stack, model):
 def _allocate(self:Stack, layout, device):
     "Empty experts, and an empty trunk"
     rank = self.spec.rank
-    self.theta = torch.zeros(self.slots, layout.length, device=device) # the experts, a row each
-    self.scale = torch.full((self.slots,), self.spec.alpha/rank, device=device) # s of each
-    self.ranks = [rank]*self.slots
+    rows = self.slots if self.shared is None else self.slots+1
+    self.theta = torch.zeros(rows, layout.length, device=device) # the experts, a row each
+    self.scale = torch.full((rows,), self.spec.alpha/rank, device=device) # s of each
+    self.ranks = [rank]*rows
     self.names = [None]*self.slots
     self.trunk = torch.zeros(1, layout.trunk_length, device=device) # what all experts share below the fork
     self.trunk_scale = self.scale[:1].clone()
@@ -242,6 +246,7 @@ def extra_repr(self:Stack):
     "Shown by `print(model)`"
     n = len(self.upper_layers)
     size = f"{self.slots} experts of rank {self.spec.rank} on {n} layers, {self.theta.shape[1]:,} parameters each"
+    if self.shared is not None: size += '; one more is shared'
     if not self.n_trunk_layers: return size
     return f"{size}; below block {self.fork} one trunk"
 
@@ -302,9 +307,10 @@ def replica(self:Stack)->Stack: # to make plans for, that `using` puts to work
 # %% ../../nbs/experts/40_stack.ipynb #cell28
 def check_slot(
     stack:Stack, # of E slots
-    e:int # 0 to E-1, or from the end as in a list
-)->int: # 0 to E-1
+    e:int # 0 to E-1, or from the end as in a list; or the number of the shared expert
+)->int: # 0 to E-1, or the shared expert's
     "The number of a slot, or an error that says which there are"
+    if stack.shared is not None and e==stack.shared: return e
     if -stack.slots<=e<stack.slots: return e%stack.slots
     raise HydraError(f"slot {e} of a stack of {stack.slots}: use 0 to {stack.slots-1}")
 
@@ -334,7 +340,7 @@ def init_expert(self:Stack,
         A, _ = self.leaves[i]
         A[e,:r] = _random_A(seed, layer.name, r, layer.n_in).to(A.device)
     self.ranks[e] = r
-    self.names[e] = name
+    if e!=self.shared: self.names[e] = name
     self.scale[e] = (alpha or self.spec.alpha)/r
     return e
 
@@ -348,8 +354,10 @@ def delta(self:Stack,
     "The weighted sum of the experts' products, Σ g s BA"
     i = [s.name for s in self.layers].index(name)
     A, B = self.leaves[i]
-    weight = self.trunk_scale
-    if i in self.upper_layers: weight = g.to(A)*self.scale
+    if i not in self.upper_layers: weight = self.trunk_scale
+    else:
+        if self.shared is not None: g = torch.cat([g, g.new_ones(1)])
+        weight = g.to(A)*self.scale
     return torch.einsum('e,eor,eri->oi', weight, B, A)
 
 # %% ../../nbs/experts/40_stack.ipynb #950b6bdd
@@ -366,7 +374,7 @@ def copy_expert(self:Stack,
     self.theta[dst] = self.theta[src].clone()
     self.scale[dst] = self.scale[src].clone()
     self.ranks[dst] = self.ranks[src]
-    self.names[dst] = name or self.names[src]
+    if dst!=self.shared: self.names[dst] = name or self.names[src]
     return dst
 
 # %% ../../nbs/experts/40_stack.ipynb #2029c4c6

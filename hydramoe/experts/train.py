@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIN_REPLICA_TOKENS', 'TrainSpec', 'n_steps', 'spread_rows', 'lr_factor', 'plan_steps', 'make_passes', 'shard_passes',
-           'response_tokens', 'forward_backward', 'using_threads', 'n_replicas', 'deal_passes', 'run_replicas',
-           'mesh_place', 'gradients', 'Optimizers', 'EarlyStopSpec', 'EarlyStopping', 'tensor_bytes', 'job_id',
-           'disk_errors', 'save_checkpoint', 'load_checkpoint', 'fit_step', 'training_mode', 'fit', 'plot_history',
-           'fit_trl']
+           'n_response', 'response_tokens', 'forward_backward', 'using_threads', 'n_replicas', 'deal_passes',
+           'run_replicas', 'mesh_place', 'sum_gradients', 'gradients', 'Optimizers', 'EarlyStopSpec', 'EarlyStopping',
+           'tensor_bytes', 'job_id', 'disk_errors', 'save_checkpoint', 'load_checkpoint', 'step_entry', 'fit_step',
+           'training_mode', 'slot_names', 'steps_of_each', 'run_steps', 'fit', 'plot_history', 'fit_trl']
 
 # %% ../../nbs/experts/48_train.ipynb #cell2
 import hashlib, math, os, re, shutil, signal, tempfile, threading, warnings, torch, numpy as np
@@ -169,7 +169,7 @@ def shard_passes(
     return own + [(passes[0], 0.)]*missing
 
 # %% ../../nbs/experts/48_train.ipynb #6c33dfbb
-def _n_response(x): return len(x.ids)-x.n_prompt
+def n_response(x): return len(x.ids)-x.n_prompt
 
 def response_tokens(
     step:list[tuple], # (expert, example) pairs
@@ -178,7 +178,7 @@ def response_tokens(
 )->Tensor: # (E,) as floats
     "Response tokens of each expert in a step"
     expert_ids = torch.tensor([e for e, _ in step])
-    counts = torch.tensor([_n_response(x) for _, x in step])
+    counts = torch.tensor([n_response(x) for _, x in step])
     per_expert = torch.bincount(expert_ids, counts, slots)
     return per_expert.float().to(device)
 
@@ -199,7 +199,7 @@ def forward_backward(
         expert_ids = [step[i][0] for i in rows]
         lengths = [len(x.ids) for x in examples]
         below = cached(examples) if cached else None
-        repeats = torch.tensor([_n_response(x) for x in examples])
+        repeats = torch.tensor([n_response(x) for x in examples])
         token_experts = torch.tensor(expert_ids).repeat_interleave(repeats).to(model.device)
         with bind(packed_plan(expert_ids, lengths, stack)):
             nll = token_losses(model, examples, below=below, packed=True)*counts
@@ -256,16 +256,17 @@ def run_replicas(
     model, # `hydramoe.experts.model.GatedCausalLM`
     step:list[tuple], # (expert, example) pairs
     dealt:list[list[tuple]], # from `deal_passes`
-    cached=None # as for `forward_backward`
-)->Tensor: # as of `forward_backward`
+    cached=None, # as for `forward_backward`
+    run=forward_backward # or another function like it
+)->Tensor: # as of `run`
     "Each replica in a thread of its own, with gradients of its own, which are added up in order"
     replicas = [model.stack.replica() for _ in dealt[1:]]
     stacks = [model.stack, *replicas] # the first one is the stack itself
     threads_each = max(1, torch.get_num_threads()//len(dealt))
-    def run(passes, stack):
-        return forward_backward(model, step, passes, stack, using, cached)
+    def run_one(passes, stack):
+        return run(model, step, passes, stack, using, cached)
     with using_threads(threads_each), ThreadPoolExecutor(len(dealt)) as pool:
-        totals = list(pool.map(run, dealt, stacks))
+        totals = list(pool.map(run_one, dealt, stacks))
     for replica in replicas: model.stack.grad.add_(replica.grad)
     return sum(totals)
 
@@ -294,13 +295,14 @@ def _adding_in_place():
         yield
 
 # %% ../../nbs/experts/48_train.ipynb #4003aac4
-def gradients(
+def sum_gradients(
     model, # `hydramoe.experts.model.GatedCausalLM`
     step:list[tuple], # (expert, example) pairs
     spec:TrainSpec, # gives `micro_tokens`
-    cached=None # as for `forward_backward`
-)->Tensor: # (E,) mean loss of each expert's response tokens; nan for an expert without rows
-    "Fill `stack.grad`: row e is the gradient of expert e's mean loss"
+    cached=None, # as for `forward_backward`
+    run=forward_backward # or another function like it
+)->Tensor: # what `run` returns, summed over all passes
+    "Forward and backward of all passes of a step, wherever they run; fills `stack.grad`"
     stack = model.stack
     lengths = [len(x.ids) for _, x in step]
     n = n_replicas(model, spec)
@@ -309,10 +311,20 @@ def gradients(
     dealt = deal_passes(shard_passes(passes, *mesh_place(model)), lengths, n)
     stack.grad.zero_()
     with _adding_in_place():
-        if len(dealt) > 1: total = run_replicas(model, step, dealt, cached)
-        else: total = forward_backward(model, step, dealt[0], stack, stack.bind, cached)
+        if len(dealt) > 1: total = run_replicas(model, step, dealt, cached, run)
+        else: total = run(model, step, dealt[0], stack, stack.bind, cached)
     _sum_over_processes(model, total)
-    return total/response_tokens(step, stack.slots, model.device)
+    return total
+
+def gradients(
+    model, # `hydramoe.experts.model.GatedCausalLM`
+    step:list[tuple], # (expert, example) pairs
+    spec:TrainSpec, # gives `micro_tokens`
+    cached=None # as for `forward_backward`
+)->Tensor: # (E,) mean loss of each expert's response tokens; nan for an expert without rows
+    "Fill `stack.grad`: row e is the gradient of expert e's mean loss"
+    total = sum_gradients(model, step, spec, cached)
+    return total/response_tokens(step, model.stack.slots, model.device)
 
 # %% ../../nbs/experts/48_train.ipynb #77fadace
 def _new_state(p):
@@ -342,6 +354,11 @@ class Optimizers:
 
 # %% ../../nbs/experts/48_train.ipynb #78b45e0b
 @patch
+def rate(self:Optimizers, e):
+    "The learning rate of an expert's next step"
+    return self.spec.lr*lr_factor(self.clock[e], self.totals[e], self.spec)
+
+@patch
 def _clipped(self:Optimizers, e, norm):
     "The gradient of an expert, scaled down in place if it is too long"
     factor = self.spec.clip/(norm+1e-6)
@@ -359,7 +376,7 @@ def step(self:Optimizers,
     for e, (param, group) in enumerate(zip(self.params, self.adamw.param_groups)):
         param.grad = None
         if e not in present: continue
-        group['lr'] = self.spec.lr*lr_factor(self.clock[e], self.totals[e], self.spec)
+        group['lr'] = self.rate(e)
         self.clock[e] += 1
         if e not in skipped: param.grad = self._clipped(e, norms[e])
     self.adamw.step()
@@ -550,6 +567,25 @@ def _finite_or_none(x):
     "JSON has no NaN"
     return x if math.isfinite(x) else None
 
+def step_entry(
+    step:list[tuple], # (expert, example) pairs
+    k:int, # which step
+    names:list[str], # of the experts
+    losses:list[float], # of each
+    norms:dict[int,float], # gradient norm of each expert that took part
+    skipped:list[int] # those whose gradient is not finite; each is warned of
+)->dict: # {step, tokens, loss, norm, skipped}
+    "What the history says of a step"
+    for e in skipped:
+        warnings.warn(f"step {k}: the gradient of expert {names[e]!r} is not finite; "
+                      "it is not stepped, the others go on")
+    return dict(
+        step=k,
+        tokens=_n_tokens(step),
+        skipped=[names[e] for e in skipped],
+        loss={names[e]: _finite_or_none(losses[e]) for e in norms},
+        norm={names[e]: _finite_or_none(norms[e]) for e in norms})
+
 # %% ../../nbs/experts/48_train.ipynb #999a515e
 def fit_step(
     model, # `hydramoe.experts.model.GatedCausalLM`
@@ -564,15 +600,7 @@ def fit_step(
     if not step: return dict(step=k, tokens=0, skipped=[], loss={}, norm={})
     losses = gradients(model, step, opt.spec, cached).tolist()
     norms, skipped = opt.step({e for e, _ in step})
-    for e in skipped:
-        warnings.warn(f"step {k}: the gradient of expert {names[e]!r} is not finite; "
-                      "it is not stepped, the others go on")
-    return dict(
-        step=k,
-        tokens=_n_tokens(step),
-        skipped=[names[e] for e in skipped],
-        loss={names[e]: _finite_or_none(losses[e]) for e in norms},
-        norm={names[e]: _finite_or_none(norms[e]) for e in norms})
+    return step_entry(step, k, names, losses, norms, skipped)
 
 # %% ../../nbs/experts/48_train.ipynb #f9baee5f
 @contextmanager
@@ -603,11 +631,11 @@ def _catch_sigterm():
     finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 # %% ../../nbs/experts/48_train.ipynb #3a93b4d5
-def _slot_names(stack, n):
+def slot_names(stack, n):
     "Names of the first n experts of a stack"
     return [name or f'expert{e}' for e, name in enumerate(stack.names[:n])]
 
-def _steps_of_each(steps, n):
+def steps_of_each(steps, n):
     "In how many steps each of n experts has rows"
     counts = [0]*n
     for step in steps:
@@ -627,6 +655,36 @@ def _train_bar(steps, names):
     total = sum(_n_tokens(step) for step in steps)
     return progress(total=total, desc=f'train {", ".join(names)}'[:30], unit='tok')
 
+# %% ../../nbs/experts/48_train.ipynb #cell3x033
+def run_steps(
+    model, # `hydramoe.experts.model.GatedCausalLM`, its experts at their start
+    opt:Optimizers, # of its experts
+    steps:list[list[tuple]], # for each step its (expert, example) pairs
+    names:list[str], # of the experts
+    job:str, # from `job_id`
+    take, # makes a step and its entry, as `fit_step` does
+    work:Path|None=None, # where checkpoints go, and are looked for; None: none
+    every:int=10, # steps from checkpoint to checkpoint
+    checkpointing:bool=False, # recompute activations
+    cached=None # `TrunkStates`, or None
+)->list[dict]: # the entry of each step
+    "Take the steps that are left, and save what is done"
+    history = load_checkpoint(work, opt, job) if work else []
+    todo = steps[len(history):]
+    rank, _ = mesh_place(model)
+    saves = work and rank==0 # of processes that share a base, the first one
+    with training_mode(model, checkpointing), _catch_sigterm() as asked_to_end, _train_bar(todo, names) as bar:
+        for step in todo:
+            entry = take(model, opt, step, len(history), names, cached)
+            history.append(entry)
+            is_last = len(history)==len(steps)
+            if opt.stopping: _evaluate_if_due(opt.stopping, model, history, names, is_last)
+            bar.update(_n_tokens(step))
+            is_due = asked_to_end or len(history)%every==0
+            if saves and is_due and not is_last: save_checkpoint(work, opt, history, job)
+            if asked_to_end: raise SystemExit(128+signal.SIGTERM)
+    return history
+
 # %% ../../nbs/experts/48_train.ipynb #cell33
 def fit(
     model, # `hydramoe.experts.model.GatedCausalLM`, its first E slots at their start
@@ -641,26 +699,13 @@ def fit(
     cached=None # `TrunkStates` of the rows, from `cache_trunk`: train from the fork on
 )->list[dict]: # for each step {step, tokens, loss, norm, skipped}, by expert name; where it was evaluated, {dev}
     "Train experts fused, in place, each as if it were alone"
-    names = list(names or _slot_names(model.stack, len(rows)))
+    names = list(names or slot_names(model.stack, len(rows)))
     steps = [step for step in plan_steps(rows, names, spec) if step]
     stopping = None
     if dev and any(dev): stopping = EarlyStopping(model.stack, dev, stop or EarlyStopSpec())
-    opt = Optimizers(model.stack, _steps_of_each(steps, len(rows)), spec, stopping)
+    opt = Optimizers(model.stack, steps_of_each(steps, len(rows)), spec, stopping)
     job = job_id(model.stack, rows, names, spec, stopping, bool(cached))
-    history = load_checkpoint(work, opt, job) if work else []
-    todo = steps[len(history):]
-    rank, _ = mesh_place(model)
-    saves = work and rank==0 # of processes that share a base, the first one
-    with training_mode(model, checkpointing), _catch_sigterm() as asked_to_end, _train_bar(todo, names) as bar:
-        for step in todo:
-            entry = fit_step(model, opt, step, len(history), names, cached)
-            history.append(entry)
-            is_last = len(history)==len(steps)
-            if stopping: _evaluate_if_due(stopping, model, history, names, is_last)
-            bar.update(_n_tokens(step))
-            is_due = asked_to_end or len(history)%every==0
-            if saves and is_due and not is_last: save_checkpoint(work, opt, history, job)
-            if asked_to_end: raise SystemExit(128+signal.SIGTERM)
+    history = run_steps(model, opt, steps, names, job, fit_step, work, every, checkpointing, cached)
     if stopping: stopping.restore()
     return history
 
@@ -695,7 +740,7 @@ def _trl_rows(batches):
     disable_progress_bars()
     rows = []
     for x in sum(batches, []):
-        mask = [0]*x.n_prompt+[1]*_n_response(x)
+        mask = [0]*x.n_prompt+[1]*n_response(x)
         rows.append(dict(input_ids=x.ids, completion_mask=mask))
     return Dataset.from_list(rows)
 
