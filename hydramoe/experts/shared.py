@@ -24,7 +24,9 @@ from .train import slot_names, step_entry, steps_of_each, sum_gradients
 # %% ../../nbs/experts/48a_shared.ipynb #dfa5da33
 @dataclass(frozen=True)
 class ResidualSpec:
-    "How residuals are trained beside a shared expert"
+    "How residuals are made and trained beside a shared expert"
+    rank:int|None=None # of each residual; None: the shared expert's
+    scale:float|None=None # s of each residual; None: the shared expert's
     rate:float=1. # learning rate of a residual, in shares of the shared expert's
     b_rate:float=1. # how much faster its B learns than its A (LoRA+, Hayou et al. 2024)
     decay:float=0. # weight decay of residuals
@@ -32,6 +34,8 @@ class ResidualSpec:
     soft:float=0. # ε: a row's own residual has weight 1-ε+ε/E, each other ε/E
     clock:str='run' # whose steps lower a residual's rate: the run's, or its own
     def __post_init__(self):
+        if self.rank is not None: number(self.rank, 'rank', whole=True, least=1)
+        if self.scale is not None: number(self.scale, 'scale', above=0)
         for name in ('rate', 'b_rate', 'decay', 'dropout', 'soft'): number(getattr(self, name), name, least=0)
         for name in ('dropout', 'soft'): number(getattr(self, name), name, most=1)
         one_of(self.clock, ('run', 'own'), 'clock')

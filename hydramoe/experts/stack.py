@@ -382,17 +382,19 @@ def copy_expert(self:Stack,
 @torch.no_grad()
 def raise_rank(self:Stack,
     e:int, # slot that holds an expert of smaller rank
-    seed:int=0 # of the new rows of A
-): # computes what it computed before, and can now learn with the stack's whole rank
+    seed:int=0, # of the new rows of A
+    rank:int|None=None # its new rank; None: the stack's
+): # computes what it computed before, and can now learn with a larger rank
     "Give an expert the rest of its slot: new rows of A are random, of B zero; the scale stays"
     e = check_slot(self, e)
     r = self.ranks[e]
-    self.ranks[e] = self.spec.rank
+    rank = rank or self.spec.rank
+    self.ranks[e] = rank
     for i in self.upper_layers:
         layer = self.layers[i]
         A, _ = self.leaves[i]
-        whole = _random_A(seed, layer.name, self.spec.rank, layer.n_in)
-        A[e,r:] = whole[r:].to(A.device)
+        whole = _random_A(seed, layer.name, rank, layer.n_in)
+        A[e,r:rank] = whole[r:].to(A.device)
 
 # %% ../../nbs/experts/40_stack.ipynb #cell3x130
 @patch
