@@ -14,14 +14,15 @@ from ..hydra.tune import next_value
 def _search_factor(cost, setting, factor, values, ends):
     "Value → cost, for all that were tried of one factor"
     tried = {value: cost(dict(setting, **{factor: value})) for value in values}
+    if ends is None: return tried
     while (value := next_value(tried, 2., ends)) is not None: tried[value] = cost(dict(setting, **{factor: value}))
     return tried
 
 # %% ../../nbs/proof/70a_search.ipynb #fec2a2b2
 def one_by_one(
     cost:Callable[[dict],float], # a setting → its loss on development prompts
-    factors:dict[str,list[float]], # factor → values to begin with, the one to start from first; one alone is not searched
-    ends:dict[str,tuple[float,float]] # factor → the least and the largest value that may be tried
+    factors:dict[str,list], # factor → values to begin with, the one to start from first; one alone is not searched
+    ends:dict[str,tuple[float,float]] # factor → the least and the largest value that may be tried; none: only those given
 )->tuple[dict,dict[str,dict]]: # the best setting; factor → {value: loss} of all that were tried, others at their best so far
     "Search settings one factor at a time, in the order of the factors"
     for factor, values in factors.items():
@@ -37,7 +38,7 @@ def one_by_one(
     curves = {}
     for factor, values in factors.items():
         if len(values)==1: continue
-        curve = _search_factor(cost_once, setting, factor, values, ends[factor])
+        curve = _search_factor(cost_once, setting, factor, values, ends.get(factor))
         setting[factor] = min(curve, key=curve.get)
         curves[factor] = dict(sorted(curve.items()))
     return setting, curves
