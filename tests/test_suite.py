@@ -16,7 +16,7 @@ from hydramoe.data.splits import prompt_key
 from hydramoe.models.base import tiny_base
 from hydramoe.proof import items as items_room
 from hydramoe.proof.items import chance_of, choice_item, in_drawn_order, most_frequent, truth_choices, unseen_rows
-from hydramoe.proof.suite import (LIKELIHOOD_TASKS, MOST_TOKENS, MOST_WRITTEN, SUITE, bits_interval, informative, pass_at_k, run_items,
+from hydramoe.proof.suite import (LIKELIHOOD_TASKS, MOST_TOKENS, MOST_WRITTEN, SUITE, informative, measured, pass_at_k, run_items,
     score_choices, score_program, suite_names, suite_rows, suite_tasks, write_suite)
 
 lm_eval = pytest.importorskip('lm_eval')
@@ -296,21 +296,23 @@ def test_pass_at_k_is_what_drawing_gives():
 # ---- chance and intervals
 
 def test_bits_interval_holds_the_truth():
+    "Counted over draws; each is a set of items whose nats are noisy"
     g = rng(0, 'bits')
     held = 0
-    for _ in range(300):
+    for _ in range(100):
         sizes = g.integers(5, 60, 80)
-        pairs = [(-.8*n-.3*n**.5*g.normal(), n) for n in sizes]
-        _, low, high = bits_interval(pairs)
+        samples = [dict(filter='none', doc_id=i, bits_per_byte=(-.8*n-.3*n**.5*g.normal(), n)) for i,n in enumerate(sizes)]
+        found = dict(results=dict(task={'bits_per_byte,none': 0.}), samples=dict(task=samples))
+        _, low, high = measured(found, 'task', 'bits_per_byte')
         held += low<=.8/0.6931471805599453<=high
-    assert .9<held/300<.99
+    assert 87<=held<=99
 
 def results(acc, n=100, chance=.25, constant=.1):
     "As lm-eval's, of one task"
     about = dict(domain='science', chance=chance, constant=constant)
     config = dict(metadata=about, metric_list=[dict(metric='acc'), dict(metric='bits_per_byte')])
-    samples = [dict(bits_per_byte=(-3., 4)), dict(bits_per_byte=(-5., 4))]
-    return dict(results=dict(hydra_arc_easy={'acc,none': acc}), configs=dict(hydra_arc_easy=config),
+    samples = [dict(filter='none', doc_id=i, acc=float(i<acc*n), bits_per_byte=(-3.-i%3, 4)) for i in range(n)]
+    return dict(results=dict(hydra_arc_easy={'acc,none': acc, 'bits_per_byte,none': 1.4}), configs=dict(hydra_arc_easy=config),
         samples=dict(hydra_arc_easy=samples), **{'n-samples': dict(hydra_arc_easy=dict(effective=n))})
 
 def test_a_row_is_informative_if_any_system_leaves_chance():
@@ -318,7 +320,7 @@ def test_a_row_is_informative_if_any_system_leaves_chance():
     assert row['informative'] and row['measure']=='acc' and row['b'][0]==.5
     row, = suite_rows(dict(a=results(.27), b=results(.3)))
     assert row['informative'] is False and row['measure']=='bits_per_byte'
-    assert row['a'][0]==pytest.approx(8/8/0.6931471805599453)
+    assert row['a'][0]==1.4 and row['a'][1]<row['a'][2]
     row, = suite_rows(dict(a=results(.62, constant=.62))) # no better than one who always says the same
     assert row['informative'] is False and row['to_beat']==.62
 

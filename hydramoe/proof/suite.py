@@ -9,7 +9,7 @@ __all__ = ['QUESTION_FORM', 'PROBLEM_FORM', 'SUMMARY_FORM', 'PROGRAM_ENDS', 'KNO
            'score_truth', 'score_number', 'score_math', 'score_letter', 'score_query', 'score_call', 'score_no_call',
            'rouge_scorer', 'score_rouge', 'pass_at_k', 'whole_program', 'score_program', 'SuiteTask', 'suite_names',
            'run_items', 'metric_entry', 'columns_of', 'sampled', 'task_config', 'suite_tasks', 'informative',
-           'bits_interval', 'measured', 'task_row', 'suite_rows', 'scores_source', 'task_yaml', 'write_suite']
+           'measured', 'task_row', 'suite_rows', 'scores_source', 'task_yaml', 'write_suite']
 
 # %% ../../nbs/proof/73a_suite.ipynb #55366b87
 import functools, json
@@ -26,6 +26,7 @@ from ..foundations.store import stage
 from ..data.records import DOMAINS
 from ..data.cards import card_names, cards_digest, load_card
 from ..data.check import check_call, check_choice, check_math, check_no_call, check_number, check_program, check_rows
+from .systems import item_values, score_interval
 from .items import asked_items, call_items, function_items, gap_items, items_stage, letter_items
 from .items import preference_items, program_items, query_items, reference_items, reply_items
 from .items import solution_items, truthful_items, verdict_items, whether_items
@@ -408,32 +409,14 @@ def informative(
     return low>chance
 
 # %% ../../nbs/proof/73a_suite.ipynb #bfac1d51
-def bits_interval(
-    pairs:list[tuple] # (log-likelihood, bytes) of each item
-)->tuple[float,float,float]: # bits per byte, low, high; the ends are NaN for a single item
-    "Bits per byte over items, with the interval of a ratio"
-    import numpy as np
-    nats, sizes = np.array(pairs, float).T
-    n = len(nats)
-    ratio = -nats.sum()/sizes.sum()
-    off = -nats-ratio*sizes
-    spread = np.sqrt((off**2).sum()*n/(n-1)) if n>1 else np.nan
-    half = 1.96*spread/sizes.sum()
-    return tuple(float(value/np.log(2)) for value in (ratio, ratio-half, ratio+half))
-
-# %% ../../nbs/proof/73a_suite.ipynb #6ac710c9
 def measured(
     found:dict, # lm-eval's results of a system, with samples
     task:str, # of the suite
     metric:str # one of its scores
-)->tuple[float,float,float]: # value, low, high
+)->tuple[float,float|None,float|None]: # value, low, high; the ends are None for a single item
     "A score of a system with its interval"
-    if metric=='bits_per_byte': return bits_interval([sample[metric] for sample in found['samples'][task]])
     value = found['results'][task][f'{metric},none']
-    n = found['n-samples'][task]['effective']
-    if metric!='rouge_l': return value, *wilson(round(value*n), n)[1:]
-    half = 1.96*found['results'][task][f'{metric}_stderr,none']
-    return value, value-half, value+half
+    return value, *score_interval(metric, item_values(found, task, metric))
 
 # %% ../../nbs/proof/73a_suite.ipynb #0195b7a2
 def task_row(

@@ -8,7 +8,7 @@ __all__ = ['FEWSHOT_SEED', 'CHUNK', 'LIBS', 'DRAWS', 'System', 'is_bundle', 'fir
            'answer_rows', 'lm_answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task',
            'lm_seconds_stage', 'sample_requests', 'requests_by_kind', 'forecast_evaluation', 'is_share',
            'mean_interval', 'paired_interval', 'paired_p', 'ratio_interval', 'first_metric', 'item_values',
-           'task_chance', 'comparison', 'evaluate_systems', 'write_results']
+           'task_chance', 'score_interval', 'difference_interval', 'comparison', 'evaluate_systems', 'write_results']
 
 # %% ../../nbs/proof/72a_systems.ipynb #45aec6ad
 import contextlib, difflib, functools, io, itertools, json, math, re, sys, tempfile, time
@@ -471,10 +471,12 @@ def first_metric(
 
 def item_values(
     found:dict, # lm-eval's results of one task
-    task:str # its name
+    task:str, # its name
+    metric:str|None=None # None: the first
 )->np.ndarray|None: # (n,) in the order of the rows; (n,2) of a ratio of sums; None of texts that are scored together
-    "The first metric, row by row"
-    metric, filter = first_metric(found, task)
+    "A metric, row by row"
+    first, filter = first_metric(found, task)
+    metric = metric or first
     samples = [sample for sample in found['samples'][task] if sample['filter']==filter]
     samples.sort(key=lambda sample: sample['doc_id'])
     values = [sample[metric] for sample in samples]
@@ -492,16 +494,36 @@ def task_chance(
     if said is not None or config['output_type']!='multiple_choice' or metric not in ('acc', 'acc_norm'): return said
     return float(np.mean([1/len(sample['arguments']) for sample in found['samples'][task]]))
 
-# %% ../../nbs/proof/72a_systems.ipynb #6d43aba0
-def _intervals(metric, values, first):
-    "The interval of a score, that of its paired difference, and the p-value of the difference"
-    if values is not None and values.ndim==1:
-        return mean_interval(values), paired_interval(values, first), paired_p(values, first)
+# %% ../../nbs/proof/72a_systems.ipynb #6d43ax0a0
+def _aggregation(metric):
+    "How lm-eval makes one number of a metric's rows; None if it doesn't know the metric"
     from lm_eval.api.registry import get_metric_aggregation
-    aggregate = get_metric_aggregation(metric)
-    if values is None or aggregate is None: return (None, None), (None, None), None
-    return ratio_interval(values, aggregate), ratio_interval(values, aggregate, first), None
+    return get_metric_aggregation(metric)
 
+def score_interval(
+    metric:str, # of lm-eval
+    values:np.ndarray|None # of `item_values`
+)->tuple[float|None,float|None]: # low, high; None where there is no interval
+    "The 95 % interval of a score"
+    if values is None: return None, None
+    if values.ndim==1: return mean_interval(values)
+    aggregate = _aggregation(metric)
+    if aggregate is None or len(values)<2: return None, None
+    return ratio_interval(values, aggregate)
+
+def difference_interval(
+    metric:str, # of lm-eval
+    values:np.ndarray|None, # of `item_values`
+    first:np.ndarray|None # of the system that it is compared with, on the same rows
+)->tuple[float|None,float|None]: # low, high; None where there is no interval
+    "The 95 % interval of a paired difference of scores"
+    if values is None: return None, None
+    if values.ndim==1: return paired_interval(values, first)
+    aggregate = _aggregation(metric)
+    if aggregate is None or len(values)<2: return None, None
+    return ratio_interval(values, aggregate, first)
+
+# %% ../../nbs/proof/72a_systems.ipynb #6d43aba0
 def _score_of(found, task):
     "The first metric of a task"
     return float(found['results'][task][','.join(first_metric(found, task))])
@@ -509,7 +531,9 @@ def _score_of(found, task):
 def _table_row(task, system, found, first):
     "One system on one task, against the first"
     metric, _ = first_metric(found, task)
-    own, paired, p = _intervals(metric, item_values(found, task), item_values(first, task))
+    values, of_first = item_values(found, task), item_values(first, task)
+    own, paired = score_interval(metric, values), difference_interval(metric, values, of_first)
+    p = paired_p(values, of_first) if values is not None and values.ndim==1 else None
     row = dict(task=task, system=system, metric=metric, chance=task_chance(found, task))
     row |= dict(n=found['n-samples'][task]['effective'], score=_score_of(found, task), low=own[0], high=own[1])
     if found is first: return row
