@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWSHOT_SEED', 'CHUNK', 'LIBS', 'DRAWS', 'System', 'is_bundle', 'first_system', 'other_system', 'systems_of',
-           'system_files', 'without_noise', 'open_lm', 'load_tasks', 'question_of', 'request_rows', 'build_requests',
-           'answer_rows', 'lm_answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task',
+           'system_files', 'without_noise', 'open_lm', 'load_tasks', 'set_shots', 'question_of', 'request_rows',
+           'build_requests', 'answer_rows', 'lm_answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task',
            'lm_seconds_stage', 'sample_requests', 'requests_by_kind', 'forecast_evaluation', 'is_share',
            'mean_interval', 'paired_interval', 'paired_p', 'ratio_interval', 'first_metric', 'item_values',
            'task_chance', 'score_interval', 'difference_interval', 'comparison', 'evaluate_systems', 'write_results']
@@ -184,6 +184,20 @@ def load_tasks(
                              "on a machine where that may be")
         if task.get_config('num_fewshot') is None: task.set_config('num_fewshot', 0)
     return loaded
+
+# %% ../../nbs/proof/72a_systems.ipynb #5725bx24a
+def set_shots(
+    tasks:dict, # name → lm-eval's task; changed
+    shots:int # worked examples before each question
+)->dict: # `tasks`
+    "Ask all tasks with so many worked examples"
+    for name, task in tasks.items():
+        splits = [task.config.fewshot_split, task.config.training_split, task.config.validation_split]
+        if shots and not any(splits):
+            raise HydraError(f"task {name} has no rows for worked examples (no fewshot, training or validation split): "
+                             "leave it out, or ask without examples (--shots 0)")
+        task.set_config('num_fewshot', shots)
+    return tasks
 
 # %% ../../nbs/proof/72a_systems.ipynb #c255e7be
 def question_of(

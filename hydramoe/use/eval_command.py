@@ -21,6 +21,7 @@ _OPTIONS = [
     arg('place', nargs='?', metavar='BUNDLE|MODEL', help='folder of a bundle, or folder or id of a model of transformers'),
     arg('--tasks', metavar='NAME,…', required=True, help=_TASKS),
     arg('--limit', type=int, metavar='N', help='rows of each task at most (default: all)'),
+    arg('--shots', type=int, metavar='N', help="worked examples before each question (default: as each task says)"),
     arg('--against', metavar='NAME,…', help=_AGAINST),
     arg('--batch', type=int, default=8, metavar='N', help='rows of a batch (default %(default)s)'),
     arg('--chat', action='store_true', help="put the questions into the base's chat template"),
@@ -126,7 +127,11 @@ def _checked(a):
     first = first_system(a.place, a.base, a.encoder, a.quant)
     systems = systems_of(first, split_words(a.against, '--against'))
     out = require_free(a.out or f'{first.name}-eval')
-    return systems, _tasks_asked_for(split_words(a.tasks, '--tasks'), a.include, a.allow_code), out
+    tasks = _tasks_asked_for(split_words(a.tasks, '--tasks'), a.include, a.allow_code)
+    if a.shots is not None:
+        from hydramoe.proof.systems import set_shots
+        tasks = set_shots(tasks, number(a.shots, '--shots', whole=True, least=0))
+    return systems, tasks, out
 
 def eval_command(a):
     "Systems on tasks: a forecast, then a table"
