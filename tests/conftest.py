@@ -15,11 +15,10 @@ settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'same'))
 
 def together(nodeid):
     """What stays with one worker when `make test` deals tests to several: a file, since its fixtures cost. But each notebook of the
-    library is dealt alone, for these take longest; and so are an experiment's slow runs, one for each parameter"""
+    library is dealt alone, for these take longest; and so is each of an experiment's slow runs, one for each parameter"""
     file, test = nodeid.split('::', 1)
-    if test.startswith('test_notebook['): return nodeid
-    if test.startswith('test_every_parameter_is_used['): return test.split('-')[0]
-    return file
+    alone = test.startswith(('test_notebook[', 'test_every_parameter_is_used['))
+    return nodeid if alone else file
 
 @pytest.hookimpl(optionalhook=True) # of xdist; `--dist loadgroup` of xdist 3.8 does nothing under pytest 9.2
 def pytest_xdist_make_scheduler(config, log):
