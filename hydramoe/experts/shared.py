@@ -146,7 +146,8 @@ def shared_gradients(
         return sums
     loss, tokens = sum_gradients(model, step, spec, cached, run)
     loss[-1], tokens[-1] = loss.sum(), tokens.sum() # the shared expert has all of them
-    times = torch.full_like(tokens, total)/tokens.clamp(min=1) # exactly 1 for the shared expert, if all rows count
+    own = tokens[-1:].expand_as(tokens) if soft else tokens # with soft gates a residual has all of them too
+    times = torch.full_like(tokens, total)/own.clamp(min=1) # exactly 1 for the shared expert, if all rows count
     model.stack.grad.mul_(times[:,None])
     return loss/tokens
 
@@ -223,6 +224,7 @@ def fit_shared(
     steps = mix_steps(pairs, name, spec)
     steps = drop_residuals(steps, stack.shared, residual.dropout, spec.seed)
     totals = steps_of_each(steps, len(names))
+    if residual.soft: totals = [len(steps)]*len(names)
     totals[-1] = len(steps)
     opt = SharedOptimizers(stack, totals, spec, residual)
     owners = [e for e, _ in pairs]
