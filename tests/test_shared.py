@@ -222,6 +222,17 @@ def test_a_residual_whose_numbers_are_lost_takes_no_other_with_it():
     for e in (0, 2, 3): assert far(got[e], want[e], fresh().stack.theta[e])<1e-4
     assert torch.equal(got[1].nan_to_num(9.)[6:], fresh().stack.theta[1,6:])
 
+def test_rows_of_the_shared_expert_alone_touch_no_residual():
+    "Numbers that are lost, in whichever slot, lose only the rows of that residual"
+    for lost in range(3):
+        model = fresh(noise=.02)
+        model.stack.theta[lost] = torch.nan
+        step = [(3 if i%2 else e, x) for i, (e, x) in enumerate(STEP)]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            losses, _ = step_of(model, step)
+        assert {str(w.message).split("'")[1] for w in said}=={x.id for e, x in step if e==lost} and losses[3].isfinite()
+
 # ---- the same run, interrupted, turned round, in other precisions
 
 def stop_at(monkeypatch, k):
@@ -334,6 +345,22 @@ def test_soft_trains_each_residual_with_every_row(soft):
     mixed, history = way(ResidualSpec(soft=soft), pairs=only)
     assert not hard[[0,2]].any() and all(mixed[e].any() for e in range(4))
     assert all(set(h['norm'])=={*EXPERTS, 'shared'} for h in history)
+
+def test_dropped_rows_are_computed_by_the_shared_expert_alone():
+    "Beside rows that have a residual: the loss and the shared expert's gradient are those of the slow sum"
+    model = fresh(noise=.02)
+    step = [(3 if i%2 else e, x) for i, (e, x) in enumerate(STEP)]
+    losses, got = step_of(model, step)
+    with training_mode(model):
+        nll = []
+        for e, x in step:
+            gates = one_hot([e], 4)[:,:3]
+            with model.stack.bind(with_trunk(SlowPlan(model.stack, gates))): nll.append(token_losses(model, [x]))
+        model.stack.zero_grad()
+        torch.cat(nll).mean().backward()
+        want = model.stack.grad.clone()
+    torch.testing.assert_close(losses[3], torch.cat(nll).mean().detach())
+    assert (got[3]-want[3]).norm()<1e-4*want[3].norm()
 
 @pytest.mark.parametrize('soft', [.3, 1.])
 def test_soft_gradients_are_those_of_the_formula(soft):
