@@ -10,6 +10,7 @@ are random LoRA of rank 8 on all linear layers.
   decode_9, prefill_9     each row its own softmax mix of all 9; prefill makes the plan and gathers factors, as a generation does
   decode_E_top2           E experts in the stack, each row two of its own
   decode_one              all rows the same expert
+  decode_shared           a shared expert and 9 residuals, each row its own softmax mix of all 9; decode_shared_alone: no residual
   swap                    time to change the expert of the next step (gates in, plan out) / the base's decode step
   gather                  milliseconds, once for a generation: plan and factors
   peft_*                  PEFT with 9 adapters: set_adapter (as swap), all rows one adapter, a mixed batch of 8 adapters
@@ -93,10 +94,15 @@ def swaps(model, rows, slots, rounds):
         for g in gates: took.append(seconds(lambda: make_plan(g, model.stack).keep().factors(0, model.base.dtype)))
     return statistics.median(took[len(gates):])
 
+def filled(args, quant, slots, shared=False):
+    "Our model with experts of noise"
+    model = gated(opened(args, quant), slots, LoraSpec(8), shared)
+    model.stack.theta.normal_(std=.01, generator=torch.Generator(model.stack.theta.device).manual_seed(0))
+    return model
+
 def ours(args, quant, slots, ids):
     "Our model of `slots` experts and its steps"
-    model = gated(opened(args, quant), slots, LoraSpec(8))
-    model.stack.theta.normal_(std=.01, generator=torch.Generator(model.stack.theta.device).manual_seed(0))
+    model = filled(args, quant, slots)
     mixes = {'decode_9': soft(args.rows, 9, slots), 'decode_one': one_hot([0]*args.rows, slots)} | {f'decode_{E}_top2': top2(args.rows, E, slots) for E in args.experts}
     return model, mixes
 
@@ -106,11 +112,14 @@ def measure(args, quant, mode):
     base = opened(args, quant)
     ids = torch.randint(3, base.model.config.vocab_size, (args.rows, args.context), device=base.device)
     model, mixes = ours(args, quant, max(9, *args.experts), ids)
+    beside = filled(args, quant, 9, shared=True)
     peft = with_peft(opened(args, quant).model)
     run = (lambda m: torch.compile(m, dynamic=False)) if mode=='compiled' else (lambda m: m)
     cfg, bare, mine, theirs = base.model.config, run(base.model), run(model), run(peft)
+    residuals = dict(decode_shared=soft(args.rows, 9, 9), decode_shared_alone=torch.zeros(args.rows, 9))
     who = dict(adapter_names=[f'e{e%9}' for e in range(args.rows)])
     steps = {'base': decode(bare, cfg, ids), **{k: decode(mine, cfg, ids, (model.keep, {}), gates=g.to(base.device)) for k,g in mixes.items()},
+             **{k: decode(run(beside), cfg, ids, (beside.keep, {}), gates=g.to(base.device)) for k,g in residuals.items()},
              'peft_decode_one': decode(theirs, cfg, ids)}
     if mode=='eager': steps['peft_decode_mixed_8'] = decode(theirs, cfg, ids, **who)
     out, most = in_turn(steps, args.rounds), args.experts[-1]
@@ -142,7 +151,7 @@ def main():
             for mode in args.modes.split(','):
                 tables[f'{quant}_{mode}'] = relative(measure(args, quant, mode)); gc.collect()
     first = next(iter(tables.values()))
-    keys = ['swap', 'decode_9', 'prefill_9', *(f'decode_{E}_top2' for E in args.experts)]
+    keys = ['swap', 'decode_9', 'decode_shared', 'prefill_9', *(f'decode_{E}_top2' for E in args.experts)]
     out = {k: first[k] for k in keys} | dict(tables=tables, conditions=dict(vars(args), torch=torch.__version__, work=__doc__.split('\n\n')[2]))
     if args.json: print(json.dumps(out, indent=1)); return
     for name,t in tables.items(): print(f'\n{name} (base: decode {t["base_decode_ms"]} ms, prefill {t["base_prefill_ms"]} ms)', *(f'  {k:22} {v:8.4f}' for k,v in t.items()), sep='\n')

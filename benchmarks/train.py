@@ -3,14 +3,16 @@
     python benchmarks/train.py                a table
     python benchmarks/train.py --json         vs_trl_bf16, vs_trl_fp32: tokens a second, ours ÷ TRL's; memory_vs_trl: peak
                                               memory, ours ÷ TRL's; quality_gap: held-out loss, ours ÷ TRL's − 1; bare_vs_trl_*: the
-                                              base alone, forward and backward, ÷ TRL's: the most that ours could reach; and tables
+                                              base alone, forward and backward, ÷ TRL's: the most that ours could reach; shared_vs_fused:
+                                              seconds of a step with a shared expert and as many residuals ÷ of a fused step of plain experts; and tables
     python benchmarks/train.py --base tiny --domains 3 --rows 6 --steps 3       seconds, to see that it works
 
 Both sides get the same base in the same precision (bf16: weights and products in bf16, adapters, their gradients and AdamW in
 fp32, on TRL's side through autocast), the same fresh adapters, the same rows in the same order with the same batches for each expert, the same activation
 checkpointing. Tokens are counted without padding. The first steps of every trainer are left out, and so is all preparation.
 For memory, TRL gets batches of as many tokens as ours has under way at once, as if they were of one expert.
-Every measurement has a process of its own, since memory is its peak.
+Every measurement has a process of its own, since memory is its peak. `shared_vs_fused` has one for both of its sides: they take
+the same steps of the same rows, in the same passes, in turn.
 """
 import argparse, json, os, resource, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
@@ -154,6 +156,34 @@ def trl(a):
         total['tokens'] += sum(map(tokens, batches[a.warm:])); total['seconds'] += sum(watch.seconds[a.warm:])
     return dict(total, memory=peak())
 
+def shared(a):
+    "Step by step in turn: a shared expert with residuals, and as many plain experts, on two copies of the base"
+    from hydramoe.models.load import load_base
+    from hydramoe.experts.train import Optimizers, fit_step, training_mode
+    from hydramoe.experts.shared import ResidualSpec, SharedOptimizers, shared_step
+    from hydramoe.experts.model import gated
+    base, spec, rows, _, steps = prepared(a)
+    names = list(rows)
+    plain = gated(base, len(names), lora(a))
+    both = gated(load_base(a.base, a.quant), len(names), lora(a), shared=True)
+    for stack in (plain.stack, both.stack):
+        for e in range(len(stack.theta)): stack.init_expert(e, e)
+    totals = [len(steps)]*(len(names)+1)
+    seconds = dict(fused=[], shared=[])
+    with training_mode(plain, a.checkpointing), training_mode(both, a.checkpointing):
+        fused = Optimizers(plain.stack, totals[1:], spec)
+        mixed = SharedOptimizers(both.stack, totals, spec, ResidualSpec())
+        turns = [('fused', lambda step, k: fit_step(plain, fused, step, k, names)),
+                 ('shared', lambda step, k: shared_step(both, mixed, step, k, [*names, 'shared']))]
+        for k,step in enumerate(steps):
+            for name,take in turns[::1-k%2*2]: # who begins changes from step to step
+                t = clock(a)
+                take(step, k)
+                seconds[name].append(clock(a)-t)
+    seconds = {name: took[a.warm:] for name,took in seconds.items()}
+    ratios = [s/f for s,f in zip(seconds['shared'], seconds['fused'])]
+    return {name: statistics.median(took) for name,took in seconds.items()} | dict(ratio=statistics.median(ratios), ratios=ratios)
+
 def trl_memory(a):
     "TRL with as many rows in a forward as ours"
     from hydramoe.experts.train import fit_trl
@@ -180,7 +210,7 @@ def score(a):
         model.detach()
     return out
 
-SIDES = dict(ours=ours, trl=trl, bare=bare, trl_memory=trl_memory, score=score)
+SIDES = dict(ours=ours, trl=trl, bare=bare, shared=shared, trl_memory=trl_memory, score=score)
 
 def measured(side, quant, work):
     "One side in a process of its own"
@@ -212,13 +242,16 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         out = {q: compared(a, q, work) for q in quants}
         theirs = None if a.no_memory else measured('trl_memory', quants[0], work)['memory']
+        beside = {q: measured('shared', q, work) for q in quants}
     result = {f'vs_trl_{q}': x['ratio'] for q,x in out.items()} | {f'bare_vs_trl_{q}': x['bare']/x['trl'] for q,x in out.items()}
     if theirs: result['memory_vs_trl'] = out[quants[0]]['memory']/theirs
+    result['shared_vs_fused'] = max(x['ratio'] for x in beside.values())
     result['quality_gap'] = max((x['gap'] for x in out.values()), key=abs)
-    if a.json: print(json.dumps(result | dict(tables=out, trl_memory_gib=theirs, conditions=conditions(a)), indent=1)); return
+    if a.json: print(json.dumps(result | dict(tables=out, shared=beside, trl_memory_gib=theirs, conditions=conditions(a)), indent=1)); return
     for q,x in out.items():
         print(f"{q}: ours {x['ours']:.0f} tokens/s, TRL {x['trl']:.0f}: {x['ratio']:.2f}×; the base alone {x['bare']:.0f}; held-out loss {x['held']['start']:.4f} before, "
               f"ours {x['held']['ours']:.4f}, TRL {x['held']['trl']:.4f}: {x['gap']:+.3%}")
+    for q,x in beside.items(): print(f"{q}: a step with a shared expert takes {x['ratio']:.2f}× one of plain experts ({x['shared']:.2f} and {x['fused']:.2f} s)")
     if theirs: print(f"peak memory in {quants[0]}: ours {out[quants[0]]['memory']:.2f} GiB, TRL {theirs:.2f} at equal tokens a forward: {result['memory_vs_trl']:.2f}×")
 
 if __name__=='__main__': main()

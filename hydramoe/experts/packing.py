@@ -88,12 +88,11 @@ def packed_attention(
         if before in _ATTENTIONS: model.base.set_attn_implementation(before)
 
 # %% ../../nbs/experts/43_packing.ipynb #line-x1d3
-def _residuals(experts, stack):
-    "The experts (S,) of runs and their weights; a run of the shared expert alone has another with weight zero"
-    if stack.shared is None: return experts, stack.scale[experts]
-    alone = experts==stack.shared
-    index = experts.masked_fill(alone, 0)
-    return index, stack.scale[index].masked_fill(alone, 0.)
+def _run_weights(experts, stack):
+    "The weights (S,) of runs of these experts; zero for the shared expert, which all runs have anyway"
+    weight = stack.scale[experts]
+    if stack.shared is None: return weight
+    return weight.masked_fill(experts==stack.shared, 0.)
 
 # %% ../../nbs/experts/43_packing.ipynb #line-c3
 def packed_plan(
@@ -113,6 +112,7 @@ def packed_plan(
     ends = list(accumulate(tokens))
     cuts = None if stack.theta.is_cuda and grouped_pays(stack) else ends[:-1]
     ends = torch.tensor(ends, dtype=torch.int32, device=device)
-    index, weight = _residuals(torch.tensor(experts, device=device), stack)
+    index = torch.tensor(experts, device=device)
+    weight = _run_weights(index, stack)
     runs = Runs(index[:,None], weight[:,None,None], rows=1, ends=ends, cuts=cuts, packed=True)
     return completed(RowsPlan(stack, runs))

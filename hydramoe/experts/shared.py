@@ -34,10 +34,14 @@ class ResidualSpec:
     soft:float=0. # ε: a row's own residual has weight 1-ε+ε/E, each other ε/E
     clock:str='run' # whose steps lower a residual's rate: the run's, or its own
     def __post_init__(self):
-        if self.rank is not None: number(self.rank, 'rank', whole=True, least=1)
-        if self.scale is not None: number(self.scale, 'scale', above=0)
-        for name in ('rate', 'b_rate', 'decay', 'dropout', 'soft'): number(getattr(self, name), name, least=0)
-        for name in ('dropout', 'soft'): number(getattr(self, name), name, most=1)
+        if self.rank is not None:
+            number(self.rank, 'rank', whole=True, least=1)
+        if self.scale is not None:
+            number(self.scale, 'scale', above=0)
+        for name in ('rate', 'b_rate', 'decay', 'dropout', 'soft'):
+            number(getattr(self, name), name, least=0)
+        for name in ('dropout', 'soft'):
+            number(getattr(self, name), name, most=1)
         one_of(self.clock, ('run', 'own'), 'clock')
 
 # %% ../../nbs/experts/48a_shared.ipynb #0dfcfd2e
@@ -62,7 +66,10 @@ def drop_residuals(
     dropped = []
     for k, step in enumerate(steps):
         draws = rng(seed, 'residual dropout', k).random(len(step))
-        dropped.append([(shared if draw<share else e, x) for draw, (e, x) in zip(draws, step)])
+        is_left = draws<share
+        who = [shared if left else e for left, (e, _) in zip(is_left, step)]
+        examples = [x for _, x in step]
+        dropped.append(list(zip(who, examples)))
     return dropped
 
 # %% ../../nbs/experts/48a_shared.ipynb #0dd0163d
@@ -78,21 +85,25 @@ def soft_packed_plan(
         if e==stack.shared: continue
         row += soft/stack.slots
         row[e] += 1-soft
-    by_token = gates.repeat_interleave(torch.tensor(lengths), 0)[None].to(stack.theta.device)
-    every = torch.arange(stack.slots, device=stack.theta.device)
-    return completed(DensePlan(stack, every, by_token*stack.scale[every], rows=1))
+    device = stack.theta.device
+    by_token = gates.repeat_interleave(torch.tensor(lengths), 0)
+    weight = by_token.to(device)*stack.scale[:stack.slots]
+    every = torch.arange(stack.slots, device=device)
+    return completed(DensePlan(stack, every, weight[None], rows=1))
 
 # %% ../../nbs/experts/48a_shared.ipynb #4643e4c1
 def _finite_rows(nll, pairs):
     "The rows whose losses are all numbers"
     parts = nll.split([n_response(x) for _, x in pairs])
-    return [pair for pair, part in zip(pairs, parts) if part.isfinite().all()]
+    is_finite = [bool(part.isfinite().all()) for part in parts]
+    return [pair for pair, finite in zip(pairs, is_finite) if finite]
 
 def _plan_of(pairs, stack, soft):
     "The plan of a pass"
     who = [e for e, _ in pairs]
     lengths = [len(x.ids) for _, x in pairs]
-    return soft_packed_plan(who, lengths, stack, soft) if soft else packed_plan(who, lengths, stack)
+    if soft: return soft_packed_plan(who, lengths, stack, soft)
+    return packed_plan(who, lengths, stack)
 
 # %% ../../nbs/experts/48a_shared.ipynb #9c24bd87
 def pass_losses(
@@ -115,7 +126,14 @@ def pass_losses(
             return pairs
     for x in (x for e, x in pairs if (e, x) not in kept):
         warnings.warn(f"row {x.id!r}: its loss is not a number; it's left out of this step")
-    return pass_losses(model, kept, stack, bind, use, soft, cached) if kept else []
+    if kept: return pass_losses(model, kept, stack, bind, use, soft, cached)
+    _give_back(model)
+    return []
+
+def _give_back(model):
+    "Processes that share a base give its blocks back in the backward pass; where there is none, do it here"
+    for block in model.base.modules():
+        if hasattr(block, 'reshard'): block.reshard()
 
 # %% ../../nbs/experts/48a_shared.ipynb #ce242d11
 def shared_gradients(
@@ -140,13 +158,17 @@ def shared_gradients(
             kept = pass_losses(model, [step[i] for i in rows], stack, bind, use, soft, cached)
             if not kept: continue
             tokens = torch.tensor([n_response(x) for _, x in kept])
-            who = torch.tensor([e for e, _ in kept]).repeat_interleave(tokens).to(model.device)
-            sums[0].index_add_(0, who, found[0])
-            sums[1].index_add_(0, who, torch.full_like(found[0], counts))
+            who = torch.tensor([e for e, _ in kept])
+            who = who.repeat_interleave(tokens).to(model.device)
+            nll = found[0]
+            sums[0].index_add_(0, who, nll)
+            sums[1].index_add_(0, who, torch.full_like(nll, counts))
         return sums
     loss, tokens = sum_gradients(model, step, spec, cached, run)
-    loss[-1], tokens[-1] = loss.sum(), tokens.sum() # the shared expert has all of them
-    times = torch.full_like(tokens, total)/tokens.clamp(min=1) # exactly 1 for the shared expert, if all rows count
+    loss[-1] = loss.sum() # the shared expert has all rows
+    tokens[-1] = tokens.sum()
+    own = tokens[-1:].expand_as(tokens) if soft else tokens # with soft gates a residual has all of them too
+    times = torch.full_like(tokens, total)/own.clamp(min=1) # exactly 1 for the shared expert, if all rows count
     model.stack.grad.mul_(times[:,None])
     return loss/tokens
 
@@ -161,22 +183,25 @@ class SharedOptimizers(Optimizers):
     ):
         super().__init__(stack, totals, spec)
         self.residual = residual
-        for group in self.adamw.param_groups[:stack.slots]: group['weight_decay'] = residual.decay
+        for group in self.adamw.param_groups[:stack.slots]:
+            group['weight_decay'] = residual.decay
 
     def rate(self, e):
         "The learning rate of an expert's next step"
-        if e==self.stack.shared: return super().rate(e)
-        if self.residual.clock=='own': return self.residual.rate*super().rate(e)
         run = self.stack.shared
-        return self.residual.rate*self.spec.lr*lr_factor(self.clock[run], self.totals[run], self.spec)
+        if e==run: return super().rate(e)
+        share = self.residual.rate
+        if self.residual.clock=='own': return share*super().rate(e)
+        return share*self.spec.lr*lr_factor(self.clock[run], self.totals[run], self.spec)
 
     def step(self, present):
         "A step of the present experts; with `b_rate` the way that B went is made longer"
         if self.residual.b_rate==1: return super().step(present)
-        before = self.stack.theta.detach()[:self.stack.slots].clone()
-        found = super().step(present)
         after = self.stack.theta.detach()[:self.stack.slots]
-        after += (after-before)*self._is_b()*(self.residual.b_rate-1)
+        before = after.clone()
+        found = super().step(present)
+        way = (after-before)*self._is_b()
+        after += way*(self.residual.b_rate-1)
         return found
 
 # %% ../../nbs/experts/48a_shared.ipynb #b504eb99
@@ -184,8 +209,10 @@ class SharedOptimizers(Optimizers):
 def _is_b(self:SharedOptimizers):
     "(1,P) 1 where a row of numbers holds B, else 0"
     stack = self.stack
-    mask = torch.zeros(1, stack.theta.shape[1], device=stack.theta.device)
-    for _, B in layer_views(mask, stack.layers[stack.n_trunk_layers:], stack.spec.rank): B.fill_(1.)
+    mask = torch.zeros_like(stack.theta[:1])
+    layers = stack.layers[stack.n_trunk_layers:]
+    for _, B in layer_views(mask, layers, stack.spec.rank):
+        B.fill_(1.)
     return mask
 
 # %% ../../nbs/experts/48a_shared.ipynb #9eee6983
@@ -199,9 +226,10 @@ def shared_step(
 )->dict: # {step, tokens, loss, norm, skipped}
     "One step of the shared expert, and of the residuals that have rows in it"
     losses = shared_gradients(model, step, opt.spec, opt.residual.soft, cached)
-    has_loss = losses.isfinite().nonzero()[:,0].tolist()
-    if opt.residual.soft and has_loss: has_loss = range(len(losses)) # every row trains every residual
-    norms, skipped = opt.step(set(has_loss))
+    has_loss = losses.isfinite()
+    if opt.residual.soft: has_loss |= has_loss.any() # every row trains every residual
+    present = has_loss.nonzero()[:,0].tolist()
+    norms, skipped = opt.step(set(present))
     return step_entry(step, k, names, losses.tolist(), norms, skipped)
 
 # %% ../../nbs/experts/48a_shared.ipynb #6ec4ad75
@@ -223,8 +251,11 @@ def fit_shared(
     steps = mix_steps(pairs, name, spec)
     steps = drop_residuals(steps, stack.shared, residual.dropout, spec.seed)
     totals = steps_of_each(steps, len(names))
+    if residual.soft: totals = [len(steps)]*len(names)
     totals[-1] = len(steps)
     opt = SharedOptimizers(stack, totals, spec, residual)
     owners = [e for e, _ in pairs]
-    job = digest([job_id(stack, [[x for _, x in pairs]], names, spec, cached=bool(cached)), owners, residual])
+    examples = [x for _, x in pairs]
+    job = job_id(stack, [examples], names, spec, cached=bool(cached))
+    job = digest([job, owners, residual])
     return run_steps(model, opt, steps, names, job, shared_step, work, every, checkpointing, cached)

@@ -40,9 +40,12 @@ def start_shared(
     if start is None: return
     stack.load_peft(only_adapter(start), e)
     scale = lora.alpha/lora.rank
-    differs = abs(stack.scale[e].item()/scale-1)>1e-6
-    if differs and not stack.n_trunk_layers: stack.rescale(e, scale) # beside a trunk the start's scale stays
-    if stack.ranks[e]<lora.rank: stack.raise_rank(e, seed, lora.rank)
+    ratio = stack.scale[e].item()/scale
+    differs = abs(ratio-1)>1e-6
+    if differs and not stack.n_trunk_layers: # beside a trunk the start's scale stays
+        stack.rescale(e, scale)
+    if stack.ranks[e]<lora.rank:
+        stack.raise_rank(e, seed, lora.rank)
 
 # %% ../../nbs/experts/50a_shared_stages.ipynb #45a095d9
 def started_model(
@@ -55,12 +58,14 @@ def started_model(
     lora = setup.lora
     scale = lora.alpha/lora.rank
     rank = residual.rank or lora.rank
+    alpha = rank*(residual.scale or scale)
     largest = max(rank, lora.rank)
-    model = gated(base, len(names), replace(lora, rank=largest, alpha=largest*scale), shared=True)
+    shape = replace(lora, rank=largest, alpha=largest*scale)
+    model = gated(base, len(names), shape, shared=True)
     start_shared(model.stack, setup.start, lora, setup.spec.seed)
     for e, name in enumerate(names):
         own_seed = derive_seed(setup.spec.seed, 'residual', name)
-        model.stack.init_expert(e, own_seed, name, rank, rank*(residual.scale or scale))
+        model.stack.init_expert(e, own_seed, name, rank, alpha)
     return model
 
 # %% ../../nbs/experts/50a_shared_stages.ipynb #ea695b8f
@@ -88,7 +93,8 @@ def write_shared(
     why = unfit(stack.theta[stack.shared], stack.scale[stack.shared].item())
     if why: raise HydraError(f"the shared expert {why} after training with lr={setup.spec.lr:g}: lower the learning rate (--lr)")
     write_experts(out, stack, base_id, setup, history, experts)
-    with disk_errors(): stack.save_peft(Path(out)/'shared'/'adapter', stack.shared, base_id)
+    folder = Path(out)/'shared'/'adapter'
+    with disk_errors(): stack.save_peft(folder, stack.shared, base_id)
     file = Path(out)/'history.json'
     write_json(file, dict(read_json(file), residual=residual))
 
@@ -109,14 +115,18 @@ def train_shared_group(
     if sharded: shard(model)
     work, trunk = work_dir(out), None
     with using_threads(setup.threads):
-        if setup.cached: trunk = cache_trunk(model, sum(kept.values(), []), work, f'{base.fingerprint} {setup.quant}')
+        if setup.cached:
+            examples = sum(kept.values(), [])
+            trunk = cache_trunk(model, examples, work, f'{base.fingerprint} {setup.quant}')
         how = dict(work=work, checkpointing=setup.checkpointing, cached=trunk)
         if frozen: history = _fit_residuals(model, kept, setup.spec, how)
         else:
-            pairs = pairs_in_order(kept, [r['id'] for r in read_jsonl(Path(data.rows_dir)/data.file)])
+            records = read_jsonl(Path(data.rows_dir)/data.file)
+            pairs = pairs_in_order(kept, [r['id'] for r in records])
             history = fit_shared(model, pairs, setup.spec, residual, **how)
     experts = summarize_experts(rows, kept, history)
-    if mesh_place(model)[0]==0: write_shared(out, model, base.id, setup, residual, history, experts)
+    rank, _ = mesh_place(model)
+    if rank==0: write_shared(out, model, base.id, setup, residual, history, experts)
 
 def _fit_residuals(model, kept, spec, how):
     "Train the residuals of a started model on its frozen shared expert"

@@ -499,8 +499,9 @@ def job_id(
     "What a checkpoint belongs to: start, trunk, rows, names and specs"
     dev = stopping.dev if stopping else []
     h = hashlib.sha256()
-    for tensor in (stack.theta[:len(names)], stack.trunk, stack.trunk_scale):
-        h.update(tensor_bytes(tensor))
+    parts = [stack.theta[:len(names)], stack.trunk, stack.trunk_scale]
+    parts += [stack.theta[stack.slots:], stack.scale[stack.slots:]] # the shared expert, if there is one
+    for tensor in parts: h.update(tensor_bytes(tensor))
     for x in sum([*rows, *dev], []):
         numbers = np.array([x.n_prompt, *x.ids], '<i8')
         h.update(numbers.tobytes())
@@ -685,6 +686,13 @@ def run_steps(
             if asked_to_end: raise SystemExit(128+signal.SIGTERM)
     return history
 
+# %% ../../nbs/experts/48_train.ipynb #cell3x033
+def _check_shared(stack):
+    "Refuse a shared expert that is not frozen: `fit` would compute its gradient and not use it"
+    if stack.shared is None or stack.shared_is_frozen: return
+    raise HydraError("this stack has a shared expert, which `fit` doesn't train: train both with `fit_shared`, "
+                     "or set `stack.shared_is_frozen = True` to train residuals on it as it is")
+
 # %% ../../nbs/experts/48_train.ipynb #cell33
 def fit(
     model, # `hydramoe.experts.model.GatedCausalLM`, its first E slots at their start
@@ -699,6 +707,7 @@ def fit(
     cached=None # `TrunkStates` of the rows, from `cache_trunk`: train from the fork on
 )->list[dict]: # for each step {step, tokens, loss, norm, skipped}, by expert name; where it was evaluated, {dev}
     "Train experts fused, in place, each as if it were alone"
+    _check_shared(model.stack)
     names = list(names or slot_names(model.stack, len(rows)))
     steps = [step for step in plan_steps(rows, names, spec) if step]
     stopping = None
