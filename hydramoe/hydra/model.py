@@ -379,6 +379,7 @@ def explain(self:Hydra,
         text = prompt_text(dict(prompt=messages))
         return dict(explain_gate(self.model, self.gate, text, ids), base=uri)
     with router_view(self.model): found = explain_route(self.router, messages)
+    if self.shared: found['shared'] = 1.
     return dict(found, text=route_text(found), base=uri)
 
 @patch
@@ -409,4 +410,5 @@ def explain_bundle(
     if any(m['role'] == 'system' for m in messages): # only the base's template knows whether it takes one
         messages = fold_system_turns(uri_tokenizer(uri, base), messages)
     found = explain_route(router, messages)
+    if 'shared' in manifest: found['shared'] = 1.
     return dict(found, text=route_text(found), base=uri), plot_route(found)
