@@ -66,8 +66,7 @@ def _experts_section(manifest):
     shared = manifest.get('shared')
     if shared:
         text += (f"\n\nEvery prompt also uses the shared expert, of rank {shared['rank']} and alpha {shared['alpha']}, "
-                 "with weight 1. It learnt from the rows of all experts; the experts are residuals, "
-                 "small corrections of it.")
+                 "with weight 1. The others are residuals on it, which mean little alone.")
     if 'fork' in manifest:
         text += f"\n\nBelow block {manifest['fork']} all experts are one, the seed expert that they branched from."
     return text + _skipped_lines(manifest)
