@@ -140,7 +140,8 @@ def _check_shared_entry(manifest, place):
     if version != SHARED_FORMAT:
         if 'shared' not in manifest: return
         raise BundleError(f"{place}: format {version} has no shared expert, and shared={str(shared)[:40]!r} is there")
-    if 'shared' not in manifest: raise BundleError(f"{place}: format {version} has a shared expert, and shared is missing")
+    if 'shared' not in manifest:
+        raise BundleError(f"{place}: format {version} has a shared expert, and shared is missing")
     check_fields(shared, SHARED_FIELDS, f'{place}: shared')
     taken = [e['name'] for e in manifest['experts'] if e['name'].lower() == 'shared']
     if taken: raise BundleError(f"{place}: expert name {taken[0]!r} is taken: it means the shared expert alone")
@@ -176,8 +177,8 @@ def read_manifest(
     manifest = _read_bundle_json(place)
     version = manifest.get('format') if isinstance(manifest, dict) else None
     if type(version) is not int or version not in (BUNDLE_FORMAT, SHARED_FORMAT):
-        raise BundleError(f"{place} has format {version!r}, and this hydramoe reads {BUNDLE_FORMAT} and {SHARED_FORMAT}: "
-                          f"a newer hydramoe may have written it, so upgrade; or build it again")
+        raise BundleError(f"{place} has format {version!r}, and this hydramoe reads {BUNDLE_FORMAT} and "
+                          f"{SHARED_FORMAT}: a newer hydramoe may have written it, so upgrade; or build it again")
     _check_manifest(manifest, place)
     return manifest
 

@@ -168,8 +168,8 @@ def _above_rounding(turned, A, B, scale): # A* (E,k,in), of sBA → (E,k,1)
 # %% ../../nbs/hydra/61_gate.ipynb #5c19f1a8
 def _acting_factors(stack, i, seed=None): # layer i; the seed's A, B, scale → (E,k,in) fp32
     "A* of each expert in a layer, or of what it adds to a seed; zero where it does not act"
-    A, B = (t.detach() for t in stack.leaves[i])
-    scale = stack.scale.detach()
+    A, B = (t.detach()[:stack.slots] for t in stack.leaves[i]) # a shared expert isn't chosen
+    scale = stack.scale.detach()[:stack.slots]
     acts = A.flatten(1).any(1) & B.flatten(1).any(1)
     if seed is not None:
         A, B = minus_seed(A, B, scale, seed)

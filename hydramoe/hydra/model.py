@@ -126,7 +126,8 @@ def _chosen(self:Hydra, expert):
     if expert == 'base': return {}
     if expert != 'shared' or expert in self.names: return {expert: 1.}
     if self.shared: return {}
-    raise HydraError(f"expert='shared': this Hydra has no shared expert; it has {', '.join(self.names)}; or 'base' for none")
+    raise HydraError("expert='shared': this Hydra has no shared expert; "
+                     f"it has {', '.join(self.names)}; or 'base' for none")
 
 @patch
 def _by_hand(self:Hydra, expert):

@@ -54,6 +54,7 @@ def export_command(a):
 
 EXPORT_COMMANDS = dict(export=Command(
     export_command, help='Write an expert as one plain PEFT adapter, with the shared expert in it',
-    examples=['hydramoe export my-hydra math --out math-adapter', 'hydramoe export my-hydra shared --out shared-adapter'],
+    examples=['hydramoe export my-hydra math --out math-adapter',
+              'hydramoe export my-hydra shared --out shared-adapter'],
     args=[BUNDLE, arg('expert', metavar='NAME', help="an expert of the bundle, or 'shared' for the shared one alone"),
           arg('--out', metavar='DIR', required=True, help='folder of the adapter; made'), BASE]))
