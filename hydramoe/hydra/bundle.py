@@ -380,7 +380,8 @@ def _check_shared(root, manifest):
     "The shared expert is an adapter like the others; what lies beside it, or where there is none, is refused"
     shared = manifest.get('shared')
     expected = _SHARED_FILES if shared else set()
-    extra = [f for f in sorted(manifest['files']) if f.startswith('shared/') and f not in expected]
+    there = {f for f in manifest['files'] if f.startswith('shared/')}
+    extra = sorted(there-expected)
     if extra: raise BundleError(f"{root/extra[0]} is extra: it is no part of a shared expert that hydra.json tells of")
     if shared: check_adapter(root/'shared', shared['rank'], shared['alpha'])
 

@@ -80,9 +80,10 @@ def shared_prefix(
 @patch
 def _valid_blocks(self:Chat, gates):
     "In how many blocks the cache is what these weights would have made of it"
-    stack, by_name = self.hydra.model.stack, self.hydra.by_name
-    if by_name(gates) == by_name(self.gates): return stack.depth
-    return 0 if wants_base(stack, gates) or wants_base(stack, self.gates) else stack.fork
+    hydra, stack = self.hydra, self.hydra.model.stack
+    if hydra.by_name(gates) == hydra.by_name(self.gates): return stack.depth
+    was_bare, is_bare = wants_base(stack, self.gates), wants_base(stack, gates)
+    return 0 if was_bare or is_bare else stack.fork
 
 # %% ../../nbs/hydra/65_chat.ipynb #aada7446
 @dataclass

@@ -582,7 +582,9 @@ def route_text(
     experts, heard = explanation['experts'], explanation['heard']
     rest = experts[most:]
     shared = explanation.get('shared')
-    width = max(len(x['name']) for x in [*experts, dict(name='shared' if shared else '')])
+    names = [x['name'] for x in experts]
+    if shared: names.append('shared')
+    width = max(map(len, names))
     nobody = 'the shared expert' if shared else 'base'
     to = experts[0]['name'] if heard else f'{nobody}: far from every domain'
     lines = [_quote(explanation['prompt'])]
