@@ -15,26 +15,27 @@ from hydramoe.experts.model import gated
 NAMES = ['law', 'sea', 'sum']
 TEXTS = ['the court and the law', 'a ship at sea', 'add the numbers to a sum'] # one for each
 
-def noisy(base, names=NAMES, seed=0, fork=0):
-    "Experts of noise on a base; above a fork, on a trunk of noise"
-    model = gated(base, len(names), LoraSpec(rank=4, fork=fork))
+def noisy(base, names=NAMES, seed=0, fork=0, shared=False):
+    "Experts of noise on a base; above a fork, on a trunk of noise; with a shared expert of noise if you ask for it"
+    model = gated(base, len(names), LoraSpec(rank=4, fork=fork), shared)
+    if shared: model.stack.init_expert(model.stack.shared, seed=9)
     for e, name in enumerate(names): model.stack.init_expert(e, seed=seed, name=name)
     for t in (model.stack.theta, model.stack.trunk): t += torch.from_numpy(rng(seed, 'noise').normal(0, .1, t.shape)).float()
     return model
 
-def by_hand(base=None, fork=0):
+def by_hand(base=None, fork=0, shared=False):
     "A Hydra of three experts of noise"
     base = base or tiny_base()
-    return Hydra(base, noisy(base, fork=fork), uniform_router(NAMES))
+    return Hydra(base, noisy(base, fork=fork, shared=shared), uniform_router(NAMES))
 
 class Fickle:
     "A router by the first word of the user"
     kind, names, params = 'fickle', NAMES, {}
     def __call__(self, prompts): return np.array([[float(prompt_text(dict(prompt=p)).startswith(n)) for n in NAMES] for p in prompts])
 
-def fickle(base=None, fork=0):
-    "A Hydra of noise that changes its expert with the first word"
-    h = by_hand(base, fork)
+def fickle(base=None, fork=0, shared=False):
+    "A Hydra of noise that changes its expert with the first word; another word gets none"
+    h = by_hand(base, fork, shared)
     h.router = Fickle()
     return h
 

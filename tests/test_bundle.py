@@ -1,6 +1,6 @@
 """What a bundle must survive, and what it must refuse, found by search; and a bundle of each format that must open for ever.
 
-`python tests/test_bundle.py` writes the golden bundle of the present format, once: tests/data/bundle-FORMAT."""
+`python tests/test_bundle.py` writes the golden bundle of each format that has none yet, tests/data/bundle-FORMAT, and what it answers."""
 import contextlib, json, re, shutil, struct, warnings
 from pathlib import Path
 import pytest, torch
@@ -15,10 +15,10 @@ from hydramoe.domains.discover import Domains
 from hydramoe.foundations.core import HydraError, digest, rng
 from hydramoe.foundations.files import file_sha256, read_json, write_json
 from hydramoe import Hydra
-from hydramoe.hydra.bundle import BUNDLE_FORMAT, BundleError, check_bundle, check_adapter
+from hydramoe.hydra.bundle import BundleError, check_bundle, check_adapter
 from hydramoe.hydra.card import model_card, unlearnt
 from hydramoe.hydra.saving import uri_id
-from hydramoe.hydra.model import explain_bundle
+from hydramoe.hydra.model import explain_bundle, wants_base
 from hydramoe.hydra.build import UnlearntWarning
 
 from hydramoe.hydra.adopt import adapters_base
@@ -43,21 +43,35 @@ def golden():
     model.stack.theta += torch.from_numpy(rng(0, 'golden').normal(0, .3, model.stack.theta.shape)).float()
     return Hydra(base, model, similarity_router(Domains(embed(PAIR_TEXTS, 'words'), PAIR, 'words'), .5))
 
+def golden_shared():
+    "The same with a shared expert of rank 2, on which the two are residuals with a scale of their own"
+    base = tiny_base()
+    model = gated(base, 2, LoraSpec(2, 4, 'q_proj,o_proj,down_proj'), shared=True)
+    for e,n in enumerate(PAIR): model.stack.init_expert(e, e, n, rank=1, alpha=1)
+    model.stack.init_expert(model.stack.shared, 9)
+    model.stack.theta += torch.from_numpy(rng(0, 'golden shared').normal(0, .5, model.stack.theta.shape)).float()
+    return Hydra(base, model, similarity_router(Domains(embed(PAIR_TEXTS, 'words'), PAIR, 'words'), .5))
+
+GOLDEN = {1: golden, 2: golden_shared} # format → the Hydra that tests/data/bundle-FORMAT holds
+
 def greedy(h, prompt, expert=None, n=6):
     "Token ids of the greedy answer, the gates, and by how much the likeliest token led at its tightest"
     tok = h.base.tokenizer
     x = tok(render(tok, [dict(role='user', content=prompt)]), return_tensors='pt', add_special_tokens=False)
     g = h.gates([prompt], expert)
+    if wants_base(h.model.stack, g): g = None
     out = h.model.generate(**x, gates=g, max_new_tokens=n, do_sample=False, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, return_dict_in_generate=True, output_logits=True)
     top = torch.stack(out.logits)[:,0].topk(2).values
-    return dict(prompt=prompt, expert=expert, gates=[round(w, 6) for w in g[0].tolist()], tokens=out.sequences[0,x['input_ids'].shape[1]:].tolist()), (top[:,0]-top[:,1]).min().item()
+    return dict(prompt=prompt, expert=expert, gates=None if g is None else [round(w, 6) for w in g[0].tolist()], tokens=out.sequences[0,x['input_ids'].shape[1]:].tolist()), (top[:,0]-top[:,1]).min().item()
 
 if __name__=='__main__':
-    h, to = golden(), DATA/f'bundle-{BUNDLE_FORMAT}'
-    h.save(to)
-    both = [greedy(h, p, e) for p in QUESTIONS for e in (None, 'law', 'sea', 'base')]
-    assert min(m for _,m in both)>.02, [m for _,m in both]
-    write_json(DATA/f'bundle-{BUNDLE_FORMAT}.json', [g for g,_ in both])
+    for n,make in GOLDEN.items():
+        h, to = make(), DATA/f'bundle-{n}'
+        if to.exists(): continue
+        h = Hydra.load(h.save(to))
+        both = [greedy(h, p, e) for p in QUESTIONS for e in [None, 'law', 'sea', 'base']+['shared']*h.shared]
+        if min(m for _,m in both)<.015: shutil.rmtree(to); raise SystemExit([m for _,m in both])
+        write_json(DATA/f'bundle-{n}.json', [g for g,_ in both])
     raise SystemExit
 
 # ---- golden
@@ -66,25 +80,29 @@ def test_a_bundle_of_each_format_opens_and_answers_as_ever(at):
     h, said = Hydra.load(at), read_json(DATA/f'{at.name}.json')
     for want in said:
         got, margin = greedy(h, want['prompt'], want['expert'])
-        assert margin>.01 and got['tokens']==want['tokens'] and got['gates']==pytest.approx(want['gates'], abs=1e-5)
+        assert margin>.01 and got['tokens']==want['tokens']
+        assert got['gates']==(want['gates'] and pytest.approx(want['gates'], abs=1e-5))
     assert len({str(w['tokens']) for w in said})>3 and sum(f.stat().st_size for f in at.rglob('*'))<60_000
 
 def without_card(bundle):
     "The files of a bundle but for its card"
     return {f: b for f,b in files_in(bundle).items() if f!='README.md'}
 
-def test_the_present_format_has_its_golden_bundle(): assert read_json(DATA/f'bundle-{BUNDLE_FORMAT}'/'hydra.json')['format']==BUNDLE_FORMAT
+@pytest.mark.parametrize('version', GOLDEN)
+def test_each_format_has_its_golden_bundle(version): assert read_json(DATA/f'bundle-{version}'/'hydra.json')['format']==version
 
-def test_what_is_written_today_is_the_golden_bundle(tmp_path):
-    "To the byte, but for what the card says"
-    golden().save(tmp_path/'now')
-    a, b = (without_card(d) for d in (tmp_path/'now', DATA/f'bundle-{BUNDLE_FORMAT}'))
+@pytest.mark.parametrize('version', GOLDEN)
+def test_what_is_written_today_is_the_golden_bundle(version, tmp_path):
+    "To the byte, but for what the card says; without a shared expert in format 1, as ever"
+    GOLDEN[version]().save(tmp_path/'now')
+    a, b = (without_card(d) for d in (tmp_path/'now', DATA/f'bundle-{version}'))
     assert a.keys()==b.keys() and [f for f in a if a[f]!=b[f]]==[]
 
 # ---- search
-BYTES = without_card(DATA/f'bundle-{BUNDLE_FORMAT}')
-TENSORS, TEXT = [f for f in BYTES if f.endswith('.safetensors')], [f for f in BYTES if f.endswith('.json')]
-WHOLE = Hydra.load(DATA/f'bundle-{BUNDLE_FORMAT}')
+BYTES = {version: without_card(DATA/f'bundle-{version}') for version in GOLDEN}
+WHOLE = {version: Hydra.load(DATA/f'bundle-{version}') for version in GOLDEN}
+FILES = [(version, f) for version in GOLDEN for f in sorted(BYTES[version])]
+TENSORS, TEXT = ([(v, f) for v,f in FILES if f.endswith(end)] for end in ('.safetensors', '.json'))
 MOST = settings.default.max_examples # 100, or more under HYPOTHESIS_PROFILE=search
 def fuzz(n): return settings(max_examples=max(n, MOST) if MOST>100 else n, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -93,9 +111,9 @@ def at(tmp_path):
     "A bundle that may be changed; `reset` before each example"
     return tmp_path/'b'
 
-def reset(at):
+def reset(at, version=1):
     shutil.rmtree(at, ignore_errors=True)
-    for f,b in BYTES.items(): (at/f).parent.mkdir(parents=True, exist_ok=True); (at/f).write_bytes(b)
+    for f,b in BYTES[version].items(): (at/f).parent.mkdir(parents=True, exist_ok=True); (at/f).write_bytes(b)
     return at
 
 def reseal_if_possible(at):
@@ -108,27 +126,30 @@ def refused_or_same(at):
     except HydraError as e:
         assert str(e)
         return str(e)
-    assert h.names==PAIR and torch.equal(h.model.stack.theta, WHOLE.model.stack.theta) and torch.equal(h.model.stack.scale, WHOLE.model.stack.scale)
+    stack, whole = h.model.stack, WHOLE[2 if h.shared else 1].model.stack
+    assert h.names==PAIR and torch.equal(stack.theta, whole.theta) and torch.equal(stack.scale, whole.scale)
 
 @fuzz(100)
 @given(st.data())
 def test_no_byte_can_be_changed(at, data):
     "Flipped, cut, inserted, doubled: refused, and the file is named. Only hydra.json may be laid out otherwise, if it says the same"
-    file = data.draw(st.sampled_from(sorted(BYTES)))
-    b, i = BYTES[file], data.draw(st.integers(0, len(BYTES[file])-1))
+    version, file = data.draw(st.sampled_from(FILES))
+    b = BYTES[version][file]
+    i = data.draw(st.integers(0, len(b)-1))
     new = data.draw(st.one_of(st.integers(0, 255).map(lambda v: b[:i]+bytes([v])+b[i+1:]), st.binary(min_size=1, max_size=9).map(lambda v: b[:i]+v+b[i:]), st.just(b[:i]), st.just(b[:i]+b[i+1:]), st.just(b+b), st.binary(max_size=40)))
-    reset(at); (at/file).write_bytes(new)
+    reset(at, version); (at/file).write_bytes(new)
     said = refused_or_same(at)
     if new!=b and file!='hydra.json': assert said and file in said
     if said is None and new!=b: assert json.loads(new)==json.loads(b)
 
 @fuzz(40)
-@given(st.sampled_from(sorted(BYTES)), st.sampled_from(['gone', 'folder', 'link', 'link out', 'empty', 'renamed', 'doubled', 'pickle beside']))
+@given(st.sampled_from(FILES), st.sampled_from(['gone', 'folder', 'link', 'link out', 'empty', 'renamed', 'doubled', 'pickle beside']))
 def test_no_file_can_be_moved(at, file, how):
-    p = reset(at)/file
+    version, file = file
+    p = reset(at, version)/file
     if how in ('gone', 'folder', 'link', 'link out'): p.unlink()
     if how=='folder': p.mkdir()
-    if how=='link': (at.parent/'copy').write_bytes(BYTES[file]); p.symlink_to(at.parent/'copy')
+    if how=='link': (at.parent/'copy').write_bytes(BYTES[version][file]); p.symlink_to(at.parent/'copy')
     if how=='link out': p.symlink_to('../'*len(p.parts)+'etc/hostname')
     if how=='empty': p.write_bytes(b'')
     if how=='renamed': p.rename(p.with_name('x'+p.name))
@@ -137,18 +158,18 @@ def test_no_file_can_be_moved(at, file, how):
     said = refused_or_same(at)
     assert said and (p.name in said or p.with_suffix('.bin').name in said or 'x'+p.name in said)
 
-odd = st.recursive(st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([10**30, 10**400, -1e308, float('inf'), float('nan'), 1e-320, '', 'x', '..', '../../etc', '/etc/passwd', 'law', 'sea', '\ud800', 'a\0b', 'tiny:0', 'tiny:x', 'tiny:', 'path:/etc', 'hub:a/b', 'pypi:os', 'similarity', 'q_proj', 'auto_map', 'minilm'])
+odd = st.recursive(st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([10**30, 10**400, -1e308, float('inf'), float('nan'), 1e-320, '', 'x', '..', 'shared', '../../etc', '/etc/passwd', 'law', 'sea', '\ud800', 'a\0b', 'tiny:0', 'tiny:x', 'tiny:', 'path:/etc', 'hub:a/b', 'pypi:os', 'similarity', 'q_proj', 'auto_map', 'minilm'])
                    | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(['r', 'name', 'auto_map', 'format', 'x', '']), x, max_size=3), max_leaves=5)
 
 @fuzz(150)
 @given(st.data())
 def test_no_forged_json_does_harm(at, data):
     "Any value anywhere in any JSON file, with every digest made to fit"
-    file = data.draw(st.sampled_from(TEXT))
-    whole = json.loads(BYTES[file])
+    version, file = data.draw(st.sampled_from(TEXT))
+    whole = json.loads(BYTES[version][file])
     where = data.draw(st.sampled_from(list(spots(whole))))
     forged = put(whole, where, data.draw(odd | st.just(...) if where else odd))
-    reset(at)
+    reset(at, version)
     (at/file).write_text(json.dumps(forged), errors='surrogatepass')
     man = read_json(at/'hydra.json')
     if isinstance(man, dict) and isinstance(man.get('files'), dict):
@@ -158,10 +179,10 @@ def test_no_forged_json_does_harm(at, data):
         (at/'hydra.json').write_text(json.dumps(man | dict(seal=seal)), errors='surrogatepass')
     refused_or_same(at)
 
-@pytest.mark.parametrize('file', [f for f in TEXT if f!='tensors.json'])
+@pytest.mark.parametrize('version, file', [(v, f) for v,f in TEXT if f!='tensors.json' and (v==1 or 'shared' in f)])
 @pytest.mark.parametrize('text', ['['*100_000, '{"a":'*5000+'1'+'}'*5000, '{"format": 1, "format": 2}', 'NaN', '1'*5000, '\ufeff{}', '"', '{"a": "\\ud800"}'], ids=lambda t: t[:9])
-def test_hard_json(at, file, text):
-    reset(at); (at/file).write_text(text)
+def test_hard_json(at, version, file, text):
+    reset(at, version); (at/file).write_text(text)
     if file!='hydra.json': reseal_if_possible(at)
     assert refused_or_same(at)
 
@@ -172,8 +193,8 @@ def packed(h, body): t = json.dumps(h).encode(); return struct.pack('<Q', len(t)
 @given(st.data())
 def test_no_forged_tensor_file_does_harm(at, data):
     "Headers that lie about types, shapes, offsets and names, and bodies of noise, with every digest made to fit: an error, or a Hydra of finite numbers"
-    file = data.draw(st.sampled_from(TENSORS))
-    h, body = header(BYTES[file])
+    version, file = data.draw(st.sampled_from(TENSORS))
+    h, body = header(BYTES[version][file])
     name = data.draw(st.sampled_from(sorted(set(h)-{'__metadata__'})))
     what = data.draw(st.sampled_from(['dtype', 'shape', 'data_offsets', 'name', 'metadata', 'drop', 'length', 'body', 'any']))
     if what=='dtype': h[name]['dtype'] = data.draw(st.sampled_from(['F64', 'F16', 'BF16', 'I8', 'I64', 'U8', 'BOOL', 'F8_E4M3', 'F8_E5M2', 'C64', 'F4', 'x', None, 3]))
@@ -186,7 +207,7 @@ def test_no_forged_tensor_file_does_harm(at, data):
     if what=='body': i = data.draw(st.integers(0, len(body)-1)); body = body[:i]+data.draw(st.binary(min_size=1, max_size=8))+body[i+1:]
     b = packed(h, body)
     if what=='length': b = struct.pack('<Q', data.draw(st.sampled_from([0, 1, 8, len(b)-8, len(b)-7, 10**8, 10**9, 2**63, 2**64-1])))+b[8:]
-    reset(at); (at/file).write_bytes(b)
+    reset(at, version); (at/file).write_bytes(b)
     if file.startswith('router'):
         body = {k:v for k,v in read_json(at/'router'/'router.json').items() if k!='digest'} | dict(sha256=file_sha256(at/file))
         write_json(at/'router'/'router.json', body | dict(digest=digest(body)))
@@ -235,6 +256,67 @@ def test_numbers_that_are_infinite_where_they_are_computed_with_are_refused_by_c
 def test_an_adapter_of_hard_json_is_an_error_of_ours(at, text):
     (f := reset(at)/'experts'/'law'/'adapter_config.json').write_text(text)
     with pytest.raises(BundleError, match='law'): check_adapter(f.parent, 1, 2)
+
+# ---- the shared expert
+def resign(at, **fields):
+    "Another manifest, with a seal that fits; a field that is ... is left out"
+    man = {k: v for k,v in (read_json(at/'hydra.json') | fields).items() if v is not ...}
+    write_json(at/'hydra.json', sign(man))
+
+@pytest.mark.parametrize('fields, words', [(dict(format=1), 'format 1 has no shared expert'), (dict(shared=...), 'shared is missing'), (dict(format=3), 'format 3, and this hydramoe reads 1 and 2'), (dict(format='2'), "format '2'"), (dict(format=True), 'format True'), (dict(format=1, shared=...), 'shared/adapter_config.json is extra'),
+                                           (dict(shared=None), 'shared is'), (dict(shared=[]), 'shared is'), (dict(shared={}), 'shared lacks'), (dict(shared=dict(rank=2)), 'shared lacks alpha'), (dict(shared=dict(rank='2', alpha=4)), 'shared: rank='), (dict(shared=dict(rank=True, alpha=4)), 'shared: rank='),
+                                           (dict(shared=dict(rank=3, alpha=4)), 'shared/adapter_config.json has r=2'), (dict(shared=dict(rank=2, alpha=5)), 'lora_alpha=4 where hydra.json says 2, 5')])
+def test_a_manifest_and_its_shared_expert_agree(at, fields, words):
+    reset(at, 2)
+    resign(at, **fields)
+    with pytest.raises(BundleError, match=words): check_bundle(at)
+
+def test_a_plain_bundle_tells_of_no_shared_expert(at):
+    resign(reset(at), shared=dict(rank=1, alpha=2))
+    with pytest.raises(BundleError, match='format 1 has no shared expert'): check_bundle(at)
+    resign(at, format=2)
+    with pytest.raises(BundleError, match='shared/adapter_config.json'): check_bundle(at)
+
+@pytest.mark.parametrize('file', ['adapter_config.json', 'adapter_model.safetensors'])
+def test_half_a_shared_expert_is_refused(at, file):
+    (reset(at, 2)/'shared'/file).unlink()
+    with pytest.raises(BundleError, match=f'shared/{file} is missing'): check_bundle(at)
+    reseal(at)
+    with pytest.raises(BundleError, match=f'shared/{file}'): check_bundle(at)
+
+@pytest.mark.parametrize('extra', ['notes.json', 'adapter/adapter_config.json', 'more.safetensors'])
+def test_nothing_lies_beside_a_shared_expert(at, extra):
+    file = reset(at, 2)/'shared'/extra
+    file.parent.mkdir(exist_ok=True)
+    save_file(dict(x=torch.ones(1)), file) if file.suffix=='.safetensors' else file.write_text('{}')
+    reseal(at)
+    with pytest.raises(BundleError, match=f'shared/{extra} is extra'): check_bundle(at)
+
+@pytest.mark.parametrize('change, words', [(lambda t: torch.full_like(t, torch.nan), 'holds NaN'), (lambda t: t*torch.inf, 'infinity|NaN'), (lambda t: torch.cat([t, t]), 'not of rank 2'), (lambda t: t[:1], 'not of rank 2'), (lambda t: t.double(), 'float32, float16, bfloat16')])
+def test_a_forged_shared_expert_is_refused_by_the_name_of_its_tensor(at, change, words):
+    f = reset(at, 2)/'shared'/'adapter_model.safetensors'
+    tensors = load_file(f)
+    name = sorted(tensors)[0] # an A, (rank, in)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, f, metadata={'format': 'pt'})
+    reseal(at)
+    with pytest.raises(BundleError, match=f'shared/adapter_model.safetensors: {re.escape(name)}.*({words})'): check_bundle(at)
+
+def test_a_shared_expert_of_another_base_is_refused(at):
+    "Which files alone cannot tell: it takes the base"
+    f = reset(at, 2)/'shared'/'adapter_model.safetensors'
+    tensors = load_file(f)
+    name = next(n for n in sorted(tensors) if 'lora_A' in n)
+    tensors[name] = torch.cat([tensors[name]]*2, 1)
+    save_file(tensors, f, metadata={'format': 'pt'})
+    reseal(at)
+    assert check_bundle(at)
+    with pytest.raises(HydraError, match='shape'): Hydra.load(at)
+
+def test_no_expert_is_called_shared_beside_a_shared_one(at):
+    man = read_json(reset(at, 2)/'hydra.json')
+    resign(at, experts=[dict(man['experts'][0], name='Shared'), man['experts'][1]])
+    with pytest.raises(BundleError, match="'Shared' is taken"): check_bundle(at)
 
 # ---- experts that learnt nothing
 LAW_OR_SEA = [row(f'tell me of {t} number {i} {t}', f'{t} {i}', id=str(i), domain='', source='toy', license='CC0') for i in range(30) for t in [PAIR[i%2]]]

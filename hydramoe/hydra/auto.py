@@ -162,8 +162,10 @@ class HydraForCausalLM(GatedCausalLM):
         if expert is None: prompts = prompts_of(self.hydra.base.tokenizer, input_ids, attention_mask)
         gates = self.hydra.gates(prompts, expert)
         if wants_base(self.stack, gates):
-            raise HydraError("this Hydra forks, and gates of nothing but 0 are its trunk, not the base: "
-                             "ask the base itself, or hydra.ask(prompt, expert='base')")
+            what = "forks, and gates of nothing but 0 are its trunk"
+            if self.hydra.shared: what = "has a shared expert, and gates of nothing but 0 are that one"
+            raise HydraError(f"this Hydra {what}, not the base: ask the base itself, "
+                             "or hydra.ask(prompt, expert='base')")
         return gates.to(self.device) if isinstance(gates, Tensor) else gates
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, gates=None,

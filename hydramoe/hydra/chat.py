@@ -17,21 +17,21 @@ from ..models.template import render
 from ..experts.trunk import extend_cache, rebuild_cache
 from .gate import Gate
 from .generation import to_messages
-from .model import CACHE_KEYWORDS, Hydra, crop_cache
+from .model import CACHE_KEYWORDS, Hydra, crop_cache, wants_base
 
 # %% ../../nbs/hydra/65_chat.ipynb #6dabf994
 def with_base(
     gates:Tensor # (…,E) weights
 )->Tensor: # (…,E+1)
-    "Weights with the base's at the end: what is left of 1"
+    "Weights with the base's at the end, or the shared expert's: what is left of 1"
     rest = 1-gates.sum(-1, keepdim=True)
     return torch.cat([gates, rest], -1)
 
 def leader(
     gates:Tensor|Gate # (1,E) weights; or a gate
-)->int|None: # index of an expert, E for the base; None for a gate, which chooses token by token
+)->int|None: # index of an expert; E for none of them; None for a gate or the bare base beside a shared expert
     "Who has the largest weight"
-    if not isinstance(gates, Tensor): return None
+    if not isinstance(gates, Tensor) or gates.isnan().any(): return None
     return with_base(gates)[0].argmax().item()
 
 # %% ../../nbs/hydra/65_chat.ipynb #dd37b0cc
@@ -61,10 +61,10 @@ def route(self:Chat,
     "Who answers next: the mixture that is there, unless another expert leads by the margin"
     system = [m for m in self.messages if m['role'] == 'system']
     new = self.hydra.gates([system + to_messages(text)])
-    is_routed = isinstance(self.gates, Tensor) and isinstance(new, Tensor)
-    if not is_routed: return new
+    before = leader(self.gates)
+    if before is None or not isinstance(new, Tensor): return new
     weights = with_base(new)[0]
-    gain = weights.max()-weights[leader(self.gates)]
+    gain = weights.max()-weights[before]
     return new if gain > self.margin else self.gates
 
 # %% ../../nbs/hydra/65_chat.ipynb #c53f1123
@@ -77,20 +77,13 @@ def shared_prefix(
     return next((i for i in range(n) if a[i] != b[i]), n)
 
 # %% ../../nbs/hydra/65_chat.ipynb #8148fa19
-def _same_gates(a, b):
-    if a is b: return True
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-
-def _uses_experts(gates):
-    "Not the base alone"
-    return not isinstance(gates, Tensor) or bool(gates.any())
-
 @patch
 def _valid_blocks(self:Chat, gates):
     "In how many blocks the cache is what these weights would have made of it"
-    stack = self.hydra.model.stack
-    if _same_gates(gates, self.gates): return stack.depth
-    return stack.fork if _uses_experts(gates) and _uses_experts(self.gates) else 0
+    hydra, stack = self.hydra, self.hydra.model.stack
+    if hydra.by_name(gates) == hydra.by_name(self.gates): return stack.depth
+    was_bare, is_bare = wants_base(stack, self.gates), wants_base(stack, gates)
+    return 0 if was_bare or is_bare else stack.fork
 
 # %% ../../nbs/hydra/65_chat.ipynb #aada7446
 @dataclass
@@ -155,7 +148,8 @@ def _with_cache(self:Chat, turns, gates, keywords):
     cache = self.cache if reuse.n_cached else DynamicCache()
     crop_cache(cache, reuse.n_cached)
     self.cache = None
-    on_trunk = owns_cache and self.hydra.model.stack.fork > 0 and _uses_experts(gates)
+    stack = self.hydra.model.stack
+    on_trunk = owns_cache and stack.fork > 0 and not wants_base(stack, gates)
     states = self._read_above_fork(ids, reuse, cache, gates) if on_trunk else None
     yield dict(past_key_values=cache) if owns_cache else {}
     if owns_cache:

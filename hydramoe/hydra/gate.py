@@ -168,8 +168,8 @@ def _above_rounding(turned, A, B, scale): # A* (E,k,in), of sBA → (E,k,1)
 # %% ../../nbs/hydra/61_gate.ipynb #5c19f1a8
 def _acting_factors(stack, i, seed=None): # layer i; the seed's A, B, scale → (E,k,in) fp32
     "A* of each expert in a layer, or of what it adds to a seed; zero where it does not act"
-    A, B = (t.detach() for t in stack.leaves[i])
-    scale = stack.scale.detach()
+    A, B = (t.detach()[:stack.slots] for t in stack.leaves[i]) # a shared expert isn't chosen
+    scale = stack.scale.detach()[:stack.slots]
     acts = A.flatten(1).any(1) & B.flatten(1).any(1)
     if seed is not None:
         A, B = minus_seed(A, B, scale, seed)
@@ -418,6 +418,7 @@ def explain_gate(
     use = gate_use(model, gate, input_ids)
     mean = torch.stack(list(use.values())).mean(0)
     e = _as_route(gate, text, mean)
+    if model.stack.shared is not None: e['shared'] = 1. # whatever the gate chooses
     lines = [
         route_text(e),
         f'average over {len(use)} layers and {input_ids.shape[1]} tokens; in each block:']
@@ -432,6 +433,7 @@ def plot_gate(
 )->Figure: # a row an expert, a column a block
     "The average use of each expert, block by block"
     layers = explanation['layers']
+    if 'shared' in explanation: layers = {n: dict(weights, shared=1.) for n, weights in layers.items()}
     names = list(next(iter(layers.values())))
     of_layer = {name: torch.tensor(list(weights.values())) for name, weights in layers.items()}
     of_block = _block_use(of_layer)

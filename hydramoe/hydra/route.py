@@ -567,6 +567,12 @@ def _quote(text, most=72): # → in quotation marks, on one line, cut to `most` 
     if len(text)>most: text = text[:most-1].rstrip()+'…'
     return f'"{text}"'
 
+# %% ../../nbs/hydra/58_route.ipynb #4d2a5x0e7
+def _weight_line(name, weight, width, note=''):
+    "One expert's weight, as a number and a bar"
+    bar = '█'*round(20*weight)
+    return f"  {name:<{width}}  {weight:6.1%}  {bar:<20}{note}".rstrip()
+
 # %% ../../nbs/hydra/58_route.ipynb #4d2a5ae7
 def route_text(
     explanation:dict, # from `explain_route`
@@ -575,18 +581,21 @@ def route_text(
     "An explained route in words"
     experts, heard = explanation['experts'], explanation['heard']
     rest = experts[most:]
-    width = max(len(x['name']) for x in experts)
-    to = experts[0]['name'] if heard else 'base: far from every domain'
+    shared = explanation.get('shared')
+    names = [x['name'] for x in experts]
+    if shared: names.append('shared')
+    width = max(map(len, names))
+    nobody = 'the shared expert' if shared else 'base'
+    to = experts[0]['name'] if heard else f'{nobody}: far from every domain'
     lines = [_quote(explanation['prompt'])]
     lines.append(f"→ {to} by {_router_title(explanation)}; experts heard: {heard:.1f}")
     for x in experts[:most]:
-        bar = '█'*round(20*x['weight'])
-        line = f"  {x['name']:<{width}}  {x['weight']:6.1%}  {bar:<20}"
-        if x['score'] is not None: line += f"   {explanation['reads']} {x['score']:.3f}"
-        lines.append(line.rstrip())
+        note = '' if x['score'] is None else f"   {explanation['reads']} {x['score']:.3f}"
+        lines.append(_weight_line(x['name'], x['weight'], width, note))
     if rest:
         together = sum(x['weight'] for x in rest)
         lines.append(f"  … {len(rest)} more, {together:.1%} together")
+    if shared: lines.append(_weight_line('shared', shared, width, '   every prompt'))
     return '\n'.join(lines)
 
 # %% ../../nbs/hydra/58_route.ipynb #cell97
@@ -596,9 +605,12 @@ def plot_route(
 )->Figure: # one bar an expert
     "An explained route as bars"
     shown = explanation['experts'][:most]
+    colors = ['#0072B2']+['#9ecae1']*(len(shown)-1)
+    if 'shared' in explanation:
+        shown.append(dict(name='shared', weight=explanation['shared'], score=None))
+        colors.append('.7')
     names = [x['name'] for x in shown]
     weights = [x['weight'] for x in shown]
-    colors = ['#0072B2']+['#9ecae1']*(len(shown)-1)
     height = .9+.32*len(shown)
     fig, ax = plt.subplots(figsize=(6.5, height), layout='constrained')
     ax.barh(names, weights, color=colors, height=.7)

@@ -75,6 +75,10 @@ def _routed(hydra, texts):
     for start in range(0, len(texts), ROUTED): rows += hydra.gates(texts[start:start+ROUTED])
     return rows
 
+def _row_or_base(hydra, row):
+    "A row of weights; None if it asks for the bare base"
+    return None if hydra.by_name(row[None])=='base' else row
+
 def route_texts(
     hydra:Hydra,
     texts:list[str], # N texts
@@ -84,12 +88,12 @@ def route_texts(
     if expert is None and hydra.gate: return [hydra.gate]*len(texts)
     if expert is not None:
         chosen = hydra.gates(['any'], expert)[0]
-        return [chosen if chosen.any() else None]*len(texts)
+        return [_row_or_base(hydra, chosen)]*len(texts)
     said = [text for text in texts if text.strip()]
     found = dict(zip(said, _routed(hydra, said)))
     alike = torch.full((len(hydra.names),), 1/len(hydra.names))
     rows = [found.get(text, alike) for text in texts]
-    return [row if row.any() else None for row in rows]
+    return [_row_or_base(hydra, row) for row in rows]
 
 # %% ../../nbs/proof/72_evaluate.ipynb #797b6965
 def _row_of(context, answer, gate, longest):

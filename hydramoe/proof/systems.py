@@ -70,7 +70,7 @@ def _placed(first, name, place):
 
 def other_system(
     first:System, # what it is compared with
-    word:str # 'base', an expert of the bundle, or NAME=PLACE
+    word:str # 'base', an expert of the bundle, 'shared' if it has a shared one, or NAME=PLACE
 )->System:
     "A system from one word"
     name, is_placed, place = word.partition('=')
@@ -78,7 +78,9 @@ def other_system(
     if not first.bundle:
         raise HydraError(f"against {word!r}: {first.name} is a model and has no experts; write NAME=PLACE, "
                          "with the folder or id of another model or the folder of an adapter")
-    experts = [expert['name'] for expert in read_manifest(Path(first.bundle))['experts']]
+    manifest = read_manifest(Path(first.bundle))
+    experts = [expert['name'] for expert in manifest['experts']]
+    if 'shared' in manifest: experts.append('shared')
     one_of(word, ['base', *experts], 'against')
     return replace(first, name=word, expert=word)
 

@@ -96,8 +96,9 @@ def _bundle_text(bundle, manifest):
     base = f"{manifest['base']['id']} ({manifest['base']['quant']})"
     kind = 'gate' if manifest['router'] in GATES else 'router'
     fork = f"forked at block {manifest['fork']}, " if 'fork' in manifest else ''
+    shared = f" and a shared one of rank {manifest['shared']['rank']}" if 'shared' in manifest else ''
     files = f"{len(manifest['files'])} files, seal {manifest['seal'][:16]}"
-    head = f"{bundle} is whole: {len(manifest['experts'])} experts on {base}"
+    head = f"{bundle} is whole: {len(manifest['experts'])} experts{shared} on {base}"
     return f"{head}, {manifest['router']} {kind}, {fork}{files}"
 
 # %% ../../nbs/use/85_ask_commands.ipynb #d3f317fd
@@ -105,7 +106,7 @@ def check_command(a):
     "Whole, or what is wrong with it"
     from hydramoe.hydra.bundle import check_bundle
     manifest = check_bundle(a.bundle)
-    fields = ('format', 'base', 'experts', 'router', 'fork', 'seal')
+    fields = ('format', 'base', 'experts', 'shared', 'router', 'fork', 'seal')
     shown = {k: manifest[k] for k in fields if k in manifest}
     return _bundle_text(a.bundle, manifest), shown
 

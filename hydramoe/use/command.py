@@ -40,7 +40,8 @@ ENCODER = arg('--encoder', metavar='DIR',
 TOKENS = arg('--max-new-tokens', type=int, default=128, metavar='N',
              help='longest answer, in tokens (default %(default)s)')
 EXPERT = arg('--expert', metavar='NAME',
-             help="this expert alone, or 'base' for none (default: the router's or gate's choice)")
+             help="this expert alone, 'base' for none, or 'shared' for the shared one "
+                  "(default: the router's or gate's choice)")
 TEMPERATURE = arg('--temperature', type=float, default=0., metavar='T',
                   help='0 takes the likeliest word, 1 samples (default 0)')
 SEED = arg('--seed', type=int, default=0, metavar='N', help='of everything random (default %(default)s)')
