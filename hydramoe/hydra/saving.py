@@ -112,13 +112,22 @@ def bundle_config(
     return dict(model_type='hydra_moe', architectures=['HydraForCausalLM'], text_config=inner,
                 experts=names, router=kind)
 
-# %% ../../nbs/hydra/63b_saving.ipynb #de94a5be
-def _write_expert(folder, e, base, stack, notes):
-    "One adapter; returns its entry in the manifest"
+# %% ../../nbs/hydra/63b_saving.ipynb #de94ax0be
+def _write_adapter(folder, e, base, stack):
+    "One adapter; returns its rank and alpha"
     stack.save_peft(folder, e, _public_name(base))
     config = read_json(folder/'adapter_config.json')
-    return dict(name=folder.name, rank=config['r'], alpha=config['lora_alpha'], **notes)
+    return dict(rank=config['r'], alpha=config['lora_alpha'])
 
+def _write_experts(root, base, stack, notes):
+    "The experts in the slots; returns their entries in the manifest"
+    entries = []
+    for e,name in enumerate(stack.names):
+        shape = _write_adapter(root/'experts'/name, e, base, stack)
+        entries.append(dict(name=name, **shape, **notes.get(name, {})))
+    return entries
+
+# %% ../../nbs/hydra/63b_saving.ipynb #de94a5be
 def _write_files(root, base, stack, router, about):
     "All files of a bundle; returns its manifest"
     if isinstance(router, Gate): save_gate(router, root/'gates')
@@ -126,10 +135,10 @@ def _write_files(root, base, stack, router, about):
     write_json(root/'config.json', bundle_config(base, list(stack.names), router.kind))
     entry = _base_entry(base)
     if entry['id'].startswith('path:'): keep_place(entry['id'].removeprefix('path:'))
-    notes = about.get('experts', {})
-    experts = [_write_expert(root/'experts'/name, e, base, stack, notes.get(name, {})) for e,name in enumerate(stack.names)]
+    experts = _write_experts(root, base, stack, about.get('experts', {}))
     content = dict(base=entry, experts=experts, router=router.kind, built=about.get('built', {}))
     if stack.fork: content['fork'] = stack.fork
+    if stack.shared is not None: content['shared'] = _write_adapter(root/'shared', stack.shared, base, stack)
     manifest = seal_bundle(root, content)
     on_hub = entry['id'].startswith(('hub:', 'pypi:'))
     public_name = _public_name(base) if on_hub else None
@@ -163,7 +172,7 @@ def _whole_dir(path, if_taken):
 def write_bundle(
     path:str|Path, # the bundle's directory; made
     base:Base, # of the experts
-    stack:Stack, # of experts
+    stack:Stack, # of experts, the shared one too if there is one
     router:Router|Gate, # prompt → weights, or the gate
     about:dict # how it was built: `built`; and of each expert by name: `experts`
 )->Path: # `path`
