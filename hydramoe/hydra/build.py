@@ -19,6 +19,7 @@ from ..foundations.core import HydraError, log, versions
 from ..foundations.files import check_writable, read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from ..foundations.store import seal_id, stage
 from ..models.encode import encode
+from ..models.base import Base
 from ..models.load import load_base
 from ..models.hidden import pooled_state
 from ..domains.embed import embed_stage, load_embeddings, prompt_text
@@ -342,7 +343,8 @@ def _build_record(made, counts, spec):
 def assemble(
     made:dict, # from `run_stages`
     counts:dict, # from `run_deal`
-    spec:BuildSpec # resolved
+    spec:BuildSpec, # resolved
+    base:Base|None=None # bare; None: the spec's is loaded
 )->Hydra:
     "The Hydra of finished stages"
     names = Domains.load(made['domains']/'domains').names
@@ -351,7 +353,7 @@ def assemble(
     about = dict(built=_build_record(made, counts, spec), experts=notes)
     router = load_router(made['router']/'router')
     if missing_encoders(router): router = use_encoder(router, spec.encoder)
-    base = load_base(spec.base, spec.quant)
+    base = base or load_base(spec.base, spec.quant)
     adapters = {name: made['experts']/name for name in names}
     return Hydra.from_adapters(adapters, base, router, about, spec.fork, find_shared(made['experts']))
 

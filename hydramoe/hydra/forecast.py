@@ -61,7 +61,7 @@ def _memory_bytes(spec, weights_of_an_expert, device):
     libraries = 1.2e9 if device == 'cpu' else 0.
     return base + experts + batch + libraries
 
-# %% ../../nbs/hydra/66c_forecast.ipynb #b511fx039
+# %% ../../nbs/hydra/66c_forecast.ipynb #f668db89
 def _disk_bytes(spec, counts, stack):
     "Bytes that a build has on the disk at most"
     row = stack.theta.shape[1]
@@ -69,7 +69,7 @@ def _disk_bytes(spec, counts, stack):
     bundle = of_rank_one*(spec.k*spec.rank + spec.shared)
     seed = of_rank_one*(spec.shared or spec.rank)
     rows = spec.k+1 if spec.shared else spec.k
-    checkpoints = 2*3*row*rows
+    checkpoints = 3*3*row*rows
     states = counts['tokens']*stack.layers[0].n_in if stack.fork else 0
     return 4*(2*bundle + seed + checkpoints + states)
 
