@@ -1,31 +1,32 @@
 "Builds with a shared expert: killed, repeated, one residual more and one less, merged, compared with plain experts"
-import json, signal, subprocess, sys, time
+import json, signal, time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hydramoe import Hydra
-from hydramoe.foundations.core import HydraError
-from hydramoe.foundations.files import read_json, read_jsonl, write_jsonl
+from hydramoe.foundations.core import HydraError, rng
+from hydramoe.foundations.files import read_json, write_jsonl
 from hydramoe.models.base import open_checkpoint, tiny_base
 from hydramoe.models.encode import encode
 from hydramoe.domains.examples import lesson_texts
-from hydramoe.experts.adapters import with_adapters
+from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.model import gated
 from hydramoe.hydra import build as built_by
 from hydramoe.hydra.build import SHARED_ALONE, routed_perplexity
 from hydramoe.hydra.bundle import check_bundle
 from hydramoe.hydra.cascade import load_router
 from hydramoe.hydra.change import add_expert, remove_expert, what_remains
 from hydramoe.hydra.dense import write_dense, write_mergekit
+from hydramoe.hydra.route import uniform_router
 from hydramoe.hydra.merged import add_merged_expert, compare_merges, merge_hydra, save_merged_adapter
 from hydramoe.hydra.spec import BuildSpec, spec_record, stored_spec
 from hydramoe.proof.comparison import run_plain
 from hydramoe.proof.verdict_page import find_stage, held_out_rows, run_single
 from helpers import TINY, files_in, here
-from rows import row
+from hydras import NAMES
 from stacks import peft
 from test_build import BIRDS, lesson_rows, sealed, start_build
 
@@ -250,63 +251,70 @@ def test_forked(cache, ranks):
 
 # ---- merges
 
-def merged(made, method='linear', **kw):
+def noisy_shared(fork=0):
+    "A Hydra of noise: three residuals of rank 2 on a shared expert of rank 4"
+    base = tiny_base()
+    model = gated(base, 3, LoraSpec(rank=4, fork=fork), shared=True)
+    for e, name in enumerate(NAMES): model.stack.init_expert(e, e, name, *(() if fork else (2, 8)))
+    model.stack.init_expert(3, 3)
+    for e in range(4):
+        for i in model.stack.upper_layers:
+            _, B = model.stack.leaves[i]
+            B[e,:,:model.stack.ranks[e]] += torch.from_numpy(rng(e, 'noise', i).normal(0, .1, B[e,:,:model.stack.ranks[e]].shape)).float()
+    model.stack.trunk += torch.from_numpy(rng(fork, 'trunk').normal(0, .1, model.stack.trunk.shape)).float()
+    return Hydra(base, model, uniform_router(NAMES))
+
+@pytest.fixture(scope='module', params=[0, 1], ids=['whole', 'forked'])
+def noise(request, tmp_path_factory):
+    "A bundle of noise; where it is"
+    place = tmp_path_factory.mktemp('noise')/'b'
+    noisy_shared(request.param).save(place)
+    return place
+
+def merged(bundle, method='linear', **kw):
     "A Hydra without its experts, and their merge"
-    hydra = Hydra.load(made)
+    hydra = Hydra.load(bundle)
     return hydra, merge_hydra(hydra, method, **kw)
 
-def test_a_merge_of_residuals_is_one_more_on_the_same_shared_expert(cache, made):
-    weights = dict(zip(Hydra.load(made).names, (.5, 1., -.25)))
-    larger = add_merged_expert(made, *merged(made, weights=weights), cache/'larger')
-    mixed = logits(Hydra.load(made), torch.tensor([list(weights.values())]))
+SAID = [dict(id=str(i), prompt=[dict(role='user', content=f'{name} {i}?')], completion=[dict(role='assistant', content=f'{name} it is')], domain=name)
+        for i, name in enumerate(NAMES*2)] # held out
+
+def test_a_merge_of_residuals_is_one_more_on_the_same_shared_expert(noise, tmp_path):
+    weights = dict(zip(NAMES, (.5, 1., -.25)))
+    mixed = logits(Hydra.load(noise), torch.tensor([list(weights.values())]))
+    larger = add_merged_expert(noise, *merged(noise, weights=weights), tmp_path/'larger')
     gates = torch.eye(4)[3:]
     torch.testing.assert_close(logits(larger, gates), mixed, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits(Hydra.load(cache/'larger'), gates), mixed, rtol=1e-4, atol=1e-4)
-    assert sealed(made, 'experts/', 'shared/').items()<=sealed(cache/'larger', 'experts/', 'shared/').items()
-    assert not torch.allclose(mixed, logits(Hydra.load(made), torch.zeros(1, 3)), atol=1e-3)
+    torch.testing.assert_close(logits(Hydra.load(tmp_path/'larger'), gates), mixed, rtol=1e-4, atol=1e-4)
+    assert sealed(noise, 'experts/').items()<=sealed(tmp_path/'larger', 'experts/').items() and sealed(noise, 'shared/')==sealed(tmp_path/'larger', 'shared/')
+    assert (mixed-logits(Hydra.load(noise), torch.zeros(1, 3))).abs().max()>1e-2
 
-def test_a_merged_adapter_and_a_dense_model_hold_the_shared_expert(cache, made):
-    hydra, merge = merged(made)
-    want = logits(Hydra.load(made), torch.full((1, 3), 1/3))
+def test_a_merged_adapter_and_a_dense_model_hold_the_shared_expert(noise, tmp_path):
+    want = logits(Hydra.load(noise), torch.full((1, 3), 1/3))
+    hydra, merge = merged(noise)
     ids = torch.arange(3, 30)[None]
-    adapter = save_merged_adapter(hydra, merge, cache/'adapter')
-    assert read_json(adapter/'receipt.json')['shared_rank']==4 and read_json(adapter/'adapter_config.json')['r']==4+3*2
+    adapter = save_merged_adapter(hydra, merge, tmp_path/'adapter')
+    assert read_json(adapter/'receipt.json')['shared_rank']==4
     with torch.no_grad():
         torch.testing.assert_close(peft(tiny_base().model, adapter)(ids).logits, want, rtol=1e-4, atol=1e-4)
-        dense = open_checkpoint(write_dense(hydra, merge, cache/'dense'), 'fp32', 'cpu')
+        dense = open_checkpoint(write_dense(hydra, merge, tmp_path/'dense'), 'fp32', 'cpu')
         torch.testing.assert_close(dense(ids).logits, want, rtol=1e-4, atol=1e-4)
 
-def test_the_search_scores_a_merge_beside_the_shared_expert(made):
-    "A linear merge of length one is the uniform mix; so are their losses"
-    hydra = Hydra.load(made)
-    rows = held_out_rows(hydra.about)
-    losses = merge_hydra(hydra, 'linear', rows=rows, scale=1.).receipt['development']['losses']
-    assert losses['merged']==pytest.approx(losses['uniform mix'], abs=1e-4) and losses[SHARED_ALONE]!=losses['merged']
-    table = compare_merges(Hydra.load(made), rows, ('linear',), lengths=(1.,))
-    assert {'base', SHARED_ALONE, 'uniform mix', 'routed', 'merge: linear'}<={row['system'] for row in table}
+def test_the_search_scores_a_merge_beside_the_shared_expert(noise):
+    "A linear merge is the uniform mix, and so are its losses"
+    losses = merge_hydra(Hydra.load(noise), 'linear', rows=SAID, scale=1.).receipt['development']['losses']
+    assert losses['merged']==pytest.approx(losses['uniform mix'], abs=1e-4) and abs(losses[SHARED_ALONE]-losses['merged'])>1e-3
+    table = compare_merges(Hydra.load(noise), SAID, ('linear',), lengths=(1.,))
+    assert {row['system'] for row in table}=={'base', SHARED_ALONE, *NAMES, 'uniform mix', 'routed', 'merge: linear'}
 
-def test_forked_residuals_merge_on_their_trunk(cache):
-    build(cache/'fork-merge', fork=.5)
-    hydra, merge = merged(cache/'fork-merge')
-    want = logits(Hydra.load(cache/'fork-merge'), torch.full((1, 3), 1/3))
-    adapter = save_merged_adapter(hydra, merge, cache/'fork-adapter')
-    ids = torch.arange(3, 30)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(peft(tiny_base().model, adapter)(ids).logits, want, rtol=1e-4, atol=1e-4)
-        dense = open_checkpoint(write_dense(hydra, merge, cache/'fork-dense'), 'fp32', 'cpu')
-        torch.testing.assert_close(dense(ids).logits, want, rtol=1e-4, atol=1e-4)
-    larger = add_merged_expert(cache/'fork-merge', *merged(cache/'fork-merge'), cache/'fork-larger')
-    torch.testing.assert_close(logits(larger, torch.eye(4)[3:]), want, rtol=1e-4, atol=1e-4)
-
-def test_what_residuals_cannot_be_is_refused_by_name(cache, made):
-    hydra, merge = merged(made)
-    with pytest.raises(HydraError, match='mergekit merges adapters whole.*--to dense.*--to adapter'): write_mergekit(made, hydra, merge, cache/'recipe')
-    for f in (lambda h: merge_hydra(h, 'linear', seed_expert=made/'shared'), lambda h: compare_merges(h, held_out_rows(h.about), ('linear',), seed_expert=made/'shared')):
-        with pytest.raises(HydraError, match='residuals on a shared expert.*--since'): f(Hydra.load(made))
-    for flags, said in ((['--to', 'mergekit', '--method', 'linear'], '--to dense'), (['--method', 'linear', '--since', made/'shared'], 'leave seed_expert (--since) out')):
-        out = here('merge', made, *flags, '--out', cache/'recipe', '--quiet', cwd=cache)
-        assert (out.returncode, out.stderr.count('\n'))==(2, 1) and said in out.stderr
-    assert not (cache/'recipe').exists()
+def test_what_residuals_cannot_be_is_refused_by_name(noise, tmp_path):
+    with pytest.raises(HydraError, match='mergekit merges adapters whole.*--to dense.*--to adapter'): write_mergekit(noise, *merged(noise), tmp_path/'recipe')
+    for f in (lambda h: merge_hydra(h, 'linear', seed_expert=noise/'shared'), lambda h: compare_merges(h, SAID, ('linear',), seed_expert=noise/'shared')):
+        with pytest.raises(HydraError, match='residuals on a shared expert.*--since'): f(Hydra.load(noise))
+    for flags, said in ((['--to', 'mergekit', '--method', 'linear'], '--to dense'), (['--method', 'linear', '--since', noise/'shared'], 'leave seed_expert (--since) out')):
+        out = here('merge', noise, *flags, '--out', tmp_path/'recipe', '--quiet', cwd=tmp_path)
+        assert (out.returncode, out.stderr.count('\n'))==(2, 1) and said in out.stderr, out.stderr
+    assert not (tmp_path/'recipe').exists()
 
 # ---- compared
 

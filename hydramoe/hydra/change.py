@@ -148,7 +148,7 @@ def _read_prompts(hydra, prompts):
 
 # %% ../../nbs/hydra/67_change.ipynb #a18bfc54
 def _save_changed(old, router, folders, shared, notes, change, out):
-    "A bundle of other experts on the base of an old Hydra, which loses its own; `shared` is the folder of its shared one"
+    "A bundle of other experts, on the base of an old Hydra that loses its own, and on its shared expert (a folder)"
     built = dict(old.about['built'], scores=[], dev_rows=0)
     built['changes'] = [*built.get('changes', []), change]
     fork = old.model.stack.fork
@@ -185,7 +185,7 @@ def add_expert(
     records:list|str|Path, # of the new domain: records, a file of rows, or a list of files
     name:str, # of the new expert
     out:str|Path, # the new bundle
-    start:str|Path|None=None, # of a plain expert: an adapter to branch from, or 'fresh'; None: the seed expert, by its seal
+    start:str|Path|None=None, # of a plain expert: an adapter to branch from, or 'fresh'; None: the seed expert
     root:str|Path|None=None, # where stages go, and the seed expert is looked for; in the cache if None
     base:str|None=None, # where the base is, if not where the bundle says
     encoder:str|Path|None=None, # where the router's encoder is, if that is a folder
@@ -247,15 +247,15 @@ def what_remains(
     bundle:str|Path, # as for `remove_expert`
     name:str, # of the expert that is left out
     base:str|None=None # where the base is, if not where the bundle says
-)->dict: # text; seen_by: what else was trained on its rows; rebuild: {rows, tokens, seconds} of a build without them, or None
+)->dict: # text; seen_by: what else learnt from its rows; rebuild: {rows, tokens, seconds} without them, or None
     "What of an expert stays in a Hydra after it was taken out, and what it costs to be rid of that"
     manifest = check_bundle(bundle)
     one_of(name, [e['name'] for e in manifest['experts']], 'expert')
     built = manifest['built']
     seen_by = _merges_with(manifest, name)
     if 'spec' not in built:
-        return dict(text=f"{bundle} was not made by `build`, so it is not known what else was trained on the rows of {name}",
-                    seen_by=seen_by, rebuild=None)
+        text = f"{bundle} was not made by `build`: what else learnt from the rows of {name} is not known"
+        return dict(text=text, seen_by=seen_by, rebuild=None)
     was_added = name in [change.get('added') for change in built.get('changes', [])]
     is_merge = name in built.get('merges', {})
     if not was_added and not is_merge: seen_by = [_trained_on_all(manifest), *seen_by]

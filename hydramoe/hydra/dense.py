@@ -123,8 +123,8 @@ def mergekit_recipe(
     "The recipe by which mergekit makes the same merge"
     made = merge.receipt
     if has_shared:
-        raise HydraError("a recipe of mergekit merges adapters whole, and these experts are residuals on a shared expert: "
-                         "save the merge as a dense checkpoint (--to dense) or an adapter (--to adapter), which hold it")
+        raise HydraError("a recipe of mergekit merges adapters whole, and these are residuals on a shared expert: "
+                         "save a dense checkpoint (--to dense) or an adapter (--to adapter), which hold it")
     if merge.since is not None or made['space']!='full' and made['method'] not in ('linear', 'concat', 'average'):
         raise HydraError("a recipe of mergekit knows neither core space nor a seed expert that is taken off: "
                          "save the merge as a dense checkpoint (--to dense) or an adapter")

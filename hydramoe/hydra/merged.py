@@ -84,8 +84,8 @@ def refuse_seed(
 )->None:
     "Refuse to take a seed expert off residuals"
     if not has_shared: return
-    raise HydraError("these experts are residuals on a shared expert, and none of them holds a seed expert that could be "
-                     "taken off: leave seed_expert (--since) out")
+    raise HydraError("these experts are residuals on a shared expert, and hold no seed expert that could be taken off: "
+                     "leave seed_expert (--since) out")
 
 # %% ../../nbs/hydra/67b_merged.ipynb #bd9e0405
 DENSITIES = .1, .3, .7 # tried where a method has a density and none is given

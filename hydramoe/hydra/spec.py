@@ -61,7 +61,7 @@ class BuildSpec:
     seed:int=0 # of everything random
     encoder:str='minilm' # what embeds prompts, as `embed` takes it
     threads:int|None=None # of torch in training; None: all of this machine. The last bits of a sum depend on it
-    memory:float=8. # GB for experts that are trained together, see `GroupSpec`; more experts than that go in groups
+    memory:float=8. # GB for experts that are trained together, see `GroupSpec`; plain ones beyond that go in groups
 
     def __post_init__(self):
         "Check every field; numbers become Python's own"
@@ -193,6 +193,6 @@ def check_joint_memory(
     size = group_size(weights, GroupSpec(memory=spec.memory))
     if spec.k+1 <= size: return
     needed = math.ceil(200*(spec.k+1)*weights/1e9)/10 # GB of five copies of four bytes
-    raise HydraError(f"memory={spec.memory:g} GB do not hold a shared expert and {spec.k} residuals, which are trained in "
-                     f"one job: they take {needed} GB; give memory={needed} (--memory {needed}), a smaller rank or "
+    raise HydraError(f"memory={spec.memory:g} GB do not hold a shared expert and {spec.k} residuals, which are trained "
+                     f"in one job: they take {needed} GB; give memory={needed} (--memory {needed}), a smaller rank or "
                      "fewer experts, or shared=0 (--shared 0), whose experts are trained in groups")

@@ -67,7 +67,7 @@ def one_adapter(
 OWN, FORESEEN, HINDSIGHT = 'own expert', 'foreseen', 'hindsight' # systems that are computed from the experts' losses
 
 def verdict_systems(
-    losses:Losses, # columns: base, experts, `uniform mix`, `routed`; maybe single adapter, seed and shared expert, `merged`
+    losses:Losses, # columns: base, experts, `uniform mix`, `routed`; maybe what `one_adapter` knows, and `merged`
     experts:list[str], # E columns
     home:np.ndarray, # (N,) the expert of each row's own domain
     seed:int=0 # of the folds

@@ -31,11 +31,11 @@ from ..foundations.statistics import difference_text, domain_nll
 from .verdict import ROUTED, SEED_EXPERT, SINGLE, UNIFORM, foreseen, plot_verdict, verdict
 
 # %% ../../nbs/proof/74a_verdict_page.ipynb #77202c5c
-_STAGES = dict(
+_STAGES = dict( # of a build → names under which the cache has them
     rows=['deal_stage'],
     domains=['assign_domains_stage'],
     seed=['seed_expert'],
-    experts=['experts_stage', 'collect_experts_stage', 'shared_stage']) # of a build → names under which the cache has them
+    experts=['experts_stage', 'shared_stage', 'collect_experts_stage'])
 
 def _has_seal(path, id):
     "Is a directory sealed under this id, and whole?"
@@ -140,7 +140,7 @@ def run_single(
     about:dict, # of a Hydra that was built here
     root:Path|None=None # where stages are, and where this one goes; in the cache if None
 )->Path: # the folder of a PEFT adapter
-    "Train the single adapter that experts are compared with, or find it: equal rows, tokens, start, rate and active rank"
+    "Train the single adapter to compare with, or find it: equal rows, tokens, start, rate and active rank"
     rows, seed = (find_stage(about, what, root) for what in ('rows', 'seed'))
     if rows is None or seed is None:
         raise HydraError("the rows that this bundle was built from are not on this machine (any more): train one adapter "

@@ -150,7 +150,7 @@ def dry_run(
 )->tuple[str,dict]: # text, plain data
     "What `build` would make, and what it would cost; refuses what it would refuse"
     from hydramoe.domains.edit import read_domains_yaml
-    from hydramoe.hydra.spec import pin_base, resolve_spec
+    from hydramoe.hydra.spec import check_joint_memory, experts_outline, pin_base, resolve_spec
     from hydramoe.hydra.rows import run_deal
     from hydramoe.hydra.build import summarize_build
     from hydramoe.hydra.forecast import forecast
@@ -159,6 +159,7 @@ def dry_run(
     spec = resolve_spec(spec, counts['train'], counts['prompts'])
     _check_encoder(spec.encoder)
     _check_k(rows, spec.k)
+    check_joint_memory(spec, experts_outline(spec).theta.shape[1])
     if domains: read_domains_yaml(domains, spec.k)
     f = forecast(counts, spec)
     text = f'{summarize_build(counts, spec)}\n{_forecast_text(f, spec)}'
@@ -186,7 +187,8 @@ TRAINING_OPTIONS = (
     arg('--memory', type=float, default=8., metavar='GB',
         help='for experts trained together (default %(default)s); with --shared 0 more experts are trained in groups'),
     arg('--workers', type=int, metavar='N',
-        help='processes, one a GPU, that train groups at a time (default: this process alone)'),
+        help='processes, one a GPU, that train groups at a time; a shared expert and what rests on it are one group '
+             '(default: this process alone)'),
     arg('--executor', choices=['here', 'local', 'ray'],
         help='what runs the groups (default: local with --workers, else here)'))
 
