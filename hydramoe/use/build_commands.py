@@ -166,8 +166,8 @@ def dry_run(
     return text, dict(f, counts=counts, spec=vars(spec), rejects=refused)
 
 # %% ../../nbs/use/84_build_commands.ipynb #3028f61b
-_SHARED = ('rank of the shared expert, which learns from all rows and answers every prompt, with an expert of each domain on '
-           'top; 0: none, experts branch from the seed expert and learn apart (default %(default)s)')
+_SHARED = ('rank of the shared expert, which learns from all rows and answers every prompt, with an expert of each domain '
+           'on top; 0: none, experts branch from the seed expert and learn apart (default %(default)s)')
 _FORK = ('experts part at this block, or share of the depth, and are one below it: at 0.5 they are half as large, '
          'train twice as fast, and in a chat a change of expert costs half; the price is quality: they can learn less '
          '(default: 0, experts adapt all blocks)')
@@ -275,7 +275,8 @@ def _comparison_lines(found):
 # %% ../../nbs/use/84_build_commands.ipynb #c0793x1af
 def _check_comparison(a):
     "Refuse a comparison that would compare nothing"
-    if a.compare and a.no_verdict: raise HydraError("--compare is shown with the verdict: leave --no-verdict out, or --compare")
+    if a.compare and a.no_verdict:
+        raise HydraError("--compare is shown with the verdict: leave --no-verdict out, or --compare")
     if a.compare and not a.shared:
         raise HydraError("--compare is about a build with a shared expert, beside plain experts and a single adapter: "
                          "leave --shared 0 out, or say --single")
@@ -370,8 +371,8 @@ def add_command(a):
     return _with_exit_code(new, f'{out}: {hydra}', made)
 
 # %% ../../nbs/use/84_build_commands.ipynb #e803c476
-_START = ("without a shared expert: adapter it branches from, or 'fresh' (default: the bundle's seed expert, if this machine "
-          "built it)")
+_START = ("without a shared expert: adapter it branches from, or 'fresh' (default: the bundle's seed expert, if this "
+          "machine built it)")
 
 BUILD_COMMANDS['add'] = Command(
     add_command, help='Train one more expert, and write a bundle that has it',
