@@ -27,23 +27,25 @@ BUILD = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_build import build
-build(sys.argv[1])
+build(sys.argv[1], shared=int(sys.argv[2]))
 """
 
 def lesson_rows(answers=2):
     texts, topics = lesson_texts()
     return [row(t, ' '.join([a]*answers), id=str(i), domain='user', source='mine', license='mine') for i, (t, a) in enumerate(zip(texts, topics))]
 
-def build(out, **kw): return Hydra.build(lesson_rows(), out, **(dict(base='tiny', quant='fp32', encoder='words', k=3, epochs=6, tokens=20_000) | kw))
+def build(out, **kw):
+    "Plain experts, without a shared one: `test_shared_build` has those that have one"
+    return Hydra.build(lesson_rows(), out, **(dict(base='tiny', quant='fp32', encoder='words', k=3, epochs=6, tokens=20_000, shared=0) | kw))
 
-def start_build(out, cache, seed='0'):
+def start_build(out, cache, seed='0', shared=0):
     code = BUILD.format(tests=str(Path(__file__).parent))
-    return subprocess.Popen([sys.executable, '-c', code, str(out)], env=os.environ | dict(HYDRAMOE_CACHE=str(cache), PYTHONHASHSEED=seed, HYDRAMOE_QUIET='1'))
+    return subprocess.Popen([sys.executable, '-c', code, str(out), str(shared)], env=os.environ | dict(HYDRAMOE_CACHE=str(cache), PYTHONHASHSEED=seed, HYDRAMOE_QUIET='1'))
 
 def test_build_does_not_depend_on_the_order_of_rows(tmp_path, monkeypatch):
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     a = build(tmp_path/'a', epochs=1)
-    b = Hydra.build(lesson_rows()[::-1] + lesson_rows()[:5], tmp_path/'b', base='tiny', quant='fp32', encoder='words', k=3, epochs=1, tokens=20_000)
+    b = Hydra.build(lesson_rows()[::-1] + lesson_rows()[:5], tmp_path/'b', base='tiny', quant='fp32', encoder='words', k=3, epochs=1, tokens=20_000, shared=0)
     assert sorted(a.names) == sorted(b.names)
 
 def test_wishes_that_cannot_be_met(tmp_path, monkeypatch):

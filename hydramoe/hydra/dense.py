@@ -39,15 +39,17 @@ def merged_changes(
     stack:Stack, # the experts that were merged
     merge:Merge # of them
 )->Iterator[tuple[str,Tensor]]: # path of a layer, what is added to its weight (out,in)
-    "What a merge adds to each layer, nothing cut away; below a fork what the trunk adds"
+    "What a merge adds to each layer, nothing cut away, and the shared expert; below a fork what the trunk adds"
     made = merge.receipt
+    no_expert = torch.zeros(stack.slots)
     for i in range(stack.n_trunk_layers):
-        yield stack.layers[i].name, stack.delta(stack.layers[i].name, torch.zeros(stack.slots))
+        yield stack.layers[i].name, stack.delta(stack.layers[i].name, no_expert)
     for layer in merge_layers(stack, made['method'], made['weights'], made['space'], merge.since, **made['params']):
         change = made['scale']*layer.full().float()
         if merge.since is not None:
             A, B = merge.since[layer.i]
             change = change+B@A
+        if stack.shared is not None: change = change+stack.delta(stack.layers[layer.i].name, no_expert)
         yield stack.layers[layer.i].name, change
 
 # %% ../../nbs/hydra/67c_dense.ipynb #bd465ed6
@@ -115,10 +117,14 @@ def _mergekit_method(receipt):
 def mergekit_recipe(
     merge:Merge,
     base:str|Path, # where mergekit finds the base: a folder or a Hub id
-    adapters:dict[str,str|Path] # expert → folder of its PEFT adapter
+    adapters:dict[str,str|Path], # expert → folder of its PEFT adapter
+    has_shared:bool=False # are they residuals on a shared expert?
 )->dict: # for YAML
     "The recipe by which mergekit makes the same merge"
     made = merge.receipt
+    if has_shared:
+        raise HydraError("a recipe of mergekit merges adapters whole, and these are residuals on a shared expert: "
+                         "save a dense checkpoint (--to dense) or an adapter (--to adapter), which hold it")
     if merge.since is not None or made['space']!='full' and made['method'] not in ('linear', 'concat', 'average'):
         raise HydraError("a recipe of mergekit knows neither core space nor a seed expert that is taken off: "
                          "save the merge as a dense checkpoint (--to dense) or an adapter")
@@ -144,7 +150,7 @@ def write_mergekit(
     base = hydra.base.path or hydra.base.id
     if '@' in hydra.base.id: base = hydra.base.id # a Hub id with its commit
     adapters = {name: Path(bundle).absolute()/'experts'/name for name in hydra.model.stack.names}
-    recipe = mergekit_recipe(merge, base, adapters)
+    recipe = mergekit_recipe(merge, base, adapters, hydra.model.stack.shared is not None)
     with writing_dir(Path(out).absolute()) as folder:
         text = yaml.safe_dump(recipe, sort_keys=False)
         write_bytes(folder/'mergekit_config.yml', text.encode())

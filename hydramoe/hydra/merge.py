@@ -398,6 +398,17 @@ def _copy_trunk(stack, like):
     stack.trunk_rank = like.trunk_rank
     stack.has_trunk = like.has_trunk
 
+def _copy_shared(stack, like):
+    "Give a stack the shared expert of another, of the same rank or less"
+    rank = like.spec.rank
+    for i in like.upper_layers:
+        A, B = stack.leaves[i]
+        from_A, from_B = like.leaves[i]
+        A[stack.shared,:rank] = from_A[like.shared]
+        B[stack.shared,:,:rank] = from_B[like.shared]
+    stack.scale[stack.shared] = like.scale[like.shared]
+    stack.ranks[stack.shared] = like.ranks[like.shared]
+
 # %% ../../nbs/hydra/62c_merge.ipynb #db16a63f
 @torch.no_grad()
 def merged_stack(
@@ -405,14 +416,15 @@ def merged_stack(
     model:nn.Module, # the base, without experts
     like:Stack, # which the experts were in
     name:str='merged' # of the expert
-)->Stack: # of one expert
+)->Stack: # of one expert, and of the shared one if `like` has it
     "Put a merge into a stack of its own"
     expert = merge.expert()
     own_rank = max(1, *(len(A) for A, _ in expert.values()))
     is_forked = like.n_trunk_layers>0
-    rank = max(own_rank, like.spec.rank) if is_forked else own_rank
+    has_shared = like.shared is not None
+    rank = max(own_rank, like.spec.rank) if is_forked or has_shared else own_rank
     scale = like.trunk_scale.item() if is_forked else 1. # a PEFT adapter has one scale, the trunk's
-    stack = Stack(model, 1, LoraSpec(rank, rank*scale, like.spec.targets, like.fork))
+    stack = Stack(model, 1, LoraSpec(rank, rank*scale, like.spec.targets, like.fork), has_shared)
     for i, (A, B) in expert.items():
         own_A, own_B = stack.leaves[i]
         own_A[0,:len(A)] = A
@@ -420,6 +432,7 @@ def merged_stack(
     stack.ranks[0] = own_rank
     stack.names[0] = name
     if is_forked: _copy_trunk(stack, like)
+    if has_shared: _copy_shared(stack, like)
     return stack
 
 # %% ../../nbs/hydra/62c_merge.ipynb #ba9cd4be
@@ -427,9 +440,14 @@ def save_merge(
     merge:Merge,
     folder:str|Path, # made if missing
     stack:Stack, # from `merged_stack`
-    base_id:str|None=None # what the adapter's configuration calls the base
+    base_id:str|None=None, # what the adapter's configuration calls the base
+    joined:bool=False # with the shared expert of the stack in the same adapter
 )->Path: # the folder: a plain PEFT adapter, and receipt.json
     "Write a merge as a PEFT adapter, with its receipt beside it"
-    folder = stack.save_peft(folder, 0, base_id)
-    write_json(folder/'receipt.json', merge.receipt)
+    receipt = merge.receipt
+    if joined:
+        folder = stack.save_joined(folder, 0, base_id)
+        receipt = dict(receipt, shared_rank=stack.ranks[stack.shared])
+    else: folder = stack.save_peft(folder, 0, base_id)
+    write_json(folder/'receipt.json', receipt)
     return folder

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPEC_RANGES', 'BuildSpec', 'spec_record', 'stored_spec', 'default_k', 'default_epochs', 'pin_base', 'resolve_spec',
-           'training_settings', 'experts_outline']
+           'training_settings', 'shared_settings', 'experts_outline', 'check_joint_memory']
 
 # %% ../../nbs/hydra/66_spec.ipynb #247ab166
 import math, os
@@ -15,7 +15,7 @@ from ..models.load import base_id
 from ..domains.embed import encoder_id
 from ..experts.stack import LoraSpec, Stack
 from ..experts.train import TrainSpec
-from ..experts.jobs import meta_model
+from ..experts.jobs import GroupSpec, group_size, meta_model
 from .bundle import BundleError, QUANTS
 
 # %% ../../nbs/hydra/66_spec.ipynb #b98c95ad
@@ -24,6 +24,7 @@ _COUNT = dict(whole=True, least=1, most=2**31-1)
 SPEC_RANGES = dict( # field of `BuildSpec` → its range, as `number` takes it
     k=_COUNT,
     rank=dict(_COUNT, most=2**16),
+    shared=dict(whole=True, least=0, most=2**16),
     fork=dict(least=0),
     tokens=dict(_COUNT, most=2**53),
     max_length=_COUNT,
@@ -48,7 +49,8 @@ class BuildSpec:
     base:str='smollm2' # `smollm2`, `gemma3`, a path or a Hub id, of which `build` records the commit
     quant:str='nf4' # precision of the base: fp32, bf16 or nf4
     k:int|None=None # experts; None: by the number of rows, see `default_k`
-    rank:int=8 # of each expert
+    rank:int=8 # of each expert; beside a shared one of each residual
+    shared:int=8 # rank of the shared expert; 0: none, and experts branch from the seed expert
     targets:str='all-linear' # layers that are adapted, as `target_layers` takes them
     fork:float=0 # the block at which experts part, or below 1 a share of the depth; 0: they adapt all blocks
     tokens:int=50_000 # training tokens of one pass, prompt and answer; rows beyond are left out
@@ -59,7 +61,7 @@ class BuildSpec:
     seed:int=0 # of everything random
     encoder:str='minilm' # what embeds prompts, as `embed` takes it
     threads:int|None=None # of torch in training; None: all of this machine. The last bits of a sum depend on it
-    memory:float=8. # GB for experts that are trained together, see `GroupSpec`; more experts than that go in groups
+    memory:float=8. # GB for experts that are trained together, see `GroupSpec`; plain ones beyond that go in groups
 
     def __post_init__(self):
         "Check every field; numbers become Python's own"
@@ -83,7 +85,8 @@ def spec_record(
     "A spec as bundles hold it"
     record = asdict(spec)
     record['encoder'] = encoder_id(spec.encoder)
-    if not spec.fork: del record['fork']
+    for field in ('fork', 'shared'):
+        if not record[field]: del record[field]
     return record
 
 def stored_spec(
@@ -96,7 +99,8 @@ def stored_spec(
     if unknown:
         name = str(unknown[0])[:40]
         raise BundleError(f"{bundle} was built by {name!r}, which this hydramoe does not know: upgrade")
-    try: return BuildSpec(**record)
+    plain = dict(shared=0) # of a bundle that says nothing of a shared expert
+    try: return BuildSpec(**(plain | record))
     except HydraError as e: raise BundleError(f"{bundle} says that it was built by what no build takes: {e}") from None
 
 # %% ../../nbs/hydra/66_spec.ipynb #ecdb75b1
@@ -138,33 +142,57 @@ def resolve_spec(
     threads = spec.threads or default_threads()
     return replace(spec, k=k, epochs=epochs, threads=threads)
 
-# %% ../../nbs/hydra/66_spec.ipynb #9c65d8f2
-def _lora_spec(spec, fork):
-    "The adapter of an expert; its alpha is twice its rank"
-    return LoraSpec(spec.rank, 2*spec.rank, spec.targets, fork)
+# %% ../../nbs/hydra/66_spec.ipynb #9c65dx0f2
+def _lora_spec(spec, rank, fork):
+    "An adapter of this rank; its alpha is twice its rank"
+    return LoraSpec(rank, 2*rank, spec.targets, fork)
 
 def training_settings(
-    spec:BuildSpec # resolved
+    spec:BuildSpec, # resolved
+    rank:int|None=None # of the adapters of the second pass; None: the spec's
 )->tuple: # of the seed expert, of the experts: keywords of `train_single_stage` and `train_experts_stage`
     "How the two passes are trained: one whole and at a constant rate, one above the fork and down to nothing"
     same = dict(base=spec.base, quant=spec.quant, threads=spec.threads)
     same |= dict(max_prompt=spec.max_length, max_response=spec.max_length)
     once = TrainSpec(lr=spec.lr, rows=2., seed=spec.seed, schedule='constant')
     to_zero = TrainSpec(lr=spec.lr, rows=2., seed=spec.seed, steps=20, epochs=spec.epochs)
-    whole, above = _lora_spec(spec, 0), _lora_spec(spec, spec.fork)
+    whole = _lora_spec(spec, spec.shared or spec.rank, 0)
+    above = _lora_spec(spec, rank or spec.rank, spec.fork)
     seed = dict(same, lora=asdict(whole), spec=asdict(once))
     experts = dict(same, lora=asdict(above), spec=asdict(to_zero))
     return seed, dict(experts, cached=spec.fork > 0)
 
+def shared_settings(
+    spec:BuildSpec # resolved, with a shared expert
+)->dict: # keywords of `train_shared_stage`
+    "How a shared expert and residuals are trained in one pass"
+    _, to_zero = training_settings(spec, spec.shared)
+    return dict(to_zero, residual=dict(rank=spec.rank))
+
 # %% ../../nbs/hydra/66_spec.ipynb #fca61636
 def experts_outline(
     spec:BuildSpec # any
-)->Stack: # on the meta device: sizes without numbers
+)->Stack: # on the meta device: sizes without numbers; of the larger rank, if a shared expert has another
     "Where the experts of a build part, and how large they are; refuses what the base cannot hold"
-    lora = _lora_spec(spec, spec.fork)
+    lora = _lora_spec(spec, max(spec.rank, spec.shared), spec.fork)
     stack = Stack(meta_model(spec.base), 1, lora)
     most = max(min(layer.n_in, layer.n_out) for layer in stack.layers)
-    if spec.rank > most:
-        raise HydraError(f"rank={spec.rank}: no layer of {spec.base} that is adapted has more than {most} dimensions, "
+    for name, rank in dict(rank=spec.rank, shared=spec.shared).items():
+        if rank <= most: continue
+        raise HydraError(f"{name}={rank}: no layer of {spec.base} that is adapted has more than {most} dimensions, "
                          "so an expert can use no more")
     return stack
+
+# %% ../../nbs/hydra/66_spec.ipynb #6ba3dx2b9
+def check_joint_memory(
+    spec:BuildSpec, # resolved
+    weights:int # of one expert, as long as a row of the stack
+)->None:
+    "Refuse a shared expert and residuals that memory does not hold together"
+    if not spec.shared: return
+    size = group_size(weights, GroupSpec(memory=spec.memory))
+    if spec.k+1 <= size: return
+    needed = math.ceil(200*(spec.k+1)*weights/1e9)/10 # GB of five copies of four bytes
+    raise HydraError(f"memory={spec.memory:g} GB do not hold a shared expert and {spec.k} residuals, which are trained "
+                     f"in one job: they take {needed} GB; give memory={needed} (--memory {needed}), a smaller rank or "
+                     "fewer experts, or shared=0 (--shared 0), whose experts are trained in groups")

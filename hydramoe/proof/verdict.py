@@ -14,6 +14,7 @@ from ..foundations.core import HydraError, rng
 from ..foundations.power import Design, least_detectable, spread_of_interval
 from ..foundations.statistics import difference_record, difference_text
 from ..experts.score import Losses, hindsight, macro_nll, pick, record_sums
+from ..hydra.build import SHARED_ALONE
 from ..hydra.card import MIN_DEV_ROWS
 from .compare import macro_differences
 
@@ -54,25 +55,25 @@ SINGLE, SEED_EXPERT, UNIFORM, ROUTED, MERGED = (
     'single adapter', 'seed expert', 'uniform mix', 'routed', 'merged') # columns of a loss matrix
 
 def one_adapter(
-    losses:Losses, # columns: the experts, maybe `single adapter`, maybe `seed expert`
+    losses:Losses, # columns: the experts, maybe `single adapter`, `seed expert`, `shared expert alone`
     experts:list[str] # E columns
 )->str: # a column
     "What a mixture has to beat: the single adapter, or else the best that could stand in for it"
     if SINGLE in losses.columns: return SINGLE
-    seeds = [column for column in losses.columns if column==SEED_EXPERT]
-    return min([*seeds, *experts], key=lambda column: macro_nll(losses, losses[column]))
+    of_all_rows = [column for column in losses.columns if column in (SEED_EXPERT, SHARED_ALONE)]
+    return min([*of_all_rows, *experts], key=lambda column: macro_nll(losses, losses[column]))
 
 # %% ../../nbs/proof/74_verdict.ipynb #916ea5ce
 OWN, FORESEEN, HINDSIGHT = 'own expert', 'foreseen', 'hindsight' # systems that are computed from the experts' losses
 
 def verdict_systems(
-    losses:Losses, # columns: base, the experts, `uniform mix`, `routed`; maybe `single adapter`, `seed expert`, `merged`
+    losses:Losses, # columns: base, experts, `uniform mix`, `routed`; maybe what `one_adapter` knows, and `merged`
     experts:list[str], # E columns
     home:np.ndarray, # (N,) the expert of each row's own domain
     seed:int=0 # of the folds
 )->dict[str,np.ndarray]: # system → (T,) loss of each token; what can be had first, then the bounds
     "The losses of everything that is compared"
-    given = [c for c in ('base', SINGLE, SEED_EXPERT) if c in losses.columns]
+    given = [c for c in ('base', SINGLE, SEED_EXPERT, SHARED_ALONE) if c in losses.columns]
     systems = {column: losses[column] for column in given}
     best = min(experts, key=lambda column: macro_nll(losses, losses[column]))
     systems[best] = losses[best]

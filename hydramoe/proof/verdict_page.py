@@ -31,11 +31,11 @@ from ..foundations.statistics import difference_text, domain_nll
 from .verdict import ROUTED, SEED_EXPERT, SINGLE, UNIFORM, foreseen, plot_verdict, verdict
 
 # %% ../../nbs/proof/74a_verdict_page.ipynb #77202c5c
-_STAGES = dict(
+_STAGES = dict( # of a build → names under which the cache has them
     rows=['deal_stage'],
     domains=['assign_domains_stage'],
     seed=['seed_expert'],
-    experts=['experts_stage', 'collect_experts_stage']) # of a build → names under which the cache has them
+    experts=['experts_stage', 'shared_stage', 'collect_experts_stage'])
 
 def _has_seal(path, id):
     "Is a directory sealed under this id, and whole?"
@@ -140,13 +140,13 @@ def run_single(
     about:dict, # of a Hydra that was built here
     root:Path|None=None # where stages are, and where this one goes; in the cache if None
 )->Path: # the folder of a PEFT adapter
-    "Train the single adapter that experts are compared with, or find it: equal rows, tokens, start and rate"
+    "Train the single adapter to compare with, or find it: equal rows, tokens, start, rate and active rank"
     rows, seed = (find_stage(about, what, root) for what in ('rows', 'seed'))
     if rows is None or seed is None:
         raise HydraError("the rows that this bundle was built from are not on this machine (any more): train one adapter "
                          "on all of them, and give its folder, --single DIR; or leave --single out")
     spec = stored_spec('the bundle', about['built']['spec'])
-    _, to_zero = training_settings(spec)
+    _, to_zero = training_settings(spec, spec.shared+spec.rank)
     params = dict(to_zero, name='single', fingerprint=peek_base(spec.base)[1])
     made = stage(seed_stage, params, dict(rows=rows, start=seed), name='single_adapter', **stage_settings(spec, root))
     return made/'single'
@@ -318,9 +318,12 @@ def cost_rows(
 )->list[dict]: # {what, amount}
     "What the Hydra costs, beside one adapter"
     n_base = sum(p.numel() for p in hydra.base.model.parameters())
-    n_expert = hydra.model.stack.theta.shape[1]
-    rows = {'weights of the base, never changed': n_base, 'weights of an expert': n_expert}
-    rows[f'weights of {len(hydra.names)} experts'] = n_expert*len(hydra.names)
+    stack = hydra.model.stack
+    of_each = [stack.theta.shape[1]*rank//stack.spec.rank for rank in stack.ranks]
+    n_experts = sum(of_each[:stack.slots])
+    rows = {'weights of the base, never changed': n_base, 'weights of an expert': of_each[0]}
+    rows[f'weights of {len(hydra.names)} experts'] = n_experts
+    if stack.shared is not None: rows['weights of the shared expert'] = of_each[stack.shared]
     built = hydra.about.get('built', {})
     if 'counts' in built: rows['training tokens of a pass'] = built['counts']['tokens']
     if 'spec' in built: rows['passes of the experts over their rows'] = built['spec']['epochs']

@@ -132,8 +132,9 @@ def _check_k(rows, k):
 def _forecast_text(f, spec):
     "A forecast in four lines"
     expert = f"{f['weights_of_an_expert']/1e6:.1f}M weights an expert"
+    if spec.shared: expert = f"{f['weights_of_the_shared']/1e6:.1f}M weights of the shared expert, {expert}"
     base = f"on the {f['weights']/1e6:.0f}M of {spec.base} in {spec.quant}"
-    cost = f"about {duration_text(f['seconds'])} and {f['memory_gb']} GB"
+    cost = f"about {duration_text(f['seconds'])}, {f['memory_gb']} GB of memory and {f['disk_gb']} GB of disk"
     rate = f"  from {f['training_tokens']:,} tokens at {f['tokens_a_second']} a second:"
     machine = f"this machine multiplies matrices at {f['matrix_gflops']} GFLOP/s ({f['device']}, measured now),"
     work = '  training takes 4 operations for each weight and token,'
@@ -149,7 +150,7 @@ def dry_run(
 )->tuple[str,dict]: # text, plain data
     "What `build` would make, and what it would cost; refuses what it would refuse"
     from hydramoe.domains.edit import read_domains_yaml
-    from hydramoe.hydra.spec import pin_base, resolve_spec
+    from hydramoe.hydra.spec import check_joint_memory, experts_outline, pin_base, resolve_spec
     from hydramoe.hydra.rows import run_deal
     from hydramoe.hydra.build import summarize_build
     from hydramoe.hydra.forecast import forecast
@@ -158,12 +159,15 @@ def dry_run(
     spec = resolve_spec(spec, counts['train'], counts['prompts'])
     _check_encoder(spec.encoder)
     _check_k(rows, spec.k)
+    check_joint_memory(spec, experts_outline(spec).theta.shape[1])
     if domains: read_domains_yaml(domains, spec.k)
     f = forecast(counts, spec)
     text = f'{summarize_build(counts, spec)}\n{_forecast_text(f, spec)}'
     return text, dict(f, counts=counts, spec=vars(spec), rejects=refused)
 
 # %% ../../nbs/use/84_build_commands.ipynb #3028f61b
+_SHARED = ('rank of the shared expert, which learns from all rows and answers every prompt, with an expert of each domain '
+           'on top; 0: none, experts branch from the seed expert and learn apart (default %(default)s)')
 _FORK = ('experts part at this block, or share of the depth, and are one below it: at 0.5 they are half as large, '
          'train twice as fast, and in a chat a change of expert costs half; the price is quality: they can learn less '
          '(default: 0, experts adapt all blocks)')
@@ -171,6 +175,7 @@ QUANT = arg('--quant', default='nf4', choices=['nf4', 'bf16', 'fp32'],
             help='precision of the base (default %(default)s)')
 TRAINING_OPTIONS = (
     arg('--rank', type=int, default=8, metavar='N', help='of each expert (default %(default)s)'),
+    arg('--shared', type=int, default=8, metavar='N', help=_SHARED),
     arg('--targets', default='all-linear', help='layers to adapt, such as q_proj,v_proj (default %(default)s)'),
     arg('--fork', type=float, default=0, metavar='N', help=_FORK),
     arg('--lr', type=float, default=5e-4, metavar='X', help='peak learning rate (default %(default)s)'),
@@ -180,9 +185,10 @@ TRAINING_OPTIONS = (
     arg('--threads', type=int, metavar='N',
         help='of each training process (default: all of this machine); the last bits of a result depend on it'),
     arg('--memory', type=float, default=8., metavar='GB',
-        help='for experts trained together; more experts are trained in groups (default %(default)s)'),
+        help='for experts trained together (default %(default)s); with --shared 0 more experts are trained in groups'),
     arg('--workers', type=int, metavar='N',
-        help='processes, one a GPU, that train groups at a time (default: this process alone)'),
+        help='processes, one a GPU, that train groups at a time; a shared expert and what rests on it are one group '
+             '(default: this process alone)'),
     arg('--executor', choices=['here', 'local', 'ray'],
         help='what runs the groups (default: local with --workers, else here)'))
 
@@ -235,8 +241,10 @@ def _usable_records(a, spec, out):
 def judge_build(
     hydra, # just built; may lose its experts
     out:Path, # its bundle, for what is said
-    with_single:bool=False # train one adapter as long as all experts together, and compare with it
-)->tuple[str,dict|None]: # a line; as `verdict` returns it, or None where there is none
+    with_single:bool=False, # train one adapter as long as all experts together, and compare with it
+    compare:bool=False, # also train plain experts, and show all three
+    encoder:str|None=None # what embeds prompts, if that is a folder
+)->tuple[str,dict|None]: # text; as `verdict` returns it with `comparison`, or None where there is none
     "Was it worth building? By the rows that the build held out"
     from hydramoe.hydra.card import MIN_DEV_ROWS
     from hydramoe.proof.verdict_page import held_out_rows, judge_hydra, run_single
@@ -245,16 +253,40 @@ def judge_build(
     if len(rows)<MIN_DEV_ROWS:
         return f'verdict: {len(rows)} rows were held out, and {MIN_DEV_ROWS} are needed for one; {ask_again}', None
     try:
-        single = run_single(hydra.about) if with_single else None
-        found, _ = judge_hydra(hydra, rows, single, hydra.about['built']['spec']['max_length'])
+        single = run_single(hydra.about) if with_single or compare else None
+        found, scored = judge_hydra(hydra, rows, single, hydra.about['built']['spec']['max_length'])
+        if compare: found = dict(found, comparison=_compare(hydra, rows, scored, encoder))
     except HydraError as e: return f'verdict: none, for {e}', None
-    return f"verdict: {found['text']} The router was chosen by the same rows, which flatters it; {ask_again}", found
+    said = f"verdict: {found['text']} The router was chosen by the same rows, which flatters it; {ask_again}"
+    return said+_comparison_lines(found), found
+
+def _compare(hydra, rows, scored, encoder):
+    "Train plain experts, and put all three ways to train into one table"
+    from hydramoe.proof.comparison import add_plain, compare_builds
+    add_plain(scored, hydra, rows, None, encoder, hydra.about['built']['spec']['max_length'])
+    return compare_builds(scored)
+
+def _comparison_lines(found):
+    "The table in words"
+    from hydramoe.proof.comparison import comparison_text
+    if 'comparison' not in found: return ''
+    return f"\nof equal tokens and equal active rank:\n{comparison_text(found['comparison'])}".rstrip()
+
+# %% ../../nbs/use/84_build_commands.ipynb #c0793x1af
+def _check_comparison(a):
+    "Refuse a comparison that would compare nothing"
+    if a.compare and a.no_verdict:
+        raise HydraError("--compare is shown with the verdict: leave --no-verdict out, or --compare")
+    if a.compare and not a.shared:
+        raise HydraError("--compare is about a build with a shared expert, beside plain experts and a single adapter: "
+                         "leave --shared 0 out, or say --single")
 
 # %% ../../nbs/use/84_build_commands.ipynb #c07939af
 def build_command(a):
     "Records in, bundle out"
     out = _choose_out(a)
     run = _executor_options(a)
+    _check_comparison(a)
     from hydramoe.hydra.bundle import check_bundle
     from hydramoe.hydra.model import Hydra
     from hydramoe.hydra.spec import BuildSpec
@@ -263,7 +295,7 @@ def build_command(a):
     records, refused = _usable_records(a, spec, out)
     if a.dry_run: return dry_run(records, spec, refused, a.domains)
     with _without_unlearnt_warning(): hydra = Hydra.build(records, out, run=run, domains=a.domains, **vars(spec))
-    said, found = (None, None) if a.no_verdict else judge_build(hydra, out, a.single)
+    said, found = (None, None) if a.no_verdict else judge_build(hydra, out, a.single, a.compare, a.encoder)
     try_it = shell_line('ask', out, example_prompt(records))
     lines = [f'{out}: {hydra}', said, f'try it: {try_it}']
     made = dict(bundle=str(out), experts=hydra.names, built=hydra.about['built'], rejects=refused, next=try_it, verdict=found)
@@ -274,6 +306,7 @@ _EXAMPLES = [
     'hydramoe build mine.jsonl --dry-run', 'hydramoe build mine.jsonl',
     'hydramoe build mine.jsonl more.jsonl --k 4 --rank 16 --out my-hydra',
     'hydramoe build mine.jsonl --base ~/models/Qwen3-0.6B --quant bf16', 'hydramoe build mine.jsonl --fork 0.5',
+    'hydramoe build mine.jsonl --compare', 'hydramoe build mine.jsonl --shared 0 --rank 16',
     'hydramoe build sheet.csv --map prompt=question,completion=answer', '',
     'a line of mine.jsonl is', '{"prompt": "Who wrote Faust?", "completion": "Goethe."}',
     'or', '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}']
@@ -285,6 +318,8 @@ BUILD_COMMANDS['build'] = Command(build_command, help='Make a Hydra from your ow
     arg('--out', metavar='DIR', help='the bundle to write (default: FILE-hydra, here)'),
     arg('--single', action='store_true',
         help='also train one adapter, as long as all experts together, and compare with it at the end'),
+    arg('--compare', action='store_true',
+        help='also train plain experts and one adapter on the same rows, and show all three in one table at the end'),
     arg('--no-verdict', action='store_true', help="don't judge at the end, on the rows held out, whether it was worth it"),
     arg('--dry-run', action='store_true',
         help='say what would be made, how long it would take and how much memory; train nothing'),
@@ -336,7 +371,8 @@ def add_command(a):
     return _with_exit_code(new, f'{out}: {hydra}', made)
 
 # %% ../../nbs/use/84_build_commands.ipynb #e803c476
-_START = "adapter it branches from, or 'fresh' (default: the bundle's seed expert, if this machine built it)"
+_START = ("without a shared expert: adapter it branches from, or 'fresh' (default: the bundle's seed expert, if this "
+          "machine built it)")
 
 BUILD_COMMANDS['add'] = Command(
     add_command, help='Train one more expert, and write a bundle that has it',
@@ -352,11 +388,12 @@ BUILD_COMMANDS['add'] = Command(
 def remove_command(a):
     "A bundle in, a smaller bundle out"
     out = require_free(a.out or f'{Path(a.bundle)}-without-{a.name}')
-    from hydramoe.hydra.change import remove_expert
+    from hydramoe.hydra.change import remove_expert, what_remains
     hydra = remove_expert(Path(a.bundle), a.name, out, base=a.base)
     changes = hydra.about['built']['changes']
-    made = dict(bundle=str(out), experts=hydra.names, changes=changes, rejects=None)
-    return f'{out}: {hydra}', made
+    remains = what_remains(Path(a.bundle), a.name, a.base)
+    made = dict(bundle=str(out), experts=hydra.names, changes=changes, rejects=None, remains=remains)
+    return f"{out}: {hydra}\n{remains['text']}", made
 
 # %% ../../nbs/use/84_build_commands.ipynb #28bea25e
 BUILD_COMMANDS['remove'] = Command(

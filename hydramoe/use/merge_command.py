@@ -137,8 +137,11 @@ def _open_bundle(a):
     "The manifest of a bundle whose experts can become what was asked for, and their names"
     from hydramoe.hydra.bundle import check_bundle
     from hydramoe.experts.adapter_files import adapter_config
+    from hydramoe.hydra.merged import refuse_seed
     manifest = check_bundle(a.bundle, a.encoder)
-    if a.since is not None: adapter_config(a.since)
+    if a.since is not None:
+        adapter_config(a.since)
+        refuse_seed('shared' in manifest)
     return manifest, [e['name'] for e in manifest['experts']]
 
 # %% ../../nbs/use/84a_merge_command.ipynb #c3625cf4
@@ -153,7 +156,7 @@ def _check_new_expert(a, manifest, names):
     check_new_expert(a.bundle, _chooses_by_gate(manifest), names, a.name or 'merged')
 
 # %% ../../nbs/use/84a_merge_command.ipynb #7e5d2330
-def _check_recipe(a, names, method, weights, params):
+def _check_recipe(a, manifest, names, method, weights, params):
     "Refuse a merge that mergekit can't make"
     from hydramoe.hydra.dense import mergekit_recipe
     from hydramoe.hydra.merge import Merge, default_space, named_weights
@@ -161,7 +164,7 @@ def _check_recipe(a, names, method, weights, params):
     about = dict(method=method, params=params, weights=named_weights(names, weights), space=space, scale=1.)
     since = None if a.since is None else {}
     places = {name: Path(a.bundle).absolute()/'experts'/name for name in names}
-    mergekit_recipe(Merge({}, about, since), 'base', places)
+    mergekit_recipe(Merge({}, about, since), 'base', places, 'shared' in manifest)
 
 # %% ../../nbs/use/84a_merge_command.ipynb #75620d01
 def _check_original(a, manifest):
@@ -258,9 +261,11 @@ def _text_table(rows, fmt=None):
 def _systems(losses):
     "What the merge is compared with, and the merge: a row of each"
     import math
-    others = ('base', 'uniform mix', 'routed', 'merged')
+    from hydramoe.hydra.build import SHARED_ALONE
+    others = ('base', SHARED_ALONE, 'uniform mix', 'routed', 'merged')
     best = min((name for name in losses if name not in others), key=losses.get)
-    shown = dict(base='base') | {best: f'best expert, {best}'} | {name: name for name in others[1:]}
+    shown = {name: name for name in others[:2] if name in losses}
+    shown |= {best: f'best expert, {best}'} | {name: name for name in others[2:]}
     return [dict(system=text, loss=losses[name], perplexity=math.exp(losses[name])) for name, text in shown.items()]
 
 # %% ../../nbs/use/84a_merge_command.ipynb #cf3c4a1f
@@ -301,7 +306,7 @@ def _asked_for(a):
     manifest, names = _open_bundle(a)
     if a.to=='expert': _check_new_expert(a, manifest, names)
     check_merge(names, *asked)
-    if a.to=='mergekit': _check_recipe(a, names, *asked)
+    if a.to=='mergekit': _check_recipe(a, manifest, names, *asked)
     if a.original: _check_original(a, manifest)
     return out, asked
 
