@@ -67,7 +67,7 @@ def test_a_residual_that_no_prompt_goes_to_keeps_its_strength():
 AHEAD, BEHIND = Difference(-2., -3., -1., .001), Difference(2., 1., 3., .001)
 NOT = (Difference(-2., -5., 1., .2), Difference(0., -1., 1., 1.), BEHIND)
 
-@pytest.mark.parametrize('over_one,over_lot', product([AHEAD, *NOT], repeat=2))
+@pytest.mark.parametrize('over_one,over_lot', list(product([AHEAD, *NOT], repeat=2)))
 def test_specialisation_is_said_of_a_lead_on_both_and_of_nothing_else(over_one, over_lot):
     said = gain_text(over_one, over_lot)
     assert ('is specialisation' in said)==(over_one is AHEAD and over_lot is AHEAD)
