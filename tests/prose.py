@@ -99,7 +99,7 @@ def contributing(): return {
 def rooms(): return {
     'what is half-written': 'no number', 'in two files that hold no code': 'JSON and safetensors', 'nothing twice': 'no number',
     'turn {} domains of real text': [word(len(DOMAINS))],
-    'spent two ways: on one adapter, or on one expert for each': 'the two ways follow',
+    'spent three ways: on one adapter, on one expert for each': 'the three ways follow',
 }
 
 def makefile(): return {
