@@ -6,7 +6,8 @@
 __all__ = ['upper_views', 'place', 'pull_back', 'CoreSpec', 'CoreOptimizer', 'fit_cores', 'train_cores_stage']
 
 # %% ../../nbs/experts/54_cores.ipynb #9d572b90
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -56,15 +57,17 @@ def pull_back(
 )->tuple[Tensor,Tensor]: # (P,) of the shared factors, (E,L,r,r) of the cores
     "Gradients of experts as gradients of cores and of what they share"
     eye = torch.eye(stack.spec.rank, device=deltas.device)
-    of_shared, of_cores = torch.zeros_like(adapter), torch.zeros_like(deltas)
+    of_shared = torch.zeros_like(adapter)
+    of_cores = torch.zeros_like(deltas)
+    share = share[:,None,None]
     shared = upper_views(stack, adapter[None])
     into = upper_views(stack, of_shared[None])
     found = upper_views(stack, stack.grad[:len(deltas)])
     for i, ((A, _), (dA, dB), (dA_e, dB_e)) in enumerate(zip(shared, into, found)):
         of_cores[:,i] = dA_e@A.mT
         back = (eye+deltas[:,i]).mT@dA_e
-        dA.copy_((share[:,None,None]*back).sum(0))
-        dB.copy_((share[:,None,None]*dB_e).sum(0))
+        dA.copy_((share*back).sum(0))
+        dB.copy_((share*dB_e).sum(0))
     return of_shared, of_cores
 
 # %% ../../nbs/experts/54_cores.ipynb #9cf57f44
@@ -86,11 +89,16 @@ class CoreOptimizer:
         cores:CoreSpec, # what is different for cores
         steps:int # of the run
     ):
-        rank, n_layers = stack.spec.rank, len(stack.upper_layers)
-        self.stack, self.spec, self.cores, self.steps = stack, spec, cores, steps
+        self.stack = stack
+        self.spec = spec
+        self.cores = cores
+        self.steps = steps
+        rank = stack.spec.rank
         self.adapter = nn.Parameter(stack.theta[0].detach().clone())
-        self.deltas = [nn.Parameter(torch.zeros(n_layers, rank, rank, device=stack.theta.device)) for _ in range(stack.slots)]
-        groups = [dict(params=[p]) for p in self.deltas]+[dict(params=[self.adapter])]
+        at_rest = torch.zeros(len(stack.upper_layers), rank, rank, device=stack.theta.device)
+        self.deltas = [nn.Parameter(at_rest.clone()) for _ in range(stack.slots)]
+        self.params = [*self.deltas, self.adapter] # a domain's number, and last the shared factors
+        groups = [dict(params=[p]) for p in self.params]
         self.adamw = torch.optim.AdamW(groups, lr=spec.lr, weight_decay=0.)
 
     def stacked(self):
@@ -104,12 +112,15 @@ class CoreOptimizer:
     def step(self, k, share):
         "Pull gradients back, clip, and step the shared factors and the cores with rows; norms of gradients, by number"
         of_shared, of_cores = pull_back(self.stack, self.adapter.detach(), self.stacked(), share)
-        if self.cores.kind=='diagonal': of_cores = of_cores*torch.eye(of_cores.shape[-1], device=of_cores.device)
-        present = [*(share>0).tolist(), True]
+        if self.cores.kind=='diagonal':
+            of_cores = of_cores*torch.eye(of_cores.shape[-1], device=of_cores.device)
+        has_rows = [*(share>0).tolist(), True]
         norms = {}
-        for e, (p, grad) in enumerate(zip([*self.deltas, self.adapter], [*of_cores, of_shared])):
-            p.grad = grad if present[e] else None
-            if present[e]: norms[e] = nn.utils.clip_grad_norm_([p], self.spec.clip).item()
+        for e, (p, grad) in enumerate(zip(self.params, [*of_cores, of_shared])):
+            p.grad = None
+            if not has_rows[e]: continue
+            p.grad = grad
+            norms[e] = nn.utils.clip_grad_norm_([p], self.spec.clip).item()
         self._take(k, norms)
         return norms
 
@@ -119,7 +130,8 @@ class CoreOptimizer:
         for e, group in enumerate(self.adamw.param_groups):
             is_core = e<len(self.deltas)
             group['lr'] = lr*self.cores.rate if is_core else lr
-            if not torch.tensor(norms.get(e, 0.)).isfinite(): group['params'][0].grad = None
+            norm = norms.get(e, 0.)
+            if not math.isfinite(norm): self.params[e].grad = None
         self.adamw.step()
         self.place()
 
@@ -142,11 +154,11 @@ def fit_cores(
             losses = gradients(model, step, spec)
             tokens = response_tokens(step, stack.slots, model.device)
             share = tokens/tokens.sum()
-            mean = (losses.nan_to_num()*share).sum() if losses[share>0].isfinite().all() else losses.sum()
             norms = opt.step(k, share)
-            skipped = [e for e, norm in norms.items() if not torch.tensor(norm).isfinite()]
+            skipped = [e for e, norm in norms.items() if not math.isfinite(norm)]
+            has_rows = share>0
+            mean = (losses*share)[has_rows].sum()
             history.append(step_entry(step, k, names, [*losses.tolist(), mean.item()], norms, skipped))
-            stack.grad.zero_()
     return history, opt.stacked()
 
 # %% ../../nbs/experts/54_cores.ipynb #39fe1f6e
@@ -173,12 +185,13 @@ def train_cores_stage(
     rows = encode_groups(file, ExpertRows, groups, data, opened.tokenizer)
     kept = drop_long(rows)
     model = gated(opened, len(kept), setup.lora)
-    for e, name in enumerate(kept): start_expert(model.stack, e, name, start, setup.spec.seed)
+    for e, name in enumerate(kept):
+        start_expert(model.stack, e, name, start, setup.spec.seed)
     pairs = pairs_in_order(kept, [r['id'] for r in read_jsonl(Path(rows_dir)/file)])
     core_spec = as_spec(CoreSpec, cores)
     with using_threads(threads): history, deltas = fit_cores(model, pairs, setup.spec, core_spec)
     write_experts(out, model.stack, opened.id, setup, history, summarize_experts(rows, kept, history))
-    file = Path(out)/'history.json'
+    written = Path(out)/'history.json'
     sizes = {name: float(delta.norm()) for name, delta in zip(kept, deltas)}
-    write_json(file, dict(read_json(file), cores=core_spec, deltas=sizes))
+    write_json(written, dict(read_json(written), cores=core_spec, deltas=sizes))
     return Path(out)
