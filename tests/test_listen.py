@@ -10,7 +10,8 @@ from hydramoe.foundations.store import sealing
 from hydramoe.models.base import tiny_base
 from hydramoe.models.encode import Example
 from hydramoe.experts.cores import CoreSpec, fit_cores, place, pull_back
-from hydramoe.experts.gradients import cosines, domain_gradients, gradient_parts, group_cosines, inner_products, lot_gap
+from hydramoe.experts.gradients import domain_gradients, gradient_cosines, gradient_parts, gradient_products, group_cosines
+from hydramoe.experts.gradients import lot_gap
 from hydramoe.experts.listen import ListenSpec, can_follow, deal_halves, reassign, reassign_stage, record_table, run_round
 from hydramoe.experts.model import gated
 from hydramoe.experts.score import Losses, save_losses
@@ -150,16 +151,16 @@ def test_gradients_of_groups_follow_from_those_of_records():
         torch.testing.assert_close(of_groups[e], alone[0], atol=1e-5, rtol=1e-4)
     tokens = [len(x.ids)-x.n_prompt for x in records]
     for key, part in gradient_parts(each.stack, of_records).items():
-        found = group_cosines(inner_products(part), tokens, np.array([0, 0, 0, 1, 1, 1]))
-        np.testing.assert_allclose(found, cosines(inner_products(gradient_parts(model.stack, of_groups)[key])), atol=1e-4)
+        found = group_cosines(gradient_products(part), tokens, np.array([0, 0, 0, 1, 1, 1]))
+        np.testing.assert_allclose(found, gradient_cosines(gradient_products(gradient_parts(model.stack, of_groups)[key])), atol=1e-4)
 
 def test_parts_are_all_of_it():
     model = filled(2)
     grad = torch.randn(model.stack.theta.shape)
     for by in ('block', 'kind', 'all'):
         parts = gradient_parts(model.stack, grad, by)
-        total = sum(inner_products(part) for part in parts.values())
-        np.testing.assert_allclose(total, inner_products(grad), rtol=1e-9)
+        total = sum(gradient_products(part) for part in parts.values())
+        np.testing.assert_allclose(total, gradient_products(grad), rtol=1e-9)
 
 def test_a_gap_is_where_groups_differ():
     draw = rng(0, 'gap')
