@@ -45,7 +45,8 @@ def reassign(
     places = np.repeat(np.arange(k), floor)
     try: _, taker = linear_sum_assignment(regret.T[places])
     except ValueError as e:
-        raise HydraError(f"some residual may not have as many as {floor} records: let records go to more of them") from e
+        raise HydraError(f"some residual may not have as many as {floor} records: "
+                         "let records go to more of them") from e
     labels[taker] = places
     return labels
 
@@ -57,7 +58,8 @@ def deal_halves(
     "Halve the records of each residual by lot"
     halves = {}, {}
     for name, ids in groups.items():
-        if len(ids)<2: raise HydraError(f"residual {name!r} has {len(ids)} records, and two halves need two: raise the floor")
+        if len(ids)<2:
+            raise HydraError(f"residual {name!r} has {len(ids)} records, and two halves need two: raise the floor")
         order = rng(seed, 'halves', name).permutation(len(ids))
         for k, half in enumerate(halves): half[name] = [ids[i] for i in sorted(order[k::2])]
     return halves
@@ -114,8 +116,11 @@ def reassign_stage(
     after = reassign(losses, floor)
     every = np.arange(len(ids))
     moved = {name: [ids[i] for i in np.flatnonzero(after==e)] for e, name in enumerate(names)}
-    stayed = losses[every,before].mean()
-    found = dict(groups=moved, moved=float((after!=before).mean()), before=float(stayed), after=float(losses[every,after].mean()))
+    found = dict(
+        groups=moved,
+        moved=float((after!=before).mean()),
+        before=float(losses[every,before].mean()),
+        after=float(losses[every,after].mean()))
     write_json(Path(out)/'groups.json', found)
     return Path(out)
 
