@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from ..foundations.core import HydraError, number, one_of
+from ..foundations.core import number, one_of
 from ..foundations.files import read_json, read_jsonl, write_json
 from ..models.load import load_base
 from ..data.parts import ExpertRows
 from .stack import LoraSpec, Stack, layer_views
 from .model import GatedCausalLM, gated
 from .train import TrainSpec, gradients, lr_factor, response_tokens, slot_names, step_entry
-from .train import steps_of_each, training_mode, using_threads
+from .train import training_mode, using_threads
 from .stages import TrainData, TrainSetup, as_spec, drop_long, encode_groups, start_expert
 from .stages import summarize_experts, write_experts
 from .shared import mix_steps
@@ -80,7 +80,7 @@ class CoreSpec:
         one_of(self.kind, ('full', 'diagonal'), 'kind')
         number(self.rate, 'rate', least=0)
 
-# %% ../../nbs/experts/54_cores.ipynb #1effed8a
+# %% ../../nbs/experts/54_cores.ipynb #1effex08a
 class CoreOptimizer:
     "AdamW for the shared factors and for each domain's core"
     def __init__(self,
