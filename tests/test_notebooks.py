@@ -76,7 +76,8 @@ OTHER = dict(splits='4+2', rows='1', rates='0.5', dropouts='0.3', softs='0.5', b
              tasks='hydra_boolq', limit=2, written='hydra_calls', written_limit=1, split=1, seed_lr=1e-3, scales='1', wide_scales='1', wide=False, tokens=1200, dev=2, test=3, max_length=150, k=8, seed=1, quant='bf16', rank=2, targets='q_proj,v_proj', lrs='1e-3', single_rows='1', expert_rows='2',
              steps=40, controls='random', temperatures='0.3', gates='lag', precisions='fp32', draws=3, prompt='Name a river.', router=2, encoders='minilm', depths='2', ks='3 9', seeds=1,
              forks='0 1', speedups='1 3', builds='0 0.3', epochs=1.5, most=3, threads=2, more=0,
-             methods='linear knots', whole='linear', densities='0.5', lengths='1', skills=5, skill_tokens=1000, answer_tokens=3)
+             methods='linear knots', whole='linear', densities='0.5', lengths='1', skills=5, skill_tokens=1000, answer_tokens=3,
+             layer=2, rounds=0, near=3, kinds='diagonal', core_rate=3.)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('nb,name', [(nb, n) for nb in experiments for n in read_parameters(nb) if n not in ('scale', 'source', 'base')], ids=lambda x: x if isinstance(x, str) else x.stem)
