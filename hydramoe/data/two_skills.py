@@ -411,7 +411,10 @@ def _function_of(job):
 def _ask_call(g, i):
     "Prompt, answer and check of a request whose number has to be worked out"
     job = _JOBS[i%len(_JOBS)]
-    slots = dict(a=int(g.integers(6, 20)), b=int(g.integers(3, 9)), c=int(g.integers(2, 9)))
+    slots = dict(
+        a=int(g.integers(6, 20)),
+        b=int(g.integers(3, 9)),
+        c=int(g.integers(2, 9)))
     slots['t'] = slots['a']*slots['b'] + slots['c']
     (word,) = _pick(job.words, 1, g)
     figure = _plain(_arithmetic(job.formula, slots))

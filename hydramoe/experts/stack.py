@@ -196,7 +196,7 @@ class Stack(nn.Module):
         self._make_views(train=False)
         self.bound = None # the plan that is computed in all threads, see `bind` in 42_model
 
-# %% ../../nbs/experts/40_stack.ipynb #a2e87aac
+# %% ../../nbs/experts/40_stack.ipynb #a2e87x0ac
 @patch
 def _describe_base(self:Stack, model):
     "What the stack knows of its base"
@@ -205,6 +205,7 @@ def _describe_base(self:Stack, model):
     self.linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
     self.kinds = module_kinds(model)
 
+# %% ../../nbs/experts/40_stack.ipynb #a2e87aac
 @patch
 def _allocate(self:Stack, layout, device):
     "Empty experts, and an empty trunk"

@@ -173,12 +173,22 @@ def named_weights(
     if not found: raise HydraError("every weight is 0, so there is nothing to merge: give at least one expert a weight")
     return found
 
-# %% ../../nbs/hydra/62c_merge.ipynb #23abb8cc
+# %% ../../nbs/hydra/62c_merge.ipynb #23abbx0cc
 METHOD_PARAMS = dict( # what each method understands, for checks before anything is computed
-    linear=(), concat=(), average=('share',), prune=('density',), ties=('density', 'variant'), dare=('density', 'seed', 'keep_sum'),
-    dare_ties=('density', 'seed', 'variant'), knots=('density', 'variant'), tsv_m=('keep',), iso_c=('keep',),
-    iso_cts=('common',), lego=('clusters', 'seed'))
+    linear=(),
+    concat=(),
+    average=('share',),
+    prune=('density',),
+    ties=('density', 'variant'),
+    dare=('density', 'seed', 'keep_sum'),
+    dare_ties=('density', 'seed', 'variant'),
+    knots=('density', 'variant'),
+    tsv_m=('keep',),
+    iso_c=('keep',),
+    iso_cts=('common',),
+    lego=('clusters', 'seed'))
 
+# %% ../../nbs/hydra/62c_merge.ipynb #23abb8cc
 def check_method(
     method:str, # one of `MERGES`
     params:dict # of the method
@@ -266,20 +276,27 @@ def _layer_note(stack, layer, rank, lost):
     "What the receipt says of a layer"
     return dict(layer=stack.layers[layer.i].name, rank=rank, energy_lost=lost, length=layer.M.norm().item())
 
-# %% ../../nbs/hydra/62c_merge.ipynb #36b92d71
+# %% ../../nbs/hydra/62c_merge.ipynb #36b92x071
 def _concat_factors(stack, i, slots, weights):
     "The factors of all experts side by side, rows of zeros left out"
     A, B = stack_deltas(stack, i, slots).side_by_side(weights)
     used = A.any(1)&B.any(0)
     return A[used], B[:,used]
 
+# %% ../../nbs/hydra/62c_merge.ipynb #36b92d71
 def _receipt_of(about, notes, lengths):
     "Sums over layers, and what was given"
     length = sum(note['length']**2 for note in notes)**.5
     lost = sum(note['energy_lost']*note['length']**2 for note in notes)
     mean_length = sum(lengths.values())/len(lengths)
-    return dict(about, rank=max(note['rank'] for note in notes), scale=1., length=length/mean_length if mean_length else 0.,
-                energy_lost=lost/length**2 if length else 0., experts=lengths, layers=notes)
+    return dict(
+        about,
+        rank=max(note['rank'] for note in notes),
+        scale=1.,
+        length=length/mean_length if mean_length else 0.,
+        energy_lost=lost/length**2 if length else 0.,
+        experts=lengths,
+        layers=notes)
 
 # %% ../../nbs/hydra/62c_merge.ipynb #aa8edcae
 def _rank_of_sum(stack, slots, since):
@@ -316,7 +333,12 @@ def merge_experts(
         factors[layer.i] = A.float(), B.float()
         notes.append(_layer_note(stack, layer, len(A), lost))
     lengths = dict(zip(chosen, expert_lengths(stack, slots, since).tolist()))
-    about = dict(method=method, params=params, space=space or default_space(method), weights=chosen, since=since is not None)
+    about = dict(
+        method=method,
+        params=params,
+        space=space or default_space(method),
+        weights=chosen,
+        since=since is not None)
     return Merge(factors, _receipt_of(about, notes, lengths), since).scaled(scale)
 
 # %% ../../nbs/hydra/62c_merge.ipynb #339b1e32
