@@ -16,7 +16,7 @@ from hydramoe.hydra.adopt import adopt
 from hydramoe.use import cli, command
 from helpers import TINY, here
 
-COMMANDS = ['build', 'domains', 'add', 'remove', 'adopt', 'merge', 'verdict', 'ask', 'explain', 'check', 'chat', 'eval', 'run', 'reproduce',
+COMMANDS = ['build', 'domains', 'add', 'remove', 'adopt', 'merge', 'export', 'verdict', 'ask', 'explain', 'check', 'chat', 'eval', 'run', 'reproduce',
             'data list', 'data show', 'data prepare', 'data check', 'data card']
 
 def hydramoe(*argv, **kw):

@@ -169,7 +169,11 @@ def shard_passes(
     return own + [(passes[0], 0.)]*missing
 
 # %% ../../nbs/experts/48_train.ipynb #6c33dfbb
-def n_response(x): return len(x.ids)-x.n_prompt
+def n_response(
+    x # an `Example`
+)->int:
+    "Response tokens of a row"
+    return len(x.ids)-x.n_prompt
 
 def response_tokens(
     step:list[tuple], # (expert, example) pairs

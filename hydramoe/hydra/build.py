@@ -6,8 +6,8 @@
 __all__ = ['LIBS', 'TEMPERATURES', 'EARLY_DEPTH', 'DEFAULT_ROUTER', 'SHARED_ALONE', 'assign_domains_stage', 'run_discovery',
            'seed_stage', 'experts_stage', 'shared_stage', 'residuals_stage', 'stage_settings', 'run_seed',
            'run_experts', 'candidate_routers', 'routed_perplexity', 'choose_router', 'routers_stage', 'run_routers',
-           'run_stages', 'training_note', 'shared_note', 'assemble', 'summarize_build', 'UnlearntWarning',
-           'warn_unlearnt']
+           'check_beside_shared', 'run_stages', 'training_note', 'shared_note', 'assemble', 'summarize_build',
+           'UnlearntWarning', 'warn_unlearnt']
 
 # %% ../../nbs/hydra/66b_build.ipynb #e4e3660f
 import math, os, warnings
@@ -290,6 +290,14 @@ def run_routers(
     inputs, settings = dict(rows=rows, x=x, experts=experts), stage_settings(spec, root)
     return stage(routers_stage, params, inputs, **settings)
 
+# %% ../../nbs/hydra/66b_build.ipynb #60bf2x088
+def check_beside_shared(
+    names:list[str] # of experts
+)->None:
+    "Refuse a name that means the shared expert"
+    taken = [name for name in names if name.lower() == 'shared']
+    if taken: raise HydraError(f"domain name {taken[0]!r} is taken: it means the shared expert alone; choose another name")
+
 # %% ../../nbs/hydra/66b_build.ipynb #60bf2b88
 def run_stages(
     rows:Path, # from `run_deal`
@@ -303,7 +311,9 @@ def run_stages(
     weights = experts_outline(spec).theta.shape[1] # refuses what the base cannot hold
     check_joint_memory(spec, weights)
     x, domains = run_discovery(rows, counts, spec, root, edits)
-    log('domains:', ', '.join(Domains.load(domains/'domains').names))
+    names = Domains.load(domains/'domains').names
+    if spec.shared: check_beside_shared(names)
+    log('domains:', ', '.join(names))
     seed = run_seed(rows, spec, root)
     experts = run_experts(domains, seed, spec, root, **run)
     router = run_routers(domains, x, experts, spec, root)

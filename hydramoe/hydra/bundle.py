@@ -283,15 +283,24 @@ def _block_of(name):
     found = re.search(r'\.(\d+)\.', name)
     return int(found[1]) if found else -1
 
+def _without_padding(name, t):
+    "A factor without the zeros by which a trunk was widened to the rank of its adapter"
+    is_A = name.endswith('lora_A.weight')
+    used = t.any(1) if is_A else t.any(0)
+    rank = max(used.nonzero().flatten().tolist(), default=-1)+1
+    return t[:rank] if is_A else t[:,:rank].contiguous()
+
 def trunk_digests(
     folder:Path, # with a PEFT adapter
     fork:int # the block at which experts part
 )->dict: # tensor → digest, of the blocks below; and the scale
     "What an adapter says below a fork"
     config = adapter_config(folder)
-    digests = tensor_digests(folder/'adapter_model.safetensors')
-    below = {name: d for name,d in digests.items() if _block_of(name) < fork}
-    return dict(below, scale=config['lora_alpha']/config['r'])
+    file = folder/'adapter_model.safetensors'
+    below = [name for name in adapter_shapes(folder) if _block_of(name) < fork]
+    tensors = _read_tensors(file, sorted(below))
+    digests = {name: _tensor_digest(_without_padding(name, t)) for name,t in tensors.items()}
+    return dict(digests, scale=config['lora_alpha']/config['r'])
 
 # %% ../../nbs/hydra/63_bundle.ipynb #37db948b
 def check_trunk(

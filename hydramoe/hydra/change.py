@@ -23,7 +23,7 @@ from .saving import require_encoder, uri_id
 from .model import Hydra, router_view
 from .spec import BuildSpec, resolve_spec, stored_spec, training_settings
 from .rows import gather_rows, left_out, peek_base, run_deal
-from .build import experts_stage, residuals_stage, stage_settings, training_note, warn_unlearnt
+from .build import check_beside_shared, experts_stage, residuals_stage, stage_settings, training_note, warn_unlearnt
 from .forecast import forecast
 
 # %% ../../nbs/hydra/67_change.ipynb #fc85f20e
@@ -165,6 +165,7 @@ def _check_can_grow(bundle, manifest, name, router, out):
     if 'spec' not in manifest['built']:
         raise HydraError(f"{bundle} does not say how its experts were trained: it was not made by `build`")
     check_names([*(e['name'] for e in manifest['experts']), name], 'expert')
+    if 'shared' in manifest: check_beside_shared([name])
     if isinstance(router, Router):
         check_refittable(router)
         require_encoder(bundle, router)
