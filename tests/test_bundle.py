@@ -336,10 +336,10 @@ def test_a_build_that_learnt_nothing_says_so(tmp_path, monkeypatch, capfd, fork)
         man = check_bundle(tmp_path/'b')
         names = [e['name'] for e in man['experts']]
         assert all(e['skipped']==e['steps']>0 for e in man['experts']) and man['built']['seed']['skipped']==man['built']['seed']['steps']-1
-        assert json.loads(out)['unlearnt'].keys()=={'the seed expert', *names} and err.count('hydramoe:')==1 and all(n in err for n in names) and '--lr' in err
+        assert json.loads(out)['unlearnt'].keys()=={'the seed expert', 'the shared expert', *names} and err.count('hydramoe:')==1 and all(n in err for n in names) and '--lr' in err
         card = (tmp_path/'b'/'README.md').read_text()
         assert all(f'`{n}` learnt nothing: all {e["steps"]} steps were skipped.' in card for n,e in zip(names, man['experts'])) and 'The seed expert learnt from 1 of' in card
-        assert unlearnt(Hydra.load(tmp_path/'b').about).keys()=={'the seed expert', *names}
+        assert unlearnt(Hydra.load(tmp_path/'b').about).keys()=={'the seed expert', 'the shared expert', *names}
         assert main(['add', str(tmp_path/'b'), str(file), '--name', 'more', '--quiet'])==3
         err = capfd.readouterr().err
         assert err.count('hydramoe:')==1 and 'more learnt nothing' in err and names[0] not in err.split('hydramoe:')[1]

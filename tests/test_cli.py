@@ -282,7 +282,7 @@ def test_each_option_is_documented_once():
     said = {}
     for name, c in cli.COMMANDS.items():
         for names, how in c.args: said.setdefault(names[-1], set()).add(how.get('help'))
-    own = {'--out', '--base', '--encoder', '--name', '--top-k', '--gate', '--domain', '--rows', '--domains', 'name', 'names', 'file', 'files', 'prompt', '--format', '--start', '--rank', '--seed', '--single', '--quant'}
+    own = {'--out', '--base', '--encoder', '--name', '--top-k', '--gate', '--domain', '--rows', '--domains', 'name', 'names', 'file', 'files', 'prompt', '--format', '--start', '--rank', '--seed', '--single', '--quant', '--compare'}
     assert {n for n, helps in said.items() if len(helps)>1} <= own
 
 def test_add_takes_several_files_and_remove_takes_it_back(made):

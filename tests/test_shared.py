@@ -180,8 +180,9 @@ def test_steps_without_any_loss_are_passed_over(failing):
     failing({x.id for x in ROWS[1]} | {x.id for _, x in steps[2]})
     with pytest.warns(UserWarning, match='is not a number'): model, history = trained(spec)
     assert torch.equal(model.stack.theta[1], fresh().stack.theta[1])
-    assert history[2]['loss']=={} and history[2]['tokens']>0 and 'shared' in history[3]['loss']
-    assert not any('middle' in h['loss'] for h in history) and torch.isfinite(model.stack.theta).all()
+    assert not any(history[2]['loss'].values()) and history[2]['tokens']>0 and history[3]['loss']['shared']>0
+    assert all(h['loss'].get('middle') is None and ('middle' in h['skipped'])==('middle' in h['loss']) for h in history)
+    assert set(history[2]['skipped'])==set(history[2]['loss']) and torch.isfinite(model.stack.theta).all()
     json.dumps(history, allow_nan=False)
 
 @pytest.mark.parametrize('which', [1, 3], ids=['residual', 'shared'])

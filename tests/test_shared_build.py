@@ -168,7 +168,7 @@ def test_what_one_job_does_not_hold_is_refused_before_training(cache, tmp_path):
     for out in (None, tmp_path/'x'):
         with pytest.raises(HydraError, match=r'memory=0.0005 GB do not hold a shared expert and 3 residuals.*--shared 0'): build(out, memory=.0005, root=tmp_path/'stages')
     assert not list((tmp_path/'stages').glob('seed_expert-*')) and not (tmp_path/'x').exists()
-    plain = build(None, memory=.0005, shared=0, rank=4, epochs=1, root=tmp_path/'stages')
+    plain = build(None, memory=.0002, shared=0, rank=4, epochs=1, root=tmp_path/'stages')
     assert not plain.shared and len(list((tmp_path/'stages').glob('experts_stage-*/seal.json')))>1
 
 @pytest.mark.parametrize('kw, words', [(dict(shared=-1), 'shared=-1'), (dict(shared=1.5), 'shared=1.5'), (dict(shared=65), 'shared=65: no layer of tiny')])
@@ -204,7 +204,7 @@ def test_a_residual_learns_on_the_shared_expert(cache, made):
     own, alone = (routed_perplexity(new.model, examples, gates.expand(len(BIRDS), -1)) for gates in (torch.eye(4)[3], torch.zeros(4)))
     assert own<alone
     history = read_json(next((cache/'elsewhere').glob('residuals_stage-*/history.json')))
-    assert 'shared' not in history['history'][0]['loss'] and history['experts']['birds']['steps']>=20
+    assert 'shared' not in history['history'][0]['loss'] and history['experts']['birds']['steps']==min(20, len(history['history']))
 
 def test_a_residual_branches_from_nothing(cache, made):
     for start in ('fresh', made/'shared'):
@@ -245,7 +245,7 @@ def test_forked(cache, ranks):
     r = ranks['shared']
     for k in below:
         cut = (slice(r), slice(None)) if 'lora_A' in k else (slice(None), slice(r))
-        assert torch.equal(shared[k][cut], seed[k]) and shared[k].norm()==seed[k].norm()
+        assert torch.equal(shared[k][cut], seed[k]) and torch.isclose(shared[k].norm(), seed[k].norm())
     again = Hydra.load(cache/name)
     assert torch.equal(again.model.stack.theta, hydra.model.stack.theta)
 

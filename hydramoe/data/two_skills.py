@@ -333,7 +333,11 @@ def _ask_sheet(sheet, g):
     labels = _pick(sheet.labels, 3, g)
     tables = [_draw_rows(sheet, g.permutation(labels).tolist(), g) for _ in range(_TABLES)]
     columns = sheet.columns.split(', ')
-    slots = dict(x=int(g.integers(2, 10)), a=labels[0], label=columns[0], noun=sheet.noun)
+    slots = dict(
+        x=int(g.integers(2, 10)),
+        a=labels[0],
+        label=columns[0],
+        noun=sheet.noun)
     slots['limit'] = _limit_for(_worth(sheet, slots, tables[0]), g)
     expected = [_work_out(sheet, slots, rows) for rows in tables]
     if not _tells_apart(sheet, slots, tables, expected): return None

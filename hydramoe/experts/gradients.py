@@ -110,7 +110,11 @@ def lot_gap(
         lots.append(mean_cosine(group_cosines(products, tokens, dealt)))
     as_low = np.sum(np.array(lots)<=own)
     mean = float(np.mean(lots))
-    return dict(cosine=own, lot=mean, gap=mean-own, p=float((as_low+1)/(draws+1)))
+    return dict(
+        cosine=own,
+        lot=mean,
+        gap=mean-own,
+        p=float((as_low+1)/(draws+1)))
 
 # %% ../../nbs/experts/53_gradients.ipynb #779a5767
 def gap_map(

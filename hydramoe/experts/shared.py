@@ -52,7 +52,7 @@ def mix_steps(
 )->list[list[tuple]]: # for each step its pairs
     "Shuffle all rows as for a single adapter, and cut them into steps"
     steps = plan_steps([pairs], [name], spec)
-    return [[pair for _, pair in step] for step in steps]
+    return [[pair for _, pair in step] for step in steps if step]
 
 # %% ../../nbs/experts/48a_shared.ipynb #9e5728aa
 def drop_residuals(
@@ -228,9 +228,12 @@ def shared_step(
     losses = shared_gradients(model, step, opt.spec, opt.residual.soft, cached)
     has_loss = losses.isfinite()
     if opt.residual.soft: has_loss |= has_loss.any() # every row trains every residual
-    present = has_loss.nonzero()[:,0].tolist()
-    norms, skipped = opt.step(set(present))
-    return step_entry(step, k, names, losses.tolist(), norms, skipped)
+    present = set(has_loss.nonzero()[:,0].tolist())
+    norms, skipped = opt.step(present)
+    asked = {e for e, _ in step}|{model.stack.shared}
+    without = sorted(asked-present) # all of their rows were left out
+    for e in without: norms[e] = torch.nan
+    return step_entry(step, k, names, losses.tolist(), norms, skipped+without)
 
 # %% ../../nbs/experts/48a_shared.ipynb #6ec4ad75
 def fit_shared(

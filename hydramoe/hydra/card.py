@@ -22,9 +22,11 @@ def skipped(
 # %% ../../nbs/hydra/63a_card.ipynb #0370234c
 def unlearnt(
     about:dict # of a Hydra: built, experts; or of one expert: its name → what a bundle says of it, under `experts`
-)->dict[str,str]: # name, or 'the seed expert' → what became of its steps; empty if all is well
+)->dict[str,str]: # name, 'the seed expert' or 'the shared expert' → what became of its steps; empty if all is well
     "Experts of which all steps were skipped, or more than half"
-    every = {'the seed expert': about.get('built', {}).get('seed', {}), **about.get('experts', {})}
+    built = about.get('built', {})
+    every = {'the seed expert': built.get('seed', {}), 'the shared expert': built.get('shared', {})}
+    every |= about.get('experts', {})
     return {name: skipped(e) for name,e in every.items() if skipped(e) and 2*e['skipped'] > e['steps']}
 
 # %% ../../nbs/hydra/63a_card.ipynb #c5aff370
@@ -53,8 +55,9 @@ def _markdown_table(head, rows):
 # %% ../../nbs/hydra/63a_card.ipynb #548f6c7b
 def _skipped_lines(manifest):
     "A paragraph on experts that did not take all their steps; empty if all did"
-    seed = manifest['built'].get('seed', {})
-    every = [('The seed expert', seed), *((f"`{e['name']}`", e) for e in manifest['experts'])]
+    built = manifest['built']
+    every = [('The seed expert', built.get('seed', {})), ('The shared expert', built.get('shared', {}))]
+    every += [(f"`{e['name']}`", e) for e in manifest['experts']]
     lines = [f"- {name} {skipped(e)}." for name,e in every if isinstance(e, dict) and skipped(e)]
     if not lines: return ''
     head = 'Steps are skipped when their gradients are not finite, as with too high a learning rate:'

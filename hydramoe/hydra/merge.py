@@ -274,7 +274,11 @@ def expert_lengths(
 # %% ../../nbs/hydra/62c_merge.ipynb #c26cdf7b
 def _layer_note(stack, layer, rank, lost):
     "What the receipt says of a layer"
-    return dict(layer=stack.layers[layer.i].name, rank=rank, energy_lost=lost, length=layer.M.norm().item())
+    return dict(
+        layer=stack.layers[layer.i].name,
+        rank=rank,
+        energy_lost=lost,
+        length=layer.M.norm().item())
 
 # %% ../../nbs/hydra/62c_merge.ipynb #36b92x071
 def _concat_factors(stack, i, slots, weights):
