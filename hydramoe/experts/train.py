@@ -690,7 +690,7 @@ def run_steps(
             if asked_to_end: raise SystemExit(128+signal.SIGTERM)
     return history
 
-# %% ../../nbs/experts/48_train.ipynb #cell3x033
+# %% ../../nbs/experts/48_train.ipynb #b13cc7fc
 def _check_shared(stack):
     "Refuse a shared expert that is not frozen: `fit` would compute its gradient and not use it"
     if stack.shared is None or stack.shared_is_frozen: return

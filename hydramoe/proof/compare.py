@@ -74,7 +74,7 @@ def group_ids(
         if members: groups[name] = members
     return groups
 
-# %% ../../nbs/proof/70_compare.ipynb #42c5fx04d
+# %% ../../nbs/proof/70_compare.ipynb #1eba8d3d
 def few_stage(
     out:Path, # the directory to fill
     data:Path, # with dev.jsonl
@@ -94,7 +94,7 @@ def few_prompts(
     folder = stage(few_stage, dict(most=most), dict(data=setup.rows_dir))
     return replace(setup, rows_dir=folder)
 
-# %% ../../nbs/proof/70_compare.ipynb #42c5fx14d
+# %% ../../nbs/proof/70_compare.ipynb #424aedb3
 def spec_of(
     setting:dict, # lr, rows, s
     steps:int, # at least so many
