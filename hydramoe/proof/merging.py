@@ -15,7 +15,7 @@ from ..models.base import Base
 from ..models.load import load_base
 from ..data.two_skills import check_answer, two_skills
 from ..experts.stack import Stack
-from ..experts.adapters import find_adapters, with_adapters
+from ..experts.adapters import find_adapters, find_shared, with_adapters
 from ..experts.score import Losses, save_losses
 from ..experts.stages import part_examples
 from ..hydra.route import uniform_router
@@ -31,9 +31,10 @@ def open_experts(
     quant:str, # of the base
     start:Path|None=None # the seed expert's stage; None: merges are of whole experts
 )->tuple[Base,Stack,dict|None]: # the bare base, the experts, what `since=` of a merge takes
-    "Experts in a stack beside their bare base"
+    "Experts in a stack beside their bare base; residuals with what they rest on"
     opened = load_base(base, quant)
-    model = with_adapters(opened, {p.name: p for p in find_adapters(adapters)})
+    found = {p.name: p for p in find_adapters(adapters)}
+    model = with_adapters(opened, found, shared=find_shared(adapters))
     model.detach()
     since = None
     if start is not None: since = seed_factors(model.stack, find_adapters(start)[0])
