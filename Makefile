@@ -26,7 +26,7 @@ setup: ## make .venv from constraints.txt (nothing to do when it is right)
 assets: setup ## fetch and check the pinned models and data
 	@$(BIN)/python -c 'from hydramoe.foundations.fetch import fetch_all; fetch_all()'
 
-demo: setup ## from nothing to routed QLoRA experts and a report (a quarter of an hour on two cores)
+demo: setup ## from nothing to routed QLoRA experts and a report (some 15 minutes on two cores)
 	@$(BIN)/hydramoe reproduce demo
 
 test: assets ## the test suite: every notebook, and tests/ (under 20 minutes)

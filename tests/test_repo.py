@@ -184,7 +184,7 @@ def test_a_result_is_whole_and_portable(f):
 
 @pytest.mark.parametrize('f', [f for f in results if f.name.startswith('e3_routing')], ids=lambda f: f.name)
 def test_e3_names_its_systems_by_kind(f):
-    kinds = ('base', 'seed', 'single', 'similarity', 'classifier', 'ensemble', 'uniform', 'hindsight', 'random', 'oracle', 'gate')
+    kinds = ('base', 'seed', 'single', 'similarity', 'classifier', 'ensemble', 'uniform', 'hindsight', 'random', 'oracle', 'gate', 'shared')
     rows = load_result(f).rows
     assert all(r['system'].startswith(kinds) for r in rows)
     assert {'base', 'seed', 'single', 'similarity', 'classifier', 'ensemble', 'uniform', 'hindsight'} <= {re.match(r'\w+', r['system'])[0] for r in rows}
