@@ -520,7 +520,7 @@ def test_experts_take_turns_beside_a_shared_one(tmp_path):
 
 # ---- stages: killed, and in jobs
 
-JOB = job_of(rows=4., epochs=1)
+JOB = job_of(rows=3., epochs=1) # 14 steps, a checkpoint after ten
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -550,7 +550,7 @@ def run_stage(where, at, rows, root):
     env = dict(os.environ, JOB=json.dumps(JOB), OMP_NUM_THREADS='1', HYDRAMOE_QUIET='1')
     return subprocess.run([sys.executable, '-c', KILLED, where, str(at), str(rows), str(root)], env=env, capture_output=True, text=True)
 
-@pytest.mark.parametrize('where, at', [('shared_step', 7), pytest.param('save_file', 1, marks=pytest.mark.slow), pytest.param('shared_step', 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('where, at', [('shared_step', 12), pytest.param('save_file', 1, marks=pytest.mark.slow), pytest.param('shared_step', 1, marks=pytest.mark.slow)])
 def test_kill_9_and_again(where, at, data, tmp_path):
     "Killed in a step, or in the middle of writing a checkpoint, and run again: the same bytes"
     with sealing(tmp_path/'whole', {}) as out: train_shared_stage(out, rows_dir=data, **JOB)
@@ -601,5 +601,7 @@ def test_a_sharded_base_trains_the_same(bad, micro, tmp_path, monkeypatch, faili
     a, b = (torch.load(tmp_path/f'{r}.pt') for r in (0, 1))
     assert torch.equal(a['theta'], b['theta']) and a['history']==b['history']
     assert far(a['theta'], alone.stack.theta, fresh().stack.theta)<1e-3
-    for mine, theirs in zip(a['history'], history): assert mine['loss']==pytest.approx(theirs['loss'], rel=1e-4)
+    def known(entry): return {name: x for name, x in entry['loss'].items() if x is not None}
+    for mine, theirs in zip(a['history'], history):
+        assert known(mine)==pytest.approx(known(theirs), rel=1e-4) and mine['skipped']==theirs['skipped']
     if bad: assert any(bad in text for text in a['said']+b['said'])
