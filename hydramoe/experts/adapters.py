@@ -52,15 +52,20 @@ def _saved_rank(stack, e):
     return max(stack.ranks[e], stack.trunk_rank)
 
 # %% ../../nbs/experts/46_adapters.ipynb #063e9x0a2
-def _peft_tensors(stack, e, layers, rank):
+def _own_factors(stack, e, i, rank):
+    "A layer's factors of an expert, cut to a rank"
+    A, B = stack.leaves[i]
+    row = e if i in stack.upper_layers else 0 # the trunk is one row
+    return A[row,:rank], B[row,:,:rank]
+
+def _peft_tensors(stack, e, layers, rank, factors=_own_factors):
     "An expert's factors in these layers by their keys, sorted"
     tensors = {}
     for i in layers:
-        A, B = stack.leaves[i]
-        row = e if i in stack.upper_layers else 0 # the trunk is one row
         key_a, key_b = tensor_keys(stack.layers[i].name)
-        tensors[key_a] = A[row,:rank].detach().cpu().contiguous()
-        tensors[key_b] = B[row,:,:rank].detach().cpu().contiguous()
+        A, B = factors(stack, e, i, rank)
+        tensors[key_a] = A.detach().cpu().contiguous()
+        tensors[key_b] = B.detach().cpu().contiguous()
     return {key: tensors[key] for key in sorted(tensors)}
 
 # %% ../../nbs/experts/46_adapters.ipynb #063e93a2
@@ -266,13 +271,7 @@ def save_joined(self:Stack,
     e = check_slot(self, slot)
     rank = self.ranks[self.shared]+self.ranks[e]
     layers = sorted({*self.adapted(self.shared), *self.adapted(e)})
-    tensors = {}
-    for i in layers:
-        key_a, key_b = tensor_keys(self.layers[i].name)
-        A, B = _joined(self, e, i, rank)
-        tensors[key_a] = A.cpu().contiguous()
-        tensors[key_b] = B.cpu().contiguous()
-    tensors = {key: tensors[key] for key in sorted(tensors)}
+    tensors = _peft_tensors(self, e, layers, rank, _joined)
     return _write_peft(dir, tensors, self, layers, rank, self.scale[e].item(), base_id)
 
 # %% ../../nbs/experts/46_adapters.ipynb #6ab5172d

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from ..foundations.core import HydraError, digest, number, one_of, rng
 from .stack import Stack, layer_views
-from .plan import DensePlan, Plan, completed, one_hot
+from .plan import DensePlan, Plan, completed
 from .packing import packed_plan
 from .score import token_losses
 from .train import Optimizers, TrainSpec, job_id, lr_factor, n_response, plan_steps, run_steps
@@ -94,6 +94,7 @@ def soft_packed_plan(
 # %% ../../nbs/experts/48a_shared.ipynb #4643e4c1
 def _finite_rows(nll, pairs):
     "The rows whose losses are all numbers"
+    if nll.isfinite().all(): return pairs # nearly always: one look at the device, and not one a row
     parts = nll.split([n_response(x) for _, x in pairs])
     is_finite = [bool(part.isfinite().all()) for part in parts]
     return [pair for pair, finite in zip(pairs, is_finite) if finite]

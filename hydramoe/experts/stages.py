@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sort_rows', 'only_adapter', 'start_expert', 'TrunkStates', 'write_trunk', 'cache_trunk', 'TrainData', 'as_spec',
-           'TrainSetup', 'encode_groups', 'drop_long', 'summarize_experts', 'write_experts', 'train_group',
+           'TrainSetup', 'encode_groups', 'drop_long', 'summarize_experts', 'write_experts', 'train_group', 'run_group',
            'train_experts_stage', 'train_single_stage', 'merge_histories', 'collect_experts_stage', 'part_examples',
            'one_each', 'mix_gates', 'score_adapters_stage', 'by_precision']
 
@@ -78,16 +78,18 @@ def start_expert(
     slot:int, # which slot to fill
     name:str, # of the expert
     start:Path|None=None, # an adapter directory, or a stage directory with one adapter in it; None: fresh
-    seed:int=0 # of the fresh factors
+    seed:int=0, # of the fresh factors
+    lora:LoraSpec|None=None # its rank and alpha; None: the stack's
 ):
-    "Fill a slot with fresh factors or with a copy of `start`, brought to the stack's rank and scale"
-    stack.init_expert(slot, seed, name)
+    "Fill a slot with fresh factors or with a copy of `start`, brought to its rank and scale"
+    lora = lora or stack.spec
+    stack.init_expert(slot, seed, name, lora.rank, lora.alpha)
     if start is None: return
     stack.load_peft(only_adapter(start), slot, name)
-    scale = stack.spec.alpha/stack.spec.rank
+    scale = lora.alpha/lora.rank
     differs = abs(stack.scale[slot].item()/scale-1)>1e-6
     if differs and not stack.n_trunk_layers: stack.rescale(slot, scale) # beside a trunk the start's scale stays
-    if stack.ranks[slot] < stack.spec.rank: stack.raise_rank(slot, seed)
+    if stack.ranks[slot] < lora.rank: stack.raise_rank(slot, seed, lora.rank)
 
 # %% ../../nbs/experts/50_stages.ipynb #cell49
 def _row_key(x):
@@ -328,6 +330,25 @@ def _fit_group(model, kept, dev, setup, work, weights):
         stop=setup.stop,
         cached=trunk)
 
+# %% ../../nbs/experts/50_stages.ipynb #0bfd0x06e
+def run_group(
+    train, # `train_group`, or another function like it
+    out:Path, # the directory to fill: a stage's
+    shards:int, # processes on this machine that share the base
+    **what # for `train`, with `setup`
+)->Path: # `out`
+    "Train a group in this process, or in several that share the base"
+    setup = what['setup']
+    if shards==1:
+        train(out, **what)
+        return Path(out)
+    if setup.quant=='nf4':
+        raise HydraError("a base in NF4 is not cut into slices (bitsandbytes keeps its scales beside the weights): "
+                         "give quant bf16 or fp32, or shards=1")
+    if setup.base!='tiny': base_dir(setup.base) # fetched once, not by each process
+    in_processes(train, shards, dict(out=out, **what))
+    return Path(out)
+
 # %% ../../nbs/experts/50_stages.ipynb #0bfd0f6e
 def train_experts_stage(
     out:Path, # the directory to fill: a stage's
@@ -353,15 +374,7 @@ def train_experts_stage(
     "Train a group of experts fused, from records to adapters"
     data = TrainData(rows_dir, file, groups, dev, dev_groups, max_prompt, max_response)
     setup = TrainSetup(base, quant, start, lora, spec, stop, checkpointing, threads, cached)
-    if shards==1:
-        train_group(out, data, setup)
-        return Path(out)
-    if quant=='nf4':
-        raise HydraError("a base in NF4 is not cut into slices (bitsandbytes keeps its scales beside the weights): "
-                         "give quant bf16 or fp32, or shards=1")
-    if base!='tiny': base_dir(base) # fetched once, not by each process
-    in_processes(train_group, shards, dict(out=out, data=data, setup=setup))
-    return Path(out)
+    return run_group(train_group, out, shards, data=data, setup=setup)
 
 # %% ../../nbs/experts/50_stages.ipynb #1f4a7aa5
 def train_single_stage(

@@ -8,7 +8,7 @@ __all__ = ['FEWSHOT_SEED', 'CHUNK', 'LIBS', 'DRAWS', 'System', 'is_bundle', 'fir
            'build_requests', 'answer_rows', 'lm_answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task',
            'lm_seconds_stage', 'sample_requests', 'requests_by_kind', 'forecast_evaluation', 'is_share',
            'mean_interval', 'paired_interval', 'paired_p', 'ratio_interval', 'first_metric', 'item_values',
-           'task_chance', 'score_interval', 'difference_interval', 'comparison', 'evaluate_systems', 'write_results']
+           'task_chance', 'score_interval', 'comparison', 'evaluate_systems', 'write_results']
 
 # %% ../../nbs/proof/72a_systems.ipynb #45aec6ad
 import contextlib, difflib, functools, io, itertools, json, math, re, sys, tempfile, time
@@ -511,31 +511,16 @@ def task_chance(
     return float(np.mean([1/len(sample['arguments']) for sample in found['samples'][task]]))
 
 # %% ../../nbs/proof/72a_systems.ipynb #6d43ax0a0
-def _aggregation(metric):
-    "How lm-eval makes one number of a metric's rows; None if it doesn't know the metric"
-    from lm_eval.api.registry import get_metric_aggregation
-    return get_metric_aggregation(metric)
-
 def score_interval(
     metric:str, # of lm-eval
-    values:np.ndarray|None # of `item_values`
-)->tuple[float|None,float|None]: # low, high; None where there is no interval
-    "The 95 % interval of a score"
-    if values is None: return None, None
-    if values.ndim==1: return mean_interval(values)
-    aggregate = _aggregation(metric)
-    if aggregate is None or len(values)<2: return None, None
-    return ratio_interval(values, aggregate)
-
-def difference_interval(
-    metric:str, # of lm-eval
     values:np.ndarray|None, # of `item_values`
-    first:np.ndarray|None # of the system that it is compared with, on the same rows
+    first:np.ndarray|None=None # of the system that it is compared with, on the same rows; None: the score itself
 )->tuple[float|None,float|None]: # low, high; None where there is no interval
-    "The 95 % interval of a paired difference of scores"
+    "The 95 % interval of a score, or of its paired difference"
     if values is None: return None, None
-    if values.ndim==1: return paired_interval(values, first)
-    aggregate = _aggregation(metric)
+    if values.ndim==1: return mean_interval(values) if first is None else paired_interval(values, first)
+    from lm_eval.api.registry import get_metric_aggregation
+    aggregate = get_metric_aggregation(metric) # None of a metric that lm-eval doesn't know
     if aggregate is None or len(values)<2: return None, None
     return ratio_interval(values, aggregate, first)
 
@@ -548,7 +533,8 @@ def _table_row(task, system, found, first):
     "One system on one task, against the first"
     metric, _ = first_metric(found, task)
     values, of_first = item_values(found, task), item_values(first, task)
-    own, paired = score_interval(metric, values), difference_interval(metric, values, of_first)
+    own = score_interval(metric, values)
+    paired = score_interval(metric, values, of_first)
     p = paired_p(values, of_first) if values is not None and values.ndim==1 else None
     row = dict(task=task, system=system, metric=metric, chance=task_chance(found, task))
     row |= dict(n=found['n-samples'][task]['effective'], score=_score_of(found, task), low=own[0], high=own[1])
