@@ -1,5 +1,5 @@
 "The command as a shell sees it: exit codes, streams, signals, speed"
-import contextlib, io, json, os, shlex, signal, subprocess, sys, time
+import contextlib, io, json, os, re, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -257,11 +257,13 @@ def test_chat_ends_with_its_input(made):
 
 def test_ctrl_c_is_130(made):
     d, _ = made
-    p = subprocess.Popen([sys.executable, '-m', 'hydramoe.use.cli', 'chat', 'mine-hydra'], cwd=d, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    p = subprocess.Popen([sys.executable, '-m', 'hydramoe.use.cli', 'chat', 'mine-hydra', '--max-new-tokens', '4'], cwd=d,
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a test run started in the background ignores it, and children inherit that
     p.stdin.write(b'hi\n'); p.stdin.flush()
-    p.stdout.readline()
-    p.send_signal(signal.SIGINT); time.sleep(.5); p.send_signal(signal.SIGINT)
+    # The turn is over when it says who answered; from here on it waits for the next line. A second signal would meet a Python that ends.
+    while not re.fullmatch(rb'  \[.*\]\n', p.stdout.readline()): assert p.poll() is None
+    p.send_signal(signal.SIGINT)
     assert p.wait(60) == 130
 
 def test_options_that_would_be_ignored_are_refused(made):
