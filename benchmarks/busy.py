@@ -76,7 +76,7 @@ def train(a):
 def answer(a):
     "Seconds for the tokens of one answer, after the prompt was read"
     import torch
-    from hydramoe.experts.plan import one_hot
+    from hydramoe.experts.gates import one_hot
     model, rows = prepared(a)
     ids = torch.tensor([next(iter(rows.values()))[0].ids[:32]])
     def tokens(n): model.generate(ids, attention_mask=torch.ones_like(ids), gates=one_hot([0], len(rows)), do_sample=False, min_new_tokens=n, max_new_tokens=n)

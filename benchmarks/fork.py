@@ -16,7 +16,7 @@ from hydramoe.models.load import load_base
 from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, plan_steps, training_mode
 from hydramoe.experts.stages import cache_trunk
 from hydramoe.experts.stack import LoraSpec
-from hydramoe.experts.plan import one_hot
+from hydramoe.experts.gates import one_hot
 from hydramoe.experts.model import gated, logits
 from hydramoe.experts.trunk import run_trunk, rebuild_cache
 from forward import in_turn, seconds

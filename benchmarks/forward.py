@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from hydramoe.models.base import tiny_base
 from hydramoe.models.load import load_base
 from hydramoe.experts.stack import LoraSpec
-from hydramoe.experts.plan import make_plan, one_hot
+from hydramoe.experts.gates import make_plan, one_hot
 from hydramoe.experts.model import gated
 
 def options(doc, experts, rounds):

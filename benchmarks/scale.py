@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from hydramoe.foundations.core import rng
 from hydramoe.experts.stack import LoraSpec
-from hydramoe.experts.plan import make_plan, one_hot
+from hydramoe.experts.gates import make_plan, one_hot
 from hydramoe.experts.model import gated
 from hydramoe.experts.pool import ExpertPool
 sys.path.insert(0, str(Path(__file__).parent))

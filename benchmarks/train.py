@@ -116,7 +116,7 @@ def bare(a):
     import torch
     from hydramoe.experts.train import deal_passes, n_replicas, make_passes, shard_passes, using_threads
     from hydramoe.experts.score import token_losses
-    from hydramoe.experts.plan import base_plan
+    from hydramoe.experts.gates import base_plan
     from hydramoe.experts.model import gated, using
     from hydramoe.experts.packing import packed_attention
     base, spec, _, _, steps = prepared(a)

@@ -7,7 +7,7 @@ from hydramoe.foundations.core import HydraError
 from hydramoe.foundations.store import sealing
 from hydramoe.models.base import tiny_base
 from hydramoe.experts.stack import LoraSpec, Stack
-from hydramoe.experts.plan import make_plan, one_hot
+from hydramoe.experts.gates import make_plan, one_hot
 from hydramoe.experts.model import GatedLinear, gated, hidden
 from hydramoe.experts.adapter_files import ADAPTER_FIELDS, adapter_config
 from hydramoe.experts.adapters import with_adapters

@@ -17,7 +17,7 @@ from hydramoe.hydra.bundle import BundleError
 from hydramoe.hydra import Hydra
 from hydramoe.hydra.route import similarity_router
 from hydramoe.experts.stack import LoraSpec
-from hydramoe.experts.plan import one_hot
+from hydramoe.experts.gates import one_hot
 from hydramoe.experts.model import gated, hidden, using
 from hydramoe.experts.packing import packed_attention, packed_plan
 

@@ -16,7 +16,7 @@ from hydramoe.hydra.chat import Chat
 from hydramoe.hydra.change import remove_expert
 from hydramoe.hydra.adopt import adopt, summarize_adopted
 from hydramoe.experts.stack import LoraSpec
-from hydramoe.experts.plan import make_plan, one_hot
+from hydramoe.experts.gates import make_plan, one_hot
 from hydramoe.experts.model import gated, hidden
 from hydramoe.experts.trunk import run_trunk, run_above
 from hydramoe.experts.adapters import with_adapters

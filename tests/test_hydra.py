@@ -15,7 +15,7 @@ from hydramoe.hydra.generation import Draw, Request, sampling_keywords
 from hydramoe.hydra import Hydra
 from hydramoe.hydra.chat import Chat
 from hydramoe.hydra.route import uniform_router
-from hydramoe.experts.plan import one_hot
+from hydramoe.experts.gates import one_hot
 from helpers import files_in, put, sign, spots
 from hydras import NAMES, by_hand, ids, noisy, reseal, save_base, scripted
 from templates import TALKS, laid_out, last_label

@@ -14,7 +14,8 @@ from hydramoe.foundations.files import read_json, read_jsonl, write_jsonl
 from hydramoe.foundations.store import open_sealed, sealing, stage
 from hydramoe.models.base import tiny_base
 from hydramoe.experts.stack import LoraSpec, Stack
-from hydramoe.experts.plan import Plan, make_plan, one_hot, slow_add, with_trunk
+from hydramoe.experts.plan import Plan, slow_add
+from hydramoe.experts.gates import make_plan, one_hot, with_trunk
 from hydramoe.experts.model import gated
 from hydramoe.experts.pool import ExpertPool, slots_within
 from hydramoe.experts.score import token_losses

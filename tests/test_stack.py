@@ -6,7 +6,8 @@ from hydramoe.foundations.core import HydraError
 from hydramoe.models.template import byte_tokenizer
 from hydramoe.models.base import Base, tiny_base
 from hydramoe.experts.stack import LoraSpec, Stack
-from hydramoe.experts.plan import BasePlan, OnePlan, make_plan, one_hot, slow_add
+from hydramoe.experts.plan import BasePlan, OnePlan, slow_add
+from hydramoe.experts.gates import make_plan, one_hot
 from hydramoe.experts.model import GatedLinear, gated, hidden, logits, using
 from hydramoe.experts.packing import packed_attention, packed_plan
 from hydramoe.experts.trunk import extend_cache, rebuild_cache, run_above, run_trunk

@@ -8,7 +8,7 @@ from hydramoe.foundations.store import open_sealed, sealing, stage
 from hydramoe.models.base import tiny_base
 from hydramoe.models.encode import encode
 from hydramoe.experts.stack import LoraSpec
-from hydramoe.experts.plan import one_hot
+from hydramoe.experts.gates import one_hot
 from hydramoe.experts.model import gated
 from hydramoe.experts.adapters import with_adapters
 from hydramoe.experts.score import response_losses

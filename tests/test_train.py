@@ -7,7 +7,7 @@ from hydramoe.foundations.core import HydraError, rng
 from hydramoe.models.base import tiny_base
 from hydramoe.models.encode import Example
 from hydramoe.experts.stack import LoraSpec
-from hydramoe.experts.plan import one_hot
+from hydramoe.experts.gates import one_hot
 from hydramoe.experts.score import response_losses
 from hydramoe.experts.stages import cache_trunk
 from hydramoe.experts.train import EarlyStopSpec, fit, fit_trl, gradients, make_passes, plan_steps, using_threads

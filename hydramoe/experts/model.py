@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..foundations.core import HydraError
 from ..models.base import Base, differentiable_nf4
 from .stack import LoraSpec, Stack
-from .plan import BasePlan, Plan, make_plan
+from .plan import BasePlan, Plan
+from .gates import make_plan
 
 # %% ../../nbs/experts/42_model.ipynb #cell60
 _CURRENT = ContextVar('hydramoe_plan', default=None) # the plan of this thread

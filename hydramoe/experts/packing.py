@@ -14,7 +14,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .stack import Stack
-from .plan import OnePlan, Plan, RowsPlan, Runs, base_plan, completed, grouped_pays
+from .plan import OnePlan, Plan, RowsPlan, Runs, grouped_pays
+from .gates import base_plan, completed
 from .model import GatedCausalLM, hidden, using
 
 # %% ../../nbs/experts/43_packing.ipynb #17eb7b26

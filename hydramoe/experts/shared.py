@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from ..foundations.core import HydraError, digest, number, one_of, rng
 from .stack import Stack, layer_views
-from .plan import DensePlan, Plan, completed
+from .plan import DensePlan, Plan
+from .gates import completed
 from .packing import packed_plan
 from .score import token_losses
 from .train import Optimizers, TrainSpec, job_id, lr_factor, n_response, plan_steps, run_steps

@@ -23,7 +23,7 @@ from ..models.encode import encode
 from ..models.load import base_dir, load_base
 from ..data.parts import DevRows, ExpertRows
 from .stack import LoraSpec
-from .plan import one_hot
+from .gates import one_hot
 from .model import gated
 from .trunk import run_trunk
 from .adapter_files import unfit

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..foundations.core import HydraError, digest, number, one_of, progress, rng
 from ..foundations.files import read_json, write_json
 from ..foundations.store import SealError, open_sealed, sealing
-from .plan import one_hot
+from .gates import one_hot
 from .model import using
 from .packing import packed_attention, packed_plan
 from .score import response_losses, token_losses

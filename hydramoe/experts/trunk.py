@@ -10,7 +10,7 @@ from copy import copy
 from torch import nn, Tensor
 from ..foundations.core import HydraError
 from ..models.base import blocks
-from .plan import base_plan
+from .gates import base_plan
 from .model import GatedCausalLM, packed_inputs, using
 
 # %% ../../nbs/experts/44_trunk.ipynb #cell79

@@ -21,7 +21,8 @@ from ..foundations.files import file_sha256
 from ..foundations.arrays import load_arrays, save_arrays
 from ..models.load import load_base
 from ..experts.stack import Stack
-from ..experts.plan import by_expert, make_plan
+from ..experts.gate_plan import by_expert
+from ..experts.gates import make_plan
 from ..experts.model import GatedCausalLM, hidden
 from ..experts.adapters import factors_of, find_adapters, with_adapters
 from ..experts.score import Losses, loss_matrix, save_losses

@@ -15,7 +15,7 @@ from ..foundations.core import HydraError, check_names
 from ..foundations.files import check_writable, writing_dir
 from ..foundations.statistics import paired_bootstrap
 from ..models.encode import encode
-from ..experts.plan import make_plan
+from ..experts.gates import make_plan
 from ..experts.score import Losses, loss_matrix, macro_nll, record_sums
 from .bundle import check_bundle, expert_folders, shared_folder
 from .merge import METHOD_PARAMS, MERGES, Merge, check_method, expert_overlap, merge_experts, merged_stack

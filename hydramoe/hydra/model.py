@@ -19,7 +19,7 @@ from ..models.base import Base, blocks
 from ..models.hidden import capture_inputs, mean_pool
 from ..domains.embed import prompt_text
 from ..experts.stack import Stack
-from ..experts.plan import base_plan
+from ..experts.gates import base_plan
 from ..experts.model import GatedCausalLM, using
 from ..experts.trunk import run_trunk, rebuild_cache
 from ..experts.adapters import with_adapters
