@@ -164,9 +164,10 @@ def generate(self:GatedCausalLM, *args, gates=None, **kw):
 # %% ../../nbs/experts/42_model.ipynb #2ffe1410
 @patch
 def _kept_plan(self:GatedCausalLM, gates):
-    "The plan of the generation under way, made when its gates are first seen"
+    "The plan of the generation under way, made when its gates are first seen; outside of one, a new plan"
     kept = self.keep.get()
-    if kept.get('gates') is not gates: # one and the same tensor all through a generation
+    if kept is None: return make_plan(gates, self.stack)
+    if kept.get('gates') is not gates: # one and the same all through a generation
         kept['gates'] = gates
         kept['plan'] = make_plan(gates, self.stack).keep()
     return kept['plan']
@@ -190,11 +191,10 @@ def plan_for(self:GatedCausalLM,
     if self.stack.is_trainable and torch.is_grad_enabled() and self.checkpoints:
         raise HydraError("gradient checkpointing repeats the forward later: wrap forward and backward in "
                          "`with model.stack.bind(make_plan(gates, model.stack))` instead of passing gates=")
-    if callable(gates): return make_plan(gates, self.stack)
+    if callable(gates): return self._kept_plan(gates)
     if gates.dim()==3 and gates.shape[1]>1:
         positions = (past+torch.arange(length)).clamp(max=gates.shape[1]-1)
         return make_plan(gates[:,positions], self.stack)
-    if self.keep.get() is None: return make_plan(gates, self.stack)
     return self._kept_plan(gates)
 
 # %% ../../nbs/experts/42_model.ipynb #cell69
