@@ -51,10 +51,9 @@ class Answers:
         if self.leaders: self.last = {leader: choice}
         return choice
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #87b54346
+# %% ../../nbs/experts/41a_gate_plan.ipynb #47a95e7b
 class DenseGatePlan(FactorPlan):
     "A gate weighs the experts of each token, all of which are computed; a shared expert is among them"
-    trains_experts = True
     def __init__(self,
         stack:Stack, # few experts
         gate:Callable # x (…,in) and the layer's name -> slots (…,k), or None for all, and weights (…,k)
@@ -62,6 +61,7 @@ class DenseGatePlan(FactorPlan):
         super().__init__(stack)
         self.gate = gate
         self.said = Answers(gate)
+        self.trains_experts = getattr(gate, 'trains_experts', True)
         self.scale = stack.scale
         rows = len(stack.theta)
         every = torch.arange(rows, device=stack.theta.device)
@@ -69,7 +69,8 @@ class DenseGatePlan(FactorPlan):
 
     def gather(self, g, dtype):
         "The factors of all experts, side by side"
-        A, Bs = gather_factors(self.stack, g, self.runs.index[0], dtype)
+        with torch.set_grad_enabled(self.trains_experts and torch.is_grad_enabled()):
+            A, Bs = gather_factors(self.stack, g, self.runs.index[0], dtype)
         return Factors(A, Bs, None)
 
     def weights(self, x, layer, inner):

@@ -285,7 +285,7 @@ def to(self:TrainedGate,
     self._make_views()
     return self
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #c0fda591
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #293b17da
 @dataclass(eq=False)
 class Batch:
     "What a gate must know of the rows that it decides for"
@@ -294,6 +294,7 @@ class Batch:
     prompt:Tensor|None=None # (B,T) whether a token is of the prompt, for a gate that pools; of packed rows (1,T)
     lengths:list|None=None # tokens of each row, if rows are packed into one
     generator:torch.Generator|None=None # for noise; None: no noise
+    frozen:bool=False # do experts stay as they are in training?
     seen:list|None=None # takes down (leader, logits, weights) of each decision
 
 @patch
@@ -304,7 +305,7 @@ def on(self:TrainedGate,
     "The gate for one batch"
     return GateAtWork(self, Batch(weights, **about))
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #08e897d2
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #947df7ab
 class GateAtWork:
     "A trained gate, and the batch that it decides for"
     def __init__(self,
@@ -316,6 +317,7 @@ class GateAtWork:
         self.names = gate.names
         self.leaders = gate.leaders
         self.reads_inner = gate.spec.score=='low_rank'
+        self.trains_experts = not batch.frozen
         self.pooled = {} # leader → (B,1,in) means of prompts
         self.begin = self._first_logits()
 
