@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MIN_REPLICA_TOKENS', 'TrainSpec', 'n_steps', 'spread_rows', 'lr_factor', 'plan_steps', 'make_passes', 'shard_passes',
            'n_response', 'response_tokens', 'forward_backward', 'using_threads', 'n_replicas', 'deal_passes',
-           'run_replicas', 'mesh_place', 'sum_gradients', 'gradients', 'Optimizers', 'EarlyStopSpec', 'EarlyStopping',
-           'tensor_bytes', 'job_id', 'disk_errors', 'save_checkpoint', 'load_checkpoint', 'step_entry', 'fit_step',
-           'training_mode', 'slot_names', 'steps_of_each', 'run_steps', 'fit', 'plot_history', 'fit_trl']
+           'run_replicas', 'mesh_place', 'sum_gradients', 'gradients', 'new_state', 'Optimizers', 'EarlyStopSpec',
+           'EarlyStopping', 'tensor_bytes', 'job_id', 'disk_errors', 'save_checkpoint', 'load_checkpoint', 'step_entry',
+           'fit_step', 'training_mode', 'slot_names', 'steps_of_each', 'run_steps', 'fit', 'plot_history', 'fit_trl']
 
 # %% ../../nbs/experts/48_train.ipynb #cell2
 import hashlib, math, os, re, shutil, signal, tempfile, threading, warnings, torch, numpy as np
@@ -331,7 +331,9 @@ def gradients(
     return total/response_tokens(step, model.stack.slots, model.device)
 
 # %% ../../nbs/experts/48_train.ipynb #77fadace
-def _new_state(p):
+def new_state(
+    p:nn.Parameter
+)->dict[str,Tensor]: # step, exp_avg, exp_avg_sq
     "AdamW's state of a parameter that was never stepped"
     return dict(
         step=torch.zeros((), device=p.device),
@@ -393,8 +395,8 @@ def state(self:Optimizers)->dict[str,Tensor]: # experts, both moments, steps tak
     theta = self.stack.theta.detach()[:len(self.params)]
     saved = dict(theta=theta, clock=torch.tensor(self.clock))
     if self.stopping: saved |= self.stopping.state()
-    states = [self.adamw.state.get(p) or _new_state(p) for p in self.params]
-    for name in _new_state(self.params[0]):
+    states = [self.adamw.state.get(p) or new_state(p) for p in self.params]
+    for name in new_state(self.params[0]):
         saved[name] = torch.stack([state[name] for state in states])
     return saved
 
@@ -407,7 +409,7 @@ def load(self:Optimizers,
     if self.stopping: self.stopping.load(saved)
     for e, p in enumerate(self.params):
         p.data.copy_(saved['theta'][e])
-        state = _new_state(p)
+        state = new_state(p)
         for name, tensor in state.items(): tensor.copy_(saved[name][e])
         self.adamw.state[p] = state
 
