@@ -4,7 +4,7 @@ import json, subprocess, sys
 import pytest
 from helpers import root
 
-FAST = dict(fork=['--fast'], forward=['--fast'], merge=['--fast'], route=['--fast'], scale=['--fast'],
+FAST = dict(fork=['--fast'], gate=['--fast'], forward=['--fast'], merge=['--fast'], route=['--fast'], scale=['--fast'],
             train='--base tiny --domains 2 --rows 8 --steps 2 --warm 1 --held 2'.split(),
             busy='--base tiny --quant fp32 --domains 2 --rows 8 --work score'.split()) # one of its processes; all take minutes
 
