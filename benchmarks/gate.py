@@ -18,7 +18,7 @@ from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.model import gated
 import hydramoe.experts.adapters # noqa: F401, gives stacks save_peft
 from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, training_mode
-from hydramoe.hydra.trained_gate import GateSpec, TrainedGate
+from hydramoe.hydra.trained_gate import GateSpec, trained_gate
 from hydramoe.hydra.train_gate import GateOptimizers, GateRows, GateRun, GateTraining
 sys.path.insert(0, str(Path(__file__).parent))
 from forward import decode, opened, options, seconds, soft
@@ -47,7 +47,7 @@ def gate_step(args, rows, experts):
     "A step of a gate over nine experts, two for each token; with the experts, or alone"
     model, spec = filled(args, 9), TrainSpec(micro_tokens=args.micro)
     training = GateTraining(spec, experts=spec if experts else None)
-    gate = TrainedGate(model.stack, GateSpec(top_k=2))
+    gate = trained_gate(model.stack, GateSpec(top_k=2))
     run = GateRun(gate, GateRows(rows, soft(len(rows), 9, 9)), training)
     opt = GateOptimizers(model.stack, gate, 1000, training)
     return model, lambda: run.take(model, opt, [(0, x) for x in rows], 0, ['gate'])
@@ -95,7 +95,7 @@ def decoding(args, base, rounds):
     steps = {'base': decode(base.model, base.model.config, ids)}
     for E in (9, args.many):
         model = filled(args, E)
-        gate = TrainedGate(model.stack, GateSpec(top_k=2, start=.02))
+        gate = trained_gate(model.stack, GateSpec(top_k=2, start=.02))
         work = gate.on(soft(args.rows, E, E))
         steps[f'decode_{E}'] = decode(model, model.config, ids, (model.keep, {}), gates=work)
     return in_turn(steps, rounds)

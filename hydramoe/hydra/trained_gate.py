@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['SCORES', 'NUMBERS', 'WEIGHTS', 'LEAST', 'KINDS', 'GateSpec', 'scaled', 'linear_score', 'cosine_score',
            'low_rank_score', 'best_k', 'softmax_weights', 'probability_weights', 'softmax_k_weights', 'sigmoid_weights',
-           'sparsegen_weights', 'straight_through', 'weights_of', 'first_logits', 'leaders_of', 'TrainedGate', 'Batch',
-           'GateAtWork', 'standardised']
+           'sparsegen_weights', 'straight_through', 'weights_of', 'first_logits', 'leaders_of', 'TrainedGate',
+           'trained_gate', 'Batch', 'GateAtWork', 'standardised', 'save_trained_gate', 'load_trained_gate',
+           'check_trained_gate']
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #db1d5fc9
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #e92b00da
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
+from pathlib import Path
 from fastcore.basics import patch
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize, softplus
 from ..foundations.core import HydraError, check_names, derive_seed, number, one_of
+from ..foundations.arrays import load_arrays, save_arrays
 from ..experts.stack import Stack
 from ..experts.gate_plan import FEW
 
@@ -225,23 +229,23 @@ def _cut(flat, shapes):
             start += n
     return views
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #f49d0123
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #f2c0e793
 class TrainedGate:
-    "A gate that learns, for one stack"
+    "A gate that learns, for experts of these names; `trained_gate` makes one for a stack"
     kind = 'trained'
     def __init__(self,
-        stack:Stack, # with all its experts in place
-        spec:GateSpec=GateSpec(), # how it decides
-        seed:int=0 # of its first numbers
+        names:list[str], # E experts, in the order of the slots
+        spec:GateSpec, # how it decides
+        leaders:dict[str,str], # layer → the layer whose choice it takes
+        shapes:dict[str,dict] # leader → name → shape of its numbers
     ):
+        self.names = check_names(names, 'expert')
         self.spec = spec
-        self.names = check_names(list(stack.names), 'expert')
-        self.leaders = leaders_of(stack, spec.place)
-        self.shapes = _shapes(stack, spec, self.leaders)
-        n = sum(torch.Size(shape).numel() for of_leader in self.shapes.values() for shape in of_leader.values())
-        self.phi = torch.zeros(n) # all that is learned
-        self.bias = {leader: torch.zeros(stack.slots) for leader in self.shapes}
-        self._draw(seed)
+        self.leaders = leaders
+        self.shapes = shapes
+        sizes = [torch.Size(shape).numel() for of_leader in shapes.values() for shape in of_leader.values()]
+        self.phi = torch.zeros(sum(sizes)) # all that is learned
+        self.bias = {leader: torch.zeros(len(names)) for leader in shapes}
         self._make_views()
 
     def __len__(self): return len(self.names)
@@ -252,17 +256,7 @@ class TrainedGate:
         return (f"TrainedGate({self.spec.score} scores, {self.spec.weigh} over {choice} of {', '.join(self.names)}, "
                 f"{begins}; {len(self.shapes)} places, {len(self.phi):,} numbers)")
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #0ad38e1a
-@patch
-def _draw(self:TrainedGate, seed):
-    "The first numbers: u and v are drawn, unless the gate begins as the router; a cosine needs a direction"
-    generator = torch.Generator().manual_seed(derive_seed(seed, 'gate'))
-    for of_leader in _cut(self.phi, self.shapes).values():
-        for name, view in of_leader.items():
-            std = 1. if name=='u' and self.spec.score=='cosine' else self.spec.start
-            if name in 'uv' and std: view.normal_(0, std, generator=generator)
-            if name=='a' and self.spec.start: view.fill_(1.)
-
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #8668806b
 @patch
 def _make_views(self:TrainedGate):
     "Leaves of autograd that see `phi`, and write their gradients into `grad`"
@@ -275,6 +269,23 @@ def _make_views(self:TrainedGate):
             leaf.grad = gradients[leader][name]
             of_leader[name] = leaf
 
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #b6332ed8
+def trained_gate(
+    stack:Stack, # with all its experts in place
+    spec:GateSpec=GateSpec(), # how it decides
+    seed:int=0 # of its first numbers
+)->TrainedGate: # not yet trained
+    "A gate for the experts of a stack, at its start"
+    leaders = leaders_of(stack, spec.place)
+    gate = TrainedGate(list(stack.names), spec, leaders, _shapes(stack, spec, leaders))
+    generator = torch.Generator().manual_seed(derive_seed(seed, 'gate'))
+    for of_leader in _cut(gate.phi, gate.shapes).values():
+        for name, view in of_leader.items():
+            std = 1. if name=='u' and spec.score=='cosine' else spec.start
+            if name in 'uv' and std: view.normal_(0, std, generator=generator)
+            if name=='a' and spec.start: view.fill_(1.)
+    return gate.to(stack.theta.device)
+
 @patch
 def to(self:TrainedGate,
     device # where the model is
@@ -285,7 +296,7 @@ def to(self:TrainedGate,
     self._make_views()
     return self
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #293b17da
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #afaf8852
 @dataclass(eq=False)
 class Batch:
     "What a gate must know of the rows that it decides for"
@@ -305,7 +316,7 @@ def on(self:TrainedGate,
     "The gate for one batch"
     return GateAtWork(self, Batch(weights, **about))
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #947df7ab
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #09c68c87
 class GateAtWork:
     "A trained gate, and the batch that it decides for"
     def __init__(self,
@@ -319,6 +330,7 @@ class GateAtWork:
         self.reads_inner = gate.spec.score=='low_rank'
         self.trains_experts = not batch.frozen
         self.pooled = {} # leader → (B,1,in) means of prompts
+        self.allowed = self._allowed()
         self.begin = self._first_logits()
 
     def __call__(self,
@@ -330,12 +342,12 @@ class GateAtWork:
         gate = self.gate
         logits = self.logits(x, layer, inner)
         index, weights = weights_of(logits, gate.spec, gate.bias[layer])
-        if self.batch.allowed is not None: weights = weights*self._by_token(self.batch.allowed, x)
+        if self.allowed is not None: weights = weights*self._by_token(self.allowed, x)
         if self.batch.seen is not None: self.batch.seen.append((layer, logits, weights))
         if index is None or len(gate)<=FEW: return None, weights
         return index, weights.gather(-1, index)
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #f5304fa2
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #ff63c64f
 @patch
 def _by_token(self:GateAtWork,
     of_rows:Tensor, # (B,E)
@@ -350,13 +362,22 @@ def _by_token(self:GateAtWork,
     return of_rows.repeat_interleave(copies, 0)[:,None]
 
 @patch
+def _allowed(self:GateAtWork):
+    "(B,E) whether a row may use an expert, or None if all may; a row that the router gives to nobody may use none"
+    weights, allowed = self.batch.weights, self.batch.allowed
+    if weights is None: return allowed
+    is_heard = weights.any(-1, keepdim=True)
+    if is_heard.all(): return allowed
+    return is_heard.expand(weights.shape) if allowed is None else is_heard&allowed
+
+@patch
 def _first_logits(self:GateAtWork):
     "Where the logits of each row begin (B,E), or None"
     if not self.gate.spec.corrects: return None
     if self.batch.weights is not None: return first_logits(self.batch.weights, self.gate.spec.weigh)
     raise HydraError("this gate corrects a router: give the prompts' weights, `gate.on(weights)`")
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #452d0b01
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #f5daf7bb
 @patch
 def logits(self:GateAtWork, x, layer, inner=None):
     "Of each token, (B,T,E)"
@@ -378,7 +399,7 @@ def _noise(self:GateAtWork, x, p, logits):
     uniform = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1-1e-7)
     return -(-uniform.log()).log().to(x.device)
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #7b971af4
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #17ca562c
 @patch
 def mean_of_prompts(self:GateAtWork, x, layer):
     "The mean input over each prompt's tokens: (B,1,in), of packed rows (1,T,in)"
@@ -397,7 +418,7 @@ def mean_of_prompts(self:GateAtWork, x, layer):
     counts = counted.new_zeros(len(lengths), 1).index_add(0, row, counted)
     return (sums/counts)[row][None]
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #13be2361
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #4fb2487a
 KINDS = dict(
     correcting=GateSpec(),
     linear=GateSpec(corrects=False, start=.02),
@@ -406,14 +427,14 @@ KINDS = dict(
     smear=GateSpec(corrects=False, start=.02, pool=True), # Muqeeth et al., 2023
     phatgoose=GateSpec(corrects=False, weigh='sigmoid')) # Muqeeth et al., 2024, while it trains
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #5f887c93
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #bc2dd8cd
 def standardised(
     gate:TrainedGate, # trained with the spec `KINDS['phatgoose']`
     stack:Stack, # its experts
     top_k:int=2 # experts a token
 )->TrainedGate:
     "The gate that PHATGOOSE uses after training (Muqeeth et al., 2024)"
-    after = TrainedGate(stack, GateSpec(corrects=False, top_k=min(top_k, stack.slots)))
+    after = trained_gate(stack, GateSpec(corrects=False, top_k=min(top_k, stack.slots)))
     for leader, p in gate.views.items():
         u = p['u'].detach()
         centred = u-u.mean(1, keepdim=True)
@@ -421,10 +442,85 @@ def standardised(
         after.views[leader]['u'].data.copy_(centred/deviation.clamp(min=1e-12)/u.shape[1]**.5)
     return after
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #d6ac5dfc
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #d4e1437a
 @patch
 def replica(self:TrainedGate)->TrainedGate:
     "The same numbers with gradients of their own"
     other = copy(self)
     other._make_views()
     return other
+
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #ab795059
+def save_trained_gate(
+    gate:TrainedGate,
+    path:str|Path # a directory, made if missing
+)->Path: # the directory
+    "Write `gate.safetensors` and `gate.json`"
+    arrays = {}
+    for leader, p in gate.views.items():
+        for name, view in p.items(): arrays[f'{leader}.{name}'] = view.detach().cpu().numpy()
+        arrays[f'{leader}.bias'] = gate.bias[leader].cpu().numpy()
+    meta = dict(kind=gate.kind, names=gate.names, spec=asdict(gate.spec), leaders=[list(pair) for pair in gate.leaders.items()])
+    return save_arrays(path, 'gate', arrays, meta)
+
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #7ffd6db1
+def _check_saved(meta, file):
+    "Refuse a description that isn't a trained gate's"
+    fields = dict(kind=str, names=list, spec=dict, leaders=list)
+    if not isinstance(meta, dict) or set(meta)!=set(fields) or meta['kind']!='trained':
+        raise HydraError(f"{file} doesn't describe a trained gate; need {', '.join(fields)}")
+    for name, kind in fields.items():
+        if not isinstance(meta[name], kind): raise HydraError(f"{file}: {name}={str(meta[name])[:40]!r}; need a {kind.__name__}")
+    wanted = {f.name for f in fields_of(GateSpec)}
+    if set(meta['spec'])==wanted: return GateSpec(**meta['spec'])
+    odd = min(set(meta['spec'])^wanted)
+    raise HydraError(f"{file}: {odd} of the spec is {'missing' if odd in wanted else 'extra'}; need {', '.join(sorted(wanted))}")
+
+def _pairs(pairs, file):
+    "Layer → leader, in the order of the layers"
+    for pair in pairs:
+        if isinstance(pair, list) and len(pair)==2 and all(isinstance(name, str) for name in pair): continue
+        raise HydraError(f"{file}: leaders holds {str(pair)[:40]!r}; need pairs of names, a layer and the one it follows")
+    return dict(pairs)
+
+def load_trained_gate(
+    path:str|Path # what `save_trained_gate` wrote
+)->TrainedGate: # on the CPU
+    "Open a saved gate, strictly"
+    arrays, meta = load_arrays(path, 'gate')
+    spec = _check_saved(meta, Path(path)/'gate.json')
+    names = meta['names']
+    leaders = _pairs(meta['leaders'], Path(path)/'gate.json')
+    wanted = [*NUMBERS[spec.score], *(['n'] if spec.noise=='normal' else []), 'bias']
+    leading = list(dict.fromkeys(leaders.values()))
+    expected = {f'{leader}.{name}' for leader in leading for name in wanted}
+    file = Path(path)/'gate.safetensors'
+    if set(arrays)!=expected:
+        odd = min(set(arrays)^expected)
+        raise HydraError(f"{file}: the tensor {odd} is {'extra' if odd in arrays else 'missing'}")
+    for name, array in arrays.items(): _check_numbers(array, f'{file}: {name}', len(names))
+    shapes = {leader: {name: list(arrays[f'{leader}.{name}'].shape) for name in wanted[:-1]} for leader in leading}
+    gate = TrainedGate(names, spec, leaders, shapes)
+    for leader, p in gate.views.items():
+        for name, view in p.items(): view.data.copy_(torch.from_numpy(arrays[f'{leader}.{name}']))
+        gate.bias[leader].copy_(torch.from_numpy(arrays[f'{leader}.bias']))
+    return gate
+
+def _check_numbers(array, place, E):
+    "Refuse a tensor of another type, or with other rows than experts"
+    if array.dtype!='float32': raise HydraError(f"{place} is of type {array.dtype}; a gate's tensors are float32")
+    if not len(array.shape) or len(array)!=E: raise HydraError(f"{place} has shape {array.shape} for {E} experts; need a row for each")
+
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #ef41b5ef
+def check_trained_gate(
+    gate:TrainedGate,
+    stack:Stack # it's to be used with
+)->TrainedGate: # the gate
+    "Refuse a gate that was made for other experts or layers"
+    if gate.names!=list(stack.names):
+        raise HydraError(f"a gate for the experts {', '.join(gate.names)} met a stack of {', '.join(map(str, stack.names))}: "
+                         "train it for this stack")
+    leaders = leaders_of(stack, gate.spec.place)
+    if gate.leaders==leaders and gate.shapes==_shapes(stack, gate.spec, leaders): return gate
+    raise HydraError(f"this gate decides for {len(gate.leaders)} layers of other names or sizes than the {len(leaders)} "
+                     "of this stack: train it for this stack")
