@@ -98,6 +98,7 @@ class GatedCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
     main_input_name = 'input_ids'
+    gate = None # a trained gate, if there is one: it corrects weights that are given for rows, see 61a_trained_gate
     keep = ContextVar('hydramoe_keep', default=None) # the generation under way in this thread: its gates and their plan
 
     def __init__(self,
@@ -124,7 +125,7 @@ class GatedCausalLM(PreTrainedModel, GenerationMixin):
         "As the base's forward, with the experts that `gates` asks for"
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = kwargs['inputs_embeds'] if input_ids is None else input_ids
-        plan = self.plan_for(gates, past, inputs.shape[1])
+        plan = self.plan_for(gates, past, inputs.shape[1], attention_mask)
         given = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
         if logits_to_keep is not None: given['logits_to_keep'] = logits_to_keep
         with using(plan): return self.base(past_key_values=past_key_values, **given, **kwargs)
@@ -163,14 +164,21 @@ def generate(self:GatedCausalLM, *args, gates=None, **kw):
 
 # %% ../../nbs/experts/42_model.ipynb #2ffe1410
 @patch
-def _kept_plan(self:GatedCausalLM, gates):
+def _kept_plan(self:GatedCausalLM, gates, mask):
     "The plan of the generation under way, made when its gates are first seen; outside of one, a new plan"
     kept = self.keep.get()
-    if kept is None: return make_plan(gates, self.stack)
+    if kept is None: return make_plan(self._corrected(gates), self.stack)
     if kept.get('gates') is not gates: # one and the same all through a generation
         kept['gates'] = gates
-        kept['plan'] = make_plan(gates, self.stack).keep()
+        kept['plan'] = make_plan(self._corrected(gates, mask), self.stack).keep()
     return kept['plan']
+
+@patch
+def _corrected(self:GatedCausalLM, gates, mask=None):
+    "Weights of rows as the trained gate corrects them, if there is one; at the start of a generation `mask` is the prompts'"
+    if self.gate is None or callable(gates): return gates
+    prompt = None if mask is None else mask.bool()
+    return self.gate.on(gates.flatten(1), prompt=prompt)
 
 # %% ../../nbs/experts/42_model.ipynb #653a084d
 @patch(as_prop=True)
@@ -184,18 +192,19 @@ def checkpoints(self:GatedCausalLM):
 def plan_for(self:GatedCausalLM,
     gates:Tensor|Callable|None, # as `forward` takes them
     past:int, # tokens in the cache
-    length:int # tokens of this forward
+    length:int, # tokens of this forward
+    mask:Tensor|None=None # (B,T), 1 where a token is
 )->Plan|None: # None: the base, or whatever is bound
     "The plan of one forward; inside `generate`, that of the whole generation"
     if gates is None: return None
     if self.stack.is_trainable and torch.is_grad_enabled() and self.checkpoints:
         raise HydraError("gradient checkpointing repeats the forward later: wrap forward and backward in "
                          "`with model.stack.bind(make_plan(gates, model.stack))` instead of passing gates=")
-    if callable(gates): return self._kept_plan(gates)
+    if callable(gates): return self._kept_plan(gates, mask)
     if gates.dim()==3 and gates.shape[1]>1:
         positions = (past+torch.arange(length)).clamp(max=gates.shape[1]-1)
         return make_plan(gates[:,positions], self.stack)
-    return self._kept_plan(gates)
+    return self._kept_plan(gates, mask)
 
 # %% ../../nbs/experts/42_model.ipynb #cell69
 def check_bare(

@@ -6,8 +6,8 @@
 __all__ = ['SCORES', 'NUMBERS', 'WEIGHTS', 'LEAST', 'KINDS', 'GateSpec', 'scaled', 'linear_score', 'cosine_score',
            'low_rank_score', 'best_k', 'softmax_weights', 'probability_weights', 'softmax_k_weights', 'sigmoid_weights',
            'sparsegen_weights', 'straight_through', 'weights_of', 'first_logits', 'leaders_of', 'TrainedGate',
-           'trained_gate', 'Batch', 'GateAtWork', 'standardised', 'save_trained_gate', 'load_trained_gate',
-           'check_trained_gate']
+           'trained_gate', 'Batch', 'Bounds', 'bounds_of', 'GateAtWork', 'standardised', 'save_trained_gate',
+           'load_trained_gate', 'check_trained_gate']
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #e92b00da
 from copy import copy
@@ -175,8 +175,8 @@ def weights_of(
         weights = straight_through(chosen*weights.sum(-1, keepdim=True)/chosen.sum(-1, keepdim=True), logits.softmax(-1))
     return index, weights
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #7dcd6dcb
-LEAST = 1e-6 # of a weight, for an expert that the router gives nothing
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #4975a966
+LEAST = 1e-9 # of a weight, so that logits are finite
 
 def first_logits(
     weights:Tensor, # (…,E) of a router
@@ -316,7 +316,28 @@ def on(self:TrainedGate,
     "The gate for one batch"
     return GateAtWork(self, Batch(weights, **about))
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #09c68c87
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #6e8cb442
+@dataclass(eq=False)
+class Bounds:
+    "What a batch allows"
+    allowed:Tensor # (B,E) whether a row may use an expert
+    settled:Tensor # (B,1) whether a row has nothing to choose
+    weights:Tensor # (B,E) that settled rows keep
+
+def bounds_of(
+    batch:Batch
+)->Bounds|None: # None: every row may use every expert
+    "Who may be used by whom"
+    weights, allowed = batch.weights, batch.allowed
+    if weights is None and allowed is None: return None
+    if weights is None: return Bounds(allowed, torch.zeros(len(allowed), 1, dtype=torch.bool), allowed.float())
+    given = weights!=0
+    has_choice = (given.sum(-1, keepdim=True)>1)&(weights>=0).all(-1, keepdim=True)
+    may = given if allowed is None else given&allowed
+    if may.all() and has_choice.all(): return None
+    return Bounds(may, ~has_choice, weights.float())
+
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #3f177619
 class GateAtWork:
     "A trained gate, and the batch that it decides for"
     def __init__(self,
@@ -330,7 +351,7 @@ class GateAtWork:
         self.reads_inner = gate.spec.score=='low_rank'
         self.trains_experts = not batch.frozen
         self.pooled = {} # leader → (B,1,in) means of prompts
-        self.allowed = self._allowed()
+        self.bounds = bounds_of(batch)
         self.begin = self._first_logits()
 
     def __call__(self,
@@ -342,12 +363,16 @@ class GateAtWork:
         gate = self.gate
         logits = self.logits(x, layer, inner)
         index, weights = weights_of(logits, gate.spec, gate.bias[layer])
-        if self.allowed is not None: weights = weights*self._by_token(self.allowed, x)
+        weights = self.within_bounds(weights, x)
         if self.batch.seen is not None: self.batch.seen.append((layer, logits, weights))
         if index is None or len(gate)<=FEW: return None, weights
         return index, weights.gather(-1, index)
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #ff63c64f
+    def to(self, device):
+        "The gate follows its model by itself"
+        return self
+
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #f25d85f9
 @patch
 def _by_token(self:GateAtWork,
     of_rows:Tensor, # (B,E)
@@ -362,22 +387,21 @@ def _by_token(self:GateAtWork,
     return of_rows.repeat_interleave(copies, 0)[:,None]
 
 @patch
-def _allowed(self:GateAtWork):
-    "(B,E) whether a row may use an expert, or None if all may; a row that the router gives to nobody may use none"
-    weights, allowed = self.batch.weights, self.batch.allowed
-    if weights is None: return allowed
-    is_heard = weights.any(-1, keepdim=True)
-    if is_heard.all(): return allowed
-    return is_heard.expand(weights.shape) if allowed is None else is_heard&allowed
-
-@patch
 def _first_logits(self:GateAtWork):
     "Where the logits of each row begin (B,E), or None"
     if not self.gate.spec.corrects: return None
     if self.batch.weights is not None: return first_logits(self.batch.weights, self.gate.spec.weigh)
     raise HydraError("this gate corrects a router: give the prompts' weights, `gate.on(weights)`")
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #f5daf7bb
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #598ade47
+@patch
+def within_bounds(self:GateAtWork, weights, x):
+    "Weights of tokens, those of settled rows as they came"
+    if self.bounds is None: return weights
+    weights = weights*self._by_token(self.bounds.allowed, x)
+    settled = self._by_token(self.bounds.settled, x)
+    return torch.where(settled, self._by_token(self.bounds.weights, x), weights)
+
 @patch
 def logits(self:GateAtWork, x, layer, inner=None):
     "Of each token, (B,T,E)"
@@ -386,6 +410,7 @@ def logits(self:GateAtWork, x, layer, inner=None):
     read = self.mean_of_prompts(x, layer) if spec.pool else x
     found = SCORES[spec.score](read, p, inner)
     if self.begin is not None: found = found+self._by_token(self.begin, x)
+    if self.bounds is not None: found = found.masked_fill(~self._by_token(self.bounds.allowed, x), -1e4)
     if self.batch.generator is None or spec.noise=='none': return found.expand(*x.shape[:-1], -1)
     return found+self._noise(x, p, found)
 
@@ -399,7 +424,7 @@ def _noise(self:GateAtWork, x, p, logits):
     uniform = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1-1e-7)
     return -(-uniform.log()).log().to(x.device)
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #17ca562c
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #7a2eedf3
 @patch
 def mean_of_prompts(self:GateAtWork, x, layer):
     "The mean input over each prompt's tokens: (B,1,in), of packed rows (1,T,in)"
@@ -418,7 +443,7 @@ def mean_of_prompts(self:GateAtWork, x, layer):
     counts = counted.new_zeros(len(lengths), 1).index_add(0, row, counted)
     return (sums/counts)[row][None]
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #4fb2487a
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #96a292f8
 KINDS = dict(
     correcting=GateSpec(),
     linear=GateSpec(corrects=False, start=.02),
@@ -427,7 +452,7 @@ KINDS = dict(
     smear=GateSpec(corrects=False, start=.02, pool=True), # Muqeeth et al., 2023
     phatgoose=GateSpec(corrects=False, weigh='sigmoid')) # Muqeeth et al., 2024, while it trains
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #bc2dd8cd
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #1ee04d92
 def standardised(
     gate:TrainedGate, # trained with the spec `KINDS['phatgoose']`
     stack:Stack, # its experts
@@ -442,7 +467,7 @@ def standardised(
         after.views[leader]['u'].data.copy_(centred/deviation.clamp(min=1e-12)/u.shape[1]**.5)
     return after
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #d4e1437a
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #bc25131e
 @patch
 def replica(self:TrainedGate)->TrainedGate:
     "The same numbers with gradients of their own"
@@ -450,7 +475,7 @@ def replica(self:TrainedGate)->TrainedGate:
     other._make_views()
     return other
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #ab795059
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #b7383ddf
 def save_trained_gate(
     gate:TrainedGate,
     path:str|Path # a directory, made if missing
@@ -463,7 +488,7 @@ def save_trained_gate(
     meta = dict(kind=gate.kind, names=gate.names, spec=asdict(gate.spec), leaders=[list(pair) for pair in gate.leaders.items()])
     return save_arrays(path, 'gate', arrays, meta)
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #7ffd6db1
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #372c1f00
 def _check_saved(meta, file):
     "Refuse a description that isn't a trained gate's"
     fields = dict(kind=str, names=list, spec=dict, leaders=list)
@@ -511,7 +536,7 @@ def _check_numbers(array, place, E):
     if array.dtype!='float32': raise HydraError(f"{place} is of type {array.dtype}; a gate's tensors are float32")
     if not len(array.shape) or len(array)!=E: raise HydraError(f"{place} has shape {array.shape} for {E} experts; need a row for each")
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #ef41b5ef
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #54111883
 def check_trained_gate(
     gate:TrainedGate,
     stack:Stack # it's to be used with
