@@ -26,7 +26,9 @@ from ..experts.adapters import with_adapters
 from .route import Router, explain_route, plot_route, route_text
 from .cascade import bind_base, needs_base
 from .gate import Gate, check_gate, explain_gate, make_gate, plot_gate
-from .bundle import check_bundle, expert_folders, load_router_or_gate, shared_folder
+from .trained_gate import TrainedGate, check_trained_gate
+from .token_use import TokenUse, token_use
+from .bundle import check_bundle, expert_folders, load_router_or_gate, shared_folder, trained_gate_of
 from .saving import base_uri, bundle_base, bundle_config, expert_notes, require_encoder, uri_tokenizer
 from .saving import write_bundle
 from .generation import check_generation, sampling_keywords, to_messages
@@ -69,8 +71,14 @@ class Hydra:
         "The gate, if this Hydra has one in place of a router"
         return self.router if isinstance(self.router, Gate) else None
 
+    @property
+    def trained_gate(self)->TrainedGate|None:
+        "The gate that corrects the router token by token, if there is one"
+        return self.model.gate
+
     def __repr__(self):
         kind = f"{self.router.kind} {'gate' if self.gate else 'router'}"
+        if self.trained_gate: kind += ', corrected by a trained gate'
         one_more = ' and a shared one' if self.shared else ''
         return f"Hydra of {len(self.names)} experts ({', '.join(self.names)}){one_more} on {self.base.id}, {kind}"
 
@@ -179,19 +187,36 @@ def by_name(self:Hydra,
     heard = {name: w for name,w in weights.items() if w}
     return heard or ('shared' if self.shared else 'base')
 
-# %% ../../nbs/hydra/64a_model.ipynb #eb469612
+# %% ../../nbs/hydra/64a_model.ipynb #eb469x012
 @patch
 def save(self:Hydra,
     path:str|Path # the bundle's directory; made
 )->Path: # `path`
     "Write the bundle, whole or not at all"
-    return write_bundle(path, self.base, self.model.stack, self.router, self.about)
+    return write_bundle(path, self.base, self.model.stack, self.router, self.about, self.trained_gate)
 
 def hydra_config(
     hydra:Hydra # any
 )->dict: # as in config.json of its bundle
     "What transformers needs to know of a Hydra"
     return bundle_config(hydra.base, hydra.names, hydra.router.kind)
+
+# %% ../../nbs/hydra/64a_model.ipynb #eb469612
+@patch
+def correct_by(self:Hydra,
+    gate:TrainedGate|None # trained for these experts; None: follow the router alone
+)->Hydra: # self
+    "Let a trained gate correct the router, token by token"
+    if gate is None:
+        self.model.gate = None
+        return self
+    if self.gate: raise HydraError(f"this Hydra has no router to be corrected, but a gate ({self.gate.kind}): give it a router")
+    names = [name for name in self.names if name in self.router.names]
+    if names != list(self.router.names) or names != self.names:
+        raise HydraError(f"a trained gate needs a router of all experts, in their order: it weighs {', '.join(self.router.names)}, "
+                         f"the stack holds {', '.join(self.names)}")
+    self.model.gate = check_trained_gate(gate, self.model.stack).to(self.base.device)
+    return self
 
 # %% ../../nbs/hydra/64a_model.ipynb #4ef76ab8
 @patch(cls_method=True)
@@ -223,7 +248,8 @@ def from_bundle(cls:Hydra,
     about = dict(built=manifest['built'], experts=expert_notes(manifest))
     fork = manifest.get('fork', 0)
     shared = shared_folder(path, manifest)
-    return cls.from_adapters(expert_folders(path, manifest), base, router, about, fork, shared)
+    hydra = cls.from_adapters(expert_folders(path, manifest), base, router, about, fork, shared)
+    return hydra.correct_by(trained_gate_of(path, manifest))
 
 @patch(cls_method=True)
 def load(cls:Hydra,
@@ -390,6 +416,19 @@ def plot(self:Hydra,
     "The routing of one prompt, drawn"
     found = self.explain(prompt)
     return plot_gate(found) if self.gate else plot_route(found)
+
+# %% ../../nbs/hydra/64a_model.ipynb #10826x21d
+@patch
+def token_use(self:Hydra,
+    prompt:str|list, # one prompt or conversation
+    answer:str='' # what was said to it
+)->TokenUse:
+    "Which experts are behind each token of a prompt and its answer"
+    messages = self.fold(prompt)
+    ids = self._tokenize([messages])['input_ids'][0].tolist()
+    ids += self.base.tokenizer(answer, add_special_tokens=False)['input_ids'] if answer else []
+    gates = self.gate or self._in_slots(self._weigh([messages]))
+    return token_use(self.model, gates, ids, self.base.tokenizer)
 
 # %% ../../nbs/hydra/64a_model.ipynb #66a09ad3
 def explain_bundle(

@@ -21,6 +21,7 @@ from ..experts.stack import Stack
 from .route import Router
 from .cascade import missing_encoders
 from .gate import Gate, save_gate
+from .trained_gate import TrainedGate, save_trained_gate
 from .bundle import BASE_ID, BundleError, check_bundle, read_manifest, seal_bundle
 from .card import model_card
 
@@ -128,7 +129,7 @@ def _write_experts(root, base, stack, notes):
     return entries
 
 # %% ../../nbs/hydra/63b_saving.ipynb #de94a5be
-def _write_files(root, base, stack, router, about):
+def _write_files(root, base, stack, router, about, gate=None):
     "All files of a bundle; returns its manifest"
     if isinstance(router, Gate): save_gate(router, root/'gates')
     else: router.save(root/'router')
@@ -138,6 +139,9 @@ def _write_files(root, base, stack, router, about):
     experts = _write_experts(root, base, stack, about.get('experts', {}))
     content = dict(base=entry, experts=experts, router=router.kind, built=about.get('built', {}))
     if stack.fork: content['fork'] = stack.fork
+    if gate is not None:
+        save_trained_gate(gate, root/'gates')
+        content['gate'] = gate.kind
     if stack.shared is not None: content['shared'] = _write_adapter(root/'shared', stack.shared, base, stack)
     manifest = seal_bundle(root, content)
     on_hub = entry['id'].startswith(('hub:', 'pypi:'))
@@ -174,7 +178,8 @@ def write_bundle(
     base:Base, # of the experts
     stack:Stack, # of experts, the shared one too if there is one
     router:Router|Gate, # prompt → weights, or the gate
-    about:dict # how it was built: `built`; and of each expert by name: `experts`
+    about:dict, # how it was built: `built`; and of each expert by name: `experts`
+    gate:TrainedGate|None=None # that corrects the router
 )->Path: # `path`
     "Write a bundle, whole or not at all"
     def check_same(there):
@@ -182,7 +187,7 @@ def write_bundle(
             raise BundleError(f"{there} holds another Hydra: choose another place, or delete it first") from None
 
     path = Path(path).absolute()
-    with _whole_dir(path, check_same) as tmp: manifest = _write_files(tmp, base, stack, router, about)
+    with _whole_dir(path, check_same) as tmp: manifest = _write_files(tmp, base, stack, router, about, gate)
     return path
 
 # %% ../../nbs/hydra/63b_saving.ipynb #99d488d0
