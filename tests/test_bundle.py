@@ -263,7 +263,7 @@ def resign(at, **fields):
     man = {k: v for k,v in (read_json(at/'hydra.json') | fields).items() if v is not ...}
     write_json(at/'hydra.json', sign(man))
 
-@pytest.mark.parametrize('fields, words', [(dict(format=1), 'format 1 has no shared expert'), (dict(shared=...), 'shared is missing'), (dict(format=3), 'format 3, and this hydramoe reads 1 and 2'), (dict(format='2'), "format '2'"), (dict(format=True), 'format True'), (dict(format=1, shared=...), 'shared/adapter_config.json is extra'),
+@pytest.mark.parametrize('fields, words', [(dict(format=1), 'format 1 has no shared expert'), (dict(shared=...), 'shared is missing'), (dict(format=4), 'format 4, and this hydramoe reads 1 to 3'), (dict(format=3), 'format 3 has a trained gate, and gate is missing'), (dict(format='2'), "format '2'"), (dict(format=True), 'format True'), (dict(format=1, shared=...), 'shared/adapter_config.json is extra'),
                                            (dict(shared=None), 'shared is'), (dict(shared=[]), 'shared is'), (dict(shared={}), 'shared lacks'), (dict(shared=dict(rank=2)), 'shared lacks alpha'), (dict(shared=dict(rank='2', alpha=4)), 'shared: rank='), (dict(shared=dict(rank=True, alpha=4)), 'shared: rank='),
                                            (dict(shared=dict(rank=3, alpha=4)), 'shared/adapter_config.json has r=2'), (dict(shared=dict(rank=2, alpha=5)), 'lora_alpha=4 where hydra.json says 2, 5')])
 def test_a_manifest_and_its_shared_expert_agree(at, fields, words):

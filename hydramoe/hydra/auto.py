@@ -144,6 +144,7 @@ class HydraForCausalLM(GatedCausalLM):
         self.hydra = hydra
         self.base = hydra.model.base
         self.stack = hydra.model.stack
+        self.gate = hydra.model.gate
         self.generation_config = copy.deepcopy(hydra.model.generation_config)
         padding = hydra.base.tokenizer.pad_token_id
         self.generation_config.update(eos_token_id=hydra.base.ends or None, pad_token_id=padding)

@@ -23,6 +23,7 @@ from .merge import named_weights, save_merge, seed_factors
 from .tune import LENGTHS, best_of, line_search, macro_loss, merge_losses
 from .model import Hydra
 from .build import SHARED_ALONE
+from .change import refuse_trained_gate
 
 # %% ../../nbs/hydra/67b_merged.ipynb #inturn-1
 def in_turn(
@@ -214,6 +215,7 @@ def add_merged_expert(
     check_new_expert(bundle, hydra.gate is not None, hydra.names, name)
     check_writable(out)
     manifest = check_bundle(bundle)
+    refuse_trained_gate(bundle, manifest)
     with tempfile.TemporaryDirectory() as folder:
         made = save_merged_adapter(hydra, merge, Path(folder)/name, as_residual=True)
         adapters = expert_folders(Path(bundle), manifest) | {name: made}

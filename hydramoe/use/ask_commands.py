@@ -80,13 +80,30 @@ def explain_command(a):
     explanation, figure = explain_bundle(a.bundle, a.prompt, a.base, a.encoder)
     if a.png: figure.savefig(a.png, dpi=150, bbox_inches='tight')
     text = explanation.pop('text')
-    return text, explanation
+    if not a.tokens: return text, explanation
+    use = _answer_in_tokens(a)
+    explanation['tokens'] = [dict(text=token, weights=w) for token, w in zip(use.tokens, use.weights.tolist())]
+    return f"{text}\n\n{_coloured(use)}", explanation
+
+def _answer_in_tokens(a):
+    "Answer a prompt, and see who is behind each token"
+    hydra = _load_hydra(a)
+    answer = hydra.ask(a.prompt, max_new_tokens=a.tokens)
+    return hydra.token_use(a.prompt, answer)
+
+def _coloured(use):
+    "Tokens in colours, if the output is a terminal that wants them"
+    from hydramoe.hydra.token_use import tokens_text
+    wants = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
+    return tokens_text(use, wants)
 
 ASK_COMMANDS['explain'] = Command(
     explain_command, help='Say which experts a prompt gets, and why',
     examples=['hydramoe explain my-hydra "Who wrote Faust?"',
-              'hydramoe explain my-hydra "Who wrote Faust?" --png route.png'],
+              'hydramoe explain my-hydra "Who wrote Faust?" --png route.png',
+              'hydramoe explain my-hydra "Who wrote Faust?" --tokens 40'],
     args=[BUNDLE, arg('prompt', help='any prompt'), arg('--png', metavar='FILE', help='draw it as well'),
+          arg('--tokens', type=int, default=0, metavar='N', help='answer in up to N tokens, and show who is behind each'),
           BASE, ENCODER])
 
 # %% ../../nbs/use/85_ask_commands.ipynb #c90ae689
@@ -99,14 +116,15 @@ def _bundle_text(bundle, manifest):
     shared = f" and a shared one of rank {manifest['shared']['rank']}" if 'shared' in manifest else ''
     files = f"{len(manifest['files'])} files, seal {manifest['seal'][:16]}"
     head = f"{bundle} is whole: {len(manifest['experts'])} experts{shared} on {base}"
-    return f"{head}, {manifest['router']} {kind}, {fork}{files}"
+    gate = 'corrected by a trained gate, ' if 'gate' in manifest else ''
+    return f"{head}, {manifest['router']} {kind}, {gate}{fork}{files}"
 
 # %% ../../nbs/use/85_ask_commands.ipynb #d3f317fd
 def check_command(a):
     "Whole, or what is wrong with it"
     from hydramoe.hydra.bundle import check_bundle
     manifest = check_bundle(a.bundle)
-    fields = ('format', 'base', 'experts', 'shared', 'router', 'fork', 'seal')
+    fields = ('format', 'base', 'experts', 'shared', 'router', 'gate', 'fork', 'seal')
     shown = {k: manifest[k] for k in fields if k in manifest}
     return _bundle_text(a.bundle, manifest), shown
 
