@@ -4,30 +4,32 @@
 
 # %% auto #0
 __all__ = ['GateData', 'gate_rows', 'gate_model', 'write_gated', 'as_training', 'train_gate_stage', 'score_gate_stage',
-           'score_gated']
+           'score_gated', 'use_of_gate_stage', 'use_by_domain']
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #a4ee43b3
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #12572589
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from ..foundations.core import HydraError, derive_seed
+from ..foundations.core import HydraError, derive_seed, progress
 from ..foundations.files import write_json
 from ..foundations.store import work_dir
 from ..models.load import load_base
-from ..data.parts import ExpertRows
+from ..data.parts import kind_of
 from ..experts.stack import LoraSpec
 from ..experts.gates import make_plan
-from ..experts.model import GatedCausalLM, gated
+from ..experts.model import GatedCausalLM, gated, hidden
 from ..experts.adapters import find_adapters, find_shared, with_adapters
 from ..experts.score import Losses, load_losses, loss_matrix, record_means, save_losses
 from ..experts.train import TrainSpec, disk_errors, using_threads
-from ..experts.stages import TrainData, as_spec, drop_long, encode_groups, mix_gates, part_examples
+from ..experts.shared import ResidualSpec
+from ..experts.shared_stages import started_model
+from ..experts.stages import TrainData, TrainSetup, as_spec, drop_long, encode_groups, mix_gates, part_examples
 from .trained_gate import GateSpec, TrainedGate, check_trained_gate, load_trained_gate, save_trained_gate
-from .trained_gate import trained_gate
+from .trained_gate import standardised, trained_gate
 from .train_gate import GateRows, GateTraining, train_gate
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #79b31766
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #e4abf599
 @dataclass
 class GateData:
     "Records, and what is known of them"
@@ -42,7 +44,8 @@ def gate_rows(
     tokenizer # of the base
 )->GateRows:
     "Records as a gate is trained on them"
-    rows = drop_long(encode_groups(known.data.file, ExpertRows, known.data.groups, known.data, tokenizer))
+    part = 'router' if known.data.file=='router.jsonl' else 'experts'
+    rows = drop_long(encode_groups(known.data.file, kind_of(part), known.data.groups, known.data, tokenizer))
     strange = sorted(set(rows)-set(names))
     if strange: raise HydraError(f"there are records of {', '.join(strange)}, and experts for {', '.join(names)}: give both the same groups")
     pairs = [(names.index(name), x) for name, own in rows.items() for x in own]
@@ -109,7 +112,7 @@ def as_training(
     if 'stop_on' in value: specs['stop_on'] = tuple(value['stop_on'])
     return GateTraining(**(value|specs))
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #e6777ba0
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #5e973e53
 def train_gate_stage(
     out:Path, # the directory to fill: a stage's
     *,
@@ -119,9 +122,11 @@ def train_gate_stage(
     training:GateTraining=GateTraining(), # how it's trained, and whether experts are
     weights:dict|None=None, # record id → weights of the router, in the order of the experts' names
     losses:Path|None=None, # a scored stage of the experts on the same records
-    own:bool=False, # may a row use its own expert alone?
+    own:bool=False, # may a row use its own expert alone? For PHATGOOSE, whose vectors are then standardised
     groups:dict[str,list[str]]|None=None, # expert → ids of its records; None: one a domain
-    lora:LoraSpec=LoraSpec(), # of experts from scratch
+    start:Path|None=None, # without adapters: the seed expert, from which a shared one goes on; residuals are new
+    lora:LoraSpec=LoraSpec(), # of experts from scratch, or of that shared one
+    rank:int|None=None, # of its residuals; None: as its own
     shared:bool=False, # of experts from scratch: is there a shared one?
     base:str='smollm2', # as `load_base` takes it
     quant:str='nf4', # of the base
@@ -137,14 +142,17 @@ def train_gate_stage(
     opened = load_base(base, quant)
     data = TrainData(rows_dir, file, groups, max_prompt=max_prompt, max_response=max_response)
     fresh = list(groups or {})
-    model = gate_model(opened, adapters, fresh, as_spec(LoraSpec, lora), training.spec.seed, shared)
+    lora, seed = as_spec(LoraSpec, lora), training.spec.seed
+    if start is None: model = gate_model(opened, adapters, fresh, lora, seed, shared)
+    else: model = started_model(opened, fresh, TrainSetup(base, quant, start, lora, training.spec), ResidualSpec(rank=rank))
     known = gate_rows(GateData(data, weights, losses, own), list(model.stack.names), opened.tokenizer)
     made = trained_gate(model.stack, spec, training.spec.seed)
     with using_threads(threads):
         history = train_gate(model, made, known, training, work_dir(out), checkpointing=checkpointing)
+    if own: made = standardised(made, model.stack)
     write_gated(Path(out), model, made, history, opened.id, training.experts is not None)
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #8837bfbd
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #8501d412
 def score_gate_stage(
     out:Path, # the directory to fill: a stage's
     *,
@@ -171,7 +179,7 @@ def score_gate_stage(
     weights = None if mix is None else mix_gates(mix, list(model.stack.names))
     save_losses(score_gated(model, gate, rows, weights), out)
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #0439720c
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #f599f72c
 def score_gated(
     model:GatedCausalLM,
     gate:TrainedGate,
@@ -185,7 +193,7 @@ def score_gated(
     try: return loss_matrix(model, examples, dict(gated=weights))
     finally: model.gate = before
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #874a469a
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #f21190bb
 def _score_apart(model, gate, examples, weights):
     "As `score_gated`, row by row, each with its prompt marked"
     found = []
@@ -197,3 +205,44 @@ def _score_apart(model, gate, examples, weights):
     nll = np.concatenate([losses.nll for losses in found], 1)
     ends = np.cumsum([0, *(losses.nll.shape[1] for losses in found)])
     return Losses(nll, ends, [x.id for x in examples], [x.domain for x in examples], ['gated'])
+
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #421f5f5d
+def use_of_gate_stage(
+    out:Path, # the directory to fill: a stage's
+    *,
+    rows_dir:Path, # a data stage
+    part:str, # which of its files: PART.jsonl
+    gated:Path, # a stage of `train_gate_stage`
+    adapters:Path|None=None, # the experts it was trained on, if they didn't learn along
+    mix:dict|None=None, # {names: E adapters, weights: (N,E)} of the router, for a gate that corrects it
+    base:str='smollm2', # as `load_base` takes it
+    quant:str='nf4', # of the base
+    max_prompt:int=300, # tokens; no row may be longer
+    max_response:int=300 # tokens; the same
+)->None: # use.json: domain → place → (E,) weights
+    "A stage: the weights that a trained gate gives, by domain and place"
+    opened = load_base(base, quant)
+    rows = part_examples(rows_dir, part, opened.tokenizer, max_prompt, max_response)
+    model = gate_model(opened, gated if find_adapters(gated) else adapters, [], LoraSpec(), 0)
+    gate = check_trained_gate(load_trained_gate(Path(gated)/'gates'), model.stack)
+    weights = None if mix is None else mix_gates(mix, list(model.stack.names))
+    write_json(out/'use.json', use_by_domain(model, gate, rows, weights))
+
+def use_by_domain(
+    model:GatedCausalLM,
+    gate:TrainedGate,
+    examples:list, # N of `hydramoe.models.encode.Example`
+    weights:torch.Tensor|None=None # (N,E) of the router
+)->dict[str,dict]: # domain → place → mean weight of each expert
+    "Whom a gate uses"
+    sums, counts = {}, {}
+    for i, x in enumerate(progress(examples, desc='use', unit='row')):
+        seen = []
+        own = None if weights is None else weights[i:i+1]
+        is_prompt = torch.arange(len(x.ids))<x.n_prompt
+        work = gate.on(own, prompt=is_prompt[None], seen=seen)
+        with torch.no_grad(): hidden(model, torch.tensor([x.ids], device=model.device), gates=work)
+        of_domain = sums.setdefault(x.domain, {})
+        for leader, _, w in seen: of_domain[leader] = of_domain.get(leader, 0.)+w[0].sum(0).cpu()
+        counts[x.domain] = counts.get(x.domain, 0)+len(x.ids)
+    return {d: {leader: (total/counts[d]).tolist() for leader, total in of_domain.items()} for d, of_domain in sums.items()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_adapters', 'xlora_model', 'arrow_model', 'answer_losses', 'fit_xlora', 'rival_stage']
 
-# %% ../../nbs/proof/71a_rivals.ipynb #c601d73f
+# %% ../../nbs/proof/71a_rivals.ipynb #5f90e31d
 import math, tempfile, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..foundations.core import one_of, progress
 from ..foundations.files import write_json
 from ..models.base import Base
 from ..models.load import load_base
-from ..data.parts import ExpertRows
+from ..data.parts import kind_of
 from ..experts.adapters import find_adapters, find_shared, with_adapters
 from ..experts.score import Losses, collate, save_losses
 from ..experts.train import TrainSpec, lr_factor, using_threads
@@ -107,11 +107,12 @@ def fit_xlora(
         history.append(total)
     return history
 
-# %% ../../nbs/proof/71a_rivals.ipynb #332821bb
+# %% ../../nbs/proof/71a_rivals.ipynb #2aa48595
 def rival_stage(
     out:Path, # the directory to fill: a stage's
     *,
     rows_dir:Path, # a data stage
+    train_dir:Path|None=None, # where the rows are that X-LoRA is trained on; None: in `rows_dir`
     adapters:Path, # a training stage: the experts
     part:str, # which rows are scored: PART.jsonl
     kind:str, # 'xlora' or 'arrow'
@@ -135,8 +136,9 @@ def rival_stage(
         if kind=='arrow': model = arrow_model(opened, folders, min(top_k, len(folders)))
         else:
             model = xlora_model(opened, folders, min(top_k, len(folders)), spec.seed)
-            data = TrainData(rows_dir, file, groups, max_prompt=max_prompt, max_response=max_response)
-            kept = drop_long(encode_groups(file, ExpertRows, groups, data, opened.tokenizer))
+            data = TrainData(train_dir or rows_dir, file, groups, max_prompt=max_prompt, max_response=max_response)
+            part = 'router' if file=='router.jsonl' else 'experts'
+            kept = drop_long(encode_groups(file, kind_of(part), groups, data, opened.tokenizer))
             history = fit_xlora(model, sum(kept.values(), []), spec)
         with torch.no_grad(): nll = [answer_losses(model.eval(), [x]).cpu().numpy() for x in rows]
     ends = np.cumsum([0, *(len(part) for part in nll)])
