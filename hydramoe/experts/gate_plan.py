@@ -128,7 +128,7 @@ def by_expert(
         tokens, choice = (index==e).nonzero(as_tuple=True)
         yield e, tokens, choice
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #fbc896b3
+# %% ../../nbs/experts/41a_gate_plan.ipynb #54db8a8f
 class SparseGatePlan(Plan):
     "A gate chooses experts for each token, and only these are computed"
     def __init__(self,
@@ -147,11 +147,14 @@ class SparseGatePlan(Plan):
         if index is None: index = torch.arange(self.stack.slots, device=x.device).expand(weight.shape)
         index = index.flatten(0, -2)
         weight = weight.flatten(0, -2)
-        used = index.unique()
-        if not len(used): return y
-        way = self.side_by_side if len(used)<=4*index.shape[1] else self.one_by_one
+        way = self.way(index)
         out = way(y.reshape(-1, layer.n_out), x.flatten(0, -2), i, index, weight)
         return out.view_as(y)
+
+    def way(self, index):
+        "How so many tokens and experts are computed"
+        if index.numel()<=64 and not torch.is_grad_enabled(): return self.token_by_token
+        return self.side_by_side if len(index.unique())<=4*index.shape[1] else self.one_by_one
 
 # %% ../../nbs/experts/41a_gate_plan.ipynb #0cad66a8
 @patch
@@ -182,7 +185,19 @@ def one_by_one(self:SparseGatePlan, out, x, i, index, weight):
         out = add(0, tokens, added)
     return out
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #44da2f7e
+# %% ../../nbs/experts/41a_gate_plan.ipynb #cc95f613
+@patch
+def token_by_token(self:SparseGatePlan, out, x, i, index, weight):
+    "Each of a few tokens with its own experts side by side; without a gradient"
+    A, B = self.stack.leaves[i]
+    g = (weight*self.stack.scale[index]).to(x.dtype) # (tokens,k)
+    own_A = A.detach()[index].to(x.dtype) # (tokens,k,r,in)
+    inner = own_A.flatten(1, 2).bmm(x[...,None]) # (tokens,k·r,1)
+    z = inner.view(own_A.shape[:3])*g[...,None]
+    own_B = B.detach().mT[index].to(x.dtype) # (tokens,k,r,out)
+    return out[:,None].baddbmm_(z.flatten(1)[:,None], own_B.flatten(1, 2))[:,0]
+
+# %% ../../nbs/experts/41a_gate_plan.ipynb #171da46a
 FEW = 32 # experts, up to which all are computed
 
 def takes_all(
