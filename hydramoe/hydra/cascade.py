@@ -19,7 +19,7 @@ from ..domains.discover import Domains
 from .vectors import hidden_scale, standardize
 from .route import ENCODERS, NUMBER, ClassifierRouter, ParamRule, Router, SimilarityRouter, UniformRouter
 from .route import VECTOR_PARAMS, VectorRouter, vector_width
-from .kinds import DistilledRouter, FixedRouter, KnnRouter, OracleRouter, RidgeRouter
+from .kinds import BanditRouter, DistilledRouter, FixedRouter, KnnRouter, OracleRouter, RidgeRouter
 
 # %% ../../nbs/hydra/60_cascade.ipynb #8706a01b
 def use_static(
@@ -217,7 +217,7 @@ class CascadeRouter(Router):
         raise HydraError("permute the two routers of a cascade, then join them again")
 
 # %% ../../nbs/hydra/60_cascade.ipynb #caf033e4
-ROUTERS = {c.kind: c for c in (SimilarityRouter, ClassifierRouter, RidgeRouter, DistilledRouter, KnnRouter,
+ROUTERS = {c.kind: c for c in (SimilarityRouter, ClassifierRouter, RidgeRouter, DistilledRouter, BanditRouter, KnnRouter,
                                UniformRouter, FixedRouter, OracleRouter, CascadeRouter)}
 
 def make_router(

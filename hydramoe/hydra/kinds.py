@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RidgeRouter', 'ridge_router', 'renumber_labels', 'KnnRouter', 'knn_router', 'check_refittable', 'with_domain',
-           'without_domain', 'with_prompts', 'DistilledRouter', 'distilled_router', 'FixedRouter', 'fixed_router',
-           'OracleRouter', 'oracle_router', 'permute_experts', 'hindsight_router']
+           'without_domain', 'with_prompts', 'DistilledRouter', 'distilled_router', 'BanditRouter', 'bandit_router',
+           'FixedRouter', 'fixed_router', 'OracleRouter', 'oracle_router', 'permute_experts', 'hindsight_router']
 
 # %% ../../nbs/hydra/59_kinds.ipynb #14a01f12
 from collections.abc import Sequence
@@ -268,6 +268,10 @@ def _least_kl(z, q, start, l2): # (N,d), (N,E), (E,d) → (E,d)
         value = kl.mean()+l2/2*(shift**2).sum()
         gradient = (p-q).T@z/len(z)+l2*shift
         return value, gradient.ravel()
+    return _minimum(value_and_gradient, start)
+
+def _minimum(value_and_gradient, start): # (E,d) → (E,d)
+    "Descend by L-BFGS"
     how = dict(jac=True, method='L-BFGS-B', options=dict(maxiter=2000, maxfun=4000, gtol=1e-8, ftol=1e-13))
     with threadpool_limits(1): found = minimize(value_and_gradient, start.ravel(), **how)
     return found.x.reshape(start.shape)
@@ -283,6 +287,12 @@ def _check_losses(losses, n, experts):
     if losses.shape==(n, experts) and np.isfinite(losses).all(): return
     raise HydraError(f"losses of shape {losses.shape}; need ({n}, {experts}), all finite: "
                      "a row a prompt, a column an expert")
+
+def _begin(domains, names, width, start):
+    "The encoder, and the weights (E,d) to begin from"
+    if start is None: return getattr(domains, 'encoder', 'minilm'), np.zeros((len(names), width))
+    weights = np.c_[start.arrays['weight'], start.arrays['bias']]
+    return start.params['encoder'], weights/start.params['temperature']
 
 def distilled_router(
     domains:Domains|Sequence[str], # domains, or just the experts' names
@@ -300,18 +310,56 @@ def distilled_router(
     losses = np.asarray(losses, np.float64)
     _check_losses(losses, len(z), len(names))
     if not (tau>0 and l2>=0): raise HydraError(f"tau={tau}, l2={l2}: tau must be above 0, l2 at least 0")
-    if start is None:
-        encoder = getattr(domains, 'encoder', 'minilm')
-        first = np.zeros((len(names), z.shape[1]))
-    else:
-        encoder = start.params['encoder']
-        first = np.c_[start.arrays['weight'], start.arrays['bias']]
-        first = first/start.params['temperature']
+    encoder, first = _begin(domains, names, z.shape[1], start)
     q = softmax(-losses/tau)
     w = _least_kl(z, q, first, l2)
     arrays = dict(weight=w[:,:-1].copy(), bias=w[:,-1].copy())
     params = dict(tau=tau, l2=l2, temperature=1., top_k=top_k, encoder=encoder)
     return DistilledRouter(names, arrays, params)
+
+# %% ../../nbs/hydra/59_kinds.ipynb #cell6x266
+def _least_cost(z, losses, start, tau, l2): # (N,d), (N,E), (E,d) → (E,d)
+    "Minimise Σ p L − τ H(p) + l2‖w−start‖²/2, p = softmax(zwᵀ), by L-BFGS"
+    above_best = losses-losses.min(1, keepdims=True)
+    def value_and_gradient(flat):
+        "At the weights w, flattened"
+        w = flat.reshape(start.shape)
+        p = softmax(z@w.T)
+        log_p = np.log(np.maximum(p, 1e-300))
+        cost = above_best+tau*log_p
+        expected = (p*cost).sum(1, keepdims=True)
+        shift = w-start
+        value = expected.mean()+l2/2*(shift**2).sum()
+        gradient = (p*(cost-expected)).T@z/len(z)+l2*shift
+        return value, gradient.ravel()
+    return _minimum(value_and_gradient, start)
+
+# %% ../../nbs/hydra/59_kinds.ipynb #cell6x466
+class BanditRouter(LinearRouter):
+    "A linear router that pays the loss of the expert it chooses"
+    kind = 'bandit'
+    own_params = dict(tau=POSITIVE, l2=NOT_NEGATIVE)
+
+def bandit_router(
+    domains:Domains|Sequence[str], # domains, or just the experts' names
+    x:np.ndarray, # (N,d) vectors of prompts that no expert was trained on
+    losses:np.ndarray, # (N,E) what each expert costs on each prompt: its mean loss, or minus its reward
+    tau:float=.02, # price of being sure, in units of the losses
+    l2:float=1e-3, # penalty on the square of the weights' distance from `start`
+    start:LinearRouter|None=None, # a classifier to begin from; None: all alike
+    top_k:int|None=None # experts kept a prompt
+)->BanditRouter: # kind `bandit`
+    "Route so that the expected loss is least: a contextual bandit with full information"
+    names = list(getattr(domains, 'names', domains))
+    z = np.c_[np.asarray(x, np.float64), np.ones(len(x))]
+    losses = np.asarray(losses, np.float64)
+    _check_losses(losses, len(z), len(names))
+    if not (tau>0 and l2>=0): raise HydraError(f"tau={tau}, l2={l2}: tau must be above 0, l2 at least 0")
+    encoder, first = _begin(domains, names, z.shape[1], start)
+    w = _least_cost(z, losses, first, tau, l2)
+    arrays = dict(weight=w[:,:-1].copy(), bias=w[:,-1].copy())
+    params = dict(tau=tau, l2=l2, temperature=1., top_k=top_k, encoder=encoder)
+    return BanditRouter(names, arrays, params)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #cell68
 class FixedRouter(Router):

@@ -23,7 +23,7 @@ from .trained_gate import TrainedGate
 from .gate_losses import LOSSES, Decisions, balance_bias
 from .gate_watch import ALARMS, GateWatch, gate_shares
 
-# %% ../../nbs/hydra/61d_train_gate.ipynb #7e13715a
+# %% ../../nbs/hydra/61d_train_gate.ipynb #20cb8d7b
 @dataclass(eq=False)
 class GateRows:
     "Training rows, and what gates and their losses may be told of them"
@@ -35,7 +35,8 @@ class GateRows:
 
     def __post_init__(self):
         self.number = {x.id: i for i, x in enumerate(self.examples)}
-        if len(self.number)<len(self.examples): raise HydraError("two training rows have the same id: give each its own")
+        if len(self.number)<len(self.examples):
+            raise HydraError("two training rows have the same id: give each its own")
         for name in ('weights', 'domain', 'losses', 'allowed'):
             found = getattr(self, name)
             if found is None or len(found)==len(self.examples): continue
