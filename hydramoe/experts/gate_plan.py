@@ -24,11 +24,11 @@ def written_out(
     none = weight.new_zeros(*weight.shape[:-1], E)
     return none.scatter_add(-1, index, weight)
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #7aa249ce
+# %% ../../nbs/experts/41a_gate_plan.ipynb #037ae5c9
 class Answers:
     "What a gate said last"
     def __init__(self,
-        gate:Callable # x (…,in) and the layer's name → a choice; if `reads_inner`, also what experts make of x (…,E,r)
+        gate:Callable # x (…,in), the layer's name → a choice; if `reads_inner`, also what experts make of x (…,E,r)
     ):
         self.gate = gate
         self.leaders = getattr(gate, 'leaders', {})
@@ -51,7 +51,7 @@ class Answers:
         if self.leaders: self.last = {leader: choice}
         return choice
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #47a95e7b
+# %% ../../nbs/experts/41a_gate_plan.ipynb #b0235063
 class DenseGatePlan(FactorPlan):
     "A gate weighs the experts of each token, all of which are computed; a shared expert is among them"
     def __init__(self,
@@ -80,7 +80,7 @@ class DenseGatePlan(FactorPlan):
         of_all = torch.nn.functional.pad(of_slots, (0, 1), value=1.)
         return of_all*self.scale
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #0546b775
+# %% ../../nbs/experts/41a_gate_plan.ipynb #2a3816f2
 @patch
 def weigh(self:DenseGatePlan,
     z:Tensor, # (…,n·E·r) x times a group's A
@@ -100,7 +100,7 @@ def weigh(self:DenseGatePlan,
     weighed = by_expert*weights[...,None].to(z.dtype)
     return weighed.flatten(-2).unbind(-2)
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #2abdd2d0
+# %% ../../nbs/experts/41a_gate_plan.ipynb #8e907741
 @patch
 def inner(self:DenseGatePlan, x, g):
     "The product of x with a group's A, weighed"
@@ -119,7 +119,7 @@ def _parts_by_lookup(self:DenseGatePlan, x, found):
     parts = self.weigh(z, x, found.group)
     return [part.flatten(0, -2) for part in parts]
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #6fbe9a6c
+# %% ../../nbs/experts/41a_gate_plan.ipynb #67944745
 def by_expert(
     index:Tensor # (N,k) the slots that N tokens chose
 ): # yields a slot, the numbers of the tokens that chose it (M,), which of their k it is (M,)
@@ -128,7 +128,7 @@ def by_expert(
         tokens, choice = (index==e).nonzero(as_tuple=True)
         yield e, tokens, choice
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #54db8a8f
+# %% ../../nbs/experts/41a_gate_plan.ipynb #ba137826
 class SparseGatePlan(Plan):
     "A gate chooses experts for each token, and only these are computed"
     def __init__(self,
@@ -156,7 +156,7 @@ class SparseGatePlan(Plan):
         if index.numel()<=64 and not torch.is_grad_enabled(): return self.token_by_token
         return self.side_by_side if len(index.unique())<=4*index.shape[1] else self.one_by_one
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #0cad66a8
+# %% ../../nbs/experts/41a_gate_plan.ipynb #77d2239d
 @patch
 def side_by_side(self:SparseGatePlan, out, x, i, index, weight):
     "One product for all experts in use; a token's weight is zero for those that it didn't choose"
@@ -171,7 +171,7 @@ def side_by_side(self:SparseGatePlan, out, x, i, index, weight):
     add = out.addmm if torch.is_grad_enabled() else out.addmm_
     return add(z.flatten(1), B)
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #79d85cd1
+# %% ../../nbs/experts/41a_gate_plan.ipynb #06974842
 @patch
 def one_by_one(self:SparseGatePlan, out, x, i, index, weight):
     "Each expert reads the tokens that chose it, and adds to them"
@@ -185,7 +185,7 @@ def one_by_one(self:SparseGatePlan, out, x, i, index, weight):
         out = add(0, tokens, added)
     return out
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #cc95f613
+# %% ../../nbs/experts/41a_gate_plan.ipynb #6b86d942
 @patch
 def token_by_token(self:SparseGatePlan, out, x, i, index, weight):
     "Each of a few tokens with its own experts side by side; without a gradient"
@@ -197,7 +197,7 @@ def token_by_token(self:SparseGatePlan, out, x, i, index, weight):
     own_B = B.detach().mT[index].to(x.dtype) # (tokens,k,r,out)
     return out[:,None].baddbmm_(z.flatten(1)[:,None], own_B.flatten(1, 2))[:,0]
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #171da46a
+# %% ../../nbs/experts/41a_gate_plan.ipynb #17f334d6
 FEW = 32 # experts, up to which all are computed
 
 def takes_all(

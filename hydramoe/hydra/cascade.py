@@ -217,11 +217,12 @@ class CascadeRouter(Router):
         raise HydraError("permute the two routers of a cascade, then join them again")
 
 # %% ../../nbs/hydra/60_cascade.ipynb #caf033e4
-ROUTERS = {c.kind: c for c in (SimilarityRouter, ClassifierRouter, RidgeRouter, DistilledRouter, BanditRouter, KnnRouter,
+_OF_VECTORS = SimilarityRouter, ClassifierRouter, RidgeRouter, DistilledRouter, BanditRouter, KnnRouter
+ROUTERS = {c.kind: c for c in (*_OF_VECTORS,
                                UniformRouter, FixedRouter, OracleRouter, CascadeRouter)}
 
 def make_router(
-    kind:str, # similarity, classifier, ridge, distilled, knn, uniform, fixed, oracle or cascade
+    kind:str, # similarity, classifier, ridge, distilled, bandit, knn, uniform, fixed, oracle or cascade
     names:list[str], # E experts
     arrays:dict[str,np.ndarray], # of the kind
     params:dict, # of the kind

@@ -202,7 +202,13 @@ def score_gated(
     try: return loss_matrix(model, examples, dict(gated=weights))
     finally: model.gate = before
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #77f0dfff
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #0e880a55
+def _on_row(gate, x, weights, i, seen=None):
+    "The gate for one row, its prompt marked"
+    own = None if weights is None else weights[i:i+1]
+    is_prompt = torch.arange(len(x.ids))<x.n_prompt
+    return gate.on(own, prompt=is_prompt[None], seen=seen)
+
 def _score_apart(model, gate, examples, weights):
     "As `score_gated`, row by row, each with its prompt marked"
     found = []
@@ -214,7 +220,7 @@ def _score_apart(model, gate, examples, weights):
     ends = np.cumsum([0, *(losses.nll.shape[1] for losses in found)])
     return Losses(nll, ends, [x.id for x in examples], [x.domain for x in examples], ['gated'])
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #000d0a17
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #2b18416a
 def use_of_gate_stage(
     out:Path, # the directory to fill: a stage's
     *,
@@ -253,9 +259,3 @@ def use_by_domain(
         for leader, _, w in seen: of_domain.setdefault(leader, []).append(w[0].cpu())
     return {domain: {leader: torch.cat(parts).mean(0).tolist() for leader, parts in of_domain.items()}
             for domain, of_domain in sums.items()}
-
-def _on_row(gate, x, weights, i, seen=None):
-    "The gate for one row, its prompt marked"
-    own = None if weights is None else weights[i:i+1]
-    is_prompt = torch.arange(len(x.ids))<x.n_prompt
-    return gate.on(own, prompt=is_prompt[None], seen=seen)

@@ -210,11 +210,11 @@ def correct_by(self:Hydra,
     if gate is None:
         self.model.gate = None
         return self
-    if self.gate: raise HydraError(f"this Hydra has no router to be corrected, but a gate ({self.gate.kind}): give it a router")
-    names = [name for name in self.names if name in self.router.names]
-    if names != list(self.router.names) or names != self.names:
-        raise HydraError(f"a trained gate needs a router of all experts, in their order: it weighs {', '.join(self.router.names)}, "
-                         f"the stack holds {', '.join(self.names)}")
+    if self.gate:
+        raise HydraError(f"this Hydra has no router to be corrected, but a gate ({self.gate.kind}): give it a router")
+    if list(self.router.names) != self.names:
+        raise HydraError(f"a trained gate needs a router of all experts, in their order: the router weighs "
+                         f"{', '.join(self.router.names)}, the stack holds {', '.join(self.names)}")
     self.model.gate = check_trained_gate(gate, self.model.stack).to(self.base.device)
     return self
 
