@@ -24,7 +24,7 @@ def written_out(
     none = weight.new_zeros(*weight.shape[:-1], E)
     return none.scatter_add(-1, index, weight)
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #037ae5c9
+# %% ../../nbs/experts/41a_gate_plan.ipynb #4c382790
 class Answers:
     "What a gate said last"
     def __init__(self,
@@ -47,11 +47,12 @@ class Answers:
         "The choice for a layer: a new one, or its leader's"
         leader = self.leader(layer)
         if leader!=layer: return self.last[leader]
-        choice = self.gate(x, layer, inner()) if self.reads_inner else self.gate(x, layer)
+        more = [inner()] if self.reads_inner else []
+        choice = self.gate(x, layer, *more)
         if self.leaders: self.last = {leader: choice}
         return choice
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #b0235063
+# %% ../../nbs/experts/41a_gate_plan.ipynb #303bb49e
 class DenseGatePlan(FactorPlan):
     "A gate weighs the experts of each token, all of which are computed; a shared expert is among them"
     def __init__(self,
@@ -63,9 +64,11 @@ class DenseGatePlan(FactorPlan):
         self.said = Answers(gate)
         self.trains_experts = getattr(gate, 'trains_experts', True)
         self.scale = stack.scale
+        device = stack.theta.device
         rows = len(stack.theta)
-        every = torch.arange(rows, device=stack.theta.device)
-        self.runs = Runs(every[None], torch.ones(1, 1, rows, device=every.device), rows=None)
+        every = torch.arange(rows, device=device)
+        ones = torch.ones(1, 1, rows, device=device)
+        self.runs = Runs(every[None], ones, rows=None)
 
     def gather(self, g, dtype):
         "The factors of all experts, side by side"
@@ -128,7 +131,7 @@ def by_expert(
         tokens, choice = (index==e).nonzero(as_tuple=True)
         yield e, tokens, choice
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #ba137826
+# %% ../../nbs/experts/41a_gate_plan.ipynb #2c1e55d9
 class SparseGatePlan(Plan):
     "A gate chooses experts for each token, and only these are computed"
     def __init__(self,
@@ -141,15 +144,21 @@ class SparseGatePlan(Plan):
     def add(self, y, x, i):
         "Add to each token the experts that the gate chooses for it"
         layer = self.stack.layers[i]
-        A, _ = self.stack.leaves[i]
-        def inner(): return (x@A[:self.stack.slots].flatten(0, 1).mT.to(x.dtype)).unflatten(-1, (self.stack.slots, -1))
-        index, weight = self.said.ask(x, layer.name, inner)
-        if index is None: index = torch.arange(self.stack.slots, device=x.device).expand(weight.shape)
+        index, weight = self.said.ask(x, layer.name, lambda: self.inner_of_all(x, i))
+        if index is None:
+            every = torch.arange(self.stack.slots, device=x.device)
+            index = every.expand(weight.shape)
         index = index.flatten(0, -2)
         weight = weight.flatten(0, -2)
         way = self.way(index)
         out = way(y.reshape(-1, layer.n_out), x.flatten(0, -2), i, index, weight)
         return out.view_as(y)
+
+    def inner_of_all(self, x, i):
+        "What all experts make of x, (…,E,r), for a gate that reads it"
+        A, _ = self.stack.leaves[i]
+        A = A[:self.stack.slots].to(x.dtype)
+        return torch.einsum('...i,eri->...er', x, A)
 
     def way(self, index):
         "How so many tokens and experts are computed"
@@ -185,7 +194,7 @@ def one_by_one(self:SparseGatePlan, out, x, i, index, weight):
         out = add(0, tokens, added)
     return out
 
-# %% ../../nbs/experts/41a_gate_plan.ipynb #6b86d942
+# %% ../../nbs/experts/41a_gate_plan.ipynb #baae59ef
 @patch
 def token_by_token(self:SparseGatePlan, out, x, i, index, weight):
     "Each of a few tokens with its own experts side by side; without a gradient"
@@ -195,7 +204,9 @@ def token_by_token(self:SparseGatePlan, out, x, i, index, weight):
     inner = own_A.flatten(1, 2).bmm(x[...,None]) # (tokens,k·r,1)
     z = inner.view(own_A.shape[:3])*g[...,None]
     own_B = B.detach().mT[index].to(x.dtype) # (tokens,k,r,out)
-    return out[:,None].baddbmm_(z.flatten(1)[:,None], own_B.flatten(1, 2))[:,0]
+    z = z.flatten(1)[:,None] # (tokens,1,k·r)
+    out[:,None].baddbmm_(z, own_B.flatten(1, 2))
+    return out
 
 # %% ../../nbs/experts/41a_gate_plan.ipynb #17f334d6
 FEW = 32 # experts, up to which all are computed

@@ -6,7 +6,8 @@
 __all__ = ['LOSSES', 'Decisions', 'decided', 'cross_entropy', 'load_balance', 'balance_bias', 'z_loss', 'entropy',
            'entropy_floor', 'distillation', 'soft_regret', 'contrastive', 'lost_information', 'reinforce']
 
-# %% ../../nbs/hydra/61b_gate_losses.ipynb #78d3bd17
+# %% ../../nbs/hydra/61b_gate_losses.ipynb #f79a10f4
+import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Decisions:
         if found is not None: return found
         raise HydraError(f"this loss reads `{name}` of the rows, which was not given: give it, or leave the loss out")
 
-# %% ../../nbs/hydra/61b_gate_losses.ipynb #351209a3
+# %% ../../nbs/hydra/61b_gate_losses.ipynb #125ddfbf
 def decided(
     logits:Tensor, # (B,T,E)
     weights:Tensor, # (B,T,E)
@@ -46,7 +47,8 @@ def decided(
     **of_rows # other fields of `Decisions`
 )->Decisions:
     "The decisions for the tokens of a batch, without its padding"
-    row = torch.arange(len(counted), device=counted.device)[:,None].expand(counted.shape)
+    row = torch.arange(len(counted), device=counted.device)
+    row = row[:,None].expand(counted.shape)
     return Decisions(logits[counted], weights[counted], row[counted], **of_rows)
 
 # %% ../../nbs/hydra/61b_gate_losses.ipynb #824a7878
@@ -56,14 +58,15 @@ def cross_entropy(
     "Loss of the answers, each row alike"
     return d.need('nll').mean()
 
-# %% ../../nbs/hydra/61b_gate_losses.ipynb #f6fca3f9
+# %% ../../nbs/hydra/61b_gate_losses.ipynb #ea343143
 def load_balance(
     d:Decisions
 )->Tensor: # 1 if even
     "Share of tokens times mean probability of each expert (Fedus et al., 2022)"
     p = d.logits.softmax(-1).mean(0)
     used = (d.weights>0).float()
-    share = (used/used.sum(-1, keepdim=True)).mean(0)
+    of_tokens = used/used.sum(-1, keepdim=True)
+    share = of_tokens.mean(0)
     return len(p)*(share*p).sum()
 
 # %% ../../nbs/hydra/61b_gate_losses.ipynb #e96d1290
@@ -83,42 +86,48 @@ def z_loss(
     "Size of the logits (Zoph et al., 2022)"
     return d.logits.logsumexp(-1).square().mean()
 
-# %% ../../nbs/hydra/61b_gate_losses.ipynb #264e8ed7
+# %% ../../nbs/hydra/61b_gate_losses.ipynb #1ee3ebcb
+def _entropies(logits):
+    "Of each token, in nats"
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp()*log_p).sum(-1)
+
 def entropy(
     d:Decisions
 )->Tensor: # nats; 0 if each token has one expert, log E if all are alike
     "How undecided the gate is, a token"
-    log_p = d.logits.log_softmax(-1)
-    return -(log_p.exp()*log_p).sum(-1).mean()
+    return _entropies(d.logits).mean()
 
 def entropy_floor(
     d:Decisions,
     least:float=.5 # share of log E
 )->Tensor: # 0 above the floor
     "How far the entropy of tokens is below a floor"
-    log_p = d.logits.log_softmax(-1)
-    of_tokens = -(log_p.exp()*log_p).sum(-1)
-    floor = least*torch.log(torch.tensor(float(d.logits.shape[-1])))
-    return (floor-of_tokens).clamp(min=0).mean()
+    most = math.log(d.logits.shape[-1])
+    below = least*most-_entropies(d.logits)
+    return below.clamp(min=0).mean()
 
-# %% ../../nbs/hydra/61b_gate_losses.ipynb #29f7d106
+# %% ../../nbs/hydra/61b_gate_losses.ipynb #29a0ee0c
 def distillation(
     d:Decisions, # with `losses`
     temperature:float=.1 # nats
 )->Tensor: # nats
     "Divergence of a row's mean probabilities from what the loss matrix asks for"
     q = (-d.need('losses')/temperature).softmax(-1)
+    log_q = q.clamp(min=1e-9).log()
     log_p = d.of_rows.clamp(min=1e-9).log()
-    return (q*(q.clamp(min=1e-9).log()-log_p)).sum(-1).mean()
+    of_rows = (q*(log_q-log_p)).sum(-1)
+    return of_rows.mean()
 
-# %% ../../nbs/hydra/61b_gate_losses.ipynb #ded99edc
+# %% ../../nbs/hydra/61b_gate_losses.ipynb #668c7bbe
 def soft_regret(
     d:Decisions # with `losses`
 )->Tensor: # nats
     "Expected loss by the gate's probabilities, less that of the best expert"
     losses = d.need('losses')
-    above_best = losses-losses.min(1, keepdim=True).values
-    return (d.of_rows*above_best).sum(-1).mean()
+    best = losses.min(1, keepdim=True).values
+    of_rows = (d.of_rows*(losses-best)).sum(-1)
+    return of_rows.mean()
 
 # %% ../../nbs/hydra/61b_gate_losses.ipynb #c4eb1e89
 def contrastive(
@@ -153,14 +162,15 @@ def _entropy(p):
     "Of a distribution, in nats"
     return -(p*p.clamp(min=1e-9).log()).sum()
 
-# %% ../../nbs/hydra/61b_gate_losses.ipynb #afb5ddab
+# %% ../../nbs/hydra/61b_gate_losses.ipynb #41f4ae63
 def reinforce(
     d:Decisions # with `nll`
 )->Tensor: # its gradient is what counts
     "Log-probability of the choices, weighted by how much better than the other rows their row went"
     reward = -d.need('nll').detach()
-    others = (reward.sum()-reward)/max(1, len(reward)-1)
-    advantage = (reward-others)[d.row]
+    n_others = max(1, len(reward)-1)
+    usual = (reward.sum()-reward)/n_others
+    advantage = (reward-usual)[d.row]
     log_p = d.logits.log_softmax(-1)
     of_choice = (d.weights.detach()*log_p).sum(-1)
     return -(advantage*of_choice).mean()

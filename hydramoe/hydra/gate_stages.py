@@ -29,7 +29,7 @@ from .trained_gate import GateSpec, TrainedGate, check_trained_gate, load_traine
 from .trained_gate import standardised, trained_gate
 from .train_gate import GateRows, GateTraining, train_gate
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #8f41c8c6
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #a52e0a13
 @dataclass
 class GateData:
     "Records, and what is known of them"
@@ -51,10 +51,15 @@ def gate_rows(
     if strange:
         raise HydraError(f"there are records of {', '.join(strange)}, and experts for {', '.join(names)}: "
                          "give both the same groups")
-    pairs = [(names.index(name), x) for name, own in rows.items() for x in own]
-    examples = [x for _, x in pairs]
-    found = GateRows(examples, domain=torch.tensor([e for e, _ in pairs]))
-    if known.weights: found.weights = torch.tensor([known.weights[x.id] for x in examples])
+    examples = []
+    slots = []
+    for name, own in rows.items():
+        examples += own
+        slots += [names.index(name)]*len(own)
+    found = GateRows(examples, domain=torch.tensor(slots))
+    if known.weights:
+        by_row = [known.weights[x.id] for x in examples]
+        found.weights = torch.tensor(by_row)
     if known.losses: found.losses = loss_table(known.losses, examples, names)
     if known.own: found.allowed = one_hot(found.domain, len(names)).bool()
     return found
@@ -74,7 +79,7 @@ def loss_table(
     rows = [place[x.id] for x in examples]
     return torch.tensor(np.array(columns)).mT[rows].float()
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #96583028
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #c261325e
 def gate_model(
     base, # `hydramoe.models.base.Base`
     adapters:Path|None, # NAME/ an adapter, and shared/ if there is one; None: fresh experts
@@ -88,11 +93,14 @@ def gate_model(
         found = {p.name: p for p in find_adapters(adapters)}
         return with_adapters(base, found, shared=find_shared(adapters))
     model = gated(base, len(names), lora, shared)
-    for e, name in enumerate(names): model.stack.init_expert(e, derive_seed(seed, 'expert', name), name)
-    if shared: model.stack.init_expert(model.stack.shared, derive_seed(seed, 'shared'))
+    stack = model.stack
+    for e, name in enumerate(names):
+        own_seed = derive_seed(seed, 'expert', name)
+        stack.init_expert(e, own_seed, name)
+    if shared: stack.init_expert(stack.shared, derive_seed(seed, 'shared'))
     return model
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #59bc0454
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #b9da5833
 def write_gated(
     out:Path, # the directory to fill
     model:GatedCausalLM,
@@ -115,11 +123,13 @@ def as_training(
 )->GateTraining:
     "Stages are given plain values"
     if not isinstance(value, dict): return value
-    specs = {name: as_spec(TrainSpec, value[name]) for name in ('spec', 'experts') if name in value}
-    if 'stop_on' in value: specs['stop_on'] = tuple(value['stop_on'])
-    return GateTraining(**(value|specs))
+    fields = dict(value)
+    for name in ('spec', 'experts'):
+        if name in value: fields[name] = as_spec(TrainSpec, value[name])
+    if 'stop_on' in value: fields['stop_on'] = tuple(value['stop_on'])
+    return GateTraining(**fields)
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #6b7c2c27
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #95ce0531
 def train_gate_stage(
     out:Path, # the directory to fill: a stage's
     *,
@@ -154,7 +164,8 @@ def train_gate_stage(
     else:
         setup = TrainSetup(base, quant, start, lora, training.spec)
         model = started_model(opened, fresh, setup, ResidualSpec(rank=rank))
-    known = gate_rows(GateData(data, weights, losses, own), list(model.stack.names), opened.tokenizer)
+    names = list(model.stack.names)
+    known = gate_rows(GateData(data, weights, losses, own), names, opened.tokenizer)
     made = trained_gate(model.stack, spec, training.spec.seed)
     with using_threads(threads):
         history = train_gate(model, made, known, training, work_dir(out), checkpointing=checkpointing)
@@ -202,7 +213,7 @@ def score_gated(
     try: return loss_matrix(model, examples, dict(gated=weights))
     finally: model.gate = before
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #0e880a55
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #ae0a5eec
 def _on_row(gate, x, weights, i, seen=None):
     "The gate for one row, its prompt marked"
     own = None if weights is None else weights[i:i+1]
@@ -218,9 +229,11 @@ def _score_apart(model, gate, examples, weights):
             found.append(loss_matrix(model, [x], dict(gated=None)))
     nll = np.concatenate([losses.nll for losses in found], 1)
     ends = np.cumsum([0, *(losses.nll.shape[1] for losses in found)])
-    return Losses(nll, ends, [x.id for x in examples], [x.domain for x in examples], ['gated'])
+    ids = [x.id for x in examples]
+    domains = [x.domain for x in examples]
+    return Losses(nll, ends, ids, domains, ['gated'])
 
-# %% ../../nbs/hydra/61f_gate_stages.ipynb #2b18416a
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #a4d4d242
 def use_of_gate_stage(
     out:Path, # the directory to fill: a stage's
     *,
@@ -249,13 +262,22 @@ def use_by_domain(
     weights:torch.Tensor|None=None # (N,E) of the router
 )->dict[str,dict]: # domain → place → mean weight of each expert
     "Whom a gate uses"
-    sums = {}
+    found = {}
     for i, x in enumerate(progress(examples, desc='use', unit='row')):
         seen = []
         work = _on_row(gate, x, weights, i, seen)
         ids = torch.tensor([x.ids], device=model.device)
         with torch.no_grad(): hidden(model, ids, gates=work)
-        of_domain = sums.setdefault(x.domain, {})
-        for leader, _, w in seen: of_domain.setdefault(leader, []).append(w[0].cpu())
-    return {domain: {leader: torch.cat(parts).mean(0).tolist() for leader, parts in of_domain.items()}
-            for domain, of_domain in sums.items()}
+        of_domain = found.setdefault(x.domain, {})
+        for leader, _, w in seen:
+            of_place = of_domain.setdefault(leader, [])
+            of_place.append(w[0].cpu())
+    return {domain: _means(of_domain) for domain, of_domain in found.items()}
+
+def _means(of_domain):
+    "The mean over tokens in each place"
+    means = {}
+    for leader, parts in of_domain.items():
+        weights = torch.cat(parts)
+        means[leader] = weights.mean(0).tolist()
+    return means

@@ -31,7 +31,7 @@ class GateUse:
         p = self.share.clamp(min=1e-12)
         return torch.exp(-(p*p.log()).sum(-1))
 
-# %% ../../nbs/hydra/61c_gate_watch.ipynb #28b033a7
+# %% ../../nbs/hydra/61c_gate_watch.ipynb #4da625cb
 def gate_shares(
     seen:list, # (leader, logits, weights (…,E)) of each decision, as a `Batch` takes them down
     names:list[str] # of the experts
@@ -46,12 +46,16 @@ def gate_shares(
     spread = []
     for found in of_place.values():
         w = torch.cat(found)
-        share.append(w.sum(0)/w.sum().clamp(min=1e-12))
-        top.append(torch.bincount(w.argmax(-1), minlength=len(names))/len(w))
-        spread.append((w-w.mean(-1, keepdim=True)).abs().max())
-    return GateUse(list(of_place), list(names), torch.stack(share), torch.stack(top), torch.stack(spread))
+        total = w.sum().clamp(min=1e-12)
+        counts = torch.bincount(w.argmax(-1), minlength=len(names))
+        mean = w.mean(-1, keepdim=True)
+        share.append(w.sum(0)/total)
+        top.append(counts/len(w))
+        spread.append((w-mean).abs().max())
+    share = torch.stack(share)
+    return GateUse(list(of_place), list(names), share, torch.stack(top), torch.stack(spread))
 
-# %% ../../nbs/hydra/61c_gate_watch.ipynb #e65e195d
+# %% ../../nbs/hydra/61c_gate_watch.ipynb #e6293559
 def dead_experts(
     use:GateUse
 )->list[str]:
@@ -65,18 +69,20 @@ def lone_experts(
 )->list[str]:
     "The expert that has more than 90 % of the weight, in all places together"
     if len(use.names)==1: return []
-    return [name for name, share in zip(use.names, use.share.mean(0).tolist()) if share>.9]
+    mean = use.share.mean(0).tolist()
+    return [name for name, share in zip(use.names, mean) if share>.9]
 
 def uniform_places(
     use:GateUse
 )->list[str]:
     "Places where every token gives all experts exactly the same"
     if len(use.names)==1: return []
-    return [place for place, spread in zip(use.places, use.spread.tolist()) if spread==0]
+    is_flat = use.spread==0
+    return [place for place, flat in zip(use.places, is_flat.tolist()) if flat]
 
 ALARMS = dict(dead=dead_experts, one=lone_experts, uniform=uniform_places)
 
-# %% ../../nbs/hydra/61c_gate_watch.ipynb #c48e3cb7
+# %% ../../nbs/hydra/61c_gate_watch.ipynb #fdb394cc
 class GateWatch:
     "Looks at each step of a training, and raises alarms"
     def __init__(self,
@@ -101,8 +107,8 @@ class GateWatch:
         if stops: raise HydraError(self.report(stops, alarms))
         shares = use.share.mean(0).tolist()
         effective = use.effective
-        bounds = [effective.min().item(), effective.mean().item(), effective.max().item()]
-        return dict(use=dict(zip(self.names, shares)), effective=bounds, alarms=alarms)
+        bounds = torch.stack([effective.min(), effective.mean(), effective.max()])
+        return dict(use=dict(zip(self.names, shares)), effective=bounds.tolist(), alarms=alarms)
 
 # %% ../../nbs/hydra/61c_gate_watch.ipynb #4bf025e5
 @patch
@@ -128,12 +134,16 @@ def report(self:GateWatch, stops, alarms):
             "Begin from a router (corrects=True), lower the gate's learning rate, or add a loss such as load_balance; "
             "without stop_on= the run goes on")
 
-# %% ../../nbs/hydra/61c_gate_watch.ipynb #9276931f
+# %% ../../nbs/hydra/61c_gate_watch.ipynb #ed9b50fa
 def first_choices(
     seen:list # as for `gate_shares`, of the same rows each time
 )->Tensor: # (S,N) the expert that got the most, of each token in each place
     "Who is every token's first choice"
-    return torch.stack([weights.detach().flatten(0, -2).argmax(-1).cpu() for _, _, weights in seen])
+    found = []
+    for _, _, weights in seen:
+        by_token = weights.detach().flatten(0, -2)
+        found.append(by_token.argmax(-1).cpu())
+    return torch.stack(found)
 
 def flips(
     before:Tensor, # (S,N) from `first_choices`
@@ -142,20 +152,23 @@ def flips(
     "Share of tokens whose first choice has changed"
     return (before!=after).float().mean().item()
 
-# %% ../../nbs/hydra/61c_gate_watch.ipynb #e558c669
+# %% ../../nbs/hydra/61c_gate_watch.ipynb #34ff9841
 def plot_watch(
     history:list[dict] # entries of `GateWatch.look`
 )->Figure:
     "Who is used, and the effective number of experts, step by step; alarms are marked"
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6), layout='constrained')
     steps = range(len(history))
-    for name in history[0]['use']: left.plot(steps, [h['use'][name] for h in history], label=name)
+    names = list(history[0]['use'])
+    for name in names:
+        shares = [h['use'][name] for h in history]
+        left.plot(steps, shares, label=name)
     left.set(xlabel='step', ylabel='share of the weight', ylim=(0, 1))
     left.legend(frameon=False, fontsize=7)
     low, mean, high = zip(*[h['effective'] for h in history])
     right.fill_between(steps, low, high, alpha=.2, lw=0)
     right.plot(steps, mean)
-    right.set(xlabel='step', ylabel='effective experts, over places', ylim=(0, len(history[0]['use'])+.2))
+    right.set(xlabel='step', ylabel='effective experts, over places', ylim=(0, len(names)+.2))
     for k, h in enumerate(history):
         if h['alarms']: right.axvline(k, color='#c03030', lw=.5, alpha=.3)
     plt.close(fig)

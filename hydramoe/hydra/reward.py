@@ -38,7 +38,7 @@ def reward_of(
     kind = one_of(how.pop('kind', None), CHECKS, 'check')
     return float(CHECKS[kind](answer, **how))
 
-# %% ../../nbs/hydra/69_reward.ipynb #a7ba8b93
+# %% ../../nbs/hydra/69_reward.ipynb #89f63a74
 class DrawingGate(GateAtWork):
     "A trained gate that draws its experts, and remembers whom"
     def __init__(self,
@@ -53,12 +53,13 @@ class DrawingGate(GateAtWork):
     def __call__(self, x, layer, inner=None):
         "Draw experts for each token"
         logits = self.quiet_logits(x, layer, inner)/self.temperature
-        again = self.drawn.get(layer) if self.gate.spec.pool else None
-        index = again[0] if again else self.draw(logits)
-        self.drawn.setdefault(layer, []).append(index)
+        before = self.drawn.setdefault(layer, [])
+        keeps = self.gate.spec.pool and before
+        index = before[0] if keeps else self.draw(logits)
+        before.append(index)
         return weights_of_choice(logits, index.expand(*logits.shape[:-1], -1))
 
-# %% ../../nbs/hydra/69_reward.ipynb #c5f38cdf
+# %% ../../nbs/hydra/69_reward.ipynb #16924463
 @patch
 def quiet_logits(self:GateAtWork, x, layer, inner=None):
     "Logits without noise, whatever the spec says of training"
@@ -73,9 +74,10 @@ def weights_of_choice(
     "A softmax over the chosen"
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
     weights = softmax_weights(logits, chosen)
-    return (None, weights) if logits.shape[-1]<=FEW else (index, weights.gather(-1, index))
+    if logits.shape[-1]<=FEW: return None, weights
+    return index, weights.gather(-1, index)
 
-# %% ../../nbs/hydra/69_reward.ipynb #2951bec4
+# %% ../../nbs/hydra/69_reward.ipynb #15345bed
 class ReplayingGate(GateAtWork):
     "A trained gate that repeats what was drawn, and says how likely that is"
     def __init__(self,
@@ -99,25 +101,30 @@ class ReplayingGate(GateAtWork):
         log_p = logits.log_softmax(-1)[:,:index.shape[1]] # one for each decision
         self.log_p[layer] = log_p.gather(-1, index).sum(-1)
         if self.start is not None:
-            with torch.no_grad(): before = self.start.quiet_logits(x, layer, inner)/self.temperature
-            before = before.log_softmax(-1)[:,:index.shape[1]]
-            self.kl[layer] = (log_p.exp()*(log_p-before)).sum(-1)
+            with torch.no_grad(): before = self.start.quiet_logits(x, layer, inner)
+            before = (before/self.temperature).log_softmax(-1)
+            gap = log_p-before[:,:index.shape[1]]
+            self.kl[layer] = (log_p.exp()*gap).sum(-1)
         return weights_of_choice(logits, index.expand(*logits.shape[:-1], -1))
 
-# %% ../../nbs/hydra/69_reward.ipynb #4afb1540
+# %% ../../nbs/hydra/69_reward.ipynb #5a663a2b
 @patch
 def draw(self:DrawingGate, logits):
     "Slots (B,T,k) by the probabilities of the logits (B,T,E); one draw a row if the gate decides once a row"
     if self.gate.spec.pool: logits = logits[:,:1]
-    uniform = torch.rand(logits.shape, generator=self.batch.generator).clamp(1e-9, 1-1e-7)
-    noisy = logits-torch.log(-uniform.log()).to(logits.device)
+    uniform = torch.rand(logits.shape, generator=self.batch.generator)
+    uniform = uniform.clamp(1e-9, 1-1e-7)
+    gumbel = -torch.log(-uniform.log())
+    noisy = logits+gumbel.to(logits.device)
     return noisy.topk(self.gate.spec.top_k).indices
 
 @patch
 def all_drawn(self:DrawingGate):
     "Leader → (B,T,k), all forwards together; (B,1,k) if the gate decides once a row"
-    if self.gate.spec.pool: return {leader: parts[0] for leader, parts in self.drawn.items()}
-    return {leader: torch.cat(parts, 1) for leader, parts in self.drawn.items()}
+    found = {}
+    for leader, parts in self.drawn.items():
+        found[leader] = parts[0] if self.gate.spec.pool else torch.cat(parts, 1)
+    return found
 
 # %% ../../nbs/hydra/69_reward.ipynb #d20477ab
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ def tokenized(
     ids = tokenizer(texts, return_tensors='pt', padding=True, padding_side='left', add_special_tokens=False)
     return ids.to(device)
 
-# %% ../../nbs/hydra/69_reward.ipynb #e8063660
+# %% ../../nbs/hydra/69_reward.ipynb #fd59dbc0
 @torch.no_grad()
 def roll_out(
     model:GatedCausalLM, # base and experts
@@ -201,8 +208,9 @@ def roll_out(
     n_prompt = inputs['input_ids'].shape[1]
     answers = tokenizer.batch_decode(ids[:,n_prompt:], skip_special_tokens=True)
     rewards = [reward(task, answer) for task, answer in zip(asked, answers)]
+    rewards = torch.tensor(rewards).float()
     mask = _mask_of(ids, inputs['attention_mask'], tokenizer)
-    return Rollout(ids, mask, n_prompt, work.all_drawn(), weights, torch.tensor(rewards).float(), answers)
+    return Rollout(ids, mask, n_prompt, work.all_drawn(), weights, rewards, answers)
 
 def _mask_of(ids, prompt_mask, tokenizer):
     "1 for tokens of prompts and of answers up to their end"
@@ -211,7 +219,7 @@ def _mask_of(ids, prompt_mask, tokenizer):
     ends_before = is_end.cumsum(1)-is_end.long()
     return torch.cat([prompt_mask, (ends_before==0).to(prompt_mask.dtype)], 1)
 
-# %% ../../nbs/hydra/69_reward.ipynb #9063a669
+# %% ../../nbs/hydra/69_reward.ipynb #0744ebc9
 def replay(
     model:GatedCausalLM,
     gate:TrainedGate,
@@ -231,7 +239,9 @@ def replay(
         model(input_ids=ids, attention_mask=mask, position_ids=positions)
     log_p = torch.cat(list(work.log_p.values()), 1)
     counted = torch.ones_like(log_p)
-    if not gate.spec.pool: counted = mask.repeat(1, len(work.log_p)).to(log_p.dtype)
+    if not gate.spec.pool:
+        of_places = mask.repeat(1, len(work.log_p))
+        counted = of_places.to(log_p.dtype)
     kl = torch.zeros_like(log_p)
     if work.kl: kl = torch.cat(list(work.kl.values()), 1)
     return log_p, kl, counted
@@ -290,7 +300,7 @@ class GrpoRun:
             ratios.append((log_p-before).exp().max().item())
         return ratios, divergence.item()
 
-# %% ../../nbs/hydra/69_reward.ipynb #375fd678
+# %% ../../nbs/hydra/69_reward.ipynb #0206e900
 def train_on_rewards(
     model:GatedCausalLM, # base and experts, which stay as they are
     gate:TrainedGate, # for its stack, with a `top_k`
@@ -308,7 +318,8 @@ def train_on_rewards(
         raise HydraError(f"{len(weights)} rows of weights for {len(tasks)} tasks: give one for each")
     run = GrpoRun(model, gate, tokenizer, spec, reward)
     prompts = [t['prompt'] for t in tasks]
-    job = digest([gate.names, gate.spec, tensor_bytes(gate.phi).hex(), prompts, weights.tolist(), spec])
+    start = tensor_bytes(gate.phi).hex()
+    job = digest([gate.names, gate.spec, start, prompts, weights.tolist(), spec])
     history = load_checkpoint(work, run.opt, job) if work else []
     for k in progress(range(len(history), spec.steps), desc='rewards', unit='step'):
         chosen = rng(spec.seed, 'tasks', k).permutation(len(tasks))[:spec.prompts]
@@ -322,8 +333,10 @@ def train_on_rewards(
 
 def _noted(found):
     "What the history says of a roll-out"
-    lengths = found.mask[:,found.n_prompt:].sum(1).float()
-    return dict(reward=found.rewards.mean().item(), length=lengths.mean().item())
+    reward = found.rewards.mean()
+    of_answers = found.mask[:,found.n_prompt:]
+    lengths = of_answers.sum(1).float()
+    return dict(reward=reward.item(), length=lengths.mean().item())
 
 # %% ../../nbs/hydra/69_reward.ipynb #ff41edce
 @torch.no_grad()
@@ -344,15 +357,26 @@ def mean_reward(
     answers = tokenizer.batch_decode(ids[:,inputs['input_ids'].shape[1]:], skip_special_tokens=True)
     return [reward(task, answer) for task, answer in zip(tasks, answers)]
 
-# %% ../../nbs/hydra/69_reward.ipynb #a08e0b7c
+# %% ../../nbs/hydra/69_reward.ipynb #93b6ed30
 def _trl_options(spec, device):
     "A spec as TRL says it"
     return dict(
-        max_steps=spec.steps, num_iterations=spec.inner, learning_rate=spec.lr, seed=spec.seed,
-        num_generations=spec.answers, per_device_train_batch_size=spec.answers*spec.prompts,
-        max_completion_length=spec.max_new_tokens, temperature=spec.temperature,
-        epsilon=spec.clip, beta=spec.kl, bf16=False, use_cpu=torch.device(device).type!='cuda',
-        logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True)
+        max_steps=spec.steps,
+        num_iterations=spec.inner,
+        learning_rate=spec.lr,
+        seed=spec.seed,
+        num_generations=spec.answers,
+        per_device_train_batch_size=spec.answers*spec.prompts,
+        max_completion_length=spec.max_new_tokens,
+        temperature=spec.temperature,
+        epsilon=spec.clip,
+        beta=spec.kl,
+        bf16=False,
+        use_cpu=torch.device(device).type!='cuda',
+        logging_steps=1,
+        save_strategy='no',
+        report_to='none',
+        disable_tqdm=True)
 
 def grpo_adapter(
     base, # `hydramoe.models.base.Base`, bare

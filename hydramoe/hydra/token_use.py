@@ -16,7 +16,7 @@ from ..foundations.core import HydraError
 from ..experts.gate_plan import written_out
 from ..experts.model import GatedCausalLM, hidden
 
-# %% ../../nbs/hydra/61e_token_use.ipynb #00a086ec
+# %% ../../nbs/hydra/61e_token_use.ipynb #192a2cab
 class Listener:
     "A gate that adds up what another one gives to each token"
     def __init__(self,
@@ -34,8 +34,9 @@ class Listener:
     def __call__(self, x, layer, *inner):
         "As the gate"
         choice = self.gate(x, layer, *inner)
-        weights = written_out(choice, self.E).detach().float().abs()
-        self.total = self.total+weights.expand(*x.shape[:-1], -1).cpu()
+        weights = written_out(choice, self.E).detach()
+        weights = weights.expand(*x.shape[:-1], -1)
+        self.total = self.total+weights.float().abs().cpu()
         self.places += 1
         return choice
 
@@ -67,7 +68,7 @@ def token_pieces(
         if is_whole: said = text
     return pieces
 
-# %% ../../nbs/hydra/61e_token_use.ipynb #796dcaf0
+# %% ../../nbs/hydra/61e_token_use.ipynb #7aa1c10c
 @torch.no_grad()
 def token_use(
     model:GatedCausalLM, # base and experts
@@ -76,14 +77,14 @@ def token_use(
     tokenizer # of the base
 )->TokenUse:
     "Which experts are behind each token"
-    ids = torch.tensor([ids], device=model.device)
-    E = model.stack.slots
-    tokens = token_pieces(tokenizer, ids[0].tolist())
-    if not callable(gates) and model.gate is not None: gates = model.gate.on(gates.flatten(1))
+    tokens = token_pieces(tokenizer, ids)
     names = [str(name) for name in model.stack.names]
-    if not callable(gates): return TokenUse(tokens, gates.flatten(1).abs().expand(len(tokens), -1).cpu(), names)
-    listener = Listener(gates, E)
-    hidden(model, ids, gates=listener)
+    if not callable(gates):
+        gates = gates.flatten(1)
+        if model.gate is None: return TokenUse(tokens, gates.abs().expand(len(tokens), -1).cpu(), names)
+        gates = model.gate.on(gates)
+    listener = Listener(gates, len(names))
+    hidden(model, torch.tensor([ids], device=model.device), gates=listener)
     return TokenUse(tokens, listener.total[0]/listener.places, names)
 
 # %% ../../nbs/hydra/61e_token_use.ipynb #f25497f2

@@ -160,7 +160,7 @@ def objective(self:GateRun, done, step, others):
     for name, value in others.items(): loss = loss+coefficients[name]*share*value
     return loss
 
-# %% ../../nbs/hydra/61d_train_gate.ipynb #12a941eb
+# %% ../../nbs/hydra/61d_train_gate.ipynb #27626346
 @patch
 def pass_forward(self:GateRun, model, gate, examples, stack, bind, counts, step):
     "Forward and backward of one pass; its answers' summed loss, and the other losses"
@@ -171,7 +171,9 @@ def pass_forward(self:GateRun, model, gate, examples, stack, bind, counts, step)
         others = other_losses(self.known, done, self.names)
         loss = self.objective(done, step, others)
         (counts*loss).backward()
-    done.seen = [(leader, logits.detach(), weights.detach()) for leader, logits, weights in seen]
+    done.seen = []
+    for leader, logits, weights in seen:
+        done.seen.append((leader, logits.detach(), weights.detach()))
     return done, [value.item() for value in others.values()]
 
 @patch
@@ -209,7 +211,7 @@ def expert_names(
     "Names of all experts, the shared one's too"
     return list(stack.names) if stack.shared is None else [*stack.names, 'shared']
 
-# %% ../../nbs/hydra/61d_train_gate.ipynb #02303ef0
+# %% ../../nbs/hydra/61d_train_gate.ipynb #7fcc48ef
 class GateOptimizers:
     "AdamW for the gate, and for the experts if they learn"
     stopping = None # early stopping is for experts alone
@@ -224,20 +226,27 @@ class GateOptimizers:
         self.spec = training.spec
         self.clock = 0 # steps that were taken
         self.param = nn.Parameter(gate.phi)
-        self.adamw = torch.optim.AdamW([self.param], lr=self.spec.lr, weight_decay=0., fused=True)
+        self.adamw = torch.optim.AdamW([self.param], weight_decay=0., fused=True)
         self.experts = None
-        if training.experts: self.experts = OnRunClock(stack, [total]*len(stack.theta), training.experts)
+        if training.experts:
+            totals = [total]*len(stack.theta)
+            self.experts = OnRunClock(stack, totals, training.experts)
 
     def step_gate(self):
         "A step of the gate; its gradient's norm"
-        norm = self.gate.grad.norm().item()
-        self.adamw.param_groups[0]['lr'] = self.spec.lr*lr_factor(self.clock, self.total, self.spec)
+        spec = self.spec
+        grad = self.gate.grad
+        norm = grad.norm().item()
+        group = self.adamw.param_groups[0]
+        group['lr'] = spec.lr*lr_factor(self.clock, self.total, spec)
         self.param.grad = None
-        if math.isfinite(norm): self.param.grad = self.gate.grad*min(1., self.spec.clip/(norm+1e-6))
+        if math.isfinite(norm):
+            factor = min(1., spec.clip/(norm+1e-6))
+            self.param.grad = grad*factor
         self.adamw.step()
         return norm
 
-# %% ../../nbs/hydra/61d_train_gate.ipynb #1ad6440b
+# %% ../../nbs/hydra/61d_train_gate.ipynb #6421b510
 @patch
 def step(self:GateOptimizers):
     "A step of all that learn: norms by name, and who was skipped because its gradient isn't finite"
@@ -248,36 +257,42 @@ def step(self:GateOptimizers):
         self.experts.k = self.clock
         found, lost = self.experts.step_used()
         names = expert_names(self.experts.stack)
-        norms |= {names[e]: n for e, n in found.items()}
+        for e, n in found.items(): norms[names[e]] = n
         skipped += [names[e] for e in lost]
     self.clock += 1
     return norms, skipped
 
-# %% ../../nbs/hydra/61d_train_gate.ipynb #e4542197
+# %% ../../nbs/hydra/61d_train_gate.ipynb #f8981b6b
 @patch
 def state(self:GateOptimizers)->dict[str,Tensor]:
     "All that a run needs to go on, as tensors"
     moments = self.adamw.state.get(self.param) or new_state(self.param)
-    saved = {f'gate.{name}': value for name, value in moments.items()}
-    saved['gate.phi'] = self.gate.phi.clone()
-    saved['gate.clock'] = torch.tensor(self.clock)
-    saved['gate.bias'] = torch.stack(list(self.gate.bias.values()))
-    if self.experts: saved |= {f'experts.{name}': value for name, value in self.experts.state().items()}
+    biases = list(self.gate.bias.values())
+    own = dict(moments, phi=self.gate.phi.clone(), clock=torch.tensor(self.clock), bias=torch.stack(biases))
+    saved = {f'gate.{name}': value for name, value in own.items()}
+    if self.experts is None: return saved
+    for name, value in self.experts.state().items(): saved[f'experts.{name}'] = value
     return saved
+
+def _named(saved, part):
+    "The tensors of 'gate' or 'experts', under their own names"
+    start = f'{part}.'
+    return {name[len(start):]: x for name, x in saved.items() if name.startswith(start)}
 
 @patch
 def load(self:GateOptimizers,
     saved:dict[str,Tensor] # of `state`
 ):
     "Go on from a saved state"
-    of_gate = {name.removeprefix('gate.'): x for name, x in saved.items() if name.startswith('gate.')}
+    of_gate = _named(saved, 'gate')
     self.clock = int(of_gate['clock'])
     self.gate.phi.copy_(of_gate['phi'])
-    for bias, value in zip(self.gate.bias.values(), of_gate['bias']): bias.copy_(value)
-    device = self.param.device
-    self.adamw.state[self.param] = {name: of_gate[name].to(device) for name in new_state(self.param)}
-    of_experts = {name.removeprefix('experts.'): x for name, x in saved.items() if name.startswith('experts.')}
-    if self.experts: self.experts.load(of_experts)
+    for leader, value in zip(self.gate.bias, of_gate['bias']):
+        self.gate.bias[leader].copy_(value)
+    moments = new_state(self.param)
+    for name, moment in moments.items(): moment.copy_(of_gate[name])
+    self.adamw.state[self.param] = moments
+    if self.experts: self.experts.load(_named(saved, 'experts'))
 
 # %% ../../nbs/hydra/61d_train_gate.ipynb #7173b487
 @patch
@@ -309,14 +324,19 @@ def take(self:GateRun, model, opt, step, k, names, cached=None):
     loss = dict(zip(['cross_entropy', *self.names], losses.tolist()))
     return dict(step=k, tokens=n_tokens, skipped=skipped, loss=loss, norm=norms, **noted)
 
-# %% ../../nbs/hydra/61d_train_gate.ipynb #4d5bf529
+# %% ../../nbs/hydra/61d_train_gate.ipynb #f6ea8cac
 def _gate_job(run, stack, spec):
     "What a checkpoint belongs to"
     known = run.known
-    told = [getattr(known, name) for name in ('weights', 'domain', 'losses', 'allowed')]
-    told = [None if t is None else tensor_bytes(torch.as_tensor(t)).hex() for t in told]
+    gate = run.gate
+    told = []
+    for name in ('weights', 'domain', 'losses', 'allowed'):
+        found = getattr(known, name)
+        if found is not None: found = tensor_bytes(torch.as_tensor(found)).hex()
+        told.append(found)
     of_rows = job_id(stack, [known.examples], expert_names(stack), spec)
-    return digest([of_rows, run.gate.names, run.gate.spec, tensor_bytes(run.gate.phi).hex(), told, run.training])
+    start = tensor_bytes(gate.phi).hex()
+    return digest([of_rows, gate.names, gate.spec, start, told, run.training])
 
 def train_gate(
     model, # `hydramoe.experts.model.GatedCausalLM`: the experts

@@ -9,7 +9,8 @@ __all__ = ['SCORES', 'NUMBERS', 'WEIGHTS', 'LEAST', 'KINDS', 'GateSpec', 'scaled
            'trained_gate', 'Batch', 'Bounds', 'bounds_of', 'GateAtWork', 'standardised', 'save_trained_gate',
            'load_trained_gate', 'check_trained_gate']
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #e92b00da
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #5be1aa43
+import math
 from copy import copy
 from dataclasses import asdict, dataclass
 from dataclasses import fields as fields_of
@@ -56,7 +57,7 @@ def scaled(
     size = x.square().mean(-1, keepdim=True)
     return x*torch.rsqrt(size+1e-6)
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #342bafde
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #8ec5fe4c
 def linear_score(
     x:Tensor, # (…,in)
     p:dict, # u (E,in), b (E,)
@@ -71,8 +72,9 @@ def cosine_score(
     inner:Tensor # (…,E,r) not read
 )->Tensor: # (…,E)
     "a·cos(u,x) + b"
-    cosines = normalize(x.float(), dim=-1)@normalize(p['u'], dim=-1).mT
-    return p['a']*cosines+p['b']
+    inputs = normalize(x.float(), dim=-1)
+    directions = normalize(p['u'], dim=-1)
+    return p['a']*(inputs@directions.mT)+p['b']
 
 def low_rank_score(
     x:Tensor, # (…,in)
@@ -80,7 +82,7 @@ def low_rank_score(
     inner:Tensor # (…,E,r) A of each expert times x
 )->Tensor: # (…,E)
     "v·Ax + b, of the input at a root mean square of one"
-    size = x.float().square().mean(-1)[...,None]
+    size = x.float().square().mean(-1, keepdim=True)
     products = (inner.float()*p['v']).sum(-1)
     return products*torch.rsqrt(size+1e-6)+p['b']
 
@@ -92,15 +94,16 @@ NUMBERS = dict( # what each learns, and its axes
     cosine=dict(u='E in', a='E', b='E'),
     low_rank=dict(v='E r', b='E'))
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #34a3b9b8
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #bae56754
 def best_k(
     logits:Tensor, # (…,E)
     k:int # 0: all
 )->tuple[Tensor|None,Tensor]: # slots (…,k) or None, and whether each expert is chosen (…,E)
     "The k experts with the largest logits"
-    if not k or k>=logits.shape[-1]: return None, torch.ones_like(logits, dtype=torch.bool)
-    index = logits.topk(k).indices
     nobody = torch.zeros_like(logits, dtype=torch.bool)
+    takes_all = k==0 or k>=logits.shape[-1]
+    if takes_all: return None, ~nobody
+    index = logits.topk(k).indices
     return index, nobody.scatter(-1, index, True)
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #607eef99
@@ -188,7 +191,7 @@ def first_logits(
     if weigh=='sparsegen': return weights.float()
     return w.log()
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #00106810
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #8ecf23de
 def leaders_of(
     stack:Stack,
     place:str # 'group', 'block' or 'model'
@@ -198,24 +201,31 @@ def leaders_of(
     first = {}
     leaders = {}
     for layer in layers:
-        block = next((part for part in layer.name.split('.') if part.isdigit()), '')
-        key = dict(group=layer.group, block=block, model='')[place]
-        leader = first.setdefault(key, layer.name)
-        leaders[layer.name] = leader
+        key = dict(group=layer.group, block=_block_of(layer.name), model='')[place]
+        leaders[layer.name] = first.setdefault(key, layer.name)
     return leaders
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #9e2fa002
+def _block_of(name):
+    "The number of a layer's block, as text"
+    numbers = [part for part in name.split('.') if part.isdigit()]
+    return numbers[0] if numbers else ''
+
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #82ee3ae8
 def _shapes(stack, spec, leaders):
     "Leader → name → shape of its numbers"
     found = {}
     sizes = {layer.name: layer.n_in for layer in stack.layers}
     for leader in dict.fromkeys(leaders.values()):
-        axes = dict(E=stack.slots, r=stack.spec.rank)
-        axes['in'] = sizes[leader]
-        wanted = dict(NUMBERS[spec.score])
-        if spec.noise=='normal': wanted['n'] = 'E in'
-        found[leader] = {name: [axes[a] for a in words.split()] for name, words in wanted.items()}
+        axes = {'E': stack.slots, 'r': stack.spec.rank, 'in': sizes[leader]}
+        found[leader] = {}
+        for name, words in _numbers(spec).items():
+            found[leader][name] = [axes[a] for a in words.split()]
     return found
+
+def _numbers(spec):
+    "What a gate with this spec learns, and its axes"
+    if spec.noise=='normal': return dict(NUMBERS[spec.score], n='E in')
+    return NUMBERS[spec.score]
 
 def _cut(flat, shapes):
     "Leader → name → view of a row of numbers"
@@ -224,12 +234,12 @@ def _cut(flat, shapes):
     for leader, of_leader in shapes.items():
         views[leader] = {}
         for name, shape in of_leader.items():
-            n = torch.Size(shape).numel()
+            n = math.prod(shape)
             views[leader][name] = flat[start:start+n].view(shape)
             start += n
     return views
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #f2c0e793
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #1c36b73f
 class TrainedGate:
     "A gate that learns, for experts of these names; `trained_gate` makes one for a stack"
     kind = 'trained'
@@ -243,8 +253,10 @@ class TrainedGate:
         self.spec = spec
         self.leaders = leaders
         self.shapes = shapes
-        sizes = [torch.Size(shape).numel() for of_leader in shapes.values() for shape in of_leader.values()]
-        self.phi = torch.zeros(sum(sizes)) # all that is learned
+        n = 0
+        for of_leader in shapes.values():
+            for shape in of_leader.values(): n += math.prod(shape)
+        self.phi = torch.zeros(n) # all that is learned
         self.bias = {leader: torch.zeros(len(names)) for leader in shapes}
         self._make_views()
 
@@ -316,7 +328,7 @@ def on(self:TrainedGate,
     "The gate for one batch"
     return GateAtWork(self, Batch(weights, **about))
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #2f2ffbc7
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #893ad030
 @dataclass(eq=False)
 class Bounds:
     "What a batch allows"
@@ -330,12 +342,16 @@ def bounds_of(
     "Who may be used by whom"
     weights, allowed = batch.weights, batch.allowed
     if weights is None and allowed is None: return None
-    if weights is None: return Bounds(allowed, torch.zeros(len(allowed), 1, dtype=torch.bool), allowed.float())
+    if weights is None:
+        nobody = torch.zeros(len(allowed), 1, dtype=torch.bool)
+        return Bounds(allowed, nobody, allowed.float())
     given = weights!=0
-    has_choice = (given.sum(-1, keepdim=True)>1)&(weights>=0).all(-1, keepdim=True)
+    several = given.sum(-1, keepdim=True)>1
+    positive = (weights>=0).all(-1, keepdim=True)
+    settled = ~(several&positive)
     may = given if allowed is None else given&allowed
-    if may.all() and has_choice.all(): return None
-    return Bounds(may, ~has_choice, weights.float())
+    if may.all() and not settled.any(): return None
+    return Bounds(may, settled, weights.float())
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #ca61cb19
 class GateAtWork:
@@ -372,7 +388,7 @@ class GateAtWork:
         "The gate follows its model by itself"
         return self
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #1c08f03a
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #b355f7ff
 @patch
 def _by_token(self:GateAtWork,
     of_rows:Tensor, # (B,E)
@@ -389,11 +405,13 @@ def _by_token(self:GateAtWork,
 @patch
 def _first_logits(self:GateAtWork):
     "Where the logits of each row begin (B,E), or None"
-    if not self.gate.spec.corrects: return None
-    if self.batch.weights is not None: return first_logits(self.batch.weights, self.gate.spec.weigh)
+    spec = self.gate.spec
+    weights = self.batch.weights
+    if not spec.corrects: return None
+    if weights is not None: return first_logits(weights, spec.weigh)
     raise HydraError("this gate corrects a router: give the prompts' weights, `gate.on(weights)`")
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #6f4705c7
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #a0f5cabf
 @patch
 def within_bounds(self:GateAtWork, weights, x):
     "Weights of tokens, those of settled rows as they came"
@@ -410,9 +428,12 @@ def logits(self:GateAtWork, x, layer, inner=None):
     read = self.mean_of_prompts(x, layer) if spec.pool else x
     found = SCORES[spec.score](read, p, inner)
     if self.begin is not None: found = found+self._by_token(self.begin, x)
-    if self.bounds is not None: found = found.masked_fill(~self._by_token(self.bounds.allowed, x), -1e4)
-    if self.batch.generator is None or spec.noise=='none': return found.expand(*x.shape[:-1], -1)
-    return found+self._noise(x, p, found)
+    if self.bounds is not None:
+        allowed = self._by_token(self.bounds.allowed, x)
+        found = found.masked_fill(~allowed, -1e4)
+    found = found.expand(*x.shape[:-1], -1)
+    is_noisy = spec.noise!='none' and self.batch.generator is not None
+    return found+self._noise(x, p, found) if is_noisy else found
 
 @patch
 def _noise(self:GateAtWork, x, p, logits):
@@ -420,28 +441,36 @@ def _noise(self:GateAtWork, x, p, logits):
     generator = self.batch.generator
     if self.gate.spec.noise=='normal':
         size = softplus(scaled(x)@p['n'].mT)
-        return size*torch.randn(logits.shape, generator=generator).to(x.device)
-    uniform = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1-1e-7)
-    return -(-uniform.log()).log().to(x.device)
+        normal = torch.randn(logits.shape, generator=generator)
+        return size*normal.to(x.device)
+    uniform = torch.rand(logits.shape, generator=generator)
+    uniform = uniform.clamp(1e-9, 1-1e-7)
+    gumbel = -torch.log(-uniform.log())
+    return gumbel.to(x.device)
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #7db364d9
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #c6ddc2ab
 @patch
 def mean_of_prompts(self:GateAtWork, x, layer):
     "The mean input over each prompt's tokens: (B,1,in), of packed rows (1,T,in)"
     is_prompt = self.batch.prompt
     if is_prompt is None: raise HydraError("a gate that pools must know the prompts: give `prompt=` to `on`")
     if x.shape[1]!=is_prompt.shape[1]: return self.pooled[layer] # a decode step
-    is_prompt = is_prompt.to(x.device)
-    if self.batch.lengths is None:
-        counted = is_prompt.repeat_interleave(len(x)//len(is_prompt), 0)[...,None].float()
-        self.pooled[layer] = (scaled(x)*counted).sum(1, keepdim=True)/counted.sum(1, keepdim=True)
-        return self.pooled[layer]
-    lengths = torch.tensor(self.batch.lengths, device=x.device)
+    counted = is_prompt.to(x.device).float()[...,None]
+    if self.batch.lengths is not None: return _mean_of_packed(scaled(x)[0], counted[0], self.batch.lengths)
+    copies = len(x)//len(counted)
+    counted = counted.repeat_interleave(copies, 0)
+    sums = (scaled(x)*counted).sum(1, keepdim=True)
+    self.pooled[layer] = sums/counted.sum(1, keepdim=True)
+    return self.pooled[layer]
+
+def _mean_of_packed(x, counted, lengths):
+    "For each token (1,T,in) the mean of x (T,in) over its row's tokens that count (T,1)"
+    lengths = torch.tensor(lengths, device=x.device)
     row = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
-    counted = is_prompt[0,:,None].float()
-    sums = x.new_zeros(len(lengths), x.shape[-1], dtype=torch.float32).index_add(0, row, scaled(x)[0]*counted)
-    counts = counted.new_zeros(len(lengths), 1).index_add(0, row, counted)
-    return (sums/counts)[row][None]
+    sums = x.new_zeros(len(lengths), x.shape[1]).index_add(0, row, x*counted)
+    counts = x.new_zeros(len(lengths), 1).index_add(0, row, counted)
+    means = sums/counts
+    return means[row][None]
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #5fca6f0a
 KINDS = dict(
@@ -452,7 +481,7 @@ KINDS = dict(
     smear=GateSpec(corrects=False, start=.02, pool=True), # Muqeeth et al., 2023
     phatgoose=GateSpec(corrects=False, weigh='sigmoid')) # Muqeeth et al., 2024, while it trains
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #76d0c3ec
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #2304bb19
 def standardised(
     gate:TrainedGate, # trained with the spec `KINDS['phatgoose']`
     stack:Stack, # its experts
@@ -464,7 +493,9 @@ def standardised(
         u = p['u'].detach()
         centred = u-u.mean(1, keepdim=True)
         deviation = centred.square().mean(1, keepdim=True).sqrt()
-        after.views[leader]['u'].data.copy_(centred/deviation.clamp(min=1e-12)/u.shape[1]**.5)
+        standard = centred/deviation.clamp(min=1e-12)
+        d = u.shape[1]
+        after.views[leader]['u'].data.copy_(standard/d**.5)
     return after
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #26ca39fb
@@ -475,7 +506,7 @@ def replica(self:TrainedGate)->TrainedGate:
     other._make_views()
     return other
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #654c8283
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #c1ddeffb
 def save_trained_gate(
     gate:TrainedGate,
     path:str|Path # a directory, made if missing
@@ -483,13 +514,14 @@ def save_trained_gate(
     "Write `gate.safetensors` and `gate.json`"
     arrays = {}
     for leader, p in gate.views.items():
-        for name, view in p.items(): arrays[f'{leader}.{name}'] = view.detach().cpu().numpy()
-        arrays[f'{leader}.bias'] = gate.bias[leader].cpu().numpy()
+        numbers = dict(p, bias=gate.bias[leader])
+        for name, tensor in numbers.items():
+            arrays[f'{leader}.{name}'] = tensor.detach().cpu().numpy()
     leaders = [list(pair) for pair in gate.leaders.items()]
     meta = dict(kind=gate.kind, names=gate.names, spec=asdict(gate.spec), leaders=leaders)
     return save_arrays(path, 'gate', arrays, meta)
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #448cb0a5
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #a4c14ed9
 def _check_saved(meta, file):
     "Refuse a description that isn't a trained gate's"
     fields = dict(kind=str, names=list, spec=dict, leaders=list)
@@ -507,7 +539,8 @@ def _check_saved(meta, file):
 def _pairs(pairs, file):
     "Layer → leader, in the order of the layers"
     for pair in pairs:
-        if isinstance(pair, list) and len(pair)==2 and all(isinstance(name, str) for name in pair): continue
+        kinds = [type(name) for name in pair] if isinstance(pair, list) else []
+        if kinds==[str, str]: continue
         raise HydraError(f"{file}: leaders holds {str(pair)[:40]!r}; need pairs, a layer and the one it follows")
     return dict(pairs)
 
@@ -519,19 +552,23 @@ def load_trained_gate(
     spec = _check_saved(meta, Path(path)/'gate.json')
     names = meta['names']
     leaders = _pairs(meta['leaders'], Path(path)/'gate.json')
-    wanted = [*NUMBERS[spec.score], *(['n'] if spec.noise=='normal' else []), 'bias']
+    learned = list(_numbers(spec))
     leading = list(dict.fromkeys(leaders.values()))
-    expected = {f'{leader}.{name}' for leader in leading for name in wanted}
+    expected = {f'{leader}.{name}' for leader in leading for name in [*learned, 'bias']}
     file = Path(path)/'gate.safetensors'
     if set(arrays)!=expected:
         odd = min(set(arrays)^expected)
-        raise HydraError(f"{file}: the tensor {odd} is {'extra' if odd in arrays else 'missing'}")
+        how = 'extra' if odd in arrays else 'missing'
+        raise HydraError(f"{file}: the tensor {odd} is {how}")
     for name, array in arrays.items(): _check_numbers(array, f'{file}: {name}', len(names))
-    shapes = {leader: {name: list(arrays[f'{leader}.{name}'].shape) for name in wanted[:-1]} for leader in leading}
+    def shape(leader, name): return list(arrays[f'{leader}.{name}'].shape)
+    shapes = {leader: {name: shape(leader, name) for name in learned} for leader in leading}
     gate = TrainedGate(names, spec, leaders, shapes)
     for leader, p in gate.views.items():
-        for name, view in p.items(): view.data.copy_(torch.from_numpy(arrays[f'{leader}.{name}']))
-        gate.bias[leader].copy_(torch.from_numpy(arrays[f'{leader}.bias']))
+        numbers = dict(p, bias=gate.bias[leader])
+        for name, tensor in numbers.items():
+            saved = arrays[f'{leader}.{name}']
+            tensor.data.copy_(torch.from_numpy(saved))
     return gate
 
 def _check_numbers(array, place, E):

@@ -24,7 +24,7 @@ from ..experts.train import TrainSpec, lr_factor, using_threads
 from ..experts.shared import mix_steps
 from ..experts.stages import TrainData, as_spec, drop_long, encode_groups, part_examples
 
-# %% ../../nbs/proof/71a_rivals.ipynb #0b11ce45
+# %% ../../nbs/proof/71a_rivals.ipynb #4059ab34
 @contextmanager
 def plain_adapters(
     base:Base, # bare
@@ -38,11 +38,13 @@ def plain_adapters(
         return
     with tempfile.TemporaryDirectory() as folder:
         model = with_adapters(base, found, shared=of_shared)
-        joined = {name: model.stack.save_joined(Path(folder)/name, e, base.id) for e, name in enumerate(found)}
+        joined = {}
+        for e, name in enumerate(found):
+            joined[name] = model.stack.save_joined(Path(folder)/name, e, base.id)
         model.detach()
         yield joined
 
-# %% ../../nbs/proof/71a_rivals.ipynb #c1d97f84
+# %% ../../nbs/proof/71a_rivals.ipynb #9b3532a3
 def xlora_model(
     base:Base, # bare; it's PEFT's from then on
     folders:dict[str,Path], # name → plain adapter
@@ -68,8 +70,10 @@ def arrow_model(
 ): # a PEFT model
     "Arrow on the experts' own directions"
     from peft import ArrowConfig, create_arrow_model
+    places = [str(folder) for folder in folders.values()]
     with warnings.catch_warnings(action='ignore'):
-        return create_arrow_model(base.model, [str(f) for f in folders.values()], ArrowConfig(top_k=top_k)).eval()
+        model = create_arrow_model(base.model, places, ArrowConfig(top_k=top_k))
+    return model.eval()
 
 # %% ../../nbs/proof/71a_rivals.ipynb #67629904
 def answer_losses(
