@@ -226,7 +226,8 @@ def card_names(
     names = []
     for name in card_files():
         card = read_card(name)
-        if all(card.get(key)==value for key, value in wanted.items()): names.append(name)
+        if all(card.get(key)==value for key, value in wanted.items()):
+            names.append(name)
     for name in names: load_card(name)
     return names
 

@@ -68,7 +68,8 @@ def boxed(
 
 def _marked(answer):
     "What an answer marks as final, by a box or `####`; None if it marks nothing"
-    if '####' in answer: return answer.rpartition('####')[2].strip().partition('\n')[0]
+    if '####' in answer:
+        return answer.rpartition('####')[2].strip().partition('\n')[0]
     return boxed(answer)
 
 # %% ../../nbs/data/21b_check.ipynb #8226093b
@@ -249,7 +250,8 @@ def _unfolds_small(query):
     "Is a query short once its common table expressions are written out?"
     words = re.findall(r'(?i)\b(?:with|select|from|join)\b|,', query)
     selects = len([word for word in words if word.lower()=='select'])
-    if not any(word.lower()=='with' for word in words): return selects<=20 and len(query)<=_LONGEST_QUERY
+    if not any(word.lower()=='with' for word in words):
+        return selects<=20 and len(query)<=_LONGEST_QUERY
     return selects<=6 and len(words)-selects<=40
 
 # %% ../../nbs/data/21b_check.ipynb #ae4ec9fd
@@ -377,7 +379,8 @@ _LISTS = 'array', 'tuple'
 
 def _accepted(value, schema):
     "The values that a plain call accepts for one parameter"
-    if isinstance(value, dict): return [{key: [v] for key, v in value.items()}]
+    if isinstance(value, dict):
+        return [{key: [v] for key, v in value.items()}]
     if not isinstance(value, list): return [value]
     if schema.get('type') not in _LISTS: return value
     inner = (schema.get('items') or {}).get('type')
@@ -413,7 +416,8 @@ def _is_kind(value, kind, accepted):
 # %% ../../nbs/data/21b_check.ipynb #282ede28
 def _dict_holds(found, accepted):
     "Has an object the keys and values that are accepted?"
-    if not (isinstance(found, dict) and isinstance(accepted, dict)) or not set(found)<=set(accepted): return False
+    if not (isinstance(found, dict) and isinstance(accepted, dict)) or not set(found)<=set(accepted):
+        return False
     options = {key: v if isinstance(v, list) else [v] for key, v in accepted.items()}
     missing = [key for key, values in options.items() if key not in found and '' not in values]
     return not missing and all(_loose(v) in _loose(options[key]) for key, v in found.items())
@@ -428,7 +432,8 @@ def _list_holds(found, accepted, inner):
 def _argument_holds(found, schema, accepted):
     "Is the value of an argument one of those accepted?"
     kind = schema.get('type')
-    if type(found)==int and kind in ('float', 'number') and abs(found)<1e300: found = float(found)
+    if type(found)==int and kind in ('float', 'number') and abs(found)<1e300:
+        found = float(found)
     if not _is_kind(found, kind, accepted): return False
     if isinstance(found, dict): return any(_dict_holds(found, a) for a in accepted)
     inner = (schema.get('items') or {}).get('type')

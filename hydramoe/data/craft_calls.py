@@ -152,7 +152,8 @@ def find_swappable(
 # %% ../../nbs/data/24c_craft_calls.ipynb #cell49
 def _draw_number(value, g):
     "Another number: a whole one with as many digits, or a fraction of about the same size"
-    if isinstance(value, float): return round(float(g.uniform(.5, 1.5)*value), 2)
+    if isinstance(value, float):
+        return round(float(g.uniform(.5, 1.5)*value), 2)
     n_digits = len(str(abs(value)))
     smallest = 10**(n_digits-1)
     return int(g.integers(smallest, 10*smallest))
@@ -262,7 +263,8 @@ def _known_texts(function, name, parameter, pools):
 def _possible_values(function, name, parameter, pools, g):
     "Values that a parameter could get; of a number, one that is drawn"
     kind = SCHEMA_TYPES.get(parameter.get('type'), parameter.get('type'))
-    if parameter.get('enum'): return [v for v in parameter['enum'] if v not in ('', None, 'dontcare')]
+    if parameter.get('enum'):
+        return [v for v in parameter['enum'] if v not in ('', None, 'dontcare')]
     if kind=='boolean': return [True, False]
     if kind=='integer': return [int(g.integers(1, 40))]
     if kind=='number': return [round(float(g.uniform(1, 80)), 2)]
@@ -295,7 +297,8 @@ def _name_parameter(name, parameter):
     phrase = re.split(r'[,;:]', described)[0]
     phrase = re.sub(r'\s*\([^)]*\)', '', phrase).strip()
     explains = phrase.lower().startswith(EXPLAINING)
-    if 3<len(phrase)<70 and not explains: return phrase[:1].lower()+phrase[1:]
+    if 3<len(phrase)<70 and not explains:
+        return phrase[:1].lower()+phrase[1:]
     words = re.sub(r'(?<=[a-z])(?=[A-Z])|_', ' ', name)
     return words.lower()
 

@@ -61,7 +61,8 @@ def windows(
     free = 0
     for i, (speaker, speech) in enumerate(run):
         start = _scene_start(run, i, max(free, i-longest), room)
-        if i-start<2 or run[i-1][0]==speaker or len(speech)<shortest: continue
+        if i-start<2 or run[i-1][0]==speaker or len(speech)<shortest:
+            continue
         spoke_before = any(other==speaker for other, _ in run[start:i])
         if not spoke_before and i-start<longest-1: continue
         scenes.append(run[start:i+1])

@@ -291,7 +291,8 @@ def gives_back(
     if head.startswith('Continue'): return f'{given} {answer}'==whole
     if head.startswith('A part'): return given.replace('…', answer)==whole
     if answer!=whole: return False
-    if head.startswith('Restore'): return re.findall(r"[\w']+", answer.lower())==given.split()
+    if head.startswith('Restore'):
+        return re.findall(r"[\w']+", answer.lower())==given.split()
     if head.startswith('Put'):
         listed = [line.removeprefix('- ') for line in given.split('\n')]
         return sorted(sentences(answer))==sorted(listed)

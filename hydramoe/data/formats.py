@@ -133,7 +133,8 @@ def _bounded_lines(f, limit):
     "Lines with their ends; of a line longer than `limit` its beginning"
     while line := f.readline(limit+1):
         rest = line
-        while len(rest) > limit and rest[-1] not in '\r\n': rest = f.readline(limit+1)
+        while len(rest) > limit and rest[-1] not in '\r\n':
+            rest = f.readline(limit+1)
         yield line
 
 # %% ../../nbs/data/26_formats.ipynb #e5fe5b89
@@ -418,7 +419,8 @@ def _form_text(form):
     n = seen.get('rows', 0)
     which = 'the first' if n == 20 else 'its'
     parts = [_format_text(form), f"{which} {n} row{'s'*(n!=1)}: {count_text(seen.get('forms', {})) or 'not looked at'}"]
-    if form.columns: parts.append(', '.join(f'{ours} from {theirs!r}' for ours, theirs in form.columns.items()))
+    if form.columns:
+        parts.append(', '.join(f'{ours} from {theirs!r}' for ours, theirs in form.columns.items()))
     if seen.get('unused'): parts.append('not read: ' + names_text(seen['unused']))
     first = seen.get('first')
     if first:

@@ -76,7 +76,8 @@ def order_turns(
     for i, message in enumerate(talk, 1):
         role = message['role']
         last = out[-1]['role'] if out else None
-        if role == last and role != 'tool': out[-1] = _join_turns(out[-1], message, repairs)
+        if role == last and role != 'tool':
+            out[-1] = _join_turns(out[-1], message, repairs)
         elif role == 'assistant' and last in (None, 'system'): repairs.add(OPENING)
         elif role == 'system' and out: raise ValueError(f'has its roles out of order: turn {i} {_SYSTEM_LATE}')
         elif role == 'tool' and last not in ('assistant', 'tool'):
@@ -361,7 +362,8 @@ def _order_preference(row, repairs):
         if isinstance(talk, list):
             talk = _plain_messages(talk, repairs)
             row[column] = talk
-        if _is_talk(talk) and talk[0]['role'] != 'assistant': row[column] = order_turns(talk, repairs)
+        if _is_talk(talk) and talk[0]['role'] != 'assistant':
+            row[column] = order_turns(talk, repairs)
 
 # %% ../../nbs/data/26a_forms.ipynb #cell56
 BAD_ROW_ERRORS = (ValueError, TypeError, KeyError, RecursionError)

@@ -100,7 +100,8 @@ def assistant_turns(
     for i, message in enumerate(messages):
         before = messages[:i]
         asked = any(m['role']=='user' for m in before)
-        if message['role']=='assistant' and weight_of(message)!=0 and asked: turns.append((before, [message]))
+        if message['role']=='assistant' and weight_of(message)!=0 and asked:
+            turns.append((before, [message]))
     return turns
 
 # %% ../../nbs/data/20_records.ipynb #a65c2b1d
@@ -117,7 +118,8 @@ def translate_role(
     "Our name for a role, or a ValueError that says which roles are known"
     known = ROLES | (roles or {})
     ours = None
-    if isinstance(role, str): ours = known.get(role, known.get(role.strip().casefold()))
+    if isinstance(role, str):
+        ours = known.get(role, known.get(role.strip().casefold()))
     if ours is not None: return ours
     shown = json.dumps(role, default=str)[:40]
     raise ValueError(f"role {shown} is none of {', '.join(known)}; write user, assistant, system or tool in its place; "

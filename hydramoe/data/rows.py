@@ -182,14 +182,16 @@ def _own_pairs(row, prompt, completion):
 def _shared_start(a, b):
     "How many messages two conversations have in common at their beginning"
     shared = 0
-    while shared<min(len(a), len(b)) and a[shared]==b[shared]: shared += 1
+    while shared<min(len(a), len(b)) and a[shared]==b[shared]:
+        shared += 1
     return shared
 
 def _starts_with(messages, prompt):
     "Does a conversation begin with the messages of a prompt, apart from blanks?"
     if len(messages)<=len(prompt): return False
     for m, p in zip(messages, prompt):
-        if m['role']!=p['role'] or m['content'].strip()!=p['content'].strip(): return False
+        if m['role']!=p['role'] or m['content'].strip()!=p['content'].strip():
+            return False
     return True
 
 # %% ../../nbs/data/20a_rows.ipynb #e5ec1e42

@@ -23,7 +23,8 @@ def prompt_key(
 def _ties(record):
     "What a record may share with others: its source row, its prompt, the prompts answered on the way to it"
     ties = []
-    if record.get('group') not in (None, ''): ties.append(('row', str(record['group'])))
+    if record.get('group') not in (None, ''):
+        ties.append(('row', str(record['group'])))
     ties.append(('prompt', prompt_key(record)))
     for i, message in enumerate(record['prompt']):
         if message['role']!='assistant' or i==0: continue
@@ -54,7 +55,8 @@ def sides(
     "Which records belong together: turns of a conversation, answers to one prompt, and what these are tied to"
     asked = {('prompt', prompt_key(r)) for r in records}
     ties = []
-    for r in records: ties.append([tie for tie in _ties(r) if tie[0]=='row' or tie in asked])
+    for r in records:
+        ties.append([tie for tie in _ties(r) if tie[0]=='row' or tie in asked])
     parents = _join_ties(ties)
     roots = [_find_root(parents, own_ties[0]) for own_ties in ties]
     names = {} # root → the smallest name of its records
@@ -82,7 +84,8 @@ def split(
     groups = defaultdict(list)
     for r, side in zip(records, sides(records)): groups[side].append(r)
     sizes = {}
-    for part, n in parts.items(): sizes[part] = n if isinstance(n, int) else round(n*len(records))
+    for part, n in parts.items():
+        sizes[part] = n if isinstance(n, int) else round(n*len(records))
     asked = sum(sizes.values())
     if asked>len(records)+len(parts):
         raise HydraError(f"the parts {parts} ask for {asked} records, there are {len(records)}")

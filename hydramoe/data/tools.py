@@ -79,7 +79,8 @@ def _calls(answer):
     "The calls of a true answer, which is `{name: {parameter: accepted values}}` or Python source"
     if isinstance(answer, str): return _parse_call(answer)
     calls = []
-    for name, accepted in answer.items(): calls.append(dict(name=name, arguments=first_accepted(accepted)))
+    for name, accepted in answer.items():
+        calls.append(dict(name=name, arguments=first_accepted(accepted)))
     return calls
 
 # %% ../../nbs/data/23a_tools.ipynb #0b6119a2

@@ -18,7 +18,8 @@ from .craft_sql import fill_table
 # %% ../../nbs/data/24g_two_skills.ipynb #705f0b16
 def _same_value(found, expected):
     "Is this the text that is expected, or the number but for rounding to two decimals?"
-    if isinstance(expected, str): return isinstance(found, str) and found.strip().casefold()==expected.casefold()
+    if isinstance(expected, str):
+        return isinstance(found, str) and found.strip().casefold()==expected.casefold()
     if isinstance(found, bool) or not isinstance(found, (int, float)): return False
     try: return math.isclose(found, expected, rel_tol=1e-6, abs_tol=.0051)
     except OverflowError: return False
@@ -29,9 +30,11 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 def _evaluate(node, values):
     "The value of a tree that holds numbers, known names and arithmetic"
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float): return float(node.value)
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return float(node.value)
     if isinstance(node, ast.Name) and node.id in values: return float(values[node.id])
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub): return -_evaluate(node.operand, values)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_evaluate(node.operand, values)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         left = _evaluate(node.left, values)
         right = _evaluate(node.right, values)
@@ -278,7 +281,8 @@ def _worth(sheet, slots, rows):
 def _work_out(sheet, slots, rows):
     "What the query must find, worked out without SQL: the values of its one column"
     worth = _worth(sheet, slots, rows)
-    if sheet.way=='above': return sorted(label for label, value in worth.items() if value>slots['limit'])
+    if sheet.way=='above':
+        return sorted(label for label, value in worth.items() if value>slots['limit'])
     if sheet.way=='most': return [max(worth, key=worth.get)]
     if sheet.way=='least': return [min(worth, key=worth.get)]
     if sheet.way=='one': return [_plain(worth[slots['a']])]
@@ -295,7 +299,8 @@ def _draw_rows(sheet, labels, g):
     for label in labels:
         figures = []
         for low, high in sheet.ranges:
-            if isinstance(low, float): figures.append(float(g.integers(10*low, 10*high))/10)
+            if isinstance(low, float):
+                figures.append(float(g.integers(10*low, 10*high))/10)
             else: figures.append(int(g.integers(low, high+1)))
         rows.append([label, *figures])
     return rows
@@ -586,7 +591,8 @@ def _draw_kind(kind, size, seed):
         drawn = draw(g, i)
         if drawn is None or drawn[1] in kept: continue
         made = _as_record(skills, drawn)
-        if not any(_answers(made, other) for other in kept.values()): kept[drawn[1]] = made
+        if not any(_answers(made, other) for other in kept.values()):
+            kept[drawn[1]] = made
     if len(kept)==size: return list(kept.values())
     raise HydraError(f'{size} instructions of kind {kind} were asked for, {tries} draws gave {len(kept)} that differ; '
                      'ask for fewer')

@@ -179,7 +179,8 @@ def _deal_parts(rows, want, sizes, seed, shares):
     for r in rows: dealt[part_of(r, seed, shares)].append(r)
     domains = {r['domain'] for r in rows}
     parts = {}
-    for part in PARTS: parts[part] = _within_budget(dealt[part], part, want.get(part), sizes, seed)
+    for part in PARTS:
+        parts[part] = _within_budget(dealt[part], part, want.get(part), sizes, seed)
     for part in PARTS: _check_enough(parts[part], part, want.get(part), domains, shares)
     return parts
 

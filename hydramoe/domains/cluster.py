@@ -176,7 +176,8 @@ def choose_k(
         raise HydraError(f"no k between 2 and a third of {len(x)} rows was given; "
                          "a third of the rows is the most that can be judged")
     found = []
-    for k in progress(ks, desc='choose k', unit=' k'): found.append(_judge_k(x, k, seed, draws))
+    for k in progress(ks, desc='choose k', unit=' k'):
+        found.append(_judge_k(x, k, seed, draws))
     best = max(found, key=_quality)
     return best['k'], found
 

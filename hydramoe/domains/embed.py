@@ -274,5 +274,6 @@ def embed_stage(
     for part in parts.split():
         texts[part] = [prompt_text(r) for r in read_jsonl(rows/f'{part}.jsonl')]
         x[part] = embed(texts[part], encoder, keep=keep)
-    if encoder=='words': _warn_about_words(sum(texts.values(), []), np.concatenate(list(x.values())))
+    if encoder=='words':
+        _warn_about_words(sum(texts.values(), []), np.concatenate(list(x.values())))
     write_bytes(out/'x.safetensors', save_tensors(x))

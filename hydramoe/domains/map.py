@@ -145,7 +145,8 @@ def plot_map(
     fig, axes = plt.subplots(1, panels, figsize=(6.2*panels, 5), squeeze=False, layout='constrained')
     k = len(names)
     _draw_panel(axes[0,0], p, labels, list(names), range(k), f'{k} discovered domains')
-    if truth is not None: _draw_topics(axes[0,1], p, labels, k, np.asarray(truth)[rows])
+    if truth is not None:
+        _draw_topics(axes[0,1], p, labels, k, np.asarray(truth)[rows])
     plt.close(fig)
     return fig
 

@@ -136,7 +136,8 @@ def _trunk_differences(stack, trunk, scale):
     different = []
     for s in stack.layers[:stack.n_trunk_layers]:
         part = slice(s.a_start, s.b_start+stack.spec.rank*s.n_out) # from its A to the end of its B
-        if not torch.equal(trunk[part], stack.trunk[0][part]): different.append(s.name)
+        if not torch.equal(trunk[part], stack.trunk[0][part]):
+            different.append(s.name)
     if scale!=stack.trunk_scale.item(): different.append('scale')
     return different
 
@@ -213,7 +214,8 @@ def factors_of(
     row = row[None].to(stack.theta.device)
     views = layer_views(row, stack.layers[stack.n_trunk_layers:], stack.spec.rank)
     factors = {}
-    for i, (A, B) in zip(stack.upper_layers, views): factors[i] = A[0], B[0]
+    for i, (A, B) in zip(stack.upper_layers, views):
+        factors[i] = A[0], B[0]
     return factors, scale
 
 # %% ../../nbs/experts/46_adapters.ipynb #widen-c1
@@ -247,7 +249,8 @@ def with_adapters(
 def _joined(stack, e, i, rank):
     "A layer's factors of an expert and of what it rests on, side by side, padded to a rank"
     A, B = stack.leaves[i]
-    if i not in stack.upper_layers: rows, ranks, scales = [0], [stack.trunk_rank], stack.trunk_scale
+    if i not in stack.upper_layers:
+        rows, ranks, scales = [0], [stack.trunk_rank], stack.trunk_scale
     else:
         rows = [stack.shared, e]
         ranks = [stack.ranks[row] for row in rows]

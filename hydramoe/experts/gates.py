@@ -128,7 +128,8 @@ def _rows_pay(n_runs, k, n_used):
 
 def _choose_plan(g, stack, kind):
     "The plan for gates (B,T or 1,E)"
-    if g.requires_grad: return _dense_plan(g, stack, torch.arange(g.shape[-1], device=g.device))
+    if g.requires_grad:
+        return _dense_plan(g, stack, torch.arange(g.shape[-1], device=g.device))
     on = g!=0
     used = on.flatten(0, 1).any(0).nonzero()[:,0]
     if not len(used): return BasePlan(stack)
@@ -139,7 +140,8 @@ def _choose_plan(g, stack, kind):
     if kind=='dense' or differs_by_token: return _dense_plan(g, stack, used)
     runs, lengths = torch.unique_consecutive(g[:,0], dim=0, return_counts=True)
     k = on.sum(-1).max().item() # experts that a row uses, at most
-    if kind!='rows' and not _rows_pay(len(runs), k, len(used)): return _dense_plan(g, stack, used)
+    if kind!='rows' and not _rows_pay(len(runs), k, len(used)):
+        return _dense_plan(g, stack, used)
     return RowsPlan(stack, find_runs(runs, lengths, k, stack))
 
 # %% ../../nbs/experts/41b_gates.ipynb #d2636706
@@ -157,7 +159,8 @@ def make_plan(
     if callable(gates): return _plan_of_gate(_check_gate(gates, stack), stack)
     g = _check_gates(gates, stack.slots)
     g = g.to(stack.theta.device, torch.float32)
-    if stack.shared is not None: g = torch.cat([g, torch.ones_like(g[...,:1])], -1)
+    if stack.shared is not None:
+        g = torch.cat([g, torch.ones_like(g[...,:1])], -1)
     return with_trunk(_choose_plan(g, stack, kind))
 
 # %% ../../nbs/experts/41b_gates.ipynb #2a39412b

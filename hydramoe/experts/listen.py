@@ -61,7 +61,8 @@ def deal_halves(
         if len(ids)<2:
             raise HydraError(f"residual {name!r} has {len(ids)} records, and two halves need two: raise the floor")
         order = rng(seed, 'halves', name).permutation(len(ids))
-        for k, half in enumerate(halves): half[name] = [ids[i] for i in sorted(order[k::2])]
+        for k, half in enumerate(halves):
+            half[name] = [ids[i] for i in sorted(order[k::2])]
     return halves
 
 # %% ../../nbs/experts/52_listen.ipynb #17ed32a3
@@ -225,5 +226,6 @@ def can_follow(
     if sizes.min()<folds: raise HydraError(f"the smallest cluster has {sizes.min()} records, fewer than folds={folds}: "
                                            "give fewer folds, or raise the floor")
     parts = StratifiedKFold(folds, shuffle=True, random_state=derive_seed(seed, 'can follow')%2**32)
-    with threadpool_limits(1): said = cross_val_predict(LogisticRegression(C=C, max_iter=5000), x, labels, cv=parts)
+    with threadpool_limits(1):
+        said = cross_val_predict(LogisticRegression(C=C, max_iter=5000), x, labels, cv=parts)
     return dict(agreement=float((said==np.asarray(labels)).mean()), chance=float(sizes.max()/sizes.sum()))

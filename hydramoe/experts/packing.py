@@ -109,7 +109,8 @@ def packed_plan(
         experts.append(expert)
         tokens.append(sum(n for _, n in rows))
     if set(experts)=={stack.shared}: return base_plan(stack)
-    if len(experts)==1: return completed(OnePlan(stack, experts[0], stack.scale[experts[0]].item()))
+    if len(experts)==1:
+        return completed(OnePlan(stack, experts[0], stack.scale[experts[0]].item()))
     ends = list(accumulate(tokens))
     cuts = None if stack.theta.is_cuda and grouped_pays(stack) else ends[:-1]
     ends = torch.tensor(ends, dtype=torch.int32, device=device)

@@ -30,7 +30,8 @@ def slow_add(
         inner = x@A[e].T
         outer = inner@B[e].T
         y = y + g[...,e:e+1]*stack.scale[e]*outer
-    if stack.shared is not None: y = y + stack.scale[stack.shared]*(x@A[stack.shared].T)@B[stack.shared].T
+    if stack.shared is not None:
+        y = y + stack.scale[stack.shared]*(x@A[stack.shared].T)@B[stack.shared].T
     return y
 
 # %% ../../nbs/experts/41_plan.ipynb #9d8d85a2
@@ -208,7 +209,8 @@ def _stored_factors(stack, g):
     "A group's A (E,n,r,in), B (E,r,out) of each of its layers: views, or parts of autograd's graph while experts train"
     pairs = [stack.leaves[i] for i in stack.groups[g].layers]
     A = stack.grouped[g]
-    if stack.is_trainable and torch.is_grad_enabled(): A = torch.stack([a for a, _ in pairs], 1)
+    if stack.is_trainable and torch.is_grad_enabled():
+        A = torch.stack([a for a, _ in pairs], 1)
     return A, [b.mT for _, b in pairs]
 
 # %% ../../nbs/experts/41_plan.ipynb #93c23d8d
@@ -260,7 +262,8 @@ class DensePlan(FactorPlan):
         rank = self.stack.spec.rank
         A, Bs = gather_factors(self.stack, g, self.index, dtype)
         same_for_all = self.weight.shape[:2]==(1,1)
-        if self.kept is not None and same_for_all: return Factors(A, _fold_weight(self.weight, rank, Bs), None)
+        if self.kept is not None and same_for_all:
+            return Factors(A, _fold_weight(self.weight, rank, Bs), None)
         return Factors(A, Bs, _repeat_weight(self.weight, rank, len(Bs), dtype))
 
 # %% ../../nbs/experts/41_plan.ipynb #893e7921
@@ -341,7 +344,8 @@ class RowsPlan(FactorPlan):
         "The experts of each run, side by side"
         rank = self.stack.spec.rank
         A, Bs = gather_factors(self.stack, g, self.runs.index, dtype)
-        if self.kept is not None: return Factors(A, _fold_weight(self.runs.weight, rank, Bs), None)
+        if self.kept is not None:
+            return Factors(A, _fold_weight(self.runs.weight, rank, Bs), None)
         weight = _repeat_weight(self.runs.weight, rank, len(Bs), dtype)
         return Factors(A, Bs, self.runs.each_row(weight))
 
@@ -442,14 +446,16 @@ def look_up(self:FactorPlan, i, dtype):
 def _multiply(x, A):
     "x (B,T,in) times A (in,m), or with a matrix for each of S runs A (S,in,m): z flat, or flat in each run"
     n_in = x.shape[-1]
-    if A.dim()==3: return x.view(len(A), -1, n_in).bmm(A)
+    if A.dim()==3:
+        return x.view(len(A), -1, n_in).bmm(A)
     return x.view(-1, n_in).mm(A)
 
 # %% ../../nbs/experts/41_plan.ipynb #1f6f9a6b
 def _add_product(y, z, B, alpha):
     "Add z times B to y, in place; shapes as in `_multiply`"
     n_out = y.shape[-1]
-    if B.dim()==3: y.view(len(B), -1, n_out).baddbmm_(z, B)
+    if B.dim()==3:
+        y.view(len(B), -1, n_out).baddbmm_(z, B)
     else: y.view(-1, n_out).addmm_(z, B, alpha=alpha)
 
 # %% ../../nbs/experts/41_plan.ipynb #e52c3b1d

@@ -56,7 +56,8 @@ class ExpertPool:
         self.found['disk'] += 1
         expert = read_adapter(self.stack, self.folders[name])
         self.ram[name] = expert
-        while sum(row.nbytes for row, *_ in self.ram.values())>self.budget: self.ram.popitem(last=False)
+        while sum(row.nbytes for row, *_ in self.ram.values())>self.budget:
+            self.ram.popitem(last=False)
         return expert
 
 # %% ../../nbs/experts/51_pool.ipynb #c6bd2b5f

@@ -308,7 +308,8 @@ def train_group(
     rows = encode_groups(data.file, ExpertRows, data.groups, data, base.tokenizer)
     kept = drop_long(rows)
     dev = {}
-    if setup.stop: dev = drop_long(encode_groups(data.dev, DevRows, data.dev_groups, data, base.tokenizer))
+    if setup.stop:
+        dev = drop_long(encode_groups(data.dev, DevRows, data.dev_groups, data, base.tokenizer))
     model = gated(base, slots=len(kept), spec=setup.lora)
     for e, name in enumerate(kept):
         start_expert(model.stack, e, name, setup.start, setup.spec.seed)
@@ -316,7 +317,8 @@ def train_group(
     with using_threads(setup.threads):
         history = _fit_group(model, kept, dev, setup, work_dir(out), f'{base.fingerprint} {setup.quant}')
     first = mesh_place(model)[0]==0
-    if first: write_experts(out, model.stack, base.id, setup, history, summarize_experts(rows, kept, history))
+    if first:
+        write_experts(out, model.stack, base.id, setup, history, summarize_experts(rows, kept, history))
 
 def _fit_group(model, kept, dev, setup, work, weights):
     "Train the experts of a started model; `weights` names the base's for the trunk's states"
@@ -400,7 +402,8 @@ def _merge_step(entries):
         skipped=sorted(name for h in present for name in h['skipped']))
     for key in ('loss', 'norm', 'dev'):
         tables = [h[key] for h in present if key in h]
-        if tables: merged[key] = {name: x for table in tables for name, x in table.items()}
+        if tables:
+            merged[key] = {name: x for table in tables for name, x in table.items()}
     return merged
 
 def merge_histories(

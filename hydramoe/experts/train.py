@@ -485,7 +485,8 @@ def evaluate(self:EarlyStopping,
 def restore(self:EarlyStopping):
     "Put the best state of each expert back that was ever evaluated"
     for e in range(len(self.dev)):
-        if self.least[e] < torch.inf: self.stack.theta[e] = self.best[e]
+        if self.least[e] < torch.inf:
+            self.stack.theta[e] = self.best[e]
 
 # %% ../../nbs/experts/48_train.ipynb #de0edba4
 def tensor_bytes(x:Tensor)->bytes:
@@ -542,7 +543,8 @@ def save_checkpoint(
     with sealing(path, dict(job=job)) as folder, disk_errors():
         save_file(state, folder/'state.safetensors')
         write_json(folder/'history.json', history)
-    for old in sorted(Path(work).glob('step-*'))[:-2]: shutil.rmtree(old)
+    for old in sorted(Path(work).glob('step-*'))[:-2]:
+        shutil.rmtree(old)
     return path
 
 # %% ../../nbs/experts/48_train.ipynb #4b84707e
@@ -604,7 +606,8 @@ def fit_step(
 )->dict: # {step, tokens, loss, norm, skipped}
     "One step of all experts that have rows in it"
     if opt.stopping: step = opt.stopping.active(step)
-    if not step: return dict(step=k, tokens=0, skipped=[], loss={}, norm={})
+    if not step:
+        return dict(step=k, tokens=0, skipped=[], loss={}, norm={})
     losses = gradients(model, step, opt.spec, cached).tolist()
     norms, skipped = opt.step({e for e, _ in step})
     return step_entry(step, k, names, losses, norms, skipped)

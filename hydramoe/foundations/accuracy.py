@@ -28,7 +28,8 @@ def _right_or_wrong(a, b):
     "Two arrays of True and False of the same length, or an error"
     a, b = np.asarray(a), np.asarray(b)
     both_binary = np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()
-    if a.shape==b.shape and a.ndim==1 and a.size and both_binary: return a.astype(bool), b.astype(bool)
+    if a.shape==b.shape and a.ndim==1 and a.size and both_binary:
+        return a.astype(bool), b.astype(bool)
     raise HydraError(f'answers of shape {a.shape} and {b.shape}: give (N,) of right and wrong (1 and 0), '
                      'the same items for both systems')
 

@@ -175,7 +175,8 @@ def to_plain(
     if isinstance(value, Path): return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type): value = _as_dict(value)
     if isinstance(value, np.ndarray): return to_plain(value.tolist(), where)
-    if isinstance(value, (list, tuple)): return [to_plain(v, f'{where}[{i}]') for i,v in enumerate(value)]
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v, f'{where}[{i}]') for i,v in enumerate(value)]
     if isinstance(value, dict):
         _check_keys(value, where)
         return {key: to_plain(value[key], f'{where}.{key}') for key in sorted(value)}

@@ -148,7 +148,8 @@ def _checked_archive(name, pin, target, stamped):
     "As `archive`; a process hashes each file once, for as long as it is untouched"
     if target.exists() and not _is_whole(target, pin): shutil.rmtree(target)
     if not target.exists():
-        with sealing(target, dict(package=name, version=pin.version, sha256=pin.sha256)) as out: download(name, out)
+        with sealing(target, dict(package=name, version=pin.version, sha256=pin.sha256)) as out:
+            download(name, out)
     if not _is_whole(target, pin):
         raise HydraError(f"{target} is not the archive that was just fetched; remove this folder and run again")
     return next(p for p in target.iterdir() if p.name!='seal.json')

@@ -73,7 +73,8 @@ class Design:
     power:float = .8 # chance to detect what is there
 
     def __post_init__(self):
-        for name in ('prompts', 'domains', 'runs', 'comparisons'): number(getattr(self, name), name, whole=True, least=1)
+        for name in ('prompts', 'domains', 'runs', 'comparisons'):
+            number(getattr(self, name), name, whole=True, least=1)
         for name in ('spread', 'run_spread'): number(getattr(self, name), name, least=0)
         number(self.alpha, 'alpha', above=0, below=1)
         number(self.power, 'power', least=self.alpha, below=1)

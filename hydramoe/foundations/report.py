@@ -176,7 +176,8 @@ def latex_name(
 # %% ../../nbs/foundations/08_report.ipynb #69084ea9
 def _latex_value(value, fmt, key):
     "A number as TeX typesets it; whole numbers with commas between thousands"
-    if isinstance(value, bool) or not isinstance(value, int): return latex_text(format_cell(value, fmt, key))
+    if isinstance(value, bool) or not isinstance(value, int):
+        return latex_text(format_cell(value, fmt, key))
     return f'{value:,}'.replace(',', '{,}').replace('-', '$-$')
 
 def latex_numbers(

@@ -69,7 +69,8 @@ def _names_defined(node):
 def _statements(node):
     "Top-level statements, also those under `if`, `try` and `with`"
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.If, ast.Try, ast.With, ast.ExceptHandler)): yield from _statements(child)
+        if isinstance(child, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+            yield from _statements(child)
         elif isinstance(child, ast.stmt): yield child
 
 def _definition_table(statements):
@@ -279,7 +280,8 @@ def _class_text(c):
         fields.append([field.name, str(field.type), default])
     plain = {}
     for name,value in vars(c).items():
-        if isinstance(value, (int, float, str, tuple)) and not name.startswith('__'): plain[name] = repr(value)
+        if isinstance(value, (int, float, str, tuple)) and not name.startswith('__'):
+            plain[name] = repr(value)
     return canonical([fields, plain])
 
 # %% ../../nbs/foundations/03_source.ipynb #67264ad1

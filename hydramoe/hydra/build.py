@@ -266,7 +266,8 @@ def routers_stage(
     domains, vectors = Domains.load(rows/'domains'), load_embeddings(x)
     train, dev = read_jsonl(rows/'train.jsonl'), read_jsonl(rows/'dev.jsonl')
     model = with_adapters(base, {name: experts/name for name in domains.names}, fork, find_shared(experts))
-    with router_view(model): layer, states = _early_states(base, dict(train=train, dev=dev), model.stack.fork)
+    with router_view(model):
+        layer, states = _early_states(base, dict(train=train, dev=dev), model.stack.fork)
     labels = [r['domain'] for r in train]
     routers = candidate_routers(domains, vectors['train'], labels, states['train'], layer)
     examples = [encode(r, base.tokenizer, max_length, max_length) for r in dev]

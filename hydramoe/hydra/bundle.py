@@ -64,7 +64,8 @@ def tensor_digests(
 )->dict[str,str]: # tensor → 16 hex digits, of its type, shape and bytes
     "A short digest of each tensor in a file"
     try:
-        with safe_open(path, 'pt') as f: return {name: _tensor_digest(f.get_tensor(name)) for name in sorted(f.keys())}
+        with safe_open(path, 'pt') as f:
+            return {name: _tensor_digest(f.get_tensor(name)) for name in sorted(f.keys())}
     except SafetensorError as e: raise BundleError(f"{path} is not whole safetensors: {e}") from None
 
 # %% ../../nbs/hydra/63_bundle.ipynb #ea38ab29
@@ -288,7 +289,8 @@ def check_adapter(
     if given != (rank, alpha):
         raise BundleError(f"{place} has r={given[0]}, lora_alpha={given[1]} where hydra.json says {rank}, {alpha}")
     tensors = _read_tensors(file, names)
-    for n,t in tensors.items(): _check_tensor(n, t, tensors, rank, alpha/rank, file)
+    for n,t in tensors.items():
+        _check_tensor(n, t, tensors, rank, alpha/rank, file)
     layers = {n.removeprefix('base_model.model.').rsplit('.lora_', 1)[0] for n in names}
     _check_targets(config.get('target_modules'), layers, place)
     return names
@@ -425,7 +427,8 @@ def _check_shared(root, manifest):
 def _check_experts(root, manifest):
     "Experts may adapt different layers; an expert without tensors, or one that is not listed, is refused"
     folders = expert_folders(root, manifest)
-    for e in manifest['experts']: check_adapter(folders[e['name']], e['rank'], e['alpha'])
+    for e in manifest['experts']:
+        check_adapter(folders[e['name']], e['rank'], e['alpha'])
     if 'fork' in manifest:
         first, *others = folders.values()
         shared = shared_folder(root, manifest)

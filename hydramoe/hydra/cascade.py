@@ -316,7 +316,8 @@ def use_encoder(
     if encoder is None: return router
     name = encoder_id(encoder)
     encoders = {part.params.get('encoder') for part in router.all_parts()}
-    if name in encoders: return replace(router, places={**(router.places or {}), name: str(encoder)})
+    if name in encoders:
+        return replace(router, places={**(router.places or {}), name: str(encoder)})
     own = ', '.join(sorted(e[:23] for e in encoders if e)) or 'none'
     raise HydraError(f"the encoder {str(encoder)!r} ({name[:23]}) is not the one that this router was made with "
                      f"({own}): its files were exchanged, or it is another; give the right one, encoder= (--encoder)")

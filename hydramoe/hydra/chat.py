@@ -114,7 +114,8 @@ class Reuse:
 def _plan_reuse(self:Chat, ids, gates, owns_cache):
     "What may be used of the last turn's cache, for these tokens under these weights"
     depth = self.hydra.model.stack.depth
-    if self.cache is None: return Reuse(len(ids), n_shared=0, n_valid=0, depth=depth)
+    if self.cache is None:
+        return Reuse(len(ids), n_shared=0, n_valid=0, depth=depth)
     n_shared = min(shared_prefix(ids, self.ids), len(ids)-1) # the last token is read in any case
     n_valid = self._valid_blocks(gates) if owns_cache and n_shared else 0
     return Reuse(len(ids), n_shared, n_valid, depth)

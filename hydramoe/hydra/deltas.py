@@ -173,7 +173,8 @@ def compress(
     r = min(rank, *M.shape)
     exact = M.double()
     energy = exact.square().sum().item()
-    if not energy: return M.new_zeros(r, M.shape[1]), M.new_zeros(M.shape[0], r), 0. # no direction at all
+    if not energy:
+        return M.new_zeros(r, M.shape[1]), M.new_zeros(M.shape[0], r), 0. # no direction at all
     if M.shape[0]<=M.shape[1]:
         B = _left_vectors(exact, r)
         A = B.T@exact

@@ -49,14 +49,16 @@ def merged_changes(
         if merge.since is not None:
             A, B = merge.since[layer.i]
             change = change+B@A
-        if stack.shared is not None: change = change+stack.delta(stack.layers[layer.i].name, no_expert)
+        if stack.shared is not None:
+            change = change+stack.delta(stack.layers[layer.i].name, no_expert)
         yield stack.layers[layer.i].name, change
 
 # %% ../../nbs/hydra/67c_dense.ipynb #bd465ed6
 def _plain_model(base, original):
     "The base as a model of plain weights, on the CPU; of its original ones if asked"
     dtype = 'fp32' if base.quant=='fp32' else 'bf16'
-    if base.path is None: model = tiny_base(int(base.id.partition('-')[2]), quant=dtype).model
+    if base.path is None:
+        model = tiny_base(int(base.id.partition('-')[2]), quant=dtype).model
     else: model = open_checkpoint(base.path, dtype, 'cpu')
     if original or base.quant!='nf4': return model
     for name, layer in base.model.named_modules():
@@ -109,7 +111,8 @@ def _mergekit_method(receipt):
         total = sum(weights.values())/params.get('share', 1.)
         return 'task_arithmetic', length, {name: w/total for name, w in weights.items()}
     if method=='prune': return 'breadcrumbs', dict(length, gamma=0.), weights
-    if method=='ties' and params.get('variant')=='mergekit': return 'ties', dict(length, normalize=True), weights
+    if method=='ties' and params.get('variant')=='mergekit':
+        return 'ties', dict(length, normalize=True), weights
     hint = "say --variant mergekit" if method=='ties' else "save it as a dense checkpoint (--to dense) or an adapter"
     raise HydraError(f"no recipe of mergekit makes the merge by {method} with {params or 'its defaults'}: {hint}")
 

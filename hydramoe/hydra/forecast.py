@@ -56,7 +56,8 @@ def _memory_bytes(spec, weights_of_an_expert, device):
     activations = 15*config.hidden_size*config.num_hidden_layers
     batch = 900*width*(activations + 2*config.vocab_size)
     together = spec.k+1
-    if not spec.shared: together = min(spec.k, group_size(weights_of_an_expert, GroupSpec(memory=spec.memory)))
+    if not spec.shared:
+        together = min(spec.k, group_size(weights_of_an_expert, GroupSpec(memory=spec.memory)))
     experts = 20*weights_of_an_expert*together
     libraries = 1.2e9 if device == 'cpu' else 0.
     return base + experts + batch + libraries

@@ -434,7 +434,8 @@ def plot_gate(
 )->Figure: # a row an expert, a column a block
     "The average use of each expert, block by block"
     layers = explanation['layers']
-    if 'shared' in explanation: layers = {n: dict(weights, shared=1.) for n, weights in layers.items()}
+    if 'shared' in explanation:
+        layers = {n: dict(weights, shared=1.) for n, weights in layers.items()}
     names = list(next(iter(layers.values())))
     of_layer = {name: torch.tensor(list(weights.values())) for name, weights in layers.items()}
     of_block = _block_use(of_layer)

@@ -160,10 +160,9 @@ def train_gate_stage(
     data = TrainData(rows_dir, file, groups, max_prompt=max_prompt, max_response=max_response)
     fresh = list(groups or {})
     lora = as_spec(LoraSpec, lora)
+    setup = TrainSetup(base, quant, start, lora, training.spec)
     if start is None: model = gate_model(opened, adapters, fresh, lora, training.spec.seed, shared)
-    else:
-        setup = TrainSetup(base, quant, start, lora, training.spec)
-        model = started_model(opened, fresh, setup, ResidualSpec(rank=rank))
+    else: model = started_model(opened, fresh, setup, ResidualSpec(rank=rank))
     names = list(model.stack.names)
     known = gate_rows(GateData(data, weights, losses, own), names, opened.tokenizer)
     made = trained_gate(model.stack, spec, training.spec.seed)

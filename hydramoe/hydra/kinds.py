@@ -290,7 +290,8 @@ def _check_losses(losses, n, experts):
 
 def _begin(domains, names, width, start):
     "The encoder, and the weights (E,d) to begin from"
-    if start is None: return getattr(domains, 'encoder', 'minilm'), np.zeros((len(names), width))
+    if start is None:
+        return getattr(domains, 'encoder', 'minilm'), np.zeros((len(names), width))
     weights = np.c_[start.arrays['weight'], start.arrays['bias']]
     return start.params['encoder'], weights/start.params['temperature']
 

@@ -111,10 +111,13 @@ def merge_layer(
 )->LayerMerge:
     "Merge what experts add to one layer"
     deltas = layer_deltas(stack, i, slots, since)
-    if 'seed' in params: params = dict(params, seed=derive_seed(params['seed'], stack.layers[i].name))
-    if space=='full': return LayerMerge(i, MERGES[method](deltas, weights.to(deltas.A), **params), None)
+    if 'seed' in params:
+        params = dict(params, seed=derive_seed(params['seed'], stack.layers[i].name))
+    if space=='full':
+        return LayerMerge(i, MERGES[method](deltas, weights.to(deltas.A), **params), None)
     core = to_core(deltas)
-    if min(core.deltas.shape)==0: return LayerMerge(i, torch.zeros(deltas.shape), None) # nobody adapts this layer
+    if min(core.deltas.shape)==0:
+        return LayerMerge(i, torch.zeros(deltas.shape), None) # nobody adapts this layer
     return LayerMerge(i, MERGES[method](core.deltas, weights.to(core.Q_A), **params), core)
 
 # %% ../../nbs/hydra/62c_merge.ipynb #68bf9162
@@ -147,7 +150,8 @@ def expert_thresholds(
     high = np.zeros((len(slots), bins), np.int64)
     low = np.zeros((len(slots), bins), np.int64)
     for i in progress(stack.upper_layers, desc='find thresholds', unit='layer'):
-        for e, product in enumerate(products(i)): high[e] += np.bincount(_bits(product)>>16, minlength=bins)
+        for e, product in enumerate(products(i)):
+            high[e] += np.bincount(_bits(product)>>16, minlength=bins)
     k = check_density(density, int(high[0].sum()))
     found = [_bin_of(counts, k) for counts in high]
     for i in progress(stack.upper_layers, desc='refine thresholds', unit='layer'):
@@ -202,7 +206,8 @@ def check_method(
             raise HydraError(f"{method} has no parameter {name!r}; {has}")
     if 'density' in params: number(params['density'], 'density', above=0, most=1)
     for name in ('keep', 'clusters'):
-        if params.get(name) is not None: number(params[name], name, whole=True, least=1)
+        if params.get(name) is not None:
+            number(params[name], name, whole=True, least=1)
     for name in ('share', 'common'):
         if name in params: number(params[name], name, least=0, most=1)
     if 'seed' in params: number(params['seed'], 'seed', whole=True)
@@ -268,7 +273,8 @@ def expert_lengths(
 )->Tensor: # (E,) over all layers above the fork
     "How much each expert changes the model, or its seed: the length of all its products together"
     squared = 0.
-    for i in stack.upper_layers: squared = squared+inner_products(layer_deltas(stack, i, slots, since)).diagonal()
+    for i in stack.upper_layers:
+        squared = squared+inner_products(layer_deltas(stack, i, slots, since)).diagonal()
     return squared.clamp_min(0).sqrt()
 
 # %% ../../nbs/hydra/62c_merge.ipynb #c26cdf7b

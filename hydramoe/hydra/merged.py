@@ -66,7 +66,8 @@ def unmerged_losses(
     columns |= zip(hydra.names, torch.eye(n))
     columns['uniform mix'] = torch.full((n,), 1/n)
     gates = hydra.gates([r['prompt'] for r in records])
-    if hydra.gate is None: return loss_matrix(hydra.model, examples, dict(base=None, **columns, routed=gates))
+    if hydra.gate is None:
+        return loss_matrix(hydra.model, examples, dict(base=None, **columns, routed=gates))
     losses = loss_matrix(hydra.model, examples, dict(base=None, **columns))
     with hydra.model.stack.bind(make_plan(hydra.gate, hydra.model.stack)):
         by_gate = loss_matrix(hydra.model, examples, dict(routed=None))
@@ -136,9 +137,11 @@ def merge_hydra(
         before = unmerged_losses(hydra, examples, records)
         found = dict(rows=len(examples), losses={name: macro_loss(before, name) for name in before.columns})
     hydra.model.detach()
-    if rows and scale is None: merge, found['curve'] = tuned_merge(hydra, examples, method, params, **how)
+    if rows and scale is None:
+        merge, found['curve'] = tuned_merge(hydra, examples, method, params, **how)
     else: merge = merge_experts(stack, method, scale=1. if scale is None else scale, **how, **params)
-    if rows: found['losses']['merged'] = macro_loss(merge_losses(hydra.base, stack, merge, examples), 'merged')
+    if rows:
+        found['losses']['merged'] = macro_loss(merge_losses(hydra.base, stack, merge, examples), 'merged')
     merge.receipt['development'] = found
     merge.receipt['overlap'] = expert_overlap(stack, chosen, since)
     return merge

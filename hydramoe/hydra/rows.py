@@ -145,7 +145,8 @@ def judge_rows(
         if id in seen: j = Judgement(row, 0, 'twice', 'is there twice')
         else: j = judge_row(dict(row, id=id), tokenizer, embedding, limit)
         seen.add(id)
-        if j.kind: judged.lost.append(dict(row=i, kind=j.kind, reason=j.reason))
+        if j.kind:
+            judged.lost.append(dict(row=i, kind=j.kind, reason=j.reason))
         else:
             judged.fit[id] = replace(j, index=i, group=group)
             judged.n_folded += j.row['prompt'] != row['prompt']
@@ -224,7 +225,8 @@ def deal_stage(
     reason = f'beyond tokens={tokens}'
     beyond = [dict(row=j.index, kind='beyond_tokens', reason=reason) for j in parts['beyond']]
     lost = sorted(judged.lost + beyond, key=lambda l: l['row'])
-    for part in ('train', 'dev'): write_jsonl(out/f'{part}.jsonl', [j.row for j in parts[part]])
+    for part in ('train', 'dev'):
+        write_jsonl(out/f'{part}.jsonl', [j.row for j in parts[part]])
     write_jsonl(out/'rejects.jsonl', lost)
     counts = _count_parts(parts['train'], parts['dev'], lost)
     write_json(out/'counts.json', dict(counts, rows=len(rows), folded=judged.n_folded, **groups))

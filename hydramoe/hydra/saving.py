@@ -142,7 +142,8 @@ def _write_files(root, base, stack, router, about, gate=None):
     if gate is not None:
         save_trained_gate(gate, root/'gates')
         content['gate'] = gate.kind
-    if stack.shared is not None: content['shared'] = _write_adapter(root/'shared', stack.shared, base, stack)
+    if stack.shared is not None:
+        content['shared'] = _write_adapter(root/'shared', stack.shared, base, stack)
     manifest = seal_bundle(root, content)
     on_hub = entry['id'].startswith(('hub:', 'pypi:'))
     public_name = _public_name(base) if on_hub else None

@@ -81,7 +81,8 @@ def token_use(
     names = [str(name) for name in model.stack.names]
     if not callable(gates):
         gates = gates.flatten(1)
-        if model.gate is None: return TokenUse(tokens, gates.abs().expand(len(tokens), -1).cpu(), names)
+        if model.gate is None:
+            return TokenUse(tokens, gates.abs().expand(len(tokens), -1).cpu(), names)
         gates = model.gate.on(gates)
     listener = Listener(gates, len(names))
     hidden(model, torch.tensor([ids], device=model.device), gates=listener)

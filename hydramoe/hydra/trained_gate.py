@@ -448,21 +448,7 @@ def _noise(self:GateAtWork, x, p, logits):
     gumbel = -torch.log(-uniform.log())
     return gumbel.to(x.device)
 
-# %% ../../nbs/hydra/61a_trained_gate.ipynb #c6ddc2ab
-@patch
-def mean_of_prompts(self:GateAtWork, x, layer):
-    "The mean input over each prompt's tokens: (B,1,in), of packed rows (1,T,in)"
-    is_prompt = self.batch.prompt
-    if is_prompt is None: raise HydraError("a gate that pools must know the prompts: give `prompt=` to `on`")
-    if x.shape[1]!=is_prompt.shape[1]: return self.pooled[layer] # a decode step
-    counted = is_prompt.to(x.device).float()[...,None]
-    if self.batch.lengths is not None: return _mean_of_packed(scaled(x)[0], counted[0], self.batch.lengths)
-    copies = len(x)//len(counted)
-    counted = counted.repeat_interleave(copies, 0)
-    sums = (scaled(x)*counted).sum(1, keepdim=True)
-    self.pooled[layer] = sums/counted.sum(1, keepdim=True)
-    return self.pooled[layer]
-
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #e7fa12f0
 def _mean_of_packed(x, counted, lengths):
     "For each token (1,T,in) the mean of x (T,in) over its row's tokens that count (T,1)"
     lengths = torch.tensor(lengths, device=x.device)
@@ -471,6 +457,22 @@ def _mean_of_packed(x, counted, lengths):
     counts = x.new_zeros(len(lengths), 1).index_add(0, row, counted)
     means = sums/counts
     return means[row][None]
+
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #c6ddc2ab
+@patch
+def mean_of_prompts(self:GateAtWork, x, layer):
+    "The mean input over each prompt's tokens: (B,1,in), of packed rows (1,T,in)"
+    is_prompt = self.batch.prompt
+    if is_prompt is None: raise HydraError("a gate that pools must know the prompts: give `prompt=` to `on`")
+    if x.shape[1]!=is_prompt.shape[1]: return self.pooled[layer] # a decode step
+    counted = is_prompt.to(x.device).float()[...,None]
+    if self.batch.lengths is not None:
+        return _mean_of_packed(scaled(x)[0], counted[0], self.batch.lengths)
+    copies = len(x)//len(counted)
+    counted = counted.repeat_interleave(copies, 0)
+    sums = (scaled(x)*counted).sum(1, keepdim=True)
+    self.pooled[layer] = sums/counted.sum(1, keepdim=True)
+    return self.pooled[layer]
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #5fca6f0a
 KINDS = dict(
@@ -544,6 +546,7 @@ def _pairs(pairs, file):
         raise HydraError(f"{file}: leaders holds {str(pair)[:40]!r}; need pairs, a layer and the one it follows")
     return dict(pairs)
 
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #0b9146c6
 def load_trained_gate(
     path:str|Path # what `save_trained_gate` wrote
 )->TrainedGate: # on the CPU

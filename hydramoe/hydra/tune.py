@@ -82,7 +82,8 @@ def _score_lengths(base, stack, merge, examples, lengths, params):
 
     for length in lengths: score(length)
     if len(lengths)>1:
-        while (length := next_value({row['length']: row['nll'] for row in curve})) is not None: score(length)
+        while (length := next_value({row['length']: row['nll'] for row in curve})) is not None:
+            score(length)
     return curve
 
 # %% ../../nbs/hydra/62d_tune.ipynb #7ef6ba8d

@@ -184,7 +184,8 @@ def _other_matrices(model):
     kinds = set()
     for m in model.modules():
         weight = getattr(m, 'weight', None)
-        if weight is None or weight.dim()!=2 or isinstance(m, (nn.Linear, nn.Embedding)): continue
+        if weight is None or weight.dim()!=2 or isinstance(m, (nn.Linear, nn.Embedding)):
+            continue
         kinds.add(type(m).__name__)
     return f": it keeps its matrices in {', '.join(sorted(kinds))}" if kinds else ''
 

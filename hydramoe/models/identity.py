@@ -45,7 +45,8 @@ def weight_files(
     path = Path(path)
     index = path/'model.safetensors.index.json'
     names = ['model.safetensors']
-    if index.is_file(): names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
     for name in names:
         if not (path/name).is_file():
             raise HydraError(f"{path} has no {name}: a base is read from safetensors only; "

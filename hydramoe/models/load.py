@@ -89,7 +89,8 @@ def _listed_ends(path): # → ids
     "The ends that a checkpoint's files list"
     ids = []
     for name in ('generation_config.json', 'config.json'):
-        if (path/name).is_file(): ids += id_list(read_json(path/name).get('eos_token_id'))
+        if (path/name).is_file():
+            ids += id_list(read_json(path/name).get('eos_token_id'))
     return ids
 
 # %% ../../nbs/models/15_load.ipynb #ce404be8

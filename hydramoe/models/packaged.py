@@ -23,7 +23,8 @@ def _read_gguf(folder, file): # → model, tokenizer
         fields = read.config.to_dict()
         for name in ('quantization_config', '_model_name_or_path'): fields.pop(name, None)
         config = type(read.config).from_dict(fields)
-        with torch.random.fork_rng(devices=[]): model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(read.state_dict())
         return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 

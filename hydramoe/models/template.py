@@ -168,7 +168,8 @@ def with_thoughts(
     "Messages as the base's chat template takes them"
     if not any('reasoning_content' in m for m in msgs): return msgs
     key = thought_key(tokenizer)
-    if key is None: return [{k: v for k, v in m.items() if k!='reasoning_content'} for m in msgs]
+    if key is None:
+        return [{k: v for k, v in m.items() if k!='reasoning_content'} for m in msgs]
     return [{key if k=='reasoning_content' else k: v for k, v in m.items()} for m in msgs]
 
 # %% ../../nbs/models/10_template.ipynb #cell41

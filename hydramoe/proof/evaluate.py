@@ -72,7 +72,8 @@ ROUTED = 32 # texts that a router reads at a time
 def _routed(hydra, texts):
     "The router's weights of texts that say something"
     rows = []
-    for start in range(0, len(texts), ROUTED): rows += hydra.gates(texts[start:start+ROUTED])
+    for start in range(0, len(texts), ROUTED):
+        rows += hydra.gates(texts[start:start+ROUTED])
     return rows
 
 def _row_or_base(hydra, row):
@@ -180,7 +181,8 @@ def _score_texts(self, requests, disable_tqdm=False):
     of_windows = [gates[i] for i in owners]
     scores = dict(score_pairs(self.model, pairs, of_windows, self.max_length, self.batch_size))
     for k in sorted(scores): totals[owners[k]] += scores[k][0]
-    for text, total in zip(texts, totals): self.cache_hook.add_partial('loglikelihood_rolling', (text,), total)
+    for text, total in zip(texts, totals):
+        self.cache_hook.add_partial('loglikelihood_rolling', (text,), total)
     return totals
 
 # %% ../../nbs/proof/72_evaluate.ipynb #83e2bb68

@@ -35,7 +35,8 @@ def choice_item(
     **more # further columns, the same for all items of a task
 )->dict: # one row of a task
     "A question with the answers to choose from"
-    if len(choices)>1 and 0<=gold<len(choices): return dict(query=query, choices=list(choices), gold=gold, **more)
+    if len(choices)>1 and 0<=gold<len(choices):
+        return dict(query=query, choices=list(choices), gold=gold, **more)
     raise HydraError(f"the item {query[:60]!r} has {len(choices)} choices, and number {gold} as the right one; "
                      "an item needs two choices or more, and a right one among them")
 
@@ -245,7 +246,8 @@ def reply_items(
     "A scene so far, the true reply, and three other replies of the same play"
     records = unseen_rows(card)
     replies = {}
-    for r in records: replies.setdefault(speaker_of(r)[1], []).append(r['completion'][0]['content'])
+    for r in records:
+        replies.setdefault(speaker_of(r)[1], []).append(r['completion'][0]['content'])
     items = []
     for r in records:
         name, play = speaker_of(r)
@@ -418,7 +420,8 @@ def solution_items(
 )->list[dict]: # query, reference
     "Problems to be solved, and a solution that ends with the right answer"
     items = []
-    for r in unseen_rows(card): items.append(dict(query=form.format(prompt_as_text(r)), reference=r['completion'][0]['content']))
+    for r in unseen_rows(card):
+        items.append(dict(query=form.format(prompt_as_text(r)), reference=r['completion'][0]['content']))
     return items
 
 # %% ../../nbs/proof/73_items.ipynb #edc19d3a

@@ -23,7 +23,8 @@ def shared_ranks(
     "The two ranks of a split"
     parts = split.split('+')
     ranks = [int(part) for part in parts if part.isdecimal()]
-    if len(parts)==len(ranks)==2 and min(ranks)>0: return ranks[0], ranks[1]
+    if len(parts)==len(ranks)==2 and min(ranks)>0:
+        return ranks[0], ranks[1]
     raise HydraError(f"split {split!r}: give the ranks of the shared expert and of a residual, both above 0, as in 8+2")
 
 # %% ../../nbs/proof/70c_residuals.ipynb #c5c5563b

@@ -108,7 +108,8 @@ def fit_xlora(
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(learned, spec.clip)
-        for group in opt.param_groups: group['lr'] = spec.lr*lr_factor(k, len(steps), spec)
+        for group in opt.param_groups:
+            group['lr'] = spec.lr*lr_factor(k, len(steps), spec)
         if math.isfinite(norm): opt.step()
         history.append(total)
     return history

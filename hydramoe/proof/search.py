@@ -15,7 +15,8 @@ def _search_factor(cost, setting, factor, values, ends):
     "Value → cost, for all that were tried of one factor"
     tried = {value: cost(dict(setting, **{factor: value})) for value in values}
     if ends is None: return tried
-    while (value := next_value(tried, 2., ends)) is not None: tried[value] = cost(dict(setting, **{factor: value}))
+    while (value := next_value(tried, 2., ends)) is not None:
+        tried[value] = cost(dict(setting, **{factor: value}))
     return tried
 
 # %% ../../nbs/proof/70a_search.ipynb #fec2a2b2

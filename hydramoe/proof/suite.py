@@ -314,7 +314,8 @@ def run_items(
     "The items of one task, made once"
     task = SUITE[one_of(name, list(SUITE), 'task')]
     read = set(task.cards)
-    if any(load_card(card)['use']=='train' for card in read): read |= set(card_names(task.domain)) # looked at for leaks
+    if any(load_card(card)['use']=='train' for card in read):
+        read |= set(card_names(task.domain)) # looked at for leaks
     text = cards_digest(','.join(sorted(read)))
     params = dict(make=task.make.func.__name__, cards=task.cards, how=task.make.keywords, text=text)
     if task.is_written: params['most'] = MOST_WRITTEN

@@ -64,7 +64,8 @@ def first_system(
 def _placed(first, name, place):
     "A system at a place: another bundle, an adapter for the base of the first, or a model"
     if is_bundle(place): return replace(first, name=name, bundle=place)
-    if not (Path(place)/'adapter_config.json').is_file(): return System(name, base=place, quant=first.quant)
+    if not (Path(place)/'adapter_config.json').is_file():
+        return System(name, base=place, quant=first.quant)
     adapter_config(place)
     return replace(first, name=name, adapter=place)
 
@@ -117,7 +118,8 @@ def _open(system, hashes):
     "A Hydra, or a base alone"
     if system.adapter:
         return Hydra.from_adapters({'adapter': system.adapter}, _base_of(system), uniform_router(['adapter']))
-    if system.bundle: return Hydra.load(system.bundle, system.base, system.quant, encoder=system.encoder)
+    if system.bundle:
+        return Hydra.load(system.bundle, system.base, system.quant, encoder=system.encoder)
     return load_base(system.base, system.quant or 'fp32')
 
 # %% ../../nbs/proof/72a_systems.ipynb #76bdbc91

@@ -288,7 +288,8 @@ def plot_verdict(
     "A bar with its interval for each system, against one adapter"
     import matplotlib.pyplot as plt
     rows = [row for row in found['systems'] if row['system'] not in ('base', found['one_adapter'])]
-    if ax is None: _, ax = plt.subplots(figsize=(5.2, .8+.42*len(rows)), layout='constrained')
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5.2, .8+.42*len(rows)), layout='constrained')
     for y, row in enumerate(rows):
         color = '#9fc5d8' if row['system'] in _BOUNDS else '#2a6f97'
         error = [[row['percent']-row['lo']], [row['hi']-row['percent']]]

@@ -99,7 +99,8 @@ def own_experts_of(
     weights:np.ndarray|None # (N,E)
 )->np.ndarray: # (N,)
     "The expert that is at home in each row's domain"
-    if set(losses.domains)<=set(experts): return np.array([experts.index(d) for d in losses.domains])
+    if set(losses.domains)<=set(experts):
+        return np.array([experts.index(d) for d in losses.domains])
     if weights is not None: return weights.argmax(1)
     return foreseen(losses, experts)
 

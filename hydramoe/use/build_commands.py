@@ -205,7 +205,8 @@ MOVED_OPTIONS = (
 # %% ../../nbs/use/84_build_commands.ipynb #1aca2851
 def _executor_options(a):
     "Where groups of experts are trained, as `Hydra.build` takes it"
-    if a.workers is not None: number(a.workers, 'workers', whole=True, least=1, most=1024)
+    if a.workers is not None:
+        number(a.workers, 'workers', whole=True, least=1, most=1024)
     if a.executor=='here' and (a.workers or 1)>1:
         remedy = f'leave --workers {a.workers} out, or say --executor local'
         raise HydraError(f"--executor here is this process alone: {remedy}")
@@ -294,7 +295,8 @@ def build_command(a):
     spec = BuildSpec(**_spec_options(a))
     records, refused = _usable_records(a, spec, out)
     if a.dry_run: return dry_run(records, spec, refused, a.domains)
-    with _without_unlearnt_warning(): hydra = Hydra.build(records, out, run=run, domains=a.domains, **vars(spec))
+    with _without_unlearnt_warning():
+        hydra = Hydra.build(records, out, run=run, domains=a.domains, **vars(spec))
     said, found = (None, None) if a.no_verdict else judge_build(hydra, out, a.single, a.compare, a.encoder)
     try_it = shell_line('ask', out, example_prompt(records))
     lines = [f'{out}: {hydra}', said, f'try it: {try_it}']
@@ -363,7 +365,8 @@ def add_command(a):
     records, rejects = gather_rows(a.files, **reading_options(a))
     how = dict(base=a.base, encoder=a.encoder, left=rejects)
     try:
-        with _without_unlearnt_warning(): hydra = add_expert(Path(a.bundle), records, name, out, a.start, **how)
+        with _without_unlearnt_warning():
+            hydra = add_expert(Path(a.bundle), records, name, out, a.start, **how)
     finally: refused = report_rejects(rejects, out)
     changes = hydra.about['built']['changes']
     made = dict(bundle=str(out), experts=hydra.names, changes=changes, rejects=refused)
@@ -423,7 +426,8 @@ def _named_adapters(given):
 def adopt_command(a):
     "Adapters in, bundle out, with a gate made from their weights"
     require_free(a.out)
-    if a.top_k is not None: number(a.top_k, 'top-k', whole=True, least=1, most=1024)
+    if a.top_k is not None:
+        number(a.top_k, 'top-k', whole=True, least=1, most=1024)
     from hydramoe.hydra.adopt import adopt, summarize_adopted
     hydra = adopt(_named_adapters(a.adapters), a.out, a.base, a.quant, a.gate, top_k=a.top_k)
     try_it = shell_line('ask', a.out, 'Hello, who are you?')

@@ -388,7 +388,8 @@ def _syntax_tree(text):
 def _dump_without_docstrings(tree):
     "A syntax tree as text; its docstrings are removed for good"
     for n in ast.walk(tree):
-        if isinstance(n, _DOCUMENTED) and ast.get_docstring(n, clean=False) is not None: n.body = n.body[1:]
+        if isinstance(n, _DOCUMENTED) and ast.get_docstring(n, clean=False) is not None:
+            n.body = n.body[1:]
     return ast.dump(tree)
 
 # %% ../../nbs/use/80_reproduce.ipynb #76d0cb6e
