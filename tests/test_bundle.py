@@ -25,6 +25,7 @@ from hydramoe.hydra.adopt import adapters_base
 from hydramoe.hydra.route import similarity_router, uniform_router
 from hydramoe.hydra.kinds import ridge_router
 from hydramoe.hydra.cascade import fit_on_hidden
+from hydramoe.hydra.trained_gate import GateSpec, trained_gate
 from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.model import gated
 from helpers import exchange, files_in, put, set_fields, sign, spots
@@ -52,7 +53,14 @@ def golden_shared():
     model.stack.theta += torch.from_numpy(rng(0, 'golden shared').normal(0, .5, model.stack.theta.shape)).float()
     return Hydra(base, model, similarity_router(Domains(embed(PAIR_TEXTS, 'words'), PAIR, 'words'), .5))
 
-GOLDEN = {1: golden, 2: golden_shared} # format → the Hydra that tests/data/bundle-FORMAT holds
+def golden_gated():
+    "The first with a trained gate of noise, one choice for all layers of a block"
+    hydra = golden()
+    gate = trained_gate(hydra.model.stack, GateSpec(place='block'))
+    gate.phi += torch.from_numpy(rng(0, 'golden gate').normal(0, .3, len(gate.phi))).float()
+    return hydra.correct_by(gate)
+
+GOLDEN = {1: golden, 2: golden_shared, 3: golden_gated} # format → the Hydra that tests/data/bundle-FORMAT holds
 
 def greedy(h, prompt, expert=None, n=6):
     "Token ids of the greedy answer, the gates, and by how much the likeliest token led at its tightest"
@@ -126,8 +134,10 @@ def refused_or_same(at):
     except HydraError as e:
         assert str(e)
         return str(e)
-    stack, whole = h.model.stack, WHOLE[2 if h.shared else 1].model.stack
-    assert h.names==PAIR and torch.equal(stack.theta, whole.theta) and torch.equal(stack.scale, whole.scale)
+    whole = WHOLE[3 if h.trained_gate else 2 if h.shared else 1]
+    stack, other = h.model.stack, whole.model.stack
+    assert h.names==PAIR and torch.equal(stack.theta, other.theta) and torch.equal(stack.scale, other.scale)
+    if h.trained_gate: assert h.trained_gate.spec==whole.trained_gate.spec and torch.equal(h.trained_gate.phi, whole.trained_gate.phi)
 
 @fuzz(100)
 @given(st.data())
