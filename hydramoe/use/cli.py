@@ -11,6 +11,7 @@ from .command import command_parser, run_command
 from .build_commands import BUILD_COMMANDS
 from .merge_command import MERGE_COMMANDS
 from .verdict_command import VERDICT_COMMANDS
+from .gate_command import GATE_COMMANDS
 from .ask_commands import ASK_COMMANDS
 from .export_command import EXPORT_COMMANDS
 from .run_commands import RUN_COMMANDS
@@ -19,8 +20,8 @@ from .data_commands import DATA_COMMANDS
 
 # %% ../../nbs/use/88_cli.ipynb #4c968903
 # name → Command, in the order in which help lists them; "data list" is `list` in the group `data`
-COMMANDS = (BUILD_COMMANDS | MERGE_COMMANDS | VERDICT_COMMANDS | ASK_COMMANDS | EXPORT_COMMANDS | EVAL_COMMANDS
-            | RUN_COMMANDS | DATA_COMMANDS)
+COMMANDS = (BUILD_COMMANDS | MERGE_COMMANDS | GATE_COMMANDS | VERDICT_COMMANDS | ASK_COMMANDS | EXPORT_COMMANDS
+            | EVAL_COMMANDS | RUN_COMMANDS | DATA_COMMANDS)
 
 # %% ../../nbs/use/88_cli.ipynb #48a33148
 def make_parser(
