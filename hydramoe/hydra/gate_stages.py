@@ -38,6 +38,7 @@ class GateData:
     losses:Path|None=None # a scored stage of the experts, on the same records
     own:bool=False # may a row use its own expert alone?
 
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #d5de3c3e
 def gate_rows(
     known:GateData,
     names:list[str], # of the experts, in the order of the slots
@@ -254,6 +255,7 @@ def use_of_gate_stage(
     weights = None if mix is None else mix_gates(mix, list(model.stack.names))
     write_json(out/'use.json', use_by_domain(model, gate, rows, weights))
 
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #32be5357
 def use_by_domain(
     model:GatedCausalLM,
     gate:TrainedGate,
@@ -273,6 +275,7 @@ def use_by_domain(
             of_place.append(w[0].cpu())
     return {domain: _means(of_domain) for domain, of_domain in found.items()}
 
+# %% ../../nbs/hydra/61f_gate_stages.ipynb #18b37217
 def _means(of_domain):
     "The mean over tokens in each place"
     means = {}

@@ -126,6 +126,7 @@ def alarms(self:GateWatch)->dict[str,list]: # name of an alarm → the experts o
     found = {name: alarm(together) for name, alarm in ALARMS.items()}
     return {name: about for name, about in found.items() if about}
 
+# %% ../../nbs/hydra/61c_gate_watch.ipynb #fa01d1d4
 @patch
 def report(self:GateWatch, stops, alarms):
     "Why a run ends"

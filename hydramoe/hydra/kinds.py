@@ -41,6 +41,7 @@ def _triangle(gram): # (E,m) → d+1; the row and the column of each of the m en
     row, column = np.triu_indices(size)
     return size, row, column
 
+# %% ../../nbs/hydra/59_kinds.ipynb #251ed6be
 def _solve_ridge(gram, lam): # (E,m) → weight (E,d), bias (E,)
     "Ridge regression from the statistics; the ones are not penalised"
     size, row, column = _triangle(gram)
@@ -54,6 +55,7 @@ def _solve_ridge(gram, lam): # (E,m) → weight (E,d), bias (E,)
     with threadpool_limits(1): w = solve(left_side, right_side, assume_a='pos')
     return dict(weight=np.ascontiguousarray(w[:-1].T), bias=w[-1].copy())
 
+# %% ../../nbs/hydra/59_kinds.ipynb #b459296c
 def _gram_means(gram): # (E,m) → (E,d) fp32
     "The mean vector of each domain's prompts"
     size, _, column = _triangle(gram)
@@ -92,6 +94,7 @@ class RidgeRouter(LinearRouter):
     def domain_arrays(self, domains):
         return dict(centroids=_gram_means(self.arrays['gram']))
 
+# %% ../../nbs/hydra/59_kinds.ipynb #91d1eaff
 def ridge_router(
     domains:Domains|Sequence[str], # domains, or just the experts' names
     x:np.ndarray, # (N,d) vectors of training prompts
@@ -282,12 +285,14 @@ class DistilledRouter(LinearRouter):
     kind = 'distilled'
     own_params = dict(tau=POSITIVE, l2=NOT_NEGATIVE)
 
+# %% ../../nbs/hydra/59_kinds.ipynb #a27db331
 def _check_losses(losses, n, experts):
     "Refuse a loss matrix that is not a finite number for every prompt and expert"
     if losses.shape==(n, experts) and np.isfinite(losses).all(): return
     raise HydraError(f"losses of shape {losses.shape}; need ({n}, {experts}), all finite: "
                      "a row a prompt, a column an expert")
 
+# %% ../../nbs/hydra/59_kinds.ipynb #f1e8adf0
 def _begin(domains, names, width, start):
     "The encoder, and the weights (E,d) to begin from"
     if start is None:
@@ -295,6 +300,7 @@ def _begin(domains, names, width, start):
     weights = np.c_[start.arrays['weight'], start.arrays['bias']]
     return start.params['encoder'], weights/start.params['temperature']
 
+# %% ../../nbs/hydra/59_kinds.ipynb #5bc30542
 def distilled_router(
     domains:Domains|Sequence[str], # domains, or just the experts' names
     x:np.ndarray, # (N,d) vectors of prompts that no expert was trained on

@@ -212,6 +212,7 @@ def roll_out(
     mask = _mask_of(ids, inputs['attention_mask'], tokenizer)
     return Rollout(ids, mask, n_prompt, work.all_drawn(), weights, rewards, answers)
 
+# %% ../../nbs/hydra/69_reward.ipynb #2dd13690
 def _mask_of(ids, prompt_mask, tokenizer):
     "1 for tokens of prompts and of answers up to their end"
     answer = ids[:,prompt_mask.shape[1]:]
@@ -331,6 +332,7 @@ def train_on_rewards(
         if work and is_due: save_checkpoint(work, run.opt, history, job)
     return history
 
+# %% ../../nbs/hydra/69_reward.ipynb #dfdb03b1
 def _noted(found):
     "What the history says of a roll-out"
     reward = found.rewards.mean()
@@ -378,6 +380,7 @@ def _trl_options(spec, device):
         report_to='none',
         disable_tqdm=True)
 
+# %% ../../nbs/hydra/69_reward.ipynb #d63e00f2
 def grpo_adapter(
     base, # `hydramoe.models.base.Base`, bare
     start:Path, # the adapter to start from

@@ -148,6 +148,7 @@ def tokens_text(
         parts.append(token)
     return ''.join(parts)+(_terminal_legend(use) if colours else '')
 
+# %% ../../nbs/hydra/61e_token_use.ipynb #5f6f88f7
 def _terminal_legend(use):
     "Which colour is whose"
     parts = []

@@ -153,6 +153,7 @@ def at_work(self:GateRun, gate, examples, seen):
         frozen=self.training.experts is None,
         seen=seen)
 
+# %% ../../nbs/hydra/61d_train_gate.ipynb #26a6af86
 @patch
 def objective(self:GateRun, done, step, others):
     "What a pass adds to the loss of its step"
@@ -179,6 +180,7 @@ def pass_forward(self:GateRun, model, gate, examples, stack, bind, counts, step)
         done.seen.append((leader, logits.detach(), weights.detach()))
     return done, [value.item() for value in others.values()]
 
+# %% ../../nbs/hydra/61d_train_gate.ipynb #60df165f
 @patch
 def run(self:GateRun, model, step, passes, stack, bind, cached=None):
     "Some passes of a step: the answers' summed loss, the other losses, and the gate's gradient, in one vector"
@@ -277,11 +279,13 @@ def state(self:GateOptimizers)->dict[str,Tensor]:
     for name, value in self.experts.state().items(): saved[f'experts.{name}'] = value
     return saved
 
+# %% ../../nbs/hydra/61d_train_gate.ipynb #dafce72d
 def _named(saved, part):
     "The tensors of 'gate' or 'experts', under their own names"
     start = f'{part}.'
     return {name[len(start):]: x for name, x in saved.items() if name.startswith(start)}
 
+# %% ../../nbs/hydra/61d_train_gate.ipynb #c7e41aa0
 @patch
 def load(self:GateOptimizers,
     saved:dict[str,Tensor] # of `state`
@@ -324,6 +328,7 @@ def balance(self:GateRun):
         row = torch.zeros(len(logits), dtype=torch.long)
         bias.copy_(balance_bias(bias, Decisions(logits, weights, row), rate))
 
+# %% ../../nbs/hydra/61d_train_gate.ipynb #4a9df2e0
 @patch
 def take(self:GateRun, model, opt, step, k, names, cached=None):
     "One step, and what the history says of it"
@@ -356,6 +361,7 @@ def _gate_job(run, stack, spec):
     start = tensor_bytes(gate.phi).hex()
     return digest([of_rows, gate.names, gate.spec, start, told, run.training])
 
+# %% ../../nbs/hydra/61d_train_gate.ipynb #6a431fb4
 def train_gate(
     model, # `hydramoe.experts.model.GatedCausalLM`: the experts
     gate:TrainedGate, # for its stack

@@ -222,11 +222,13 @@ def _shapes(stack, spec, leaders):
             found[leader][name] = [axes[a] for a in words.split()]
     return found
 
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #ab874f4b
 def _numbers(spec):
     "What a gate with this spec learns, and its axes"
     if spec.noise=='normal': return dict(NUMBERS[spec.score], n='E in')
     return NUMBERS[spec.score]
 
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #a384cb9e
 def _cut(flat, shapes):
     "Leader → name → view of a row of numbers"
     views = {}
@@ -336,6 +338,7 @@ class Bounds:
     settled:Tensor # (B,1) whether a row has nothing to choose
     weights:Tensor # (B,E) that settled rows keep
 
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #10190a61
 def bounds_of(
     batch:Batch
 )->Bounds|None: # None: every row may use every expert
@@ -420,6 +423,7 @@ def within_bounds(self:GateAtWork, weights, x):
     settled = self._by_token(self.bounds.settled, x)
     return torch.where(settled, self._by_token(self.bounds.weights, x), weights)
 
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #ea7189c2
 @patch
 def logits(self:GateAtWork, x, layer, inner=None):
     "Of each token, (B,T,E)"
@@ -435,6 +439,7 @@ def logits(self:GateAtWork, x, layer, inner=None):
     is_noisy = spec.noise!='none' and self.batch.generator is not None
     return found+self._noise(x, p, found) if is_noisy else found
 
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #e5777414
 @patch
 def _noise(self:GateAtWork, x, p, logits):
     "Normal noise of a learned size (Shazeer et al., 2017), or Gumbel noise"
@@ -538,6 +543,7 @@ def _check_saved(meta, file):
     how = 'missing' if odd in wanted else 'extra'
     raise HydraError(f"{file}: {odd} of the spec is {how}; need {', '.join(sorted(wanted))}")
 
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #bc48b5fe
 def _pairs(pairs, file):
     "Layer → leader, in the order of the layers"
     for pair in pairs:
@@ -574,6 +580,7 @@ def load_trained_gate(
             tensor.data.copy_(torch.from_numpy(saved))
     return gate
 
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #bfd6a7d6
 def _check_numbers(array, place, E):
     "Refuse a tensor of another type, or with other rows than experts"
     if array.dtype!='float32':

@@ -88,6 +88,7 @@ def answer_losses(
         found.append(cross_entropy(scores, labels, reduction='none'))
     return torch.cat(found)
 
+# %% ../../nbs/proof/71a_rivals.ipynb #f63c0cbf
 def fit_xlora(
     model, # from `xlora_model`
     examples:list, # of `hydramoe.models.encode.Example`
