@@ -7,7 +7,8 @@ __all__ = ['MIN_REPLICA_TOKENS', 'TrainSpec', 'n_steps', 'spread_rows', 'lr_fact
            'n_response', 'response_tokens', 'forward_backward', 'using_threads', 'n_replicas', 'deal_passes',
            'run_replicas', 'mesh_place', 'sum_gradients', 'gradients', 'new_state', 'Optimizers', 'EarlyStopSpec',
            'EarlyStopping', 'tensor_bytes', 'job_id', 'disk_errors', 'save_checkpoint', 'load_checkpoint', 'step_entry',
-           'fit_step', 'training_mode', 'slot_names', 'steps_of_each', 'run_steps', 'fit', 'plot_history', 'fit_trl']
+           'fit_step', 'training_mode', 'slot_names', 'steps_of_each', 'run_steps', 'fit', 'smooth', 'plot_history',
+           'fit_trl']
 
 # %% ../../nbs/experts/48_train.ipynb #cell2
 import hashlib, math, os, re, shutil, signal, tempfile, threading, warnings, torch, numpy as np
@@ -728,7 +729,10 @@ def fit(
     return history
 
 # %% ../../nbs/experts/48_train.ipynb #cell36
-def _smooth(y, width=9):
+def smooth(
+    y:list, # numbers, step by step
+    width:int=9 # of the window, in steps
+)->np.ndarray: # as many
     "Moving average; the ends are padded with the first and last value"
     w = min(width, len(y))
     padded = np.pad(y, (w//2, w-1-w//2), mode='edge')
@@ -746,7 +750,7 @@ def plot_history(
         entries = [h for h in history if h['loss'].get(name) is not None]
         steps = [h['step'] for h in entries]
         losses = [h['loss'][name] for h in entries]
-        ax.plot(steps, _smooth(losses), label=name)
+        ax.plot(steps, smooth(losses), label=name)
     ax.set(xlabel='step', ylabel='nats a response token', ylim=0)
     ax.legend(frameon=False, fontsize=8)
     return ax.figure

@@ -14,6 +14,7 @@ from torch import Tensor
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from ..foundations.core import HydraError, log, one_of
+from ..experts.train import smooth
 
 # %% ../../nbs/hydra/61c_gate_watch.ipynb #68d9c9e1
 @dataclass(eq=False)
@@ -160,19 +161,19 @@ def flips(
 def plot_watch(
     history:list[dict] # entries of `GateWatch.look`
 )->Figure:
-    "Who is used, and the effective number of experts, step by step; alarms are marked"
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6), layout='constrained')
+    "Who is used, smoothed by the mean of nine steps, and the effective number of experts; alarms are marked"
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout='constrained')
     steps = range(len(history))
     names = list(history[0]['use'])
     for name in names:
         shares = [h['use'][name] for h in history]
-        left.plot(steps, shares, label=name)
+        left.plot(steps, smooth(shares), label=name)
     left.set(xlabel='step', ylabel='share of the weight', ylim=(0, 1))
-    left.legend(frameon=False, fontsize=7)
+    fig.legend(frameon=False, fontsize=7, loc='outside right upper')
     low, mean, high = zip(*[h['effective'] for h in history])
     right.fill_between(steps, low, high, alpha=.2, lw=0)
     right.plot(steps, mean)
-    right.set(xlabel='step', ylabel='effective experts, over places', ylim=(0, len(names)+.2))
+    right.set(xlabel='step', ylabel='effective experts', ylim=(0, len(names)+.2))
     for k, h in enumerate(history):
         if h['alarms']: right.axvline(k, color='#c03030', lw=.5, alpha=.3)
     plt.close(fig)

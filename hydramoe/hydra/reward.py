@@ -24,6 +24,7 @@ from ..experts.model import GatedCausalLM
 from ..experts.train import TrainSpec, load_checkpoint, save_checkpoint, tensor_bytes
 from .trained_gate import Batch, GateAtWork, TrainedGate, softmax_weights
 from .train_gate import GateOptimizers, GateTraining
+from .generation import Request, sampling_keywords
 
 # %% ../../nbs/hydra/69_reward.ipynb #ca856c24
 CHECKS = dict(number=check_number, math=check_math, choice=check_choice, rows=check_rows, call=check_call,
@@ -201,10 +202,9 @@ def roll_out(
     generator = torch.Generator().manual_seed(seed)
     batch = Batch(weights, prompt=inputs['attention_mask'].bool(), generator=generator)
     work = DrawingGate(gate, batch, spec.temperature)
-    words = dict(do_sample=True, temperature=spec.temperature, top_k=0, max_new_tokens=spec.max_new_tokens)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        ids = model.generate(**inputs, gates=work, pad_token_id=tokenizer.pad_token_id, **words)
+    request = Request(spec.max_new_tokens, spec.temperature, seed, dict(top_k=0, pad_token_id=tokenizer.pad_token_id))
+    words = sampling_keywords(request, model.device, model.generation_config)
+    ids = model.generate(**inputs, gates=work, do_sample=False, max_new_tokens=spec.max_new_tokens, **words)
     n_prompt = inputs['input_ids'].shape[1]
     answers = tokenizer.batch_decode(ids[:,n_prompt:], skip_special_tokens=True)
     rewards = [reward(task, answer) for task, answer in zip(asked, answers)]
