@@ -12,7 +12,7 @@ from html import escape
 import torch
 from torch import Tensor
 from matplotlib import colormaps
-from ..foundations.core import HydraError
+from ..foundations.page import Html
 from ..experts.gate_plan import written_out
 from ..experts.model import GatedCausalLM, hidden
 
@@ -109,7 +109,7 @@ def _share(use, i):
 # %% ../../nbs/hydra/61e_token_use.ipynb #d414725e
 def tokens_html(
     use:TokenUse
-)->str: # a paragraph, and a legend
+)->Html: # a paragraph, and a legend
     "The text in colours, for a notebook or a report; a pointer on a token shows its weights"
     spans = []
     for i, (token, e) in enumerate(zip(use.tokens, use.first)):
@@ -119,15 +119,15 @@ def tokens_html(
             continue
         weights = ', '.join(f'{name} {w:.0%}' for name, w in zip(use.names, use.weights[i].tolist()))
         colour = '#%02x%02x%02x'%_paled(expert_colour(e), _share(use, i))
-        spans.append(f'<span style="background:{colour}" title="{escape(weights)}">{text}</span>')
-    return f'<p style="line-height:1.7">{"".join(spans)}</p>{_legend(use)}'
+        spans.append(f'<span style="background:{colour};color:#111" title="{escape(weights)}">{text}</span>')
+    return Html(f'<p style="line-height:1.7">{"".join(spans)}</p>{_legend(use)}')
 
 def _legend(use):
     "Which colour is whose, of the experts that are some token's first"
     parts = []
     for e in sorted(set(use.first)-{-1}):
         colour = '#%02x%02x%02x'%_paled(expert_colour(e), 1.)
-        parts.append(f'<span style="background:{colour};padding:0 .5em">{escape(use.names[e])}</span>')
+        parts.append(f'<span style="background:{colour};color:#111;padding:0 .5em">{escape(use.names[e])}</span>')
     return f'<p style="font-size:85%">{" ".join(parts)}</p>'
 
 # %% ../../nbs/hydra/61e_token_use.ipynb #6c016f4a

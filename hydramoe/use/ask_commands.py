@@ -10,7 +10,7 @@ import os, sys
 from pathlib import Path
 from ..foundations.core import HydraError
 from ..foundations.files import check_writable
-from .command import BASE, BUNDLE, ENCODER, EXPERT, SEED, TEMPERATURE, TOKENS, Command, arg, read_input
+from .command import BASE, BUNDLE, ENCODER, EXPERT, SEED, TEMPERATURE, TOKENS, Command, arg, read_input, require_free
 
 # %% ../../nbs/use/85_ask_commands.ipynb #9c45108e
 ASK_COMMANDS = {} # name → Command, in the order in which help lists them
@@ -75,6 +75,8 @@ def _check_picture(file):
 def explain_command(a):
     "The route of a prompt"
     if a.png: _check_picture(a.png)
+    if a.page and not a.tokens: raise HydraError("--page shows the tokens of an answer: say how many, --tokens 40")
+    if a.page: require_free(a.page)
     from hydramoe.hydra.model import explain_bundle
     os.environ['HYDRAMOE_QUIET'] = '1'
     explanation, figure = explain_bundle(a.bundle, a.prompt, a.base, a.encoder)
@@ -82,6 +84,7 @@ def explain_command(a):
     text = explanation.pop('text')
     if not a.tokens: return text, explanation
     use = _answer_in_tokens(a)
+    if a.page: _write_token_page(a, text, use, figure)
     explanation['tokens'] = [dict(text=token, weights=w) for token, w in zip(use.tokens, use.weights.tolist())]
     return f"{text}\n\n{_coloured(use)}", explanation
 
@@ -90,6 +93,15 @@ def _answer_in_tokens(a):
     hydra = _load_hydra(a)
     answer = hydra.ask(a.prompt, max_new_tokens=a.tokens)
     return hydra.token_use(a.prompt, answer)
+
+def _write_token_page(a, text, use, figure):
+    "The tokens in colours, and the route, on a page"
+    from hydramoe.foundations.files import write_bytes
+    from hydramoe.foundations.page import html_page
+    from hydramoe.hydra.token_use import tokens_html
+    blocks = ['## Who is behind each token', tokens_html(use), '## The route of the prompt', figure, f'```\n{text}\n```']
+    page = html_page(a.prompt[:80], blocks, footer=f'`hydramoe explain` of {a.bundle}')
+    write_bytes(a.page, page.encode())
 
 def _coloured(use):
     "Tokens in colours, if the output is a terminal that wants them"
@@ -101,9 +113,10 @@ ASK_COMMANDS['explain'] = Command(
     explain_command, help='Say which experts a prompt gets, and why',
     examples=['hydramoe explain my-hydra "Who wrote Faust?"',
               'hydramoe explain my-hydra "Who wrote Faust?" --png route.png',
-              'hydramoe explain my-hydra "Who wrote Faust?" --tokens 40'],
+              'hydramoe explain my-hydra "Who wrote Faust?" --tokens 40 --page faust.html'],
     args=[BUNDLE, arg('prompt', help='any prompt'), arg('--png', metavar='FILE', help='draw it as well'),
           arg('--tokens', type=int, default=0, metavar='N', help='answer in up to N tokens, and show who is behind each'),
+          arg('--page', metavar='FILE', help='with --tokens: write it as an HTML page'),
           BASE, ENCODER])
 
 # %% ../../nbs/use/85_ask_commands.ipynb #c90ae689
