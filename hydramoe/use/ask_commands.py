@@ -84,7 +84,7 @@ def explain_command(a):
     text = explanation.pop('text')
     if not a.tokens: return text, explanation
     use = _answer_in_tokens(a)
-    if a.page: _write_token_page(a, text, use, figure)
+    if a.page: _write_token_page(a, use, figure)
     explanation['tokens'] = [dict(text=token, weights=w) for token, w in zip(use.tokens, use.weights.tolist())]
     return f"{text}\n\n{_coloured(use)}", explanation
 
@@ -94,12 +94,12 @@ def _answer_in_tokens(a):
     answer = hydra.ask(a.prompt, max_new_tokens=a.tokens)
     return hydra.token_use(a.prompt, answer)
 
-def _write_token_page(a, text, use, figure):
+def _write_token_page(a, use, figure):
     "The tokens in colours, and the route, on a page"
     from hydramoe.foundations.files import write_bytes
     from hydramoe.foundations.page import html_page
     from hydramoe.hydra.token_use import tokens_html
-    blocks = ['## Who is behind each token', tokens_html(use), '## The route of the prompt', figure, f'```\n{text}\n```']
+    blocks = ['## Who is behind each token', tokens_html(use), '## The route of the prompt', figure]
     page = html_page(a.prompt[:80], blocks, footer=f'`hydramoe explain` of {a.bundle}')
     write_bytes(a.page, page.encode())
 
