@@ -71,23 +71,7 @@ def _check_picture(file):
     if os.path.isdir(file): raise HydraError(f"--png {file} is a folder: give a file in it")
     if not os.path.lexists(file): check_writable(file)
 
-# %% ../../nbs/use/85_ask_commands.ipynb #8a6dc27b
-def explain_command(a):
-    "The route of a prompt"
-    if a.png: _check_picture(a.png)
-    if a.page and not a.tokens: raise HydraError("--page shows the tokens of an answer: say how many, --tokens 40")
-    if a.page: require_free(a.page)
-    from hydramoe.hydra.model import explain_bundle
-    os.environ['HYDRAMOE_QUIET'] = '1'
-    explanation, figure = explain_bundle(a.bundle, a.prompt, a.base, a.encoder)
-    if a.png: figure.savefig(a.png, dpi=150, bbox_inches='tight')
-    text = explanation.pop('text')
-    if not a.tokens: return text, explanation
-    use = _answer_in_tokens(a)
-    if a.page: _write_token_page(a, use, figure)
-    explanation['tokens'] = [dict(text=token, weights=w) for token, w in zip(use.tokens, use.weights.tolist())]
-    return f"{text}\n\n{_coloured(use)}", explanation
-
+# %% ../../nbs/use/85_ask_commands.ipynb #412bc650
 def _answer_in_tokens(a):
     "Answer a prompt, and see who is behind each token"
     hydra = _load_hydra(a)
@@ -108,6 +92,23 @@ def _coloured(use):
     from hydramoe.hydra.token_use import tokens_text
     wants = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
     return tokens_text(use, wants)
+
+# %% ../../nbs/use/85_ask_commands.ipynb #8a6dc27b
+def explain_command(a):
+    "The route of a prompt"
+    if a.png: _check_picture(a.png)
+    if a.page and not a.tokens: raise HydraError("--page shows the tokens of an answer: say how many, --tokens 40")
+    if a.page: require_free(a.page)
+    from hydramoe.hydra.model import explain_bundle
+    os.environ['HYDRAMOE_QUIET'] = '1'
+    explanation, figure = explain_bundle(a.bundle, a.prompt, a.base, a.encoder)
+    if a.png: figure.savefig(a.png, dpi=150, bbox_inches='tight')
+    text = explanation.pop('text')
+    if not a.tokens: return text, explanation
+    use = _answer_in_tokens(a)
+    if a.page: _write_token_page(a, use, figure)
+    explanation['tokens'] = [dict(text=token, weights=w) for token, w in zip(use.tokens, use.weights.tolist())]
+    return f"{text}\n\n{_coloured(use)}", explanation
 
 ASK_COMMANDS['explain'] = Command(
     explain_command, help='Say which experts a prompt gets, and why',
