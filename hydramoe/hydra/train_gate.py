@@ -132,7 +132,7 @@ class GateRun:
         self.step = 0 # which one is under way
         self.seen = {} # first row of a pass → what its gate decided
         self.probe = max(known.examples[:8], key=lambda x: len(x.ids)) # a row that is looked at again and again
-        self.first = None # its tokens' first choices at the start
+        self.first = None # its tokens' first choices at the start; None: nobody asks how far it has moved
 
     def noise(self, x):
         "A generator for the pass that begins with this row: the same in a run that was resumed"
@@ -343,7 +343,8 @@ def take(self:GateRun, model, opt, step, k, names, cached=None):
     self.balance()
     seen = [entry for first in sorted(self.seen) for entry in self.seen[first]]
     noted = self.watch.look(gate_shares(seen, self.gate.names))
-    if k%FLIPS_EVERY==0: noted['flips'] = flips(self.first, self.choices(model))
+    if self.first is not None and k%FLIPS_EVERY==0:
+        noted['flips'] = flips(self.first, self.choices(model))
     loss = dict(zip(['cross_entropy', *self.names], losses.tolist()))
     return dict(step=k, tokens=n_tokens, skipped=skipped, loss=loss, norm=norms, **noted)
 
