@@ -75,7 +75,7 @@ def _check_picture(file):
 def _answer_in_tokens(a):
     "Answer a prompt, and see who is behind each token"
     hydra = _load_hydra(a)
-    answer = hydra.ask(a.prompt, max_new_tokens=a.tokens)
+    answer = hydra.ask(a.prompt, max_new_tokens=a.answer)
     return hydra.token_use(a.prompt, answer)
 
 def _write_token_page(a, use, figure):
@@ -97,14 +97,14 @@ def _coloured(use):
 def explain_command(a):
     "The route of a prompt"
     if a.png: _check_picture(a.png)
-    if a.page and not a.tokens: raise HydraError("--page shows the tokens of an answer: say how many, --tokens 40")
+    if a.page and not a.answer: raise HydraError("--page shows the tokens of an answer: say how many, --answer 40")
     if a.page: require_free(a.page)
     from hydramoe.hydra.model import explain_bundle
     os.environ['HYDRAMOE_QUIET'] = '1'
     explanation, figure = explain_bundle(a.bundle, a.prompt, a.base, a.encoder)
     if a.png: figure.savefig(a.png, dpi=150, bbox_inches='tight')
     text = explanation.pop('text')
-    if not a.tokens: return text, explanation
+    if not a.answer: return text, explanation
     use = _answer_in_tokens(a)
     if a.page: _write_token_page(a, use, figure)
     explanation['tokens'] = [dict(text=token, weights=w) for token, w in zip(use.tokens, use.weights.tolist())]
@@ -114,10 +114,10 @@ ASK_COMMANDS['explain'] = Command(
     explain_command, help='Say which experts a prompt gets, and why',
     examples=['hydramoe explain my-hydra "Who wrote Faust?"',
               'hydramoe explain my-hydra "Who wrote Faust?" --png route.png',
-              'hydramoe explain my-hydra "Who wrote Faust?" --tokens 40 --page faust.html'],
+              'hydramoe explain my-hydra "Who wrote Faust?" --answer 40 --page faust.html'],
     args=[BUNDLE, arg('prompt', help='any prompt'), arg('--png', metavar='FILE', help='draw it as well'),
-          arg('--tokens', type=int, default=0, metavar='N', help='answer in up to N tokens, and show who is behind each'),
-          arg('--page', metavar='FILE', help='with --tokens: write it as an HTML page'),
+          arg('--answer', type=int, default=0, metavar='N', help='answer in up to N tokens, and show who is behind each'),
+          arg('--page', metavar='FILE', help='with --answer: write it as an HTML page'),
           BASE, ENCODER])
 
 # %% ../../nbs/use/85_ask_commands.ipynb #c90ae689

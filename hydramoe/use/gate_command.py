@@ -15,19 +15,19 @@ def gate_command(a):
     from hydramoe.hydra.gated import GateJob, add_gate
     from hydramoe.hydra.rows import gather_rows
     require_free(a.out)
-    job = GateJob(a.place, a.top_k, a.lr, a.epochs, max_length=a.max_length, seed=a.seed)
+    job = GateJob(a.place, a.top_k, a.lr, a.passes, max_length=a.max_length, seed=a.seed)
     records, rejects = gather_rows(a.rows, **reading_options(a))
     report_rejects(rejects)
     hydra, found = add_gate(a.bundle, records, a.out, job, a.base, a.encoder)
     about = {name: value for name, value in found.items() if name!='history'}
     text = (f"{found['text']}\n{a.out} has a gate, trained on {found['rows']} rows and judged by {found['judged']} others\n"
-            f"try: {shell_line('explain', a.out, 'a prompt', '--tokens', 40)}")
+            f"try: {shell_line('explain', a.out, 'a prompt', '--answer', 40)}")
     return text, dict(about, bundle=str(a.out), experts=hydra.names, rejects=rejects)
 
 GATE_COMMANDS = dict(gate=Command(
     gate_command, help='Train a gate that corrects the router token by token, and see whether it helps',
     examples=['hydramoe gate my-hydra --rows held-out.jsonl --out gated',
-              'hydramoe gate my-hydra --rows held-out.jsonl --out gated --top-k 2 --epochs 3'],
+              'hydramoe gate my-hydra --rows held-out.jsonl --out gated --top-k 2 --passes 3'],
     args=[BUNDLE,
           arg('--rows', nargs='+', action='extend', metavar='FILE', required=True,
               help='rows that no expert was trained on, of the kinds that build reads'),
@@ -35,6 +35,6 @@ GATE_COMMANDS = dict(gate=Command(
           arg('--top-k', type=int, default=0, metavar='N', help='experts of a token (default: all that the router weighs)'),
           arg('--place', choices=['group', 'block', 'model'], default='group',
               help='for which layers at once it decides (default %(default)s: those that read one input)'),
-          arg('--lr', type=float, default=1e-2, help='learning rate (default %(default)s)'),
-          arg('--epochs', type=float, default=1., metavar='N', help='times each row is seen (default %(default)s)'),
+          arg('--lr', type=float, default=1e-2, metavar='X', help='peak learning rate (default %(default)s)'),
+          arg('--passes', type=float, default=1., metavar='N', help='times each row is seen (default %(default)s)'),
           MAX_LENGTH, SEED, *FILE_OPTIONS, BASE, ENCODER]))
