@@ -58,13 +58,17 @@ def seconds(f):
     torch.cuda.is_available() and torch.cuda.synchronize()
     return time.perf_counter()-t
 
-def in_turn(steps, rounds):
-    "Median seconds of each step; every round runs each once, after one round that does not count"
+def every_round(steps, rounds):
+    "Seconds of each step, round by round; every round runs each once, after one round that does not count"
     for f in steps.values(): f()
     took = {k: [] for k in steps}
     for _ in range(rounds):
         for k,f in steps.items(): took[k].append(seconds(f))
-    return {k: statistics.median(v) for k,v in took.items()}
+    return took
+
+def in_turn(steps, rounds):
+    "Median seconds of each step"
+    return {k: statistics.median(v) for k,v in every_round(steps, rounds).items()}
 
 def prefill(model, ids, **kw): return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1, **kw)
 

@@ -14,20 +14,16 @@ import json, statistics, sys, tempfile, warnings
 from pathlib import Path
 import torch
 from hydramoe.models.encode import Example
-from hydramoe.experts.stack import LoraSpec
-from hydramoe.experts.model import gated
 import hydramoe.experts.adapters # noqa: F401, gives stacks save_peft
 from hydramoe.experts.train import Optimizers, TrainSpec, fit_step, training_mode
 from hydramoe.hydra.trained_gate import GateSpec, trained_gate
 from hydramoe.hydra.train_gate import GateOptimizers, GateRows, GateRun, GateTraining
 sys.path.insert(0, str(Path(__file__).parent))
-from forward import decode, opened, options, seconds, soft
+from forward import decode, every_round, filled, opened, options, soft
 
-def filled(args, slots, rank=8):
-    "Our model with experts of noise"
-    model = gated(opened(args, 'fp32'), slots, LoraSpec(rank))
-    noise = torch.Generator(model.stack.theta.device).manual_seed(0)
-    model.stack.theta.normal_(std=.01, generator=noise)
+def named(args, slots):
+    "Our model with experts of noise, each with a name"
+    model = filled(args, 'fp32', slots)
     model.stack.names = [f'e{e}' for e in range(slots)]
     return model
 
@@ -39,13 +35,13 @@ def made_up(args, vocabulary):
 
 def lora_step(args, rows):
     "One LoRA's training step"
-    model, spec = filled(args, 1), TrainSpec(micro_tokens=args.micro)
+    model, spec = named(args, 1), TrainSpec(micro_tokens=args.micro)
     opt = Optimizers(model.stack, [1000], spec)
     return model, lambda: fit_step(model, opt, [(0, x) for x in rows], 0, ['single'])
 
 def gate_step(args, rows, experts):
     "A step of a gate over nine experts, two for each token; with the experts, or alone"
-    model, spec = filled(args, 9), TrainSpec(micro_tokens=args.micro)
+    model, spec = named(args, 9), TrainSpec(micro_tokens=args.micro)
     training = GateTraining(spec, experts=spec if experts else None)
     gate = trained_gate(model.stack, GateSpec(top_k=2))
     run = GateRun(gate, GateRows(rows, soft(len(rows), 9, 9)), training)
@@ -56,7 +52,7 @@ def xlora_step(args, rows, tmp):
     "A step of PEFT's X-LoRA on nine frozen adapters"
     from peft import XLoraConfig, get_peft_model
     base = opened(args, 'fp32')
-    experts = filled(args, 9)
+    experts = named(args, 9)
     folders = {str(e): str(experts.stack.save_peft(Path(tmp)/f'e{e}', e)) for e in range(9)}
     config = base.model.config
     config.use_cache = False
@@ -75,14 +71,6 @@ def xlora_step(args, rows, tmp):
         opt.step()
     return step
 
-def in_turn(steps, rounds):
-    "Seconds of each step, round by round, after one round that does not count"
-    for f in steps.values(): f()
-    took = {k: [] for k in steps}
-    for _ in range(rounds):
-        for k, f in steps.items(): took[k].append(seconds(f))
-    return took
-
 def ratio(took, a, b):
     "Median of a ÷ median of b, and the quartiles of the rounds' own ratios"
     of_rounds = [x/y for x, y in zip(took[a], took[b])]
@@ -94,11 +82,11 @@ def decoding(args, base, rounds):
     ids = torch.randint(3, base.model.config.vocab_size, (args.rows, args.context), generator=torch.Generator().manual_seed(0))
     steps = {'base': decode(base.model, base.model.config, ids)}
     for E in (9, args.many):
-        model = filled(args, E)
+        model = named(args, E)
         gate = trained_gate(model.stack, GateSpec(top_k=2, start=.02))
         work = gate.on(soft(args.rows, E, E))
         steps[f'decode_{E}'] = decode(model, model.config, ids, (model.keep, {}), gates=work)
-    return in_turn(steps, rounds)
+    return every_round(steps, rounds)
 
 def main():
     p = options(__doc__, '9', 20)
@@ -116,7 +104,7 @@ def main():
         nine, both = gate_step(args, rows, experts=True)
         frozen, alone = gate_step(args, rows, experts=False)
         with training_mode(one), training_mode(nine), training_mode(frozen):
-            of_step = in_turn(dict(lora=single, gated=both, alone=alone, xlora=xlora_step(args, rows, tmp)), args.rounds)
+            of_step = every_round(dict(lora=single, gated=both, alone=alone, xlora=xlora_step(args, rows, tmp)), args.rounds)
     found = dict(step_vs_lora=ratio(of_step, 'gated', 'lora'), vs_xlora=ratio(of_step, 'xlora', 'alone'),
                  decode_vs_base=ratio(of_decode, 'decode_9', 'base'), decode_256=ratio(of_decode, f'decode_{args.many}', 'base'))
     result = {name: value for name, (value, _) in found.items()}

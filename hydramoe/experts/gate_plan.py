@@ -60,7 +60,6 @@ class DenseGatePlan(FactorPlan):
         gate:Callable # x (…,in) and the layer's name -> slots (…,k), or None for all, and weights (…,k)
     ):
         super().__init__(stack)
-        self.gate = gate
         self.said = Answers(gate)
         self.trains_experts = getattr(gate, 'trains_experts', True)
         self.scale = stack.scale

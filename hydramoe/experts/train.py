@@ -374,10 +374,11 @@ def _clipped(self:Optimizers, e, norm):
 
 @patch
 def step(self:Optimizers,
-    present:set # experts that have rows in this step
+    present:set|None=None # experts that have rows in this step; None: those that have a gradient
 )->tuple[dict,list]: # gradient norm of each present expert · those skipped
     "Clip and step the present experts; skip, alone, one whose gradient is not finite"
     all_norms = self.stack.grad.norm(dim=1).tolist()
+    if present is None: present = {e for e, norm in enumerate(all_norms) if norm!=0}
     norms = {e: all_norms[e] for e in sorted(present)}
     skipped = [e for e, norm in norms.items() if not math.isfinite(norm)]
     for e, (param, group) in enumerate(zip(self.params, self.adamw.param_groups)):

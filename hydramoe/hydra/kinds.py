@@ -301,6 +301,23 @@ def _begin(domains, names, width, start):
     return start.params['encoder'], weights/start.params['temperature']
 
 # %% ../../nbs/hydra/59_kinds.ipynb #5bc30542
+def _taught(
+    kind, # class of the router
+    least, # z (N,d), losses (N,E), weights to begin from → the weights (E,d)
+    domains, x, losses, tau, l2, start, top_k # as for `distilled_router`
+):
+    "A linear router fitted to what the experts lose"
+    names = list(getattr(domains, 'names', domains))
+    z = np.c_[np.asarray(x, np.float64), np.ones(len(x))]
+    losses = np.asarray(losses, np.float64)
+    _check_losses(losses, len(z), len(names))
+    if not (tau>0 and l2>=0): raise HydraError(f"tau={tau}, l2={l2}: tau must be above 0, l2 at least 0")
+    encoder, first = _begin(domains, names, z.shape[1], start)
+    w = least(z, losses, first)
+    arrays = dict(weight=w[:,:-1].copy(), bias=w[:,-1].copy())
+    params = dict(tau=tau, l2=l2, temperature=1., top_k=top_k, encoder=encoder)
+    return kind(names, arrays, params)
+
 def distilled_router(
     domains:Domains|Sequence[str], # domains, or just the experts' names
     x:np.ndarray, # (N,d) vectors of prompts that no expert was trained on
@@ -311,18 +328,8 @@ def distilled_router(
     top_k:int|None=None # experts kept a prompt
 )->DistilledRouter: # kind `distilled`
     "Route by what the experts' losses on held-out answers teach"
-    names = list(getattr(domains, 'names', domains))
-    ones = np.ones(len(x))
-    z = np.c_[np.asarray(x, np.float64), ones]
-    losses = np.asarray(losses, np.float64)
-    _check_losses(losses, len(z), len(names))
-    if not (tau>0 and l2>=0): raise HydraError(f"tau={tau}, l2={l2}: tau must be above 0, l2 at least 0")
-    encoder, first = _begin(domains, names, z.shape[1], start)
-    q = softmax(-losses/tau)
-    w = _least_kl(z, q, first, l2)
-    arrays = dict(weight=w[:,:-1].copy(), bias=w[:,-1].copy())
-    params = dict(tau=tau, l2=l2, temperature=1., top_k=top_k, encoder=encoder)
-    return DistilledRouter(names, arrays, params)
+    def least(z, losses, first): return _least_kl(z, softmax(-losses/tau), first, l2)
+    return _taught(DistilledRouter, least, domains, x, losses, tau, l2, start, top_k)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #cell6x266
 def _least_cost(z, losses, start, tau, l2): # (N,d), (N,E), (E,d) → (E,d)
@@ -357,16 +364,8 @@ def bandit_router(
     top_k:int|None=None # experts kept a prompt
 )->BanditRouter: # kind `bandit`
     "Route so that the expected loss is least: a contextual bandit with full information"
-    names = list(getattr(domains, 'names', domains))
-    z = np.c_[np.asarray(x, np.float64), np.ones(len(x))]
-    losses = np.asarray(losses, np.float64)
-    _check_losses(losses, len(z), len(names))
-    if not (tau>0 and l2>=0): raise HydraError(f"tau={tau}, l2={l2}: tau must be above 0, l2 at least 0")
-    encoder, first = _begin(domains, names, z.shape[1], start)
-    w = _least_cost(z, losses, first, tau, l2)
-    arrays = dict(weight=w[:,:-1].copy(), bias=w[:,-1].copy())
-    params = dict(tau=tau, l2=l2, temperature=1., top_k=top_k, encoder=encoder)
-    return BanditRouter(names, arrays, params)
+    def least(z, losses, first): return _least_cost(z, losses, first, tau, l2)
+    return _taught(BanditRouter, least, domains, x, losses, tau, l2, start, top_k)
 
 # %% ../../nbs/hydra/59_kinds.ipynb #cell68
 class FixedRouter(Router):

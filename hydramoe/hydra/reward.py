@@ -22,7 +22,7 @@ from ..experts.gate_plan import FEW
 from ..experts.gates import make_plan
 from ..experts.model import GatedCausalLM
 from ..experts.train import TrainSpec, load_checkpoint, save_checkpoint, tensor_bytes
-from .trained_gate import Batch, GateAtWork, TrainedGate, softmax_weights
+from .trained_gate import Batch, GateAtWork, TrainedGate, gumbel, softmax_weights
 from .train_gate import GateOptimizers, GateTraining
 from .generation import Request, sampling_keywords
 
@@ -40,13 +40,6 @@ def reward_of(
     return float(CHECKS[kind](answer, **how))
 
 # %% ../../nbs/hydra/69_reward.ipynb #16924463
-@patch
-def quiet_logits(self:GateAtWork, x, layer, inner=None):
-    "Logits without noise, whatever the spec says of training"
-    generator, self.batch.generator = self.batch.generator, None
-    try: return self.logits(x, layer, inner)
-    finally: self.batch.generator = generator
-
 def weights_of_choice(
     logits:Tensor, # (B,T,E)
     index:Tensor # (B,T,k) whom a token got
@@ -71,7 +64,7 @@ class DrawingGate(GateAtWork):
 
     def __call__(self, x, layer, inner=None):
         "Draw experts for each token"
-        logits = self.quiet_logits(x, layer, inner)/self.temperature
+        logits = self.logits(x, layer, inner)/self.temperature
         before = self.drawn.setdefault(layer, [])
         keeps = self.gate.spec.pool and before
         index = before[0] if keeps else self.draw(logits)
@@ -97,12 +90,12 @@ class ReplayingGate(GateAtWork):
 
     def __call__(self, x, layer, inner=None):
         "Repeat the choice for each token"
-        logits = self.quiet_logits(x, layer, inner)/self.temperature
+        logits = self.logits(x, layer, inner)/self.temperature
         index = self.drawn[layer]
         log_p = logits.log_softmax(-1)[:,:index.shape[1]] # one for each decision
         self.log_p[layer] = log_p.gather(-1, index).sum(-1)
         if self.start is not None:
-            with torch.no_grad(): before = self.start.quiet_logits(x, layer, inner)
+            with torch.no_grad(): before = self.start.logits(x, layer, inner)
             before = (before/self.temperature).log_softmax(-1)
             gap = log_p-before[:,:index.shape[1]]
             self.kl[layer] = (log_p.exp()*gap).sum(-1)
@@ -113,10 +106,8 @@ class ReplayingGate(GateAtWork):
 def draw(self:DrawingGate, logits):
     "Slots (B,T,k) by the probabilities of the logits (B,T,E); one draw a row if the gate decides once a row"
     if self.gate.spec.pool: logits = logits[:,:1]
-    uniform = torch.rand(logits.shape, generator=self.batch.generator)
-    uniform = uniform.clamp(1e-9, 1-1e-7)
-    gumbel = -torch.log(-uniform.log())
-    noisy = logits+gumbel.to(logits.device)
+    noise = gumbel(logits.shape, self.batch.generator)
+    noisy = logits+noise.to(logits.device)
     return noisy.topk(self.gate.spec.top_k).indices
 
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLIPS_EVERY', 'GateRows', 'GateTraining', 'GatePass', 'pass_decisions', 'other_losses', 'step_sizes', 'GateRun',
-           'OnRunClock', 'expert_names', 'GateOptimizers', 'train_gate']
+           'OnRunClock', 'expert_names', 'GateOptimizers', 'on_row', 'train_gate']
 
 # %% ../../nbs/hydra/61d_train_gate.ipynb #4a7386c4
 import math
@@ -18,7 +18,7 @@ from ..experts.gates import make_plan
 from ..experts.model import hidden
 from ..experts.score import token_losses
 from ..experts.train import Optimizers, TrainSpec, job_id, lr_factor, n_response, new_state
-from ..experts.train import run_steps, sum_gradients, tensor_bytes
+from ..experts.train import run_steps, slot_names, sum_gradients, tensor_bytes
 from ..experts.shared import mix_steps
 from .trained_gate import TrainedGate
 from .gate_losses import LOSSES, Decisions, balance_bias
@@ -204,17 +204,12 @@ class OnRunClock(Optimizers):
         "The learning rate of the next step, for whichever expert"
         return self.spec.lr*lr_factor(self.k, self.totals[e], self.spec)
 
-    def step_used(self):
-        "A step of the experts that have a gradient"
-        norms = self.stack.grad.norm(dim=1)
-        present = (norms!=0).nonzero()[:,0]
-        return self.step(set(present.tolist()))
-
 def expert_names(
     stack # `hydramoe.experts.stack.Stack`
 )->list[str]:
     "Names of all experts, the shared one's too"
-    return list(stack.names) if stack.shared is None else [*stack.names, 'shared']
+    names = slot_names(stack, stack.slots)
+    return names if stack.shared is None else [*names, 'shared']
 
 # %% ../../nbs/hydra/61d_train_gate.ipynb #7fcc48ef
 class GateOptimizers:
@@ -260,7 +255,7 @@ def step(self:GateOptimizers):
     skipped = [] if math.isfinite(norm) else ['gate']
     if self.experts:
         self.experts.k = self.clock
-        found, lost = self.experts.step_used()
+        found, lost = self.experts.step()
         names = expert_names(self.experts.stack)
         for e, n in found.items(): norms[names[e]] = n
         skipped += [names[e] for e in lost]
@@ -304,14 +299,23 @@ def load(self:GateOptimizers,
 # %% ../../nbs/hydra/61d_train_gate.ipynb #39486x1ac
 FLIPS_EVERY = 10 # steps
 
+def on_row(
+    gate:TrainedGate,
+    x, # an `Example`
+    weights:Tensor|None=None, # (1,E) of the router
+    seen:list|None=None # as in `Batch`
+): # `GateAtWork`
+    "The gate for one row, its prompt marked"
+    is_prompt = torch.arange(len(x.ids))<x.n_prompt
+    return gate.on(weights, prompt=is_prompt[None], seen=seen)
+
 @patch
 @torch.no_grad()
 def choices(self:GateRun, model):
     "The first choices of the probe's tokens, without noise"
     x = self.probe
     seen = []
-    is_prompt = torch.arange(len(x.ids))<x.n_prompt
-    work = self.gate.on(self.known.of('weights', [x]), prompt=is_prompt[None], seen=seen)
+    work = on_row(self.gate, x, self.known.of('weights', [x]), seen)
     hidden(model, torch.tensor([x.ids], device=model.device), gates=work)
     return first_choices(seen)
 

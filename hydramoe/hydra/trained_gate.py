@@ -6,7 +6,7 @@
 __all__ = ['SCORES', 'NUMBERS', 'WEIGHTS', 'LEAST', 'KINDS', 'GateSpec', 'scaled', 'linear_score', 'cosine_score',
            'low_rank_score', 'best_k', 'softmax_weights', 'probability_weights', 'softmax_k_weights', 'sigmoid_weights',
            'sparsegen_weights', 'straight_through', 'weights_of', 'first_logits', 'leaders_of', 'TrainedGate',
-           'trained_gate', 'Batch', 'Bounds', 'bounds_of', 'GateAtWork', 'standardised', 'save_trained_gate',
+           'trained_gate', 'Batch', 'Bounds', 'bounds_of', 'GateAtWork', 'gumbel', 'standardised', 'save_trained_gate',
            'load_trained_gate', 'check_trained_gate']
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #5be1aa43
@@ -381,6 +381,8 @@ class GateAtWork:
         "Choose experts for each token"
         gate = self.gate
         logits = self.logits(x, layer, inner)
+        is_noisy = gate.spec.noise!='none' and self.batch.generator is not None
+        if is_noisy: logits = logits+self._noise(x, gate.views[layer], logits)
         index, weights = weights_of(logits, gate.spec, gate.bias[layer])
         weights = self.within_bounds(weights, x)
         if self.batch.seen is not None: self.batch.seen.append((layer, logits, weights))
@@ -426,7 +428,7 @@ def within_bounds(self:GateAtWork, weights, x):
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #ea7189c2
 @patch
 def logits(self:GateAtWork, x, layer, inner=None):
-    "Of each token, (B,T,E)"
+    "Of each token, (B,T,E), without noise"
     spec = self.gate.spec
     p = self.gate.views[layer]
     read = self.mean_of_prompts(x, layer) if spec.pool else x
@@ -435,9 +437,7 @@ def logits(self:GateAtWork, x, layer, inner=None):
     if self.bounds is not None:
         allowed = self._by_token(self.bounds.allowed, x)
         found = found.masked_fill(~allowed, -1e4)
-    found = found.expand(*x.shape[:-1], -1)
-    is_noisy = spec.noise!='none' and self.batch.generator is not None
-    return found+self._noise(x, p, found) if is_noisy else found
+    return found.expand(*x.shape[:-1], -1)
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #e5777414
 @patch
@@ -448,10 +448,16 @@ def _noise(self:GateAtWork, x, p, logits):
         size = softplus(scaled(x)@p['n'].mT)
         normal = torch.randn(logits.shape, generator=generator)
         return size*normal.to(x.device)
-    uniform = torch.rand(logits.shape, generator=generator)
+    return gumbel(logits.shape, generator).to(x.device)
+
+def gumbel(
+    shape, # of the noise
+    generator:torch.Generator
+)->Tensor: # on the CPU
+    "Gumbel noise: the largest of logits with it is drawn by their softmax"
+    uniform = torch.rand(shape, generator=generator)
     uniform = uniform.clamp(1e-9, 1-1e-7)
-    gumbel = -torch.log(-uniform.log())
-    return gumbel.to(x.device)
+    return -torch.log(-uniform.log())
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #e7fa12f0
 def _mean_of_packed(x, counted, lengths):

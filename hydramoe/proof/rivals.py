@@ -10,19 +10,18 @@ __all__ = ['plain_adapters', 'xlora_model', 'arrow_model', 'answer_losses', 'fit
 import math, tempfile, warnings
 from contextlib import contextmanager
 from pathlib import Path
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from ..foundations.core import one_of, progress
 from ..foundations.files import write_json
 from ..models.base import Base
 from ..models.load import load_base
-from ..data.parts import kind_of
 from ..experts.adapters import find_adapters, find_shared, with_adapters
 from ..experts.score import Losses, collate, save_losses
 from ..experts.train import TrainSpec, lr_factor, using_threads
 from ..experts.shared import mix_steps
-from ..experts.stages import TrainData, as_spec, drop_long, encode_groups, part_examples
+from ..experts.stages import TrainData, as_spec, part_examples
+from ..hydra.gate_stages import known_rows, one_column
 
 # %% ../../nbs/proof/71a_rivals.ipynb #4059ab34
 @contextmanager
@@ -121,9 +120,7 @@ def training_rows(
     tokenizer # of the base
 )->list: # of `hydramoe.models.encode.Example`
     "The rows of all groups"
-    part = 'router' if data.file=='router.jsonl' else 'experts'
-    kept = drop_long(encode_groups(data.file, kind_of(part), data.groups, data, tokenizer))
-    return sum(kept.values(), [])
+    return sum(known_rows(data, tokenizer).values(), [])
 
 @torch.no_grad()
 def peft_losses(
@@ -134,10 +131,7 @@ def peft_losses(
     "The loss of each response token"
     model.eval()
     nll = [answer_losses(model, [x]).cpu().numpy() for x in examples]
-    ends = np.cumsum([0, *(len(part) for part in nll)])
-    ids = [x.id for x in examples]
-    domains = [x.domain for x in examples]
-    return Losses(np.concatenate(nll)[None], ends, ids, domains, [name])
+    return one_column(nll, examples, name)
 
 # %% ../../nbs/proof/71a_rivals.ipynb #bdaf31de
 def rival_stage(
