@@ -65,13 +65,14 @@ def xlora_model(
 def arrow_model(
     base:Base, # bare; it's PEFT's from then on
     folders:dict[str,Path], # name → plain adapter
-    top_k:int # experts of a token
+    top_k:int, # experts of a token
+    seed:int # of the vectors that its power iterations begin at
 ): # a PEFT model
     "Arrow on the experts' own directions"
     from peft import ArrowConfig, create_arrow_model
     places = [str(folder) for folder in folders.values()]
     with warnings.catch_warnings(action='ignore'):
-        model = create_arrow_model(base.model, places, ArrowConfig(top_k=top_k))
+        model = create_arrow_model(base.model, places, ArrowConfig(top_k=top_k, rng_seed=seed))
     return model.eval()
 
 # %% ../../nbs/proof/71a_rivals.ipynb #67629904
@@ -160,7 +161,7 @@ def rival_stage(
     history = []
     with using_threads(threads), plain_adapters(opened, adapters) as folders:
         k = min(top_k, len(folders))
-        if kind=='arrow': model = arrow_model(opened, folders, k)
+        if kind=='arrow': model = arrow_model(opened, folders, k, spec.seed)
         else:
             model = xlora_model(opened, folders, k, spec.seed)
             data = TrainData(train_dir or rows_dir, file, groups, max_prompt=max_prompt, max_response=max_response)
