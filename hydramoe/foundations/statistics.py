@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_P', 'domain_nll', 'perplexity', 'macro_weights', 'log_difference', 'log_macro_draws', 'paired_bootstrap',
-           'half_interval', 'Difference', 'mean_of_runs', 'sign_flip_p', 'paired_difference', 'holm', 'correct',
-           'is_significant', 'difference_text', 'difference_record', 'interval_text']
+           'half_interval', 'Difference', 'touching_p', 'mean_of_runs', 'sign_flip_p', 'paired_difference', 'holm',
+           'correct', 'is_significant', 'difference_text', 'difference_record', 'interval_text']
 
 # %% ../../nbs/foundations/05_statistics.ipynb #cb9e1418
 import numpy as np
@@ -121,11 +121,15 @@ class Difference(NamedTuple):
 # %% ../../nbs/foundations/05_statistics.ipynb #eabcbb95
 LEAST_P = 1e-12 # smaller ones are not looked for
 
-def _touching(log_change, errors, freedom):
+def touching_p(
+    difference:float, # found
+    errors:np.ndarray, # (K,) standard errors of the K parts that add up
+    freedom:list # K degrees of freedom
+)->float: # two-sided, not below `LEAST_P`
     "The p whose interval just touches zero"
     from scipy.optimize import brentq
-    def beyond(p): return half_interval(errors, freedom, p)-abs(log_change)
-    if beyond(LEAST_P)<=0: return LEAST_P if log_change else 1.
+    def beyond(p): return half_interval(errors, freedom, p)-abs(difference)
+    if beyond(LEAST_P)<=0: return LEAST_P if difference else 1.
     return brentq(beyond, LEAST_P, 1)
 
 # %% ../../nbs/foundations/05_statistics.ipynb #97147623
@@ -134,7 +138,7 @@ def _by_student(log_change, errors, freedom, level, runs):
     half = half_interval(errors, freedom, 1-level)
     ends = np.array([log_change, log_change-half, log_change+half])
     percent, low, high = (100*np.expm1(ends)).tolist()
-    p = _touching(log_change, errors, freedom)
+    p = touching_p(log_change, errors, freedom)
     return Difference(percent, low, high, p, runs)
 
 # %% ../../nbs/foundations/05_statistics.ipynb #26ef914d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'reward_of', 'weights_of_choice', 'DrawingGate', 'ReplayingGate', 'GrpoSpec', 'Rollout', 'advantages',
-           'tokenized', 'roll_out', 'replay', 'policy_loss', 'GrpoRun', 'train_on_rewards', 'mean_reward',
+           'tokenized', 'roll_out', 'replay', 'policy_loss', 'GrpoRun', 'train_on_rewards', 'answer_all',
            'grpo_adapter']
 
 # %% ../../nbs/hydra/69_reward.ipynb #5e916cd6
@@ -333,22 +333,20 @@ def _noted(found):
 
 # %% ../../nbs/hydra/69_reward.ipynb #ff41edce
 @torch.no_grad()
-def mean_reward(
+def answer_all(
     model:GatedCausalLM,
     gate:TrainedGate|None, # None: the router's weights as they are
     tokenizer, # of the base
-    tasks:list[dict],
+    tasks:list[dict], # N
     weights:Tensor, # (N,E) of the router
-    max_new_tokens:int=32,
-    reward=reward_of # task, answer → number
-)->list[float]: # of each task
-    "Rewards of answers without chance: the likeliest experts and words"
+    max_new_tokens:int=32 # of an answer
+)->list[str]: # of each task
+    "Answers without chance: the likeliest experts and words"
     inputs = tokenized(tokenizer, tasks, model.device)
     gates = weights if gate is None else gate.on(weights, prompt=inputs['attention_mask'].bool())
     words = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     ids = model.generate(**inputs, gates=gates, **words)
-    answers = tokenizer.batch_decode(ids[:,inputs['input_ids'].shape[1]:], skip_special_tokens=True)
-    return [reward(task, answer) for task, answer in zip(tasks, answers)]
+    return tokenizer.batch_decode(ids[:,inputs['input_ids'].shape[1]:], skip_special_tokens=True)
 
 # %% ../../nbs/hydra/69_reward.ipynb #93b6ed30
 def _trl_options(spec, device):

@@ -6,9 +6,9 @@
 __all__ = ['TRUTHFUL_FORM', 'SWAPS', 'MAKERS', 'choice_item', 'asked_items', 'chance_of', 'gap_items', 'test_part',
            'trained_rows', 'unseen_rows', 'prompt_as_text', 'reference_item', 'reference_items', 'program_items',
            'verdict_items', 'most_frequent', 'truth_choices', 'hub_rows', 'truthful_items', 'speaker_of', 'reply_items',
-           'preference_items', 'read_value', 'shown_tables', 'altered_queries', 'wrong_queries', 'query_items',
-           'leaderboard_rows', 'request_text', 'begun_call', 'function_items', 'whether_items', 'call_items',
-           'solution_items', 'letter_items', 'in_drawn_order', 'items_stage']
+           'preference_items', 'read_value', 'shown_tables', 'altered_queries', 'wrong_queries', 'asked_query',
+           'query_items', 'leaderboard_rows', 'request_text', 'begun_call', 'function_items', 'whether_items',
+           'call_items', 'solution_items', 'letter_items', 'in_drawn_order', 'items_stage']
 
 # %% ../../nbs/proof/73_items.ipynb #3df23639
 import json, re, sqlite3
@@ -289,12 +289,11 @@ def read_value(
 
 # %% ../../nbs/proof/73_items.ipynb #50479363
 def shown_tables(
-    prompt:str # of the card element_sql, with tables as CSV
+    prompt:str # with tables as CSV: of the cards element_sql and element_tables
 )->sqlite3.Connection: # in memory
     "The database that a prompt shows"
     con = sqlite3.connect(':memory:')
-    _, _, shown = prompt.partition('\n\n')
-    for name, table in re.findall(r'(?ms)^(\w+):\n(.+?)(?:\n\n|\Z)', shown):
+    for name, table in re.findall(r'(?ms)^(?:Table )?(\w+):\n\n?(.+?)(?:\n\n|\Z)', prompt):
         head, *rows = [line.split(',') for line in table.split('\n')]
         fill_table(con, name, head, [[read_value(cell) for cell in row] for row in rows])
     return con
@@ -328,6 +327,18 @@ def wrong_queries(
     return wrong
 
 # %% ../../nbs/proof/73_items.ipynb #57d6c8a9
+def asked_query(
+    record:dict # of the cards element_sql and element_tables
+)->tuple[str,str]|None: # SQL that makes the tables, the right query; None: there are no tables, or no query
+    "The tables and the query of a question"
+    prompt = record['prompt'][-1]['content']
+    if 'Tables:\n' in prompt: return None # heads alone
+    sql, _, _ = record['completion'][0]['content'].partition(';\n\n')
+    con = shown_tables(prompt)
+    tables = '\n'.join(con.iterdump()) # before a query is run, which makes it read-only
+    return None if run_query(con, sql) is None else (tables, sql)
+
+# %% ../../nbs/proof/73_items.ipynb #e0546932
 def query_items(
     card:str='element_sql', # questions, tables, SQL
     seed:int=0 # of the draw
@@ -335,11 +346,11 @@ def query_items(
     "Questions about tables, the right query, and up to three that return other rows"
     items = []
     for r in unseen_rows(card, forms=True):
+        found = asked_query(r)
+        if found is None: continue
+        tables, sql = found
         prompt = r['prompt'][-1]['content']
-        if 'Tables:\n' in prompt: continue # shows heads alone: nothing to run a query on
-        sql, _, _ = r['completion'][0]['content'].partition(';\n\n')
         con = shown_tables(prompt)
-        tables = '\n'.join(con.iterdump()) # before queries are run, which makes it read-only
         g = rng(seed, f"queries {r['id']}")
         wrong = g.permutation(wrong_queries(con, sql)).tolist()[:3]
         if not wrong: continue
