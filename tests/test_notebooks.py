@@ -78,6 +78,7 @@ OTHER = dict(splits='4+2', rows='1', rates='0.5', dropouts='0.3', softs='0.5', b
              forks='0 1', speedups='1 3', builds='0 0.3', epochs=1.5, most=3, threads=2, more=0,
              methods='linear knots', whole='linear', densities='0.5', lengths='1', skills=5, skill_tokens=1000, answer_tokens=3,
              layer=2, rounds=0, near=3, core_rate=3.,
+             cards='element_tables', train=5, held=3, max_prompt=600, starts='router', runs=3, place='block', pool=False, top_k=2, answers=3, prompts=3, lr=0.1, kl=1., max_new_tokens=4,
              files='experts', places='block', scores='cosine', weighs='sigmoid', tops='2', losses='entropy:0.5', ways='joint', rivals='arrow', rival_lrs='1e-2', lot=False)
 OF = {('e9_clusters', 'kinds'): 'diagonal', ('e5_gating', 'kinds'): 'linear'} # where one name means two things
 
