@@ -6,8 +6,8 @@
 __all__ = ['SCORES', 'NUMBERS', 'WEIGHTS', 'LEAST', 'KINDS', 'GateSpec', 'scaled', 'linear_score', 'cosine_score',
            'low_rank_score', 'best_k', 'softmax_weights', 'probability_weights', 'softmax_k_weights', 'sigmoid_weights',
            'sparsegen_weights', 'straight_through', 'weights_of', 'first_logits', 'leaders_of', 'TrainedGate',
-           'trained_gate', 'Batch', 'Bounds', 'bounds_of', 'GateAtWork', 'gumbel', 'standardised', 'save_trained_gate',
-           'load_trained_gate', 'check_trained_gate']
+           'trained_gate', 'Batch', 'Bounds', 'bounds_of', 'GateAtWork', 'spread_over_tokens', 'gumbel', 'standardised',
+           'save_trained_gate', 'load_trained_gate', 'check_trained_gate']
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #5be1aa43
 import math
@@ -371,7 +371,8 @@ class GateAtWork:
         self.trains_experts = not batch.frozen
         self.pooled = {} # leader → (B,1,in) means of prompts
         self.bounds = bounds_of(batch)
-        self.begin = self._first_logits()
+        self.of_rows = self._of_rows()
+        self.spread = {} # name, rows, device → what rows have, for each token
 
     def __call__(self,
         x:Tensor, # (B,T,in) what the layer reads
@@ -394,36 +395,46 @@ class GateAtWork:
         return self
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #b355f7ff
-@patch
-def _by_token(self:GateAtWork,
+def spread_over_tokens(
     of_rows:Tensor, # (B,E)
-    x:Tensor # (B,T,in); rows packed (1,T,in); with beams, B times as many
+    x:Tensor, # (B,T,in); rows packed (1,T,in); with beams, B times as many
+    lengths:list[int]|None # of packed rows
 )->Tensor: # (B,1,E), packed (1,T,E)
     "What rows have, for each token"
     of_rows = of_rows.to(x.device)
-    if self.batch.lengths is not None:
-        counts = torch.tensor(self.batch.lengths, device=x.device)
+    if lengths is not None:
+        counts = torch.tensor(lengths, device=x.device)
         return of_rows.repeat_interleave(counts, 0)[None]
     copies = len(x)//len(of_rows) # beams and returned sequences of each prompt
     return of_rows.repeat_interleave(copies, 0)[:,None]
 
+# %% ../../nbs/hydra/61a_trained_gate.ipynb #da557e0b
 @patch
-def _first_logits(self:GateAtWork):
-    "Where the logits of each row begin (B,E), or None"
+def _of_rows(self:GateAtWork):
+    "What each row has, by name: where its logits begin, and its bounds"
     spec = self.gate.spec
     weights = self.batch.weights
-    if not spec.corrects: return None
-    if weights is not None: return first_logits(weights, spec.weigh)
-    raise HydraError("this gate corrects a router: give the prompts' weights, `gate.on(weights)`")
+    if spec.corrects and weights is None:
+        raise HydraError("this gate corrects a router: give the prompts' weights, `gate.on(weights)`")
+    found = {}
+    if spec.corrects: found['begin'] = first_logits(weights, spec.weigh)
+    if self.bounds is not None: found |= vars(self.bounds)
+    return found
+
+@patch
+def _by_token(self:GateAtWork, name, x):
+    "What rows have under a name, for each token"
+    key = name, len(x), x.device
+    if key not in self.spread: self.spread[key] = spread_over_tokens(self.of_rows[name], x, self.batch.lengths)
+    return self.spread[key]
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #a0f5cabf
 @patch
 def within_bounds(self:GateAtWork, weights, x):
     "Weights of tokens, those of settled rows as they came"
     if self.bounds is None: return weights
-    weights = weights*self._by_token(self.bounds.allowed, x)
-    settled = self._by_token(self.bounds.settled, x)
-    return torch.where(settled, self._by_token(self.bounds.weights, x), weights)
+    weights = weights*self._by_token('allowed', x)
+    return torch.where(self._by_token('settled', x), self._by_token('weights', x), weights)
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #ea7189c2
 @patch
@@ -433,10 +444,8 @@ def logits(self:GateAtWork, x, layer, inner=None):
     p = self.gate.views[layer]
     read = self.mean_of_prompts(x, layer) if spec.pool else x
     found = SCORES[spec.score](read, p, inner)
-    if self.begin is not None: found = found+self._by_token(self.begin, x)
-    if self.bounds is not None:
-        allowed = self._by_token(self.bounds.allowed, x)
-        found = found.masked_fill(~allowed, -1e4)
+    if spec.corrects: found = found+self._by_token('begin', x)
+    if self.bounds is not None: found = found.masked_fill(~self._by_token('allowed', x), -1e4)
     return found.expand(*x.shape[:-1], -1)
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #e5777414
