@@ -9,7 +9,7 @@ __all__ = ['SUMS', 'LISTED', 'OLDER', 'NOT_SHOWN', 'PAGE_BYTES', 'PALETTES', 'SC
            'published_scales', 'published', 'numbers', 'e3_table', 'paper_files', 'write_paper', 'subtitle',
            'notebooks_table', 'chapters_table', 'results_table', 'answer_with_route', 'demo_cost', 'pages_list',
            'render_page', 'notebooks_page', 'write_pages', 'Speed', 'speed_table', 'routers_table', 'merging_table',
-           'figures', 'report_page', 'run_demo']
+           'gates_table', 'rewards_table', 'figures', 'report_page', 'run_demo']
 
 # %% ../../nbs/use/81_publish.ipynb #10d98771
 import ast, base64, io, json, os, re
@@ -672,6 +672,29 @@ def merging_table(
     prompts = two['n'] if skills else r.extra['test_prompts']
     columns = [c for c in _MERGING_COLUMNS if c in table[0]]
     return f"{markdown_table(table, columns)}\n\nScale `{r.scale}`, {prompts} prompts.{older_note(r, folder)}"
+
+# %% ../../nbs/use/81_publish.ipynb #7360ec23
+_GATE_COLUMNS = ('system', 'macro ppl', 'tokens', 'against α')
+_REWARD_COLUMNS = ('start', 'right before', 'right after', 'rise', 'KL', 'tokens')
+
+def gates_table(
+    folder:str|Path|None=None # of results; `results_dir()` if None
+)->str: # Markdown
+    "Trained gates against the router that they began with, by `e5_gating` at the most thorough published scale"
+    r = _thorough_result('e5_gating', Path(folder or results_dir()))
+    if r is None: return '*No trained gates are published yet.*'
+    table = markdown_table(r.extra['table'], _GATE_COLUMNS)
+    return f"{table}\n\nScale `{r.scale}`. {r.extra['detectable']}{older_note(r, folder)}"
+
+def rewards_table(
+    folder:str|Path|None=None # of results; `results_dir()` if None
+)->str: # Markdown
+    "Gates that learned from rewards, by `e10_rewards` at the most thorough published scale"
+    r = _thorough_result('e10_rewards', Path(folder or results_dir()))
+    if r is None: return '*No gates that learned from rewards are published yet.*'
+    table = markdown_table(r.extra['table'], _REWARD_COLUMNS)
+    questions = len(next(iter(r.extra['rewards'].values())))
+    return f"{table}\n\nScale `{r.scale}`, {questions} questions, {r.params['runs']} runs of each.{older_note(r, folder)}"
 
 # %% ../../nbs/use/81_publish.ipynb #cell76
 def _plots_of(cell):
