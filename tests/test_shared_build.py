@@ -226,6 +226,7 @@ def test_what_remains_of_an_expert(cache, made):
     assert added==dict(text='nothing else was trained on the rows of birds', seen_by=[], rebuild=None)
     hydra = Hydra.load(cache/'with-birds')
     merge = merge_hydra(hydra, 'linear', {'birds': 1., name: 1.})
+    with pytest.raises(HydraError, match="'Shared' is taken"): add_merged_expert(cache/'with-birds', hydra, merge, cache/'never', name='Shared')
     add_merged_expert(cache/'with-birds', hydra, merge, cache/'merged-birds')
     assert what_remains(cache/'merged-birds', 'birds')['seen_by']==['merged'] and what_remains(cache/'merged-birds', name)['seen_by']==['the shared expert', 'merged']
     assert what_remains(cache/'merged-birds', 'merged')['seen_by']==[]

@@ -96,7 +96,7 @@ def test_shared_is_a_name_only_where_there_is_a_shared_expert():
     base = tiny_base()
     model = gated(base, 1, LoraSpec(rank=2), shared=True)
     model.stack.init_expert(0, 0, 'Shared')
-    with pytest.raises(HydraError, match="cannot be called 'shared'"): Hydra(base, model, uniform_router(['Shared']))
+    with pytest.raises(HydraError, match="'Shared' is taken"): Hydra(base, model, uniform_router(['Shared']))
 
 # ---- on disk
 

@@ -6,8 +6,8 @@
 __all__ = ['LIBS', 'TEMPERATURES', 'EARLY_DEPTH', 'DEFAULT_ROUTER', 'SHARED_ALONE', 'assign_domains_stage', 'run_discovery',
            'seed_stage', 'experts_stage', 'shared_stage', 'residuals_stage', 'stage_settings', 'run_seed',
            'run_experts', 'candidate_routers', 'routed_perplexity', 'choose_router', 'routers_stage', 'run_routers',
-           'check_beside_shared', 'run_stages', 'training_note', 'shared_note', 'assemble', 'summarize_build',
-           'UnlearntWarning', 'warn_unlearnt']
+           'run_stages', 'training_note', 'shared_note', 'assemble', 'summarize_build', 'UnlearntWarning',
+           'warn_unlearnt']
 
 # %% ../../nbs/hydra/66b_build.ipynb #e4e3660f
 import math, os, warnings
@@ -34,7 +34,7 @@ from .route import Router, similarity_router, uniform_router
 from .kinds import ridge_router
 from .cascade import use_encoder, fit_on_hidden, use_whole_prompt, needs_base, missing_encoders
 from .cascade import load_router
-from .bundle import BundleError, check_bundle
+from .bundle import BundleError, check_beside_shared, check_bundle
 from .card import MIN_DEV_ROWS, unlearnt, unlearnt_text
 from .model import Hydra, router_view
 from .spec import BuildSpec, check_joint_memory, experts_outline, pin_base, resolve_spec
@@ -290,14 +290,6 @@ def run_routers(
     params['fingerprint'] = peek_base(spec.base)[1]
     inputs, settings = dict(rows=rows, x=x, experts=experts), stage_settings(spec, root)
     return stage(routers_stage, params, inputs, **settings)
-
-# %% ../../nbs/hydra/66b_build.ipynb #60bf2x088
-def check_beside_shared(
-    names:list[str] # of experts
-)->None:
-    "Refuse a name that means the shared expert"
-    taken = [name for name in names if name.lower() == 'shared']
-    if taken: raise HydraError(f"domain name {taken[0]!r} is taken: it means the shared expert alone; choose another name")
 
 # %% ../../nbs/hydra/66b_build.ipynb #60bf2b88
 def run_stages(

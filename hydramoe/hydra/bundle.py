@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BUNDLE_FORMAT', 'SHARED_FORMAT', 'GATED_FORMAT', 'UNSEALED', 'SUFFIXES', 'QUANTS', 'BASE_FIELDS', 'IDENTITY_FIELDS',
            'BASE_ID', 'MANIFEST_FIELDS', 'SHARED_FIELDS', 'EXPERT_FIELDS', 'PLAIN_LORA_FIELDS', 'BundleError',
-           'bundle_files', 'tensor_digests', 'seal_bundle', 'check_fields', 'read_manifest', 'check_files',
-           'check_adapter', 'trunk_digests', 'check_trunk', 'load_router_or_gate', 'trained_gate_of', 'expert_folders',
-           'shared_folder', 'check_bundle']
+           'bundle_files', 'tensor_digests', 'seal_bundle', 'check_fields', 'check_beside_shared', 'read_manifest',
+           'check_files', 'check_adapter', 'trunk_digests', 'check_trunk', 'load_router_or_gate', 'trained_gate_of',
+           'expert_folders', 'shared_folder', 'check_bundle']
 
 # %% ../../nbs/hydra/63_bundle.ipynb #d80f1015
 import contextlib, hashlib, os, re
@@ -139,6 +139,16 @@ def _is_inside(name):
     return not path.is_absolute() and '..' not in path.parts and name == str(path)
 
 # %% ../../nbs/hydra/63_bundle.ipynb #f5eefx0f3
+def check_beside_shared(
+    names:list[str], # of experts
+    where:str='' # for the message: the bundle, and a colon
+)->None:
+    "Refuse a name that means the shared expert"
+    taken = [name for name in names if name.lower() == 'shared']
+    if not taken: return
+    raise BundleError(f"{where}name {taken[0]!r} is taken: beside a shared expert it means that one alone; choose another name")
+
+# %% ../../nbs/hydra/63_bundle.ipynb #76eba55a
 def _check_shared_entry(manifest, place):
     "A manifest tells of a shared expert if it is of that format, and only then; no other expert has its name"
     version, shared = manifest['format'], manifest.get('shared')
@@ -148,8 +158,7 @@ def _check_shared_entry(manifest, place):
         raise BundleError(f"{place}: format {version} has a shared expert, and shared is missing")
     if 'shared' not in manifest: return
     check_fields(shared, SHARED_FIELDS, f'{place}: shared')
-    taken = [e['name'] for e in manifest['experts'] if e['name'].lower() == 'shared']
-    if taken: raise BundleError(f"{place}: expert name {taken[0]!r} is taken: it means the shared expert alone")
+    check_beside_shared([e['name'] for e in manifest['experts']], f'{place}: ')
 
 # %% ../../nbs/hydra/63_bundle.ipynb #f5eefx2f3
 def _check_gate_entry(manifest, place):

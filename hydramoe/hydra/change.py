@@ -18,12 +18,12 @@ from ..models.load import base_id
 from .route import Router
 from .kinds import check_refittable, with_domain, without_domain
 from .gate import Gate
-from .bundle import check_bundle, check_trunk, expert_folders, load_router_or_gate, shared_folder
+from .bundle import check_beside_shared, check_bundle, check_trunk, expert_folders, load_router_or_gate, shared_folder
 from .saving import require_encoder, uri_id
 from .model import Hydra, router_view
 from .spec import BuildSpec, resolve_spec, stored_spec, training_settings
 from .rows import gather_rows, left_out, peek_base, run_deal
-from .build import check_beside_shared, experts_stage, residuals_stage, stage_settings, training_note, warn_unlearnt
+from .build import experts_stage, residuals_stage, stage_settings, training_note, warn_unlearnt
 from .forecast import forecast
 
 # %% ../../nbs/hydra/67_change.ipynb #fc85f20e

@@ -17,7 +17,7 @@ from ..foundations.statistics import paired_bootstrap
 from ..models.encode import encode
 from ..experts.gates import make_plan
 from ..experts.score import Losses, loss_matrix, macro_nll, record_sums
-from .bundle import check_bundle, expert_folders, shared_folder
+from .bundle import check_beside_shared, check_bundle, expert_folders, shared_folder
 from .merge import METHOD_PARAMS, MERGES, Merge, check_method, expert_overlap, merge_experts, merged_stack
 from .merge import named_weights, save_merge, seed_factors
 from .tune import LENGTHS, best_of, line_search, macro_loss, merge_losses
@@ -199,13 +199,15 @@ def check_new_expert(
     bundle:str|Path, # for the message
     chooses_by_gate:bool, # has the bundle a gate in place of a router?
     names:list[str], # its experts
-    name:str # of the merge
+    name:str, # of the merge
+    beside_shared:bool=False # has it a shared expert?
 )->None:
     "Refuse a merge that can't become an expert of a bundle"
     if chooses_by_gate:
         raise HydraError(f"{bundle} chooses by a gate, which would choose the merge among its own experts: "
                          "say --to adapter, and adopt those that you want")
     check_names([*names, name], 'expert')
+    if beside_shared: check_beside_shared([name])
 
 def add_merged_expert(
     bundle:str|Path, # left as it is
@@ -215,7 +217,7 @@ def add_merged_expert(
     name:str='merged' # of the expert
 )->Hydra: # the same experts, and the merge
     "Write a bundle in which a merge is one more expert"
-    check_new_expert(bundle, hydra.gate is not None, hydra.names, name)
+    check_new_expert(bundle, hydra.gate is not None, hydra.names, name, bool(hydra.shared))
     check_writable(out)
     manifest = check_bundle(bundle)
     refuse_trained_gate(bundle, manifest)

@@ -28,7 +28,8 @@ from .cascade import bind_base, needs_base
 from .gate import Gate, check_gate, explain_gate, make_gate, plot_gate
 from .trained_gate import TrainedGate, check_trained_gate
 from .token_use import TokenUse, token_use
-from .bundle import check_bundle, expert_folders, load_router_or_gate, shared_folder, trained_gate_of
+from .bundle import check_beside_shared, check_bundle, expert_folders, load_router_or_gate, shared_folder
+from .bundle import trained_gate_of
 from .saving import base_uri, bundle_base, bundle_config, expert_notes, require_encoder, uri_tokenizer
 from .saving import write_bundle
 from .generation import check_generation, sampling_keywords, to_messages
@@ -47,9 +48,7 @@ class Hydra:
         if missing:
             raise HydraError(f"the router weighs {', '.join(sorted(missing))}, which the stack does not hold; "
                              f"it holds {', '.join(model.stack.names)}")
-        if model.stack.shared is not None and 'shared' in map(str.lower, model.stack.names):
-            raise HydraError("an expert beside a shared one cannot be called 'shared', because asking for it means the "
-                             "shared expert alone; rename it")
+        if model.stack.shared is not None: check_beside_shared(model.stack.names)
         self.base = base
         self.model = model.eval()
         self.about = about or {}

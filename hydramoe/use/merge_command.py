@@ -153,7 +153,8 @@ def _chooses_by_gate(manifest):
 def _check_new_expert(a, manifest, names):
     "Refuse an expert that the bundle can't take"
     from hydramoe.hydra.merged import check_new_expert
-    check_new_expert(a.bundle, _chooses_by_gate(manifest), names, a.name or 'merged')
+    name = a.name or 'merged'
+    check_new_expert(a.bundle, _chooses_by_gate(manifest), names, name, 'shared' in manifest)
 
 # %% ../../nbs/use/84a_merge_command.ipynb #7e5d2330
 def _check_recipe(a, manifest, names, method, weights, params):
