@@ -689,8 +689,8 @@ def gates_table(
 def rewards_table(
     folder:str|Path|None=None # of results; `results_dir()` if None
 )->str: # Markdown
-    "Gates that learned from rewards, by `e10_rewards` at the most thorough published scale"
-    r = _thorough_result('e10_rewards', Path(folder or results_dir()))
+    "Gates that learned from rewards, by `e5a_rewards` at the most thorough published scale"
+    r = _thorough_result('e5a_rewards', Path(folder or results_dir()))
     if r is None: return '*No gates that learned from rewards are published yet.*'
     table = markdown_table(r.extra['table'], _REWARD_COLUMNS)
     questions = len(next(iter(r.extra['rewards'].values())))
