@@ -9,7 +9,7 @@ __all__ = ['SUMS', 'LISTED', 'OLDER', 'NOT_SHOWN', 'PAGE_BYTES', 'PALETTES', 'SC
            'published_scales', 'published', 'numbers', 'e3_table', 'paper_files', 'write_paper', 'subtitle',
            'notebooks_table', 'chapters_table', 'results_table', 'answer_with_route', 'demo_cost', 'pages_list',
            'render_page', 'notebooks_page', 'write_pages', 'Speed', 'speed_table', 'routers_table', 'merging_table',
-           'gates_table', 'rewards_table', 'figures', 'report_page', 'run_demo']
+           'shared_result', 'shared_gain', 'gates_table', 'rewards_table', 'figures', 'report_page', 'run_demo']
 
 # %% ../../nbs/use/81_publish.ipynb #10d98771
 import ast, base64, io, json, os, re
@@ -672,6 +672,26 @@ def merging_table(
     prompts = two['n'] if skills else r.extra['test_prompts']
     columns = [c for c in _MERGING_COLUMNS if c in table[0]]
     return f"{markdown_table(table, columns)}\n\nScale `{r.scale}`, {prompts} prompts.{older_note(r, folder)}"
+
+# %% ../../nbs/use/81_publish.ipynb #f163eb7e
+def shared_result(
+    folder:str|Path|None=None # of results; `results_dir()` if None
+)->Result|None:
+    "The most thorough published `e3_routing` that has a shared expert"
+    folder = Path(folder or results_dir())
+    for scale in published_scales('e3_routing', folder):
+        r = published(folder, scale)['e3_routing']
+        if r.extra.get('shared'): return r
+    return None
+
+def shared_gain(
+    folder:str|Path|None=None # of results; `results_dir()` if None
+)->str: # Markdown
+    "What a shared expert with residuals wins, and how small a difference could be seen"
+    r = shared_result(folder)
+    if r is None: return '*No Hydra with a shared expert is published yet.*'
+    of_shared = r.extra['shared']
+    return f"> {of_shared['gain']}\n>\n> Scale `{r.scale}`. {of_shared['detectable']}{older_note(r, folder)}"
 
 # %% ../../nbs/use/81_publish.ipynb #7360ec23
 _GATE_COLUMNS = ('system', 'macro ppl', 'tokens', 'against α')
