@@ -227,7 +227,8 @@ def replay(
     work = ReplayingGate(gate, batch, found.drawn, spec.temperature, start)
     positions = (mask.cumsum(1)-1).clamp(min=0)
     with model.stack.bind(make_plan(work, model.stack)):
-        model(input_ids=ids, attention_mask=mask, position_ids=positions)
+        body = model.base.base_model # the choices are all that's asked for, so it needs no head
+        body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     log_p = torch.cat(list(work.log_p.values()), 1)
     counted = torch.ones_like(log_p)
     if not gate.spec.pool:
