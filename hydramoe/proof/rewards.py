@@ -117,7 +117,8 @@ def checked_answers_stage(
     *,
     tasks_dir:Path, # of `tasks_stage`
     adapters:Path, # experts, and a shared one if there is one; or a single adapter
-    gated:Path|None=None, # a trained gate; None: the router's weights as they are
+    gated:Path|None=None, # a trained gate
+    gate:GateSpec|None=None, # without one: an untrained gate of this kind; None: the router's weights as they are
     weights:dict|None=None, # task id → weights of the router, in the order of the experts' names; None: equal ones
     max_new_tokens:int=40, # of an answer
     batch:int=64, # tasks at a time
@@ -127,13 +128,15 @@ def checked_answers_stage(
     "A stage: the answers to the held-out tasks, and whether they are right"
     opened = load_base(base, quant)
     model = gate_model(opened, adapters, [], LoraSpec(), 0)
-    gate = None if gated is None else check_trained_gate(load_trained_gate(Path(gated)/'gates'), model.stack)
+    chooser = None
+    if gated: chooser = check_trained_gate(load_trained_gate(Path(gated)/'gates'), model.stack)
+    elif gate: chooser = trained_gate(model.stack, as_spec(GateSpec, gate))
     tasks = read_jsonl(Path(tasks_dir)/'test.jsonl')
     of_tasks = task_weights(tasks, weights, len(model.stack.names))
     answers = []
     for begin in range(0, len(tasks), batch):
         some = slice(begin, begin+batch)
-        answers += answer_all(model, gate, opened.tokenizer, tasks[some], of_tasks[some], max_new_tokens)
+        answers += answer_all(model, chooser, opened.tokenizer, tasks[some], of_tasks[some], max_new_tokens)
     found = [dict(id=t['id'], reward=reward_of(t, a), answer=a) for t, a in zip(tasks, answers)]
     write_json(Path(out)/'answers.json', found)
 
