@@ -329,14 +329,14 @@ def wrong_queries(
 # %% ../../nbs/proof/73_items.ipynb #57d6c8a9
 def asked_query(
     record:dict # of the cards element_sql and element_tables
-)->tuple[str,str]|None: # SQL that makes the tables, the right query; None: there are no tables, or no query
+)->tuple|None: # the database, SQL that makes it, the right query; None: there are no tables, or no query
     "The tables and the query of a question"
     prompt = record['prompt'][-1]['content']
     if 'Tables:\n' in prompt: return None # heads alone
     sql, _, _ = record['completion'][0]['content'].partition(';\n\n')
     con = shown_tables(prompt)
     tables = '\n'.join(con.iterdump()) # before a query is run, which makes it read-only
-    return None if run_query(con, sql) is None else (tables, sql)
+    return None if run_query(con, sql) is None else (con, tables, sql)
 
 # %% ../../nbs/proof/73_items.ipynb #e0546932
 def query_items(
@@ -348,13 +348,12 @@ def query_items(
     for r in unseen_rows(card, forms=True):
         found = asked_query(r)
         if found is None: continue
-        tables, sql = found
-        prompt = r['prompt'][-1]['content']
-        con = shown_tables(prompt)
+        con, tables, sql = found
         g = rng(seed, f"queries {r['id']}")
         wrong = g.permutation(wrong_queries(con, sql)).tolist()[:3]
         if not wrong: continue
         choices = [f'{query};' for query in g.permutation([sql, *wrong]).tolist()]
+        prompt = r['prompt'][-1]['content']
         items.append(choice_item(prompt, choices, choices.index(f'{sql};'), tables=tables, reference=sql))
     return items
 

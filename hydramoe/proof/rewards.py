@@ -33,7 +33,7 @@ def query_task(
     "A question whose answer is judged by the rows that it finds"
     found = asked_query(record)
     if found is None: return None
-    tables, sql = found
+    _, tables, sql = found
     return dict(id=record['id'], prompt=record['prompt'], check=dict(kind='rows', schema=tables, reference=sql))
 
 # %% ../../nbs/proof/75_rewards.ipynb #6c13101a
