@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LIBS', 'Setup', 'two_halves', 'group_ids', 'few_stage', 'few_prompts', 'spec_of', 'lora_of', 'first_pass',
-           'train_adapters', 'adapter_names', 'score_part', 'as_mix', 'uniform_mix', 'macro_ppl', 'routed_ppl',
-           'macro_differences', 'Setting', 'make_setting', 'share_won']
+           'train_adapters', 'adapter_names', 'domains_of', 'score_part', 'as_mix', 'uniform_mix', 'macro_ppl',
+           'routed_ppl', 'macro_differences', 'Setting', 'make_setting', 'share_won']
 
 # %% ../../nbs/proof/70_compare.ipynb #dbdcda34
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 import numpy as np
+from ..foundations.core import HydraError
 from ..foundations.files import read_jsonl, write_jsonl
 from ..foundations.statistics import Difference, correct, paired_difference
 from ..foundations.store import stage
@@ -144,6 +145,17 @@ def adapter_names(
     "The adapters of a folder"
     configs = Path(folder).glob('*/adapter_config.json')
     return sorted(c.parent.name for c in configs)
+
+# %% ../../nbs/proof/70_compare.ipynb #0bd1a55a
+def domains_of(
+    experts:list[str], # each the name of a domain too
+    found:Domains # as they were discovered
+)->Domains: # one for each expert, in the order of the experts
+    "The domains that have an expert"
+    missing = [n for n in experts if n not in found.names]
+    if missing: raise HydraError(f"no domain is called {missing[0]!r}: they are {', '.join(found.names)}")
+    rows = [found.names.index(n) for n in experts]
+    return Domains(found.centroids[rows], experts, found.encoder)
 
 # %% ../../nbs/proof/70_compare.ipynb #249314cf
 def score_part(
