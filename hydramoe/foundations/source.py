@@ -207,6 +207,11 @@ def _find_imported(module, statements, head, rest, ours):
     return found
 
 # %% ../../nbs/foundations/03_source.ipynb #2277028d
+@functools.lru_cache(8192) # the stages of a process reach the same definitions again and again
+def _told_by(statement):
+    "What a definition of a module says: its text, what it imports inside, and all that it mentions"
+    return _normal_text(statement), _import_table(statement), _mentions(statement)
+
 def _follow(parts, ours, module, dotted):
     "Add to `parts`, by 'module:name', the text of every definition of ours that a dotted name reaches"
     todo = [(module, dotted, {})]
@@ -215,10 +220,10 @@ def _follow(parts, ours, module, dotted):
         for origin,name,statements in _find_definitions(module, dotted, ours, local):
             key = f'{origin}:{name}'
             if key in parts: continue
-            parts[key] = '\n'.join(map(_normal_text, statements))
-            for statement in statements:
-                imports = _import_table(statement)
-                todo += [(origin, mention, imports) for mention in _mentions(statement)]
+            told = [_told_by(statement) for statement in statements]
+            parts[key] = '\n'.join(text for text, _, _ in told)
+            for _, imports, mentions in told:
+                todo += [(origin, mention, imports) for mention in mentions]
 
 # %% ../../nbs/foundations/03_source.ipynb #9db57915
 def _live_tree(f):
