@@ -19,7 +19,8 @@ layers, and medians of rounds are compared. Imports and a round of warm-up on bo
   state_peak         peak above the experts of our TIES of 64 experts of a 7B model, one layer of each
                      shape after the other, in products of the largest (64 of them would be the stack of all)
 
-Before anything is timed, the results are compared on every layer: no entry may differ by more than 2e-5 of the largest.
+Before anything is timed, the results are compared on every layer: no entry may differ by more than 1e-5 of the largest
+(2e-5 after a truncated SVD, which fp32 computes less exactly).
 TIES decides by comparisons, and fp32 cannot decide all of them: a vote that is even but for rounding, or a magnitude that
 another one equals at the threshold. Such entries are found in fp64, left out of the comparison, and counted: `undecided`,
 at most 1 in 10,000.
@@ -149,8 +150,12 @@ def as_matrix(result):
     A, B = result
     return B@A
 
+def allowed(name):
+    "How much of the largest entry the two sides of a pair may differ by"
+    return 2e-5 if name.startswith('svd') else 1e-5
+
 def compare(layers, weights):
-    "The largest difference of each pair, relative to the largest entry, over all layers; more than 2e-5 is an error"
+    "The largest difference of each pair, relative to the largest entry, over all layers; more than `allowed` is an error"
     worst = dict.fromkeys(PAIRS, 0.)
     undecided = entries = 0
     for d in layers:
@@ -162,7 +167,7 @@ def compare(layers, weights):
             off = (a-b).abs()
             if 'ties' in name: off = off[sure]
             worst[name] = max(worst[name], (off.max()/a.abs().max()).item())
-    if wrong := {name: off for name, off in worst.items() if not off<=2e-5}: sys.exit(f'results differ: {wrong}')
+    if wrong := {name: off for name, off in worst.items() if not off<=allowed(name)}: sys.exit(f'results differ: {wrong}')
     if undecided>1e-4*entries: sys.exit(f'{undecided} of {entries} entries are undecided')
     return dict(largest_difference=worst, undecided=undecided, entries=entries)
 
