@@ -162,7 +162,8 @@ def test_rows_are_read_as_build_reads_them(place):
 def test_a_bundle_with_a_gate_gives_an_adapter(place):
     assert done(place, 'gated', '--to', 'adapter', '--method', 'linear', '--rows', 'rows.jsonl')['receipt']['development']['losses']['routed']>0
 
-def test_progress_is_on_standard_error_alone(place):
+def test_progress_is_on_standard_error_alone(place, monkeypatch):
+    monkeypatch.delenv('HYDRAMOE_QUIET', raising=False)
     out = here('merge', 'b', '--json', cwd=place)
     assert out.returncode==0 and 'merge by ties' in out.stderr and json.loads(out.stdout)
 

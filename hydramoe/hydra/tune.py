@@ -127,7 +127,7 @@ def plot_curve(
         label = name if value is None else f'{name} {by} {value}'
         ax.plot([row['length'] for row in line], [row['nll'] for row in line], 'o-', label=label)
     ax.set(xlabel='length of the merge, relative to an expert', ylabel='loss on development rows')
-    if label: ax.legend(frameon=False)
+    if label: ax.legend(frameon=False, loc='upper center', fontsize=8)
     return ax.figure
 
 # %% ../../nbs/hydra/62d_tune.ipynb #c1dd229e
