@@ -39,6 +39,11 @@ class Answers:
         "Whose choice a layer takes"
         return self.leaders.get(layer, layer)
 
+    def askers(self, layers):
+        "Those of a group's layers that ask: the first for all if they have one leader, else each"
+        leaders = {self.leader(layer) for layer in layers}
+        return layers[:1] if len(leaders)==1 else layers
+
     def ask(self,
         x:Tensor, # (…,in)
         layer:str, # its name
@@ -63,6 +68,8 @@ class DenseGatePlan(FactorPlan):
         self.said = Answers(gate)
         self.trains_experts = getattr(gate, 'trains_experts', True)
         self.scale = stack.scale
+        names = [[stack.layers[i].name for i in group.layers] for group in stack.groups]
+        self.askers = [self.said.askers(of_group) for of_group in names] # in each group
         device = stack.theta.device
         rows = len(stack.theta)
         every = torch.arange(rows, device=device)
@@ -88,38 +95,37 @@ def weigh(self:DenseGatePlan,
     z:Tensor, # (…,n·E·r) x times a group's A
     x:Tensor, # (…,in)
     g:int # number of the group
-)->tuple: # for each of n layers its part (…,E·r)
+)->Tensor: # (…,n,E·r), a part for each of n layers
     "Multiply the experts' inner activations with what the gate gives them"
-    layers = [self.stack.layers[i].name for i in self.stack.groups[g].layers]
-    by_expert = z.unflatten(-1, (len(layers), len(self.scale), -1)) # (…,n,E,r)
-    leaders = {self.said.leader(layer) for layer in layers}
-    asked = layers[:1] if len(leaders)==1 else layers
+    n = len(self.stack.groups[g].layers)
+    by_expert = z.unflatten(-1, (n, len(self.scale), -1)) # (…,n,E,r)
     found = []
-    for j, layer in enumerate(asked):
+    for j, layer in enumerate(self.askers[g]):
         def inner(j=j): return by_expert[...,j,:self.stack.slots,:]
         found.append(self.weights(x, layer, inner))
     weights = torch.stack(found, -2) # (…,1 or n,E)
-    weighed = by_expert*weights[...,None].to(z.dtype)
-    return weighed.flatten(-2).unbind(-2)
+    times = by_expert.mul if torch.is_grad_enabled() else by_expert.mul_ # z was made for this alone
+    weighed = times(weights[...,None].to(z.dtype))
+    return weighed.flatten(-2)
 
 # %% ../../nbs/experts/41a_gate_plan.ipynb #8e907741
 @patch
 def inner(self:DenseGatePlan, x, g):
     "The product of x with a group's A, weighed"
     A, _, _ = self.factors(g, x.dtype)
-    return self.weigh(self.first(x, A), x, g)
+    return self.weigh(self.first(x, A), x, g).unbind(-2)
 
 @patch
 def trained_inner(self:DenseGatePlan, x, g):
     "As `inner`, with a gradient for the experts"
-    return self.weigh(self.trained_product(x, g), x, g)
+    return self.weigh(self.trained_product(x, g), x, g).unbind(-2)
 
 @patch
 def _parts_by_lookup(self:DenseGatePlan, x, found):
     "As `inner`, with factors that are kept"
     z = self.first(x, found.A)
     parts = self.weigh(z, x, found.group)
-    return [part.flatten(0, -2) for part in parts]
+    return parts.flatten(0, -3).unbind(1)
 
 # %% ../../nbs/experts/41a_gate_plan.ipynb #67944745
 def by_expert(

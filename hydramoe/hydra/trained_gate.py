@@ -112,7 +112,7 @@ def softmax_weights(
     chosen:Tensor, # (…,E) whether each expert is
 )->Tensor: # (…,E)
     "Softmax over the chosen"
-    return logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+    return torch.where(chosen, logits, -torch.inf).softmax(-1)
 
 # %% ../../nbs/hydra/61a_trained_gate.ipynb #d3620dc5
 def probability_weights(
