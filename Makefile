@@ -39,18 +39,18 @@ test-extern: assets ## oracles that are asked now and then; the dated record is 
 	@$(BIN)/python -m pytest -m extern --record tests/EXTERN.md tests
 
 results: setup ## copy finished runs into results/, and results into paper and README
-	@$(BIN)/python -c 'from hydramoe.use.publish import publish, write_paper; publish(); write_paper()'
+	@$(BIN)/python -c 'from hydramoe.use.publish import publish; from hydramoe.use.paper import write_paper; publish(); write_paper()'
 	@$(MAKE) --no-print-directory readme
 
 paper: setup ## make papers/hydra/main.pdf (needs a LaTeX installation)
-	@$(BIN)/python -c 'from hydramoe.use.publish import write_paper; write_paper()'
+	@$(BIN)/python -c 'from hydramoe.use.paper import write_paper; write_paper()'
 	@command -v latexmk >/dev/null || { echo 'latexmk is not installed; the generated tables are in papers/hydra/generated'; exit 1; }
 	cd papers/hydra && latexmk -pdf -interaction=nonstopmode main.tex
 
 readme: setup ## run nbs/index.ipynb and nbs/results.ipynb, and make the READMEs from them
 	@cd nbs && HYDRAMOE_QUIET=1 ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace index.ipynb results.ipynb
 	@for nb in index results; do $(BIN)/nbdev_clean --fname nbs/$$nb.ipynb; done
-	@$(BIN)/python -c 'from hydramoe.use.publish import write_pages; write_pages()'
+	@$(BIN)/python -c 'from hydramoe.use.pages import write_pages; write_pages()'
 
 lab: setup ## open the notebooks in JupyterLab
 	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/jupyter lab nbs

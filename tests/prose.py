@@ -10,7 +10,9 @@ import ast, json, re, tomllib
 from hydramoe.foundations.files import read_json
 from hydramoe.data.records import DOMAINS
 from hydramoe.use.reproduce import Graph, experiments_at, load_result, params_at
-from hydramoe.use.publish import SPEEDS, notebooks_page, published
+from hydramoe.use.publish import published
+from hydramoe.use.tables import SPEEDS
+from hydramoe.use.pages import notebooks_page
 from helpers import root, text
 
 WORDS = 'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty'.split()
@@ -73,6 +75,8 @@ def paper():
         '{} learning rates tried on both sides': [lrs(results)],
         'commit \\texttt{3754fcf}': 'a commit of this repository',
         'domain discovery. 2023.': 'a year of publication', 'language models. 2022.': 'a year of publication', 'language models. 2021.': 'a year of publication', 'LLMs. 2023.': 'a year of publication',
+        'merging models. 2023.': 'a year of publication', 'free lunch. 2024.': 'a year of publication', 'KnOTS. 2025.': 'a year of publication', 'in model merging. 2025.': 'a year of publication',
+        'subspaces. 2025.': 'a year of publication', 'multi-task learning. 2024.': 'a year of publication',
     }
 
 def contributing(): return {

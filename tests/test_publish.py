@@ -4,7 +4,8 @@ import base64, io, json, re
 import pytest
 
 from hydramoe.foundations.core import HydraError
-from hydramoe.use.publish import CHAPTERS, NOT_SHOWN, PAGE_BYTES, check_sums, fewer_colors, light_notebook, publish, notebooks_table, write_page
+from hydramoe.use.publish import NOT_SHOWN, PAGE_BYTES, check_sums, fewer_colors, light_notebook, publish, write_page
+from hydramoe.use.pages import CHAPTERS, notebooks_table
 from hydramoe.use.reproduce import Graph, run_scale
 from helpers import notebook, root
 

@@ -8,7 +8,10 @@ from packaging.version import Version
 from packaging.utils import canonicalize_name
 
 from hydramoe.use.reproduce import Graph, load_result, experiments_at, split_scale
-from hydramoe.use.publish import SCALES, SPEEDS, check_sums, numbers, paper_files, published, read_older, PAGES as MADE, notebooks_page, render_page
+from hydramoe.use.publish import SCALES, check_sums, published, read_older
+from hydramoe.use.tables import SPEEDS
+from hydramoe.use.paper import numbers, paper_files
+from hydramoe.use.pages import PAGES as MADE, notebooks_page, render_page
 from hydramoe.foundations.report import latex_name
 from helpers import root, text
 from prose import PAGES, project, unsupported
@@ -71,7 +74,7 @@ def test_exported_code_is_documented_and_has_no_star_imports():
 
 LIGHT = [f'foundations.{m}' for m in ('core', 'files', 'source', 'store', 'fetch', 'report', 'page')]
 LIGHT += [f'data.{m}' for m in ('records', 'cards', 'load', 'formats', 'stream', 'parts')]
-LIGHT += ['use.reproduce', 'use.publish', 'use.sweep', 'use.cli']
+LIGHT += ['use.reproduce', 'use.publish', 'use.tables', 'use.paper', 'use.pages', 'use.run_report', 'use.sweep', 'use.cli']
 
 @pytest.mark.parametrize('room', LIGHT)
 def test_light_rooms_import_without_torch(room):
@@ -154,12 +157,12 @@ def test_all_that_the_pages_are_made_from_is_published():
 
 @pytest.mark.skipif(not results, reason='nothing is published in results/')
 def test_paper_agrees_with_results():
-    for name,content in paper_files(published()).items(): assert text('papers', 'hydra', 'generated', name)==content, 'run `make results` and commit'
+    for name,content in paper_files().items(): assert text('papers', 'hydra', 'generated', name)==content, 'run `make results` and commit'
 
 @pytest.mark.skipif(not results, reason='nothing is published in results/')
 def test_every_number_the_paper_names_is_there():
     named = set(re.findall(r'\\result\{(\w+)\}', text('papers', 'hydra', 'main.tex')))
-    assert named <= {latex_name(k) for k in numbers(published())}
+    assert named <= {latex_name(k) for k in numbers()}
 
 def test_results_of_older_code_are_published_ones_and_the_readme_says_so():
     listed = read_older()

@@ -97,7 +97,7 @@ RUN_COMMANDS['run'] = Command(
 # %% ../../nbs/use/86_run_commands.ipynb #61811963
 def reproduce_command(a):
     "The experiments in order, their table, and a page with their plots"
-    from hydramoe.use.publish import run_demo
+    from hydramoe.use.run_report import run_demo
     from hydramoe.use.reproduce import Graph, experiments_at, run_scale
     graph = Graph()
     if a.until is None: text = run_demo(a.scale, graph)

@@ -9,7 +9,7 @@ __all__ = ['seed_results', 'runs_losses', 'runs_differences', 'seeds_table']
 from pathlib import Path
 import numpy as np
 from ..foundations.core import HydraError
-from ..foundations.report import markdown_table
+from ..foundations.report import markdown_table, minus_signs
 from ..foundations.statistics import Difference, correct, difference_text, domain_nll, interval_text, paired_difference
 from .reproduce import Result, load_result, split_scale
 from .publish import published_scales, results_dir
@@ -74,7 +74,7 @@ def seeds_table(
     rows = []
     for system, nll in losses.items():
         row = {'system': system, 'macro ppl': f'{_mean_ppl(nll, domains, tokens):.3f}'}
-        row[f'against {reference}'] = difference_text(against[system]) if system in against else ''
+        row[f'against {reference}'] = minus_signs(difference_text(against[system])) if system in against else ''
         rows.append(row)
     seeds = ', '.join(str(split_scale(r.scale)[1]) for r in runs)
     return f'{markdown_table(rows)}\n\nScale `{scale}`, seeds {seeds}, {len(tokens)} test prompts. {interval_text(len(runs))}'
