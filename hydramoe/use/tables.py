@@ -240,4 +240,8 @@ def rewards_table(
     if r is None: return '*No gates that learned from rewards are published yet.*'
     table = minus_signs(markdown_table(r.extra['table'], _REWARD_COLUMNS))
     questions = len(next(iter(r.extra['rewards'].values())))
-    return f"{table}\n\nScale `{r.scale}`, {questions} questions, {r.params['runs']} runs of each.{older_note(r, folder)}"
+    right = r.extra['right'] # system → share, and the ends of its interval
+    others = [f'{name} {100*share:.1f} %' for name, (share, _, _) in right.items() if not name.startswith('start')]
+    beside = f"Right without any training of a gate: {', '.join(others)}."
+    made = f"Scale `{r.scale}`, {questions} questions, {r.params['runs']} runs of each."
+    return f"{table}\n\n{made} {beside}{older_note(r, folder)}"
