@@ -20,7 +20,9 @@ def noisy(base, names=NAMES, seed=0, fork=0, shared=False):
     model = gated(base, len(names), LoraSpec(rank=4, fork=fork), shared)
     if shared: model.stack.init_expert(model.stack.shared, seed=9)
     for e, name in enumerate(names): model.stack.init_expert(e, seed=seed, name=name)
-    for t in (model.stack.theta, model.stack.trunk): t += torch.from_numpy(rng(seed, 'noise').normal(0, .1, t.shape)).float()
+    for t in (model.stack.theta, model.stack.trunk):
+        noise = rng(seed, 'noise').normal(0, .1, t.shape)
+        t += torch.from_numpy(noise).float()
     return model
 
 def by_hand(base=None, fork=0, shared=False):
@@ -30,8 +32,12 @@ def by_hand(base=None, fork=0, shared=False):
 
 class Fickle:
     "A router by the first word of the user"
-    kind, names, params = 'fickle', NAMES, {}
-    def __call__(self, prompts): return np.array([[float(prompt_text(dict(prompt=p)).startswith(n)) for n in NAMES] for p in prompts])
+    kind = 'fickle'
+    names = NAMES
+    params = {}
+    def __call__(self, prompts):
+        texts = [prompt_text(dict(prompt=p)) for p in prompts]
+        return np.array([[float(t.startswith(n)) for n in NAMES] for t in texts])
 
 def fickle(base=None, fork=0, shared=False):
     "A Hydra of noise that changes its expert with the first word; another word gets none"

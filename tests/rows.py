@@ -10,14 +10,24 @@ def jsonl(rows):
     return '\n'.join(map(json.dumps, rows))
 
 TALK = [dict(role='user', content='Hi'), dict(role='assistant', content='Yo')]
-FORMS = [dict(prompt='Hi', completion='Yo'), dict(prompt=TALK[:1], completion=TALK[1:]), dict(messages=TALK), # one record in the forms of the wild
-         dict(conversations=[{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Yo'}]), dict(instruction='Hi', input='', output='Yo'), dict(instruction='Hi', output='Yo')]
+FORMS = [ # one record in the forms of the wild
+    dict(prompt='Hi', completion='Yo'), dict(prompt=TALK[:1], completion=TALK[1:]), dict(messages=TALK),
+    dict(conversations=[{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Yo'}]),
+    dict(instruction='Hi', input='', output='Yo'), dict(instruction='Hi', output='Yo')]
 
 # a line that is no record, and why
-BAD = [('{"prompt": 1, "completion": "x"}', 'prompt is 1'), ('[1, 2]', 'need an object'), ('"x"', 'need an object'), ('{"prompt": "x"}', 'has the fields prompt'),
-       ('{"prompt": "x", "completion": "  "}', 'completion is empty'), ('{"prompt": [], "completion": "x"}', 'prompt is []'),
-       ('{"prompt": [{"role": "user"}], "completion": "x"}', 'prompt holds'), ('{"prompt": [{"role": "wizard", "content": "x"}], "completion": "x"}', 'wizard'),
-       ('{"messages": "hello"}', 'messages must be a list'), ('{"messages": [{"role": "user", "content": "x"}]}', 'no assistant turn'),
-       ('{"messages": [{"role": "assistant", "content": "x"}]}', 'no assistant turn'), ('{"prompt": "\\ud800", "completion": "x"}', 'surrogates'),
-       ('{"prompt": "x", "completion": null}', 'completion is null'), ('{"conversations": [{"from": "human"}]}', "objects with 'from' and 'value'"),
-       ('{}', 'none')]
+BAD = [
+    ('{"prompt": 1, "completion": "x"}', 'prompt is 1'),
+    ('[1, 2]', 'need an object'), ('"x"', 'need an object'),
+    ('{"prompt": "x"}', 'has the fields prompt'),
+    ('{"prompt": "x", "completion": "  "}', 'completion is empty'),
+    ('{"prompt": [], "completion": "x"}', 'prompt is []'),
+    ('{"prompt": [{"role": "user"}], "completion": "x"}', 'prompt holds'),
+    ('{"prompt": [{"role": "wizard", "content": "x"}], "completion": "x"}', 'wizard'),
+    ('{"messages": "hello"}', 'messages must be a list'),
+    ('{"messages": [{"role": "user", "content": "x"}]}', 'no assistant turn'),
+    ('{"messages": [{"role": "assistant", "content": "x"}]}', 'no assistant turn'),
+    ('{"prompt": "\\ud800", "completion": "x"}', 'surrogates'),
+    ('{"prompt": "x", "completion": null}', 'completion is null'),
+    ('{"conversations": [{"from": "human"}]}', "objects with 'from' and 'value'"),
+    ('{}', 'none')]

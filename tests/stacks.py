@@ -25,7 +25,8 @@ def filled(slots=4, rank=4, quant='fp32', **kw):
 
 def forked_model(fork=.5, slots=3, layers=4, make=None):
     "Experts of noise that part at a fork, on a trunk of noise; `make` makes another base than the tiny one"
-    b = tiny_base(layers=layers) if make is None else Base(make().eval().requires_grad_(False), byte_tokenizer(), make.__name__, 'fp32', 'cpu', '')
+    if make is None: b = tiny_base(layers=layers)
+    else: b = Base(make().eval().requires_grad_(False), byte_tokenizer(), make.__name__, 'fp32', 'cpu', '')
     m = gated(b, slots, LoraSpec(4, 8, fork=fork))
     fill(m.stack)
     m.stack.trunk.add_(.05*torch.randn(m.stack.trunk.shape, generator=rand(9)))

@@ -21,16 +21,21 @@ def front_of(name): return yaml.safe_load((repo_root()/'data_cards'/f'{name}.md'
 def test_a_card_gives_what_it_says(name):
     card, rows = load_card(name), cached_load(name)
     assert len(rows) == card['rows'] == len({r['id'] for r in rows})
-    assert all(r['domain'] == card['domain'] and r['source'] == name and r['license'] for r in rows)
-    assert all(r['prompt'][-1]['role'] in ('user', 'tool') and r['completion'][-1]['role'] == 'assistant' for r in rows)
-    assert all(m['content'].strip() for r in rows for m in r['completion'])
+    for r in rows:
+        assert r['domain'] == card['domain']
+        assert r['source'] == name
+        assert r['license']
+        assert r['prompt'][-1]['role'] in ('user', 'tool')
+        assert r['completion'][-1]['role'] == 'assistant'
+        assert all(m['content'].strip() for m in r['completion'])
 
 
 @pytest.mark.parametrize('name', ['sonnets', 'human_eval', 'bfcl_sql'])
 def test_a_sample_is_drawn_by_the_seed(name):
     few = load(name, limit=3, seed=1)
     assert few == load(name, limit=3, seed=1) != load(name, limit=3, seed=2)
-    assert {r['id'] for r in few} < {r['id'] for r in cached_load(name)} and len(few) == 3
+    assert {r['id'] for r in few} < {r['id'] for r in cached_load(name)}
+    assert len(few) == 3
 
 
 @pytest.mark.parametrize('name', FETCHED + PUBLIC)
@@ -39,68 +44,116 @@ def test_front_matter_is_the_hubs(name):
     front = front_of(name)
     ours = front.pop('hydramoe')
     known = DatasetCardData(**front)
-    assert known.pretty_name and known.license and known.language and known.size_categories
+    assert known.pretty_name
+    assert known.license
+    assert known.language
+    assert known.size_categories
     assert known.license != 'other' or front.get('license_name')
-    assert set(front) <= {'pretty_name', 'license', 'license_name', 'license_link', 'language', 'task_categories', 'size_categories', 'tags'}
-    assert set(ours) <= OURS | ({'package', 'members', 'generator', 'args'} if name in FETCHED else {'hub', 'revision', 'config', 'split', 'data_dir', 'data_files', 'layout', 'columns', 'sample', 'size'})
-    assert isinstance(ours['canary'], bool) and isinstance(ours['faults'], list) and len(load_card(name)['prose']) > 150
+    assert set(front) <= {'pretty_name', 'license', 'license_name', 'license_link', 'language', 'task_categories',
+                          'size_categories', 'tags'}
+    packaged = {'package', 'members', 'generator', 'args'}
+    public = {'hub', 'revision', 'config', 'split', 'data_dir', 'data_files', 'layout', 'columns', 'sample', 'size'}
+    assert set(ours) <= OURS | (packaged if name in FETCHED else public)
+    assert isinstance(ours['canary'], bool)
+    assert isinstance(ours['faults'], list)
+    assert len(load_card(name)['prose']) > 150
 
 
 @pytest.mark.parametrize('name', PUBLIC)
 def test_a_public_card_claims_no_more_than_it_knows(name):
     "Its map does on its sample exactly what it says, and nothing is said to have been counted here"
     card = load_card(name)
-    assert card['verified'] in ('schema', 'unverified') and not {'package', 'members', 'generator'} & set(card)
+    assert card['verified'] in ('schema', 'unverified')
+    assert not {'package', 'members', 'generator'} & set(card)
     assert card['rows'] == 'unknown' or isinstance(card['rows'], int)
     with pytest.raises(HydraError, match=f"{re.escape(card['hub'])} on the Hub"): load(name)
     if card['verified'] == 'unverified': return
-    assert '/' in card['hub'] and '/' in card['layout']['repository'] and card['layout']['path'] and 1 <= len(card['sample']) <= 3
+    assert '/' in card['hub']
+    assert '/' in card['layout']['repository']
+    assert card['layout']['path']
+    assert 1 <= len(card['sample']) <= 3
     for s in card['sample']:
         pairs = sample_pairs(card, s['row'])
-        said = list(zip(s['prompt'], s['completion'])) if isinstance(s['prompt'], list) else [(s['prompt'], s['completion'])]
-        assert pairs[-len(said):] == said and all(p.strip() and c.strip() for p, c in pairs)
+        is_list = isinstance(s['prompt'], list)
+        said = list(zip(s['prompt'], s['completion'])) if is_list else [(s['prompt'], s['completion'])]
+        assert pairs[-len(said):] == said
+        assert all(p.strip() for p, _ in pairs)
+        assert all(c.strip() for _, c in pairs)
         assert set(s['row']) <= set(card['columns'])
     touched = set()
     class Row(dict): # tells which columns are looked at
-        def __getitem__(self, k): touched.add(k); return dict.__getitem__(self, k)
-        def get(self, k, default=None): touched.add(k); return dict.get(self, k, default)
+        def __getitem__(self, k):
+            touched.add(k)
+            return dict.__getitem__(self, k)
+        def get(self, k, default=None):
+            touched.add(k)
+            return dict.get(self, k, default)
     for s in card['sample']: map_row(Row(s['row']), card['map'], card.get('roles'))
     assert touched - {'tools', 'input'} <= set(card['columns'])
 
 
-PLAIN = dict(name='plain', license='mit', domain='general', use='train', verified='schema', hub='owner/set', revision='unknown', layout=dict(repository='owner/code', path='README.md'),
-             columns=['q', 'a'], map=dict(prompt='{q}', completion='{a}'), sample=[dict(row=dict(q='Why?', a='So.'), prompt='Why?', completion='So.')], canary=False, rows='unknown', faults=[])
-SHAREGPT = dict(columns=['chat'], map={'sharegpt': 'chat', 'from': 'who', 'value': 'text'}, roles=dict(sage='assistant'),
-            sample=[dict(row=dict(chat=[dict(who=w, text=t) for w, t in (('system', 's'), ('human', 'a'), ('sage', 'b'), ('human', 'c'), ('sage', 'd'))]), prompt=['a', 'c'], completion=['b', 'd'])])
+PLAIN = dict(
+    name='plain', license='mit', domain='general', use='train', verified='schema', hub='owner/set', revision='unknown',
+    layout=dict(repository='owner/code', path='README.md'), columns=['q', 'a'],
+    map=dict(prompt='{q}', completion='{a}'),
+    sample=[dict(row=dict(q='Why?', a='So.'), prompt='Why?', completion='So.')],
+    canary=False, rows='unknown', faults=[])
+SAID = (('system', 's'), ('human', 'a'), ('sage', 'b'), ('human', 'c'), ('sage', 'd'))
+SHAREGPT = dict(
+    columns=['chat'], map={'sharegpt': 'chat', 'from': 'who', 'value': 'text'}, roles=dict(sage='assistant'),
+    sample=[dict(row=dict(chat=[dict(who=w, text=t) for w, t in SAID]), prompt=['a', 'c'], completion=['b', 'd'])])
 
-@pytest.mark.parametrize('change', [{}, SHAREGPT, SHAREGPT | dict(sample=[dict(SHAREGPT['sample'][0], prompt='c', completion='d')]), dict(map='pairs', columns=['prompt', 'completion'], sample=[dict(row=dict(prompt='x', completion='y'), prompt='x', completion='y')]),
-                                    dict(columns=['instruction', 'output'], map='alpaca', sample=[dict(row=dict(instruction='x', output='y'), prompt='x', completion='y')]), dict(verified='unverified', map='unknown')])
+def with_sample(card, **fields):
+    "A card whose only sample has other fields"
+    return card | dict(sample=[dict(card['sample'][0], **fields)])
+
+PAIRS = dict(map='pairs', columns=['prompt', 'completion'],
+             sample=[dict(row=dict(prompt='x', completion='y'), prompt='x', completion='y')])
+ALPACA = dict(columns=['instruction', 'output'], map='alpaca',
+              sample=[dict(row=dict(instruction='x', output='y'), prompt='x', completion='y')])
+WHOLE = [{}, SHAREGPT, with_sample(SHAREGPT, prompt='c', completion='d'), PAIRS, ALPACA,
+         dict(verified='unverified', map='unknown')]
+
+@pytest.mark.parametrize('change', WHOLE)
 def test_a_whole_public_card_passes(change): assert validate_card(PLAIN | change)
 
-@pytest.mark.parametrize('change,why', [
-    (dict(verified='data'), "'data' is for a card with `package`"), (dict(verified='sure'), 'verified'), (dict(domain='misc'), 'domain'), (dict(hub='https://x/y'), 'need owner/name'), (dict(revision='abc'), '40 hex'),
-    (dict(layout=dict(repository='owner', path='x')), 'need the repository'), (dict(sample=[]), 'needs one row'), (dict(sample=[dict(row=dict(q='x'))]), 'needs one row'), (dict(map='unknown'), 'map names unknown'),
-    (dict(columns=['q']), "needs the column 'a'"), (dict(sample=[dict(PLAIN['sample'][0], row=dict(q='Why?', a='So.', z=1))]), "has the column 'z'"), (dict(canary=True), 'never be trained on'),
-    (SHAREGPT | dict(roles={}), 'role "sage" is none of'), (SHAREGPT | dict(sample=[dict(SHAREGPT['sample'][0], prompt=['a'], completion=['b'])]), 'the card says')])
+FAULTS = [
+    (dict(verified='data'), "'data' is for a card with `package`"), (dict(verified='sure'), 'verified'),
+    (dict(domain='misc'), 'domain'), (dict(hub='https://x/y'), 'need owner/name'), (dict(revision='abc'), '40 hex'),
+    (dict(layout=dict(repository='owner', path='x')), 'need the repository'), (dict(sample=[]), 'needs one row'),
+    (dict(sample=[dict(row=dict(q='x'))]), 'needs one row'), (dict(map='unknown'), 'map names unknown'),
+    (dict(columns=['q']), "needs the column 'a'"),
+    (dict(sample=[dict(PLAIN['sample'][0], row=dict(q='Why?', a='So.', z=1))]), "has the column 'z'"),
+    (dict(canary=True), 'never be trained on'), (SHAREGPT | dict(roles={}), 'role "sage" is none of'),
+    (with_sample(SHAREGPT, prompt=['a'], completion=['b']), 'the card says')]
+
+@pytest.mark.parametrize('change,why', FAULTS)
 def test_a_public_card_with_a_fault_is_refused(change, why):
     with pytest.raises(HydraError, match=why): validate_card(PLAIN | change)
 
 
 def test_a_card_of_another_state_is_asked_for_by_name():
-    assert set(FETCHED) == set(card_names(verified='data')) and not set(FETCHED) & set(card_names(verified='schema'))
-    assert not card_names('general') and set(card_names('general', verified=None)) <= set(PUBLIC)
+    assert set(FETCHED) == set(card_names(verified='data'))
+    assert not set(FETCHED) & set(card_names(verified='schema'))
+    assert not card_names('general')
+    assert set(card_names('general', verified=None)) <= set(PUBLIC)
 
 
 def test_every_domain_is_fed_and_examined():
-    assert len(card_names(use='train')) >= 16 and len(card_names(use='evaluate')) >= 10
-    for d in DOMAINS: assert len(card_names(d, 'train')) >= 2 and card_names(d, 'evaluate')
+    assert len(card_names(use='train')) >= 16
+    assert len(card_names(use='evaluate')) >= 10
+    for d in DOMAINS:
+        assert len(card_names(d, 'train')) >= 2
+        assert card_names(d, 'evaluate')
 
 
 def test_nothing_with_a_canary_is_trained_on():
     for n in FETCHED:
         c = load_card(n)
         if c['use'] == 'train' and 'package' in c:
-            assert not any(b'SHOULD NEVER APPEAR IN TRAINING' in fetch.member(c['package'].split('==')[0], p) for p in c['members'] if '*' not in p)
+            package = c['package'].split('==')[0]
+            members = [fetch.member(package, p) for p in c['members'] if '*' not in p]
+            assert not any(b'SHOULD NEVER APPEAR IN TRAINING' in m for m in members)
 
 
 def words(text): return re.findall(r'\w+', text.lower())
@@ -119,28 +172,36 @@ def leaked(records, held):
 @pytest.fixture(scope='module')
 def everything():
     "All training and all held-out records"
-    return [r for n in card_names(use='train') for r in cached_load(n)], [r for n in card_names(use='evaluate') for r in cached_load(n)]
+    def of(use): return [r for n in card_names(use=use) for r in cached_load(n)]
+    return of('train'), of('evaluate')
 
 
 def test_no_evaluation_row_is_trained_on(everything):
-    "Over all cards: what `find_leaks` finds nothing in, and thus what any unified set draws from, holds no held-out question and no thirteen words of one"
+    """Over all cards: what `find_leaks` finds nothing in, and thus what any unified set draws from, holds no held-out
+    question and no thirteen words of one"""
     train, held = everything
     clean = [r for r,where in zip(train, find_leaks(train, held)) if not where]
     assert not leaked(clean, held)
     had, left = Counter(r['source'] for r in train), Counter(r['source'] for r in clean)
-    for n in had: assert left[n] >= .94*had[n], f'{n}: {had[n]-left[n]} of {had[n]} rows are in a held-out set; the card itself should leave them out'
+    for n in had:
+        gone = f'{n}: {had[n]-left[n]} of {had[n]} rows are in a held-out set; the card itself should leave them out'
+        assert left[n] >= .94*had[n], gone
 
 
 def test_a_planted_evaluation_row_is_found(everything):
     "The test above can fail: one row for each held-out set, asked again, told in an answer, said in an earlier turn"
     train, held = everything
-    long = {r['source']: r for r in held if len(words(r['prompt'][-1]['content'])) >= 20}
-    short = {r['source']: r for r in held if 3 <= len(words(r['prompt'][-1]['content'])) < 13}
-    text = lambda r: r['prompt'][-1]['content']
+    def text(r): return r['prompt'][-1]['content']
+    long = {r['source']: r for r in held if len(words(text(r))) >= 20}
+    short = {r['source']: r for r in held if 3 <= len(words(text(r))) < 13}
+    def earlier(r):
+        asked, said = dict(role='user', content='As they say, ' + text(r)), dict(role='assistant', content='Yes.')
+        return record([asked, said, dict(role='user', content='And?')], 'x', 'web')
     planted = [record(f'  {text(r).upper()} !!', 'x', 'web') for r in [*long.values(), *short.values()]]
     planted += [record('Tell me something.', 'Well: ' + text(r), 'web') for r in long.values()]
-    planted += [record([dict(role='user', content='As they say, ' + text(r)), dict(role='assistant', content='Yes.'), dict(role='user', content='And?')], 'x', 'web') for r in long.values()]
-    assert set(long) | set(short) == set(card_names(use='evaluate')) and len(planted) > 40
+    planted += [earlier(r) for r in long.values()]
+    assert set(long) | set(short) == set(card_names(use='evaluate'))
+    assert len(planted) > 40
     assert leaked(planted, held) == planted
     assert all(find_leaks(planted, held))
 
@@ -179,6 +240,7 @@ def table_cells(kind, text):
 
 
 def test_sql_of_the_tables_gives_the_stated_rows():
+    def value(b): return float(b) if re.fullmatch(r'-?[\d.e+-]+', str(b)) else b
     checked = 0
     for r in cached_load('element_tables'):
         m = re.match(r'Table elements:\n\n(.*?)\n\nWhich', r['prompt'][0]['content'], re.S)
@@ -186,10 +248,11 @@ def test_sql_of_the_tables_gives_the_stated_rows():
         head, *rows = csv.reader(m[1].splitlines())
         con = sqlite3.connect(':memory:')
         con.execute(f"create table elements ({', '.join(f'{h} numeric' for h in head)})")
-        con.executemany(f"insert into elements values ({','.join('?'*len(head))})", [[v or None for v in row] for row in rows])
+        places = ','.join('?'*len(head))
+        con.executemany(f'insert into elements values ({places})', [[v or None for v in row] for row in rows])
         sql, want = r['completion'][0]['content'].split(';\n\n')
         got, said = con.execute(sql).fetchall(), list(csv.reader(want.splitlines()))[1:]
-        assert [[a, float(b) if re.fullmatch(r'-?[\d.e+-]+', str(b)) else b] for a, b in got] == [[a, float(b) if re.fullmatch(r'-?[\d.e+-]+', b) else b] for a, b in said]
+        assert [[a, value(b)] for a, b in got] == [[a, value(b)] for a, b in said]
         checked += 1
     assert checked > 300
 
@@ -203,15 +266,25 @@ def test_an_altered_member_is_refused(monkeypatch):
 def test_cards_ship_in_the_wheel(tmp_path):
     "Built without a network, opened outside the checkout"
     src = tmp_path/'src'
-    files = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=repo_root(), capture_output=True, check=True).stdout.decode().split('\0')
-    for f in files:
-        if f.split('/')[0] in ('hydramoe', 'data_cards', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE') and (repo_root()/f).is_file():
-            (src/f).parent.mkdir(parents=True, exist_ok=True); (src/f).write_bytes((repo_root()/f).read_bytes())
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-build-isolation', '--no-deps', '--no-index', '-w', str(tmp_path), str(src)], check=True, capture_output=True)
+    list_files = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+    listed = subprocess.run(list_files, cwd=repo_root(), capture_output=True, check=True).stdout.decode()
+    parts = ('hydramoe', 'data_cards', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE')
+    for f in listed.split('\0'):
+        if f.split('/')[0] in parts and (repo_root()/f).is_file():
+            (src/f).parent.mkdir(parents=True, exist_ok=True)
+            (src/f).write_bytes((repo_root()/f).read_bytes())
+    offline = ['--no-build-isolation', '--no-deps', '--no-index']
+    build = [sys.executable, '-m', 'pip', 'wheel', '-q', *offline, '-w', str(tmp_path), str(src)]
+    subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob('*.whl')
     assert Counter(zipfile.ZipFile(wheel).namelist())['hydramoe/data_cards/gsm8k.md'] == 1
     site = tmp_path/'site'
     zipfile.ZipFile(wheel).extractall(site)
-    code = 'import hydramoe.data.cards as d; assert "site" in d.__file__, d.__file__; print(len(d.card_names()), d.load_card("gsm8k")["rows"])'
-    out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(site)), capture_output=True, text=True)
+    code = """
+import hydramoe.data.cards as d
+assert "site" in d.__file__, d.__file__
+print(len(d.card_names()), d.load_card("gsm8k")["rows"])
+"""
+    env = os.environ | dict(PYTHONPATH=str(site))
+    out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert out.stdout.split() == [str(len(FETCHED)), '1319'], out.stderr

@@ -23,9 +23,14 @@ def test_the_same_in_two_processes_with_other_threads_and_hash_seeds(tmp_path):
         from hydramoe.domains.discover import cluster_texts
         from hydramoe.domains.map import project_2d
         from hydramoe.foundations.core import digest
-        texts,_ = lesson_texts(); domains,labels,x = cluster_texts(texts, 5, encoder='words'); domains.save({!r})
+        texts,_ = lesson_texts()
+        domains,labels,x = cluster_texts(texts, 5, encoder='words')
+        domains.save({!r})
         print(digest([domains.names, domains.centroids, labels, project_2d(x)]))"""
-    seen = {printed(code.format(str(tmp_path/h)), os.environ | dict(PYTHONHASHSEED=h, OMP_NUM_THREADS=t)).splitlines()[-1] for h,t in (('1','1'), ('2','2'))}
+    def run(seed, threads):
+        environment = os.environ | dict(PYTHONHASHSEED=seed, OMP_NUM_THREADS=threads)
+        return printed(code.format(str(tmp_path/seed)), environment).splitlines()[-1]
+    seen = {run('1', '1'), run('2', '2')}
     assert len(seen)==1
     assert len({file_sha256(p) for p in tmp_path.glob('*/domains.json')})==1
     assert len({file_sha256(p) for p in tmp_path.glob('*/domains.safetensors')})==1
@@ -33,7 +38,8 @@ def test_the_same_in_two_processes_with_other_threads_and_hash_seeds(tmp_path):
 def test_another_seed_may_differ_but_one_seed_never_does():
     x = rng(0, 'noise').normal(size=(200,6))
     same = [kmeans(x, 7, seed=3) for _ in range(2)]
-    assert np.array_equal(same[0][0], same[1][0]) and np.array_equal(same[0][1], same[1][1])
+    assert np.array_equal(same[0][0], same[1][0])
+    assert np.array_equal(same[0][1], same[1][1])
     assert not np.array_equal(same[0][1], kmeans(x, 7, seed=4)[1])
 
 @pytest.mark.parametrize('k', [0, 4])
@@ -43,7 +49,8 @@ def test_impossible_k(k):
 def test_one_cluster_is_everything():
     x,_ = blobs()
     centroids,labels = kmeans(x, 1)
-    assert not labels.any() and np.allclose(centroids[0], x.mean(0), atol=1e-4)
+    assert not labels.any()
+    assert np.allclose(centroids[0], x.mean(0), atol=1e-4)
 
 def test_distances_are_the_same_alone_and_in_company():
     d = Domains(rng(0, 'c').normal(size=(9,384)), [f'd{i}' for i in range(9)])
@@ -68,8 +75,10 @@ def test_random_clusters_know_nothing():
 def test_silhouette_and_stability_find_the_heaps():
     x,_ = blobs(n=200, k=5)
     best,found = choose_k(x, range(2, 9), draws=3)
-    assert best==5 and next(r['stability'] for r in found if r['k']==5)==1
-    assert all(-1<=r['silhouette']<=1 and r['low']<=r['stability']<=r['high'] for r in found)
+    assert best==5
+    assert next(r['stability'] for r in found if r['k']==5)==1
+    assert all(-1<=r['silhouette']<=1 for r in found)
+    assert all(r['low']<=r['stability']<=r['high'] for r in found)
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1,9), st.integers(1,5), st.floats(1e-6, 1e6), st.integers(0,2**31))
@@ -77,7 +86,8 @@ def test_membership_adds_up_and_keeps_the_order(n, k, temperature, seed):
     d = rng(seed, 'd').exponential(size=(n,k))
     for top in (None, 1, k):
         w = membership(d, temperature, top)
-        assert np.allclose(w.sum(1), 1) and (w>=0).all()
+        assert np.allclose(w.sum(1), 1)
+        assert (w>=0).all()
         assert np.array_equal(w.max(1), w[np.arange(n),d.argmin(1)])
     assert np.array_equal(membership(d, temperature, 1).argmax(1), d.argmin(1))
 
@@ -86,5 +96,7 @@ def test_membership_adds_up_and_keeps_the_order(n, k, temperature, seed):
 def test_two_cuts_make_k_clusters(k, balanced, seed):
     x,_ = blobs(n=120, seed=seed)
     c,labels,group = hierarchical(x, k, seed, balanced=balanced)
-    assert c.shape==(k,8) and group.shape==(k,) and labels.max()<k
+    assert c.shape==(k,8)
+    assert group.shape==(k,)
+    assert labels.max()<k
     if not balanced: assert len(np.unique(labels))==k

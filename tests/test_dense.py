@@ -38,7 +38,8 @@ def test_mergekit_makes_the_same_weights_from_the_recipe(bundle, tmp_path, metho
     merge = merge_hydra(hydra, method, WEIGHTS, scale=1.7, space='full', **params)
     ours = checkpoint(write_dense(hydra, merge, tmp_path/'dense'))
     recipe = yaml.safe_load((write_mergekit(bundle, hydra, merge, tmp_path/'recipe')/'mergekit_config.yml').read_text())
-    options = MergeOptions(lora_merge_cache=str(tmp_path/'cache'), copy_tokenizer=False, write_model_card=False, quiet=True)
+    options = MergeOptions(lora_merge_cache=str(tmp_path/'cache'), copy_tokenizer=False, write_model_card=False,
+                           quiet=True)
     run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path/'theirs'), options)
     theirs = checkpoint(tmp_path/'theirs').state_dict()
     changed = 0
@@ -49,8 +50,8 @@ def test_mergekit_makes_the_same_weights_from_the_recipe(bundle, tmp_path, metho
     assert changed==len(hydra.model.stack.layers)
 
 @pytest.mark.parametrize('method, params, hint', [
-    ('ties', {}, '--variant mergekit'), ('ties', dict(variant='peft'), '--variant mergekit'), ('dare', {}, '--to dense'),
-    ('knots', {}, 'core space'), ('iso_c', {}, 'core space')])
+    ('ties', {}, '--variant mergekit'), ('ties', dict(variant='peft'), '--variant mergekit'),
+    ('dare', {}, '--to dense'), ('knots', {}, 'core space'), ('iso_c', {}, 'core space')])
 def test_what_no_recipe_says_is_refused_and_nothing_is_written(bundle, tmp_path, method, params, hint):
     hydra = Hydra.load(bundle)
     merge = merge_hydra(hydra, method, dict(law=1., sea=.5), **params)
@@ -97,8 +98,11 @@ def test_an_nf4_base_is_written_with_the_weights_that_its_experts_know(tmp_path)
     merge = merge_hydra(hydra, 'linear', scale=0.)
     layer = hydra.model.stack.layers[1].name
     known = plain_weight(hydra.base.model.get_submodule(layer)).bfloat16()
-    as_known = open_checkpoint(write_dense(hydra, merge, tmp_path/'known'), 'bf16', 'cpu').get_submodule(layer).weight
-    as_it_was = open_checkpoint(write_dense(hydra, merge, tmp_path/'was', original=True), 'bf16', 'cpu').get_submodule(layer).weight
+    def written(name, **how):
+        dense = open_checkpoint(write_dense(hydra, merge, tmp_path/name, **how), 'bf16', 'cpu')
+        return dense.get_submodule(layer).weight
+    as_known = written('known')
+    as_it_was = written('was', original=True)
     assert torch.equal(as_known, known)
     assert torch.equal(as_it_was, original.get_submodule(layer).weight.bfloat16())
     assert not torch.equal(as_known, as_it_was)

@@ -17,7 +17,8 @@ texts, topics = lesson_texts()
 
 def test_minilm_is_near_itself_in_any_batch():
     x = embed(texts)
-    assert x.dtype==np.float32 and np.allclose((x**2).sum(1), 1, atol=1e-5)
+    assert x.dtype==np.float32
+    assert np.allclose((x**2).sum(1), 1, atol=1e-5)
     assert np.allclose(embed(texts[::-1], batch_size=7)[::-1], x, atol=1e-5)
     assert np.isfinite(embed(['', 'a '*5000])).all()
 
@@ -38,8 +39,10 @@ def test_embedding_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt): embed(many, batch_size=2, keep=tmp_path)
     x = embed(many, batch_size=2, keep=tmp_path)
     assert len(calls)==3+3 # two of five pieces were there
-    assert np.array_equal(x, embed(many, batch_size=2)) and len(calls)==11
-    assert np.array_equal(x, embed(many, batch_size=2, keep=tmp_path)) and len(calls)==11
+    assert np.array_equal(x, embed(many, batch_size=2))
+    assert len(calls)==11
+    assert np.array_equal(x, embed(many, batch_size=2, keep=tmp_path))
+    assert len(calls)==11
 
 # --- TF-IDF
 
@@ -47,7 +50,8 @@ def test_tfidf_is_the_same_after_saving_and_knows_topics(tmp_path):
     at = fit_tfidf(texts, tmp_path/'t', dims=30)
     x = embed(texts, at)
     assert np.array_equal(x, embed(texts, str(fit_tfidf(texts, tmp_path/'u', dims=30))))
-    assert np.allclose(embed(['12345 67'], at), 0) and agreement(kmeans(x, 5)[1], topics)['nmi']>.2
+    assert np.allclose(embed(['12345 67'], at), 0)
+    assert agreement(kmeans(x, 5)[1], topics)['nmi']>.2
 
 # --- encoders in folders
 
@@ -61,8 +65,11 @@ def encoder(tmp_path):
     from hydramoe.models.template import byte_tokenizer
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        bert = BertModel(BertConfig(vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
-    bert.save_pretrained(tmp_path/'bert'); byte_tokenizer().save_pretrained(tmp_path/'bert')
+        config = BertConfig(vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                            intermediate_size=32)
+        bert = BertModel(config)
+    bert.save_pretrained(tmp_path/'bert')
+    byte_tokenizer().save_pretrained(tmp_path/'bert')
     whole = models.Transformer(str(tmp_path/'bert'))
     SentenceTransformer(modules=[whole, models.Pooling(32)]).save(str(tmp_path/'enc'))
     return tmp_path/'enc'
@@ -81,14 +88,21 @@ def other_weights(file):
 
 def test_an_encoder_is_what_is_in_its_folder(encoder, tmp_path):
     from hydramoe.foundations.store import sealing, stage
-    with sealing(tmp_path/'rows', {}) as d: (d/'train.jsonl').write_text(json.dumps(dict(prompt=[dict(role='user', content='Where?')])))
-    def made(): return stage(embed_stage, dict(parts='train', encoder=str(encoder)), dict(rows=tmp_path/'rows'), root=tmp_path/'stages')
-    first, x, name = made(), embed(texts[:3], str(encoder)), encoder_id(encoder)
-    assert made()==first and x.shape==(3, 32)
+    question = dict(prompt=[dict(role='user', content='Where?')])
+    with sealing(tmp_path/'rows', {}) as d: (d/'train.jsonl').write_text(json.dumps(question))
+    how = dict(parts='train', encoder=str(encoder))
+    def made(): return stage(embed_stage, how, dict(rows=tmp_path/'rows'), root=tmp_path/'stages')
+    first = made()
+    x = embed(texts[:3], str(encoder))
+    name = encoder_id(encoder)
+    assert made()==first
+    assert x.shape==(3, 32)
     (encoder/'README.md').write_text('other words')
-    assert made()==first and encoder_id(encoder)==name
+    assert made()==first
+    assert encoder_id(encoder)==name
     zeroed(encoder/'model.safetensors')
-    assert encoder_id(encoder)!=name and made()!=first
+    assert encoder_id(encoder)!=name
+    assert made()!=first
     assert not np.allclose(embed(texts[:3], str(encoder)), x) # nor is the old model at work in this process
     names = {encoder_id(encoder)}
     for f in sorted(p for p in encoder.rglob('*.json')):
@@ -99,10 +113,15 @@ def test_an_encoder_is_what_is_in_its_folder(encoder, tmp_path):
 def test_a_build_with_an_encoder_in_a_folder(encoder, tmp_path):
     from hydramoe.hydra.bundle import BundleError
     from hydramoe.hydra import Hydra
-    rows = [dict(id=str(i), prompt=[dict(role='user', content=f'{w} {i}?')], completion=[dict(role='assistant', content=w)], domain='d', source='s', license='l') for i in range(6) for w in ('law', 'sea')]
+    def row(i, word):
+        asked, said = dict(role='user', content=f'{word} {i}?'), dict(role='assistant', content=word)
+        return dict(id=str(i), prompt=[asked], completion=[said], domain='d', source='s', license='l')
+    rows = [row(i, word) for i in range(6) for word in ('law', 'sea')]
     how = dict(base='tiny', quant='fp32', k=2, epochs=1, tokens=2000, dev=0, rank=1, root=tmp_path/'stages')
     h = Hydra.build(rows, tmp_path/'b', encoder=str(encoder), **how)
-    assert h.router.params['encoder'].startswith('sha256:') and h.router.places and h.ask('law?', max_new_tokens=1) is not None
+    assert h.router.params['encoder'].startswith('sha256:')
+    assert h.router.places
+    assert h.ask('law?', max_new_tokens=1) is not None
     assert str(encoder) not in ''.join(f.read_text() for f in (tmp_path/'b').rglob('*.json'))
     with pytest.raises(BundleError, match='give its place, encoder= .--encoder'): Hydra.load(tmp_path/'b')
     opened = Hydra.load(tmp_path/'b', encoder=encoder)
@@ -112,4 +131,6 @@ def test_a_build_with_an_encoder_in_a_folder(encoder, tmp_path):
     with pytest.raises(HydraError, match='exchanged'): opened.gates(['law?'])
     before = {p.name for p in (tmp_path/'stages').iterdir()}
     again = Hydra.build(rows, encoder=str(encoder), **how)
-    assert again.router.params['encoder']!=h.router.params['encoder'] and any(p.name.startswith('embed_stage') and p.name not in before for p in (tmp_path/'stages').iterdir())
+    assert again.router.params['encoder']!=h.router.params['encoder']
+    new = {p.name for p in (tmp_path/'stages').iterdir()}-before
+    assert any(name.startswith('embed_stage') for name in new)

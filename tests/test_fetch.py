@@ -9,24 +9,34 @@ from helpers import exchange
 
 def make_wheel(folder, name='hydra_toy', version='1.0', payload=b'x'):
     p = folder/f'{name}-{version}-py3-none-any.whl'
+    info = f'{name}-{version}.dist-info'
+    metadata = f'Metadata-Version: 2.1\nName: {name.replace("_", "-")}\nVersion: {version}\n'
     with zipfile.ZipFile(p, 'w') as z:
         z.writestr(f'{name}/data.bin', payload)
-        z.writestr(f'{name}-{version}.dist-info/METADATA', f'Metadata-Version: 2.1\nName: {name.replace("_", "-")}\nVersion: {version}\n')
-        z.writestr(f'{name}-{version}.dist-info/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
-        z.writestr(f'{name}-{version}.dist-info/RECORD', '')
+        z.writestr(f'{info}/METADATA', metadata)
+        z.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        z.writestr(f'{info}/RECORD', '')
     return p
+
+def forget_archives():
+    "What this process has checked and opened is looked at again"
+    fetch._checked_archive.cache_clear()
+    fetch._open_archive.cache_clear()
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     "A pinned toy package in an index of its own"
-    links = tmp_path/'links'; links.mkdir()
+    links = tmp_path/'links'
+    links.mkdir()
     wheel = make_wheel(links, payload=os.urandom(50_000))
-    for k, v in dict(PIP_NO_INDEX='1', PIP_FIND_LINKS=str(links), HYDRAMOE_CACHE=str(tmp_path/'cache'), HYDRAMOE_QUIET='1').items(): monkeypatch.setenv(k, v)
+    cache = str(tmp_path/'cache')
+    env = dict(PIP_NO_INDEX='1', PIP_FIND_LINKS=str(links), HYDRAMOE_CACHE=cache, HYDRAMOE_QUIET='1')
+    for k, v in env.items(): monkeypatch.setenv(k, v)
     monkeypatch.setitem(fetch.PACKAGES, 'hydra-toy', fetch.Package('1.0', file_sha256(wheel), .05))
-    fetch._checked_archive.cache_clear(); fetch._open_archive.cache_clear()
+    forget_archives()
     yield wheel
-    fetch._checked_archive.cache_clear(); fetch._open_archive.cache_clear()
+    forget_archives()
 
 
 @pytest.mark.parametrize('damage', ['truncate', 'flip', 'extra', 'unsealed', 'gone'])
@@ -34,13 +44,16 @@ def test_damage_is_repaired(toy, damage):
     p = fetch.archive('hydra-toy')
     data = bytearray(p.read_bytes())
     if damage == 'truncate': p.write_bytes(data[:-1])
-    if damage == 'flip': data[1000] ^= 1; p.write_bytes(data)
+    if damage == 'flip':
+        data[1000] ^= 1
+        p.write_bytes(data)
     if damage == 'extra': (p.parent/'stray').write_text('?')
     if damage == 'unsealed': (p.parent/'seal.json').unlink()
     if damage == 'gone': p.unlink()
     fetch._checked_archive.cache_clear()
     again = fetch.archive('hydra-toy')
-    assert again == p and file_sha256(again) == fetch.PACKAGES['hydra-toy'].sha256
+    assert again == p
+    assert file_sha256(again) == fetch.PACKAGES['hydra-toy'].sha256
 
 
 def test_missing_package_names_what_to_do(toy):
@@ -73,7 +86,8 @@ def test_two_processes_at_once(toy):
     sha = fetch.PACKAGES['hydra-toy'].sha256
     ps = [subprocess.Popen([sys.executable, '-c', FETCH, sha], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outs = [p.communicate(timeout=120)[0].strip() for p in ps]
-    assert [p.returncode for p in ps] == [0, 0] and outs[0] == outs[1]
+    assert [p.returncode for p in ps] == [0, 0]
+    assert outs[0] == outs[1]
     assert file_sha256(outs[0]) == sha
 
 
@@ -81,7 +95,9 @@ def test_killed_then_run_again(toy):
     sha = fetch.PACKAGES['hydra-toy'].sha256
     for wait in (.3, .8, 1.2):
         p = subprocess.Popen([sys.executable, '-c', FETCH, sha], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(wait); p.send_signal(signal.SIGKILL); p.wait()
+        time.sleep(wait)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
     assert file_sha256(fetch.archive('hydra-toy')) == sha
 
 
@@ -94,7 +110,8 @@ def test_an_archive_exchanged_in_place_with_equal_size_and_date_is_seen(toy):
     data = bytearray(p.read_bytes())
     data[1000] ^= 1
     exchange(p, data)
-    assert file_sha256(fetch.archive('hydra-toy')) == fetch.PACKAGES['hydra-toy'].sha256 # in the same process, nothing cleared
+    # in the same process, nothing cleared
+    assert file_sha256(fetch.archive('hydra-toy')) == fetch.PACKAGES['hydra-toy'].sha256
     assert fetch.member('hydra-toy', 'hydra_toy/data.bin')
 
 
@@ -107,16 +124,18 @@ def stub(tmp_path, monkeypatch):
     import huggingface_hub
     from types import SimpleNamespace
     hub = SimpleNamespace(asked=[], main=A, on=True)
-    def down():
+    def ask(id, revision):
+        hub.asked.append((id, revision))
         if not hub.on: raise ConnectionError('no network')
     class Api:
         def model_info(self, id, revision=None, **kw):
-            hub.asked.append((id, revision)); down()
+            ask(id, revision)
             if id != 'org/model': raise ValueError('404')
             return SimpleNamespace(sha=dict(main=hub.main, v1=B)[revision or 'main'])
     def snapshot_download(id, revision=None, **kw):
-        hub.asked.append((id, revision)); down()
-        d = tmp_path/'snapshots'/revision; d.mkdir(parents=True, exist_ok=True)
+        ask(id, revision)
+        d = tmp_path/'snapshots'/revision
+        d.mkdir(parents=True, exist_ok=True)
         return str(d)
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
     monkeypatch.delenv('HYDRAMOE_QUIET', raising=False)
@@ -125,17 +144,22 @@ def stub(tmp_path, monkeypatch):
     return hub
 
 def test_a_branch_is_resolved_to_its_commit_and_said(stub, capsys):
-    assert fetch.hub_commit('org/model') == A and f'org/model: main is commit {A}' in capsys.readouterr().err
-    assert fetch.hub('org/model').name == A and stub.asked[-1] == ('org/model', A)
+    assert fetch.hub_commit('org/model') == A
+    assert f'org/model: main is commit {A}' in capsys.readouterr().err
+    assert fetch.hub('org/model').name == A
+    assert stub.asked[-1] == ('org/model', A)
     stub.main = B
     assert fetch.hub('org/model').name == B # a branch is asked for anew
     assert fetch.hub('org/model', 'v1').name == B
 
 def test_a_commit_that_is_here_is_asked_for_no_more(stub):
     at = fetch.hub('org/model', A)
-    stub.asked.clear(); stub.on = False
-    assert fetch.hub('org/model', A) == at and stub.asked == []
-    with pytest.raises(HydraError, match=f"'main' of org/model is .*no network.*org/model@COMMIT .*fetched before: {A}.*or a folder"): fetch.hub('org/model')
+    stub.asked.clear()
+    stub.on = False
+    assert fetch.hub('org/model', A) == at
+    assert stub.asked == []
+    says = f"'main' of org/model is .*no network.*org/model@COMMIT .*fetched before: {A}.*or a folder"
+    with pytest.raises(HydraError, match=says): fetch.hub('org/model')
     with pytest.raises(HydraError, match='could not be fetched'): fetch.hub('org/model', B)
 
 @pytest.mark.parametrize('id, revision', [('org/none', None), ('org/model', 'no-such-branch')])
@@ -146,6 +170,7 @@ def test_a_bundle_on_the_hub_needs_no_revision(stub):
     from hydramoe.hydra.auto import bundle_dir
     stub.main = A
     first = bundle_dir('org/model')
-    assert first.name == f'org--model-{A}' and bundle_dir('org/model', A) == first
+    assert first.name == f'org--model-{A}'
+    assert bundle_dir('org/model', A) == first
     stub.main = B
     assert bundle_dir('org/model').name == f'org--model-{B}'

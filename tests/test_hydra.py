@@ -27,12 +27,14 @@ def test_same_logits_after_a_round_trip(bundle):
     a, b = by_hand(), Hydra.load(bundle)
     x, g = ids(a, 'A Hydra has nine heads'), torch.tensor([[.2, .5, .3]])
     with torch.no_grad(): assert torch.equal(a.model(x, gates=g).logits, b.model(x, gates=g).logits)
-    assert a.generate(['ahoy', 'the law of the sea'], max_new_tokens=10) == b.generate(['ahoy', 'the law of the sea'], max_new_tokens=10)
+    prompts = ['ahoy', 'the law of the sea']
+    assert a.generate(prompts, max_new_tokens=10) == b.generate(prompts, max_new_tokens=10)
 
 @pytest.mark.parametrize('quant', ['bf16', 'nf4'])
 def test_other_precisions_keep_the_fingerprint(bundle, quant):
     h = Hydra.load(bundle, quant=quant)
-    assert h.base.quant == quant and len(h.ask('ahoy', max_new_tokens=4)) >= 0
+    assert h.base.quant == quant
+    assert len(h.ask('ahoy', max_new_tokens=4)) >= 0
 
 def test_expert_loads_in_peft_alone(bundle):
     from peft import PeftModel
@@ -60,32 +62,57 @@ def test_wherever_it_is_imported_from_the_class_has_all_its_methods(where):
 
 def test_two_processes_write_the_same_bytes(tmp_path, bundle):
     code = MAKE.format(tests=str(Path(__file__).parent))
-    both = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path/seed)], env=os.environ | dict(PYTHONHASHSEED=seed)) for seed in ('1', '2')]
+    def start(seed):
+        environment = os.environ | dict(PYTHONHASHSEED=seed)
+        return subprocess.Popen([sys.executable, '-c', code, str(tmp_path/seed)], env=environment)
+    both = [start(seed) for seed in ('1', '2')]
     assert [p.wait() for p in both] == [0, 0]
     assert files_in(tmp_path/'1') == files_in(tmp_path/'2') == files_in(bundle)
 
 def test_a_mixed_batch_is_its_rows(bundle):
     h = Hydra.load(bundle)
-    prompts, experts = ['ahoy', 'what is the law of the sea?', 'sum up'], ['sea', 'base', {'law': .3, 'sum': .7}]
-    assert h.generate(prompts, expert=experts, max_new_tokens=8) == [h.ask(p, expert=e, max_new_tokens=8) for p, e in zip(prompts, experts)]
-    with torch.no_grad(): assert torch.equal(h.model(ids(h, 'ahoy'), gates=h.gates(['ahoy'], 'base')).logits, tiny_base().model(ids(h, 'ahoy')).logits)
+    prompts = ['ahoy', 'what is the law of the sea?', 'sum up']
+    experts = ['sea', 'base', {'law': .3, 'sum': .7}]
+    alone = [h.ask(p, expert=e, max_new_tokens=8) for p, e in zip(prompts, experts)]
+    assert h.generate(prompts, expert=experts, max_new_tokens=8) == alone
+    with torch.no_grad():
+        ours = h.model(ids(h, 'ahoy'), gates=h.gates(['ahoy'], 'base')).logits
+        assert torch.equal(ours, tiny_base().model(ids(h, 'ahoy')).logits)
 
 def test_beams_and_several_answers_keep_the_gate(bundle):
     h = Hydra.load(bundle)
-    out = h.generate(['ahoy', 'sum up'], expert=['sea', 'sum'], max_new_tokens=6, num_beams=2)
-    assert out == [h.ask('ahoy', expert='sea', max_new_tokens=6, num_beams=2), h.ask('sum up', expert='sum', max_new_tokens=6, num_beams=2)]
+    how = dict(max_new_tokens=6, num_beams=2)
+    out = h.generate(['ahoy', 'sum up'], expert=['sea', 'sum'], **how)
+    assert out == [h.ask('ahoy', expert='sea', **how), h.ask('sum up', expert='sum', **how)]
 
-# --- values and letters from strangers ---------------------------------------------------------------------------------
+# --- values and letters from strangers -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('wish', [dict(do_sample=True), dict(eos_token_id=2), dict(pad_token_id=0), dict(return_dict_in_generate=True), dict(output_scores=True), dict(input_ids=torch.ones(1, 2)), dict(gates=None), dict(max_length=5), dict(generation_config=3),
-    dict(never_heard_of=1), dict(temperature=float('nan')), dict(temperature=-1), dict(temperature=float('inf')), dict(temperature=1e-40), dict(temperature='1'), dict(max_new_tokens=0), dict(max_new_tokens=2.5), dict(max_new_tokens=True), dict(seed='x'),
-    dict(expert=dict(law='x')), dict(expert=dict(law=float('nan'))), dict(expert=dict(law=1e300)), dict(expert=3), dict(expert=[]), dict(expert=('law',)), dict(top_p=2.), dict(top_k=-1), dict(num_beams=0), dict(num_return_sequences=3),
-    dict(streamer=print, num_beams=2), dict(streamer=3), dict(early_stopping='x'), dict(past_key_values=3), dict(stop_strings=['x']), dict(repetition_penalty=0)], ids=str)
+REFUSED_WISHES = [
+    dict(do_sample=True), dict(eos_token_id=2), dict(pad_token_id=0), dict(return_dict_in_generate=True),
+    dict(output_scores=True), dict(input_ids=torch.ones(1, 2)), dict(gates=None), dict(max_length=5),
+    dict(generation_config=3), dict(never_heard_of=1),
+    dict(temperature=float('nan')), dict(temperature=-1), dict(temperature=float('inf')), dict(temperature=1e-40),
+    dict(temperature='1'),
+    dict(max_new_tokens=0), dict(max_new_tokens=2.5), dict(max_new_tokens=True), dict(seed='x'),
+    dict(expert=dict(law='x')), dict(expert=dict(law=float('nan'))), dict(expert=dict(law=1e300)), dict(expert=3),
+    dict(expert=[]), dict(expert=('law',)),
+    dict(top_p=2.), dict(top_k=-1), dict(num_beams=0), dict(num_return_sequences=3),
+    dict(streamer=print, num_beams=2), dict(streamer=3), dict(early_stopping='x'), dict(past_key_values=3),
+    dict(stop_strings=['x']), dict(repetition_penalty=0)]
+
+@pytest.mark.parametrize('wish', REFUSED_WISHES, ids=str)
 def test_what_generate_cannot_do_is_refused(bundle, wish):
-    with pytest.raises(HydraError, match=next(iter(wish)) if 'expert' not in wish else None): Hydra.load(bundle).ask('ahoy', **{**dict(max_new_tokens=3), **wish})
+    said = next(iter(wish)) if 'expert' not in wish else None
+    with pytest.raises(HydraError, match=said): Hydra.load(bundle).ask('ahoy', **{**dict(max_new_tokens=3), **wish})
 
-@pytest.mark.parametrize('wish', [dict(temperature=1), dict(temperature=np.float32(1), top_p=1), dict(max_new_tokens=np.int64(3)), dict(num_beams=2, num_return_sequences=2), dict(temperature=1., num_return_sequences=2), dict(repetition_penalty=2), dict(temperature=1e-3), dict(temperature=1e300), dict(top_k=None)], ids=str)
-def test_numbers_of_any_kind_are_taken(bundle, wish): Hydra.load(bundle).ask('ahoy', **{**dict(max_new_tokens=3), **wish})
+TAKEN_WISHES = [
+    dict(temperature=1), dict(temperature=np.float32(1), top_p=1), dict(max_new_tokens=np.int64(3)),
+    dict(num_beams=2, num_return_sequences=2), dict(temperature=1., num_return_sequences=2),
+    dict(repetition_penalty=2), dict(temperature=1e-3), dict(temperature=1e300), dict(top_k=None)]
+
+@pytest.mark.parametrize('wish', TAKEN_WISHES, ids=str)
+def test_numbers_of_any_kind_are_taken(bundle, wish):
+    Hydra.load(bundle).ask('ahoy', **{**dict(max_new_tokens=3), **wish})
 
 def test_prompts_that_are_none(bundle):
     h = Hydra.load(bundle)
@@ -105,7 +132,11 @@ def resealed(bundle, tmp_path, change=lambda man: None, file=None, text=None):
     write_json(d/'hydra.json', sign(man))
     return d
 
-@pytest.mark.parametrize('id', ['tiny:x', 'tiny:', 'tiny:-1', 'tiny:'+'9'*40, 'tiny:١', 'hub:'+'x'*5000, 'path:/'+'x'*900, 'path:'+'x/'*300, 'path:a\0b', 'hub:a/b c', 'hub:~nobody-at-all/x', 'pypi:x', '', 'zip:x', 'hub:', 'path:a\nb'], ids=lambda i: ascii(i[:20]))
+NO_BASES = [
+    'tiny:x', 'tiny:', 'tiny:-1', 'tiny:'+'9'*40, 'tiny:١', 'hub:'+'x'*5000, 'path:/'+'x'*900, 'path:'+'x/'*300,
+    'path:a\0b', 'hub:a/b c', 'hub:~nobody-at-all/x', 'pypi:x', '', 'zip:x', 'hub:', 'path:a\nb']
+
+@pytest.mark.parametrize('id', NO_BASES, ids=lambda i: ascii(i[:20]))
 def test_a_base_that_cannot_be_named(bundle, tmp_path, id):
     with pytest.raises(HydraError): Hydra.load(resealed(bundle, tmp_path, lambda man: man['base'].update(id=id)))
 
@@ -135,8 +166,10 @@ def test_an_expert_cannot_be_called_base(bundle, tmp_path):
 
 def test_eight_threads_with_eight_gates_answer_as_one_does():
     h = by_hand()
-    mixes = ['law', 'sea', 'sum', 'base', {'law': .5, 'sea': .5}, {'sum': 2.}, {'law': .2, 'sea': .3, 'sum': .5}, {'sea': -1.}]
-    jobs = [(e, dict(max_new_tokens=12, **kw)) for e, kw in zip(mixes, [{}, dict(num_beams=2), {}, {}, dict(use_cache=False), {}, dict(num_beams=3), {}])]
+    mixes = ['law', 'sea', 'sum', 'base',
+             {'law': .5, 'sea': .5}, {'sum': 2.}, {'law': .2, 'sea': .3, 'sum': .5}, {'sea': -1.}]
+    hows = [{}, dict(num_beams=2), {}, {}, dict(use_cache=False), {}, dict(num_beams=3), {}]
+    jobs = [(e, dict(max_new_tokens=12, **kw)) for e, kw in zip(mixes, hows)]
     asks = ['ahoy', 'what is the law of the sea?']
     want = [h.generate(asks, expert=e, **kw) for e, kw in jobs]
     assert len({str(w) for w in want}) == 8
@@ -168,22 +201,26 @@ def test_five_hundred_swaps_leave_nothing_behind():
     swap(500)
     after, grown = alive(), tracemalloc.get_traced_memory()[0]-first
     tracemalloc.stop()
-    assert after[0] <= tensors[0]+2 and after[1] <= tensors[1]+4096, (tensors, after)
+    assert after[0] <= tensors[0]+2, (tensors, after)
+    assert after[1] <= tensors[1]+4096, (tensors, after)
     assert grown < 500*100, f'{grown/500:.0f} bytes a swap'
 
 @pytest.mark.parametrize('quant', ['fp32', 'bf16', 'nf4'])
 def test_the_base_is_bit_equal_before_with_and_after(quant):
     base = tiny_base(quant=quant)
     x = base.tokenizer('A Hydra has nine heads', return_tensors='pt').input_ids
-    say = lambda m, **kw: m(x, **kw).logits
+    def say(m, **kw): return m(x, **kw).logits
     with torch.no_grad():
         before, weights = say(base.model), {n: p.clone() for n, p in base.model.named_parameters()}
         model = noisy(base)
         h = Hydra(base, model, uniform_router(NAMES))
-        assert torch.equal(say(model), before) and torch.equal(say(model, gates=torch.zeros(1, 3)), before) and torch.equal(say(base.model), before)
+        assert torch.equal(say(model), before)
+        assert torch.equal(say(model, gates=torch.zeros(1, 3)), before)
+        assert torch.equal(say(base.model), before)
         h.generate(['ahoy', 'sum up'], expert=['sea', {'law': .3, 'sum': .7}], max_new_tokens=5)
         assert not torch.equal(say(model, gates=one_hot([1], 3)), before)
-        assert torch.equal(say(model), before) and torch.equal(say(model, gates=h.gates(['ahoy'], 'base')), before)
+        assert torch.equal(say(model), before)
+        assert torch.equal(say(model, gates=h.gates(['ahoy'], 'base')), before)
         free = model.detach()
         assert torch.equal(say(free), before)
         assert all(torch.equal(p, weights[n]) for n, p in free.named_parameters())
@@ -192,23 +229,34 @@ def test_the_base_is_bit_equal_before_with_and_after(quant):
 
 def rambling(tokenizer, end):
     "An answer, its end, and the next user whom a model invents"
-    return tokenizer('Hm.', add_special_tokens=False).input_ids + [end] + tokenizer('and then user?', add_special_tokens=False).input_ids
+    answer = tokenizer('Hm.', add_special_tokens=False).input_ids
+    more = tokenizer('and then user?', add_special_tokens=False).input_ids
+    return answer + [end] + more
 
-@pytest.mark.parametrize('name', ['llama3', 'qwen-base', 'gemma-it', 'phi3', 'not-special', 'pythia', 'smollm2-base', 'no-eos'])
+FAMILIES = ['llama3', 'qwen-base', 'gemma-it', 'phi3', 'not-special', 'pythia', 'smollm2-base', 'no-eos']
+
+@pytest.mark.parametrize('name', FAMILIES)
 def test_an_answer_ends_where_training_ends_it(name, tmp_path):
-    "Asked alone, in a batch, sampled, with beams, in a conversation, by the base: it stops, and no mark is in the answer or in the stream"
+    """Asked alone, in a batch, sampled, with beams, in a conversation, by the base: it stops, and no mark is in the
+    answer or in the stream"""
     b = laid_out(name, tmp_path)
     h, t = by_hand(b), b.tokenizer
+    asks = [lambda **kw: h.ask('?', **kw),
+            lambda **kw: h.ask('?', expert='base', **kw),
+            lambda **kw: h.ask('?', temperature=1., **kw),
+            lambda **kw: h.generate(['?', 'What is the law?'], **kw)[1],
+            lambda **kw: Chat(h)('?', **kw)]
     for end in {last_label(t, TALKS[0]), *b.ends}:
         says = [i for i in rambling(t, end) if b.tokenizer.bos_token is None or i != b.tokenizer.bos_token_id]
-        for ask in (lambda **kw: h.ask('?', **kw), lambda **kw: h.ask('?', expert='base', **kw), lambda **kw: h.ask('?', temperature=1., **kw), lambda **kw: h.generate(['?', 'What is the law?'], **kw)[1], lambda **kw: Chat(h)('?', **kw)):
+        for ask in asks:
             with scripted(b.model, says) as said: assert ask(max_new_tokens=12) == 'Hm.'
             assert said[0] == 4
         with scripted(b.model, says): assert h.ask('?', max_new_tokens=12, num_beams=2) == 'Hm.'
         seen = []
         class Stream(TextStreamer):
             def on_finalized_text(self, text, stream_end=False): seen.append(text)
-        with scripted(b.model, says): h.ask('?', max_new_tokens=12, streamer=Stream(t, skip_prompt=True, skip_special_tokens=True))
+        stream = Stream(t, skip_prompt=True, skip_special_tokens=True)
+        with scripted(b.model, says): h.ask('?', max_new_tokens=12, streamer=stream)
         assert ''.join(seen).strip() == 'Hm.'
 
 def test_marks_written_as_text_are_no_part_of_the_answer(tmp_path):
@@ -226,34 +274,48 @@ def test_smollm2_with_another_end_of_text_stops_after_its_answer():
     h = by_hand(b)
     want = h.ask(ask, expert='base', max_new_tokens=40)
     tok.eos_token, b.model.generation_config.eos_token_id = '<|endoftext|>', [0, 2]
-    assert tok.eos_token_id == 0 and h.base.ends == [0, 2]
-    assert h.ask(ask, expert='base', max_new_tokens=40) == want and len(tok(want).input_ids) < 38
+    assert tok.eos_token_id == 0
+    assert h.base.ends == [0, 2]
+    assert h.ask(ask, expert='base', max_new_tokens=40) == want
+    assert len(tok(want).input_ids) < 38
 
 # --- a seed for each call ---------------------------------------------------------------------------------------------
 
 def test_eight_threads_draw_what_each_draws_alone():
     "And torch's own generator is as it was, also for whoever draws from it meanwhile"
     h = by_hand()
-    jobs = [dict(prompts=['ahoy', 'what is the law of the sea?'][:1+i%2], seed=i, temperature=(.7, 1., 2.)[i%3], max_new_tokens=12, **[{}, dict(top_p=.9), dict(num_return_sequences=2)][i%3]) for i in range(8)]
+    questions = ['ahoy', 'what is the law of the sea?']
+    more = [{}, dict(top_p=.9), dict(num_return_sequences=2)]
+    def job(i):
+        temperature = (.7, 1., 2.)[i%3]
+        return dict(prompts=questions[:1+i%2], seed=i, temperature=temperature, max_new_tokens=12, **more[i%3])
+    jobs = [job(i) for i in range(8)]
     torch.manual_seed(3)
     before = torch.get_rng_state()
     want = [h.generate(**j) for j in jobs]
     assert len({str(w) for w in want}) == 8
-    got, gate, foreign = [[] for _ in jobs], threading.Barrier(9), []
+    got, foreign = [[] for _ in jobs], []
+    gate = threading.Barrier(9)
     def work(i):
         gate.wait()
         for _ in range(3): got[i].append(h.generate(**jobs[i]))
     ts = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for t in ts: t.start()
     gate.wait()
-    while any(t.is_alive() for t in ts): foreign.append(torch.rand(1).item()); time.sleep(.002)
+    while any(t.is_alive() for t in ts):
+        foreign.append(torch.rand(1).item())
+        time.sleep(.002)
     for t in ts: t.join()
     assert got == [[w]*3 for w in want]
     after = torch.get_rng_state()
     torch.set_rng_state(before)
-    assert foreign == [torch.rand(1).item() for _ in foreign] and torch.equal(torch.get_rng_state(), after)
+    assert foreign == [torch.rand(1).item() for _ in foreign]
+    assert torch.equal(torch.get_rng_state(), after)
 
-@pytest.mark.parametrize('how', [dict(top_k=0), dict(top_k=3), dict(top_k=0, top_p=.7), dict(min_p=.3), dict(top_k=0, temperature=2.), dict(top_k=2, temperature=.5)], ids=str)
+SHAPES = [dict(top_k=0), dict(top_k=3), dict(top_k=0, top_p=.7), dict(min_p=.3), dict(top_k=0, temperature=2.),
+          dict(top_k=2, temperature=.5)]
+
+@pytest.mark.parametrize('how', SHAPES, ids=str)
 def test_draws_have_the_distribution_of_the_scores(how):
     "Chi-square of 20,000 rows, after what shapes the distribution; what is ruled out is never drawn"
     from scipy.stats import chisquare
@@ -261,14 +323,19 @@ def test_draws_have_the_distribution_of_the_scores(how):
     asked = {**how}
     made = sampling_keywords(Request(8, asked.pop('temperature', 1.), 5, asked), 'cpu', GenerationConfig())
     p = made['logits_processor']
-    assert made.keys() == {'logits_processor'} and type(p[-1]) is Draw
+    assert made.keys() == {'logits_processor'}
+    assert type(p[-1]) is Draw
     scores = torch.tensor([[1., 0., -1., .5, -3., 2.]]).repeat(20_000, 1)
     want = type(p)(p[:-1])(None, scores[:1].clone())[0].softmax(-1)
     seen = torch.bincount(p(None, scores).argmax(1), minlength=6)
-    assert not seen[want == 0].any() and chisquare(seen[want > 0], want[want > 0].double()/want.double().sum()*20_000).pvalue > .001
+    possible = want > 0
+    expected = want[possible].double()/want.double().sum()*20_000
+    assert not seen[want == 0].any()
+    assert chisquare(seen[possible], expected).pvalue > .001
 
 def test_beams_that_are_drawn_are_refused():
-    with pytest.raises(HydraError, match='num_beams=2 with temperature=0.5.*temperature=0'): by_hand().ask('ahoy', temperature=.5, num_beams=2)
+    with pytest.raises(HydraError, match='num_beams=2 with temperature=0.5.*temperature=0'):
+        by_hand().ask('ahoy', temperature=.5, num_beams=2)
 
 # --- refused ---------------------------------------------------------------------------------------------------------
 
@@ -283,9 +350,17 @@ def drop(t): t.pop(first(t))
 def nan(t): t[first(t)][0, 0] = float('nan')
 def inf(t): t[first(t)][0, 0] = float('inf')
 def nudge(t): t[first(t)][0, 0] += 1e-3
-def both(t): name = first(t).rsplit('.lora', 1)[0]; [t.pop(k) for k in list(t) if k.startswith(name)]
-def wide(t): k = first(t).replace('lora_A', 'lora_B'); t[k] = torch.cat([t[k]]*2)
-def no_such_layer(t): t['base_model.model.model.layers.9.mlp.up_proj.lora_A.weight'], t['base_model.model.model.layers.9.mlp.up_proj.lora_B.weight'] = torch.zeros(4, 64), torch.zeros(128, 4)
+def both(t):
+    name = first(t).rsplit('.lora', 1)[0]
+    for k in list(t):
+        if k.startswith(name): t.pop(k)
+def wide(t):
+    k = first(t).replace('lora_A', 'lora_B')
+    t[k] = torch.cat([t[k]]*2)
+def no_such_layer(t):
+    layer = 'base_model.model.model.layers.9.mlp.up_proj'
+    t[f'{layer}.lora_A.weight'] = torch.zeros(4, 64)
+    t[f'{layer}.lora_B.weight'] = torch.zeros(128, 4)
 
 @pytest.fixture
 def copy(bundle, tmp_path): return Path(shutil.copytree(bundle, tmp_path/'copy'))
@@ -305,7 +380,9 @@ def test_a_resealed_lie_is_refused_by_the_tensors_themselves(copy, change):
 def test_strangers_are_refused_by_name(copy, name):
     (copy/'experts'/'sea'/name).write_bytes(b'x')
     with pytest.raises(BundleError, match=name): check_bundle(copy)
-    with pytest.raises(BundleError, match=name): reseal(copy); check_bundle(copy)
+    with pytest.raises(BundleError, match=name):
+        reseal(copy)
+        check_bundle(copy)
 
 @pytest.mark.parametrize('target', ['/etc/hostname', '../../outside', 'config.json'])
 def test_links_are_refused(copy, target):
@@ -332,7 +409,9 @@ def test_truncated_tensors(copy, cut):
     f = copy/'experts'/'sum'/'adapter_model.safetensors'
     f.write_bytes(f.read_bytes()[:cut])
     with pytest.raises(BundleError, match='sum/adapter_model.safetensors'): check_bundle(copy)
-    with pytest.raises(BundleError, match='sum/adapter_model.safetensors'): reseal(copy); check_bundle(copy)
+    with pytest.raises(BundleError, match='sum/adapter_model.safetensors'):
+        reseal(copy)
+        check_bundle(copy)
 
 @pytest.mark.parametrize('key', ['auto_map', 'trust_remote_code'])
 @pytest.mark.parametrize('file', ['config.json', 'experts/law/adapter_config.json'])
@@ -360,8 +439,10 @@ def test_an_expert_that_nobody_lists(copy):
 
 def test_config_names_no_field_that_transformers_cannot_save(bundle):
     cfg = read_json(bundle/'config.json')
-    assert cfg['model_type'] == 'hydra_moe' and cfg['text_config']['model_type'] == 'llama'
-    assert not {'top_k', 'temperature'} & set(cfg) and 'auto_map' not in json.dumps(cfg)
+    assert cfg['model_type'] == 'hydra_moe'
+    assert cfg['text_config']['model_type'] == 'llama'
+    assert not {'top_k', 'temperature'} & set(cfg)
+    assert 'auto_map' not in json.dumps(cfg)
 
 def rewritten(d, name, text):
     "One JSON file replaced, every digest made to fit"
@@ -371,10 +452,13 @@ def rewritten(d, name, text):
     if name != 'hydra.json': man['files'][name] = file_sha256(d/name)
     write_json(d/'hydra.json', sign(man))
 
-@pytest.mark.parametrize('name', ['hydra.json', 'config.json', 'tensors.json', 'experts/law/adapter_config.json', 'router/router.json'])
+FORGED = ['hydra.json', 'config.json', 'tensors.json', 'experts/law/adapter_config.json', 'router/router.json']
+
+@pytest.mark.parametrize('name', FORGED)
 def test_any_forged_value_is_refused_or_harmless(copy, bundle, name):
     "No forgery ends in anything but a refusal that says why, or in the same Hydra"
-    whole, manifest, want = read_json(copy/name), read_json(copy/'hydra.json'), Hydra.load(bundle).model.stack.theta
+    whole, manifest = read_json(copy/name), read_json(copy/'hydra.json')
+    want = Hydra.load(bundle).model.stack.theta
     for at in [*spots(whole)][:40]:
         for v in (..., None, True, 'x', [{}]):
             if at == () and v is ...: continue

@@ -10,9 +10,10 @@ from hydramoe.foundations.store import sealing
 from hydramoe.models.base import tiny_base
 from hydramoe.models.encode import Example
 from hydramoe.experts.cores import CoreSpec, fit_cores, place, pull_back
-from hydramoe.experts.gradients import domain_gradients, gradient_cosines, gradient_parts, gradient_products, group_cosines
-from hydramoe.experts.gradients import lot_gap
-from hydramoe.experts.listen import ListenSpec, can_follow, deal_halves, reassign, reassign_stage, record_table, run_round
+from hydramoe.experts.gradients import (
+    domain_gradients, gradient_cosines, gradient_parts, gradient_products, group_cosines, lot_gap)
+from hydramoe.experts.listen import (
+    ListenSpec, can_follow, deal_halves, reassign, reassign_stage, record_table, run_round)
 from hydramoe.experts.model import gated
 from hydramoe.experts.score import Losses, save_losses
 from hydramoe.experts.stack import LoraSpec
@@ -64,7 +65,9 @@ def test_halves_are_two_parts_of_each_group():
     halves = deal_halves(groups, seed=3)
     for name, ids in groups.items():
         first, second = (half[name] for half in halves)
-        assert sorted(first+second)==sorted(ids) and abs(len(first)-len(second))<=1 and len(second)
+        assert sorted(first+second)==sorted(ids)
+        assert abs(len(first)-len(second))<=1
+        assert len(second)
     assert deal_halves(groups, 3)==halves!=deal_halves(groups, 4)
     with pytest.raises(HydraError, match="'c' has 1"): deal_halves(dict(c=['c0']), 0)
 
@@ -76,9 +79,11 @@ def scored(folder, ids, sums, columns):
     return folder
 
 def test_a_table_puts_scores_together(tmp_path):
-    parts = [scored(tmp_path/'a', ['x', 'y'], [[1, 2], [3, 4]], ['a', 'b']), scored(tmp_path/'b', ['z'], [[5], [6]], ['a', 'b'])]
+    parts = [scored(tmp_path/'a', ['x', 'y'], [[1, 2], [3, 4]], ['a', 'b']),
+             scored(tmp_path/'b', ['z'], [[5], [6]], ['a', 'b'])]
     ids, table = record_table(['a', 'b'], parts)
-    assert ids==['x', 'y', 'z'] and table.tolist()==[[1, 3], [2, 4], [5, 6]]
+    assert ids==['x', 'y', 'z']
+    assert table.tolist()==[[1, 3], [2, 4], [5, 6]]
     near = dict(x=['c', 'a'], y=['b', 'c'], z=['a', 'b'])
     _, few = record_table(['a', 'b', 'c'], parts, near)
     assert few.tolist()==[[3, np.inf, 1], [np.inf, 2, 4], [5, 6, np.inf]]
@@ -90,12 +95,14 @@ def test_a_round_moves_whom_it_says(tmp_path):
     reassign_stage(tmp_path/'out', groups=groups, floor=1, part=part)
     found = read_json(tmp_path/'out'/'groups.json')
     assert found['groups']==dict(a=['w', 'x', 'z'], b=['y'])
-    assert found['moved']==.75 and found['before']==pytest.approx((2+1+9+2)/4) and found['after']==pytest.approx((1+1+2+1)/4)
+    assert found['moved']==.75
+    assert found['before']==pytest.approx((2+1+9+2)/4)
+    assert found['after']==pytest.approx((1+1+2+1)/4)
 
 def toy_record(i):
     "Record i: its kind is the parity, and its answer the kind's letter"
-    return dict(id=f'r{i}', domain='d', source='toy', license='CC0-1.0', prompt=[dict(role='user', content=f'{i%2}: {i}')],
-                completion=[dict(role='assistant', content='mw'[i%2]*5)])
+    asked, said = dict(role='user', content=f'{i%2}: {i}'), dict(role='assistant', content='mw'[i%2]*5)
+    return dict(id=f'r{i}', domain='d', source='toy', license='CC0-1.0', prompt=[asked], completion=[said])
 
 @pytest.mark.slow
 def test_a_round_goes_on_from_what_is_sealed(tmp_path):
@@ -110,7 +117,8 @@ def test_a_round_goes_on_from_what_is_sealed(tmp_path):
     trained = {p: p.stat().st_mtime_ns for p in (tmp_path/'stages').glob('train_shared_stage-*/history.json')}
     assert len(trained)==2
     for p in [made, *(tmp_path/'stages').glob('score_adapters_stage-*')]: shutil.rmtree(p)
-    assert run()==made and (made/'groups.json').read_bytes()==text
+    assert run()==made
+    assert (made/'groups.json').read_bytes()==text
     assert trained=={p: p.stat().st_mtime_ns for p in trained}
 
 def test_a_classifier_follows_what_is_in_the_vectors_and_nothing_else():
@@ -119,7 +127,9 @@ def test_a_classifier_follows_what_is_in_the_vectors_and_nothing_else():
     x = draw.normal(size=(200, 5))
     by_lot = can_follow(x, labels)
     x[:,3] += 4*labels
-    assert can_follow(x, labels)['agreement']>.9 and by_lot['agreement']<.65 and by_lot['chance']==.5
+    assert can_follow(x, labels)['agreement']>.9
+    assert by_lot['agreement']<.65
+    assert by_lot['chance']==.5
     with pytest.raises(HydraError, match='fewer than folds'): can_follow(x, [0]*197+[1]*3)
 
 # ---- gradients
@@ -128,7 +138,8 @@ tokenizer = tiny_base().tokenizer
 
 def example(letter, i):
     prompt = tokenizer.encode(f'{letter} {i}:', add_special_tokens=False)
-    return Example(prompt+tokenizer.encode(letter*(2+i%3), add_special_tokens=False), len(prompt), f'{letter}{i}', letter)
+    answer = tokenizer.encode(letter*(2+i%3), add_special_tokens=False)
+    return Example(prompt+answer, len(prompt), f'{letter}{i}', letter)
 
 def filled(slots, seed=0):
     "A tiny model whose slots all hold one adapter"
@@ -152,7 +163,8 @@ def test_gradients_of_groups_follow_from_those_of_records():
     tokens = [len(x.ids)-x.n_prompt for x in records]
     for key, part in gradient_parts(each.stack, of_records).items():
         found = group_cosines(gradient_products(part), tokens, np.array([0, 0, 0, 1, 1, 1]))
-        np.testing.assert_allclose(found, gradient_cosines(gradient_products(gradient_parts(model.stack, of_groups)[key])), atol=1e-4)
+        own = gradient_parts(model.stack, of_groups)[key]
+        np.testing.assert_allclose(found, gradient_cosines(gradient_products(own)), atol=1e-4)
 
 def test_parts_are_all_of_it():
     model = filled(2)
@@ -169,7 +181,8 @@ def test_a_gap_is_where_groups_differ():
     apart = noise+3*np.eye(3, 60)[labels]+1
     found = lot_gap(apart@apart.T, np.ones(24), labels)
     none = lot_gap((noise+1)@(noise+1).T, np.ones(24), labels)
-    assert found['gap']>.05 and found['p']<.01
+    assert found['gap']>.05
+    assert found['p']<.01
     assert abs(none['gap'])<.03
 
 # ---- cores
@@ -201,7 +214,11 @@ def test_a_domain_without_rows_keeps_its_core():
     model = filled(3)
     pairs = [(e, example('mw'[e], i)) for i in range(4) for e in range(2)]
     history, deltas = fit_cores(model, pairs, TrainSpec(lr=3e-3, rows=2))
-    assert deltas[0].any() and deltas[1].any() and not deltas[2].any()
-    assert len(history)==4 and all('e2' not in h['loss'] for h in history)
+    assert deltas[0].any()
+    assert deltas[1].any()
+    assert not deltas[2].any()
+    assert len(history)==4
+    assert all('e2' not in h['loss'] for h in history)
     _, stretched = fit_cores(filled(3), pairs, TrainSpec(lr=3e-3, rows=2), CoreSpec('diagonal'))
-    assert stretched.any() and not (stretched*(1-torch.eye(3))).any()
+    assert stretched.any()
+    assert not (stretched*(1-torch.eye(3))).any()

@@ -20,13 +20,15 @@ def test_what_is_not_a_base(id):
 
 def test_a_tokenizer_without_template_or_padding(tiny, tmp_path):
     save_base(tiny, tmp_path)
-    t = byte_tokenizer(); t.chat_template = None; t.pad_token = None
+    t = byte_tokenizer()
+    t.chat_template = None
+    t.pad_token = None
     for f in ('chat_template.jinja',): (tmp_path/f).unlink(missing_ok=True)
     t.save_pretrained(tmp_path)
     b = load_base(tmp_path)
-    assert b.tokenizer.chat_template==chatml and b.tokenizer.pad_token==b.tokenizer.eos_token
+    assert b.tokenizer.chat_template==chatml
+    assert b.tokenizer.pad_token==b.tokenizer.eos_token
 
-# --- by name
 
 # ---- by name
 def on_the_hub(monkeypatch, tmp_path, folder):
@@ -35,7 +37,8 @@ def on_the_hub(monkeypatch, tmp_path, folder):
     from types import SimpleNamespace
     main = ['a'*40]
     monkeypatch.setenv('HYDRAMOE_CACHE', str(tmp_path/'cache'))
-    monkeypatch.setattr(huggingface_hub, 'HfApi', lambda: SimpleNamespace(model_info=lambda id, revision: SimpleNamespace(sha=main[0])))
+    def model_info(id, revision): return SimpleNamespace(sha=main[0])
+    monkeypatch.setattr(huggingface_hub, 'HfApi', lambda: SimpleNamespace(model_info=model_info))
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda id, revision, **kw: str(folder))
     return main
 
@@ -48,19 +51,24 @@ def test_a_hub_base_is_known_by_its_commit(tiny, tmp_path, monkeypatch):
     from hydramoe.experts.model import gated
     main = on_the_hub(monkeypatch, tmp_path, save_base(tiny, tmp_path/'files'))
     b = load_base('org/model', device='cpu')
-    assert b.id=='org/model@'+'a'*40==base_id('hub:org/model@main') and pin_base(BuildSpec(base='org/model')).base==b.id
+    assert b.id=='org/model@'+'a'*40==base_id('hub:org/model@main')
+    assert pin_base(BuildSpec(base='org/model')).base==b.id
     assert base_uri(b)=='hub:'+b.id
     model = gated(b, 1, LoraSpec(1, 2, 'q_proj'))
     model.stack.init_expert(0, 0, 'law')
     at = Hydra(b, model, uniform_router(['law'])).save(tmp_path/'b')
-    assert read_json(at/'hydra.json')['base']['id']=='hub:'+b.id and read_json(at/'experts'/'law'/'adapter_config.json')['base_model_name_or_path']=='org/model'
+    assert read_json(at/'hydra.json')['base']['id']=='hub:'+b.id
+    assert read_json(at/'experts'/'law'/'adapter_config.json')['base_model_name_or_path']=='org/model'
     main[0] = 'nobody asks'
     assert Hydra.load(at, device='cpu').base.id==b.id
 
 def test_a_build_records_the_commit(tiny, tmp_path, monkeypatch):
     from hydramoe.hydra import Hydra
     main = on_the_hub(monkeypatch, tmp_path, save_base(tiny, tmp_path/'files'))
-    rows = [dict(id=str(i), prompt=[dict(role='user', content=f'{w} {i}?')], completion=[dict(role='assistant', content=w)], domain='d', source='s', license='l') for i in range(6) for w in ('law', 'sea')]
+    def row(i, word):
+        asked, said = dict(role='user', content=f'{word} {i}?'), dict(role='assistant', content=word)
+        return dict(id=str(i), prompt=[asked], completion=[said], domain='d', source='s', license='l')
+    rows = [row(i, word) for i in range(6) for word in ('law', 'sea')]
     how = dict(base='org/model', quant='fp32', encoder='words', k=1, epochs=1, tokens=2000, dev=0, rank=1)
     Hydra.build(rows, tmp_path/'b', **how)
     assert read_json(tmp_path/'b'/'hydra.json')['built']['spec']['base']=='org/model@'+'a'*40
@@ -81,7 +89,9 @@ def test_stages_know_what_is_behind_a_name(tiny, tmp_path):
 
 def reads_base(out, base): (out/'x').write_text(base)
 
-@pytest.mark.parametrize('file, words', [('config.json', 'no config.json'), ('model.safetensors', 'no model.safetensors')])
+LACKING = [('config.json', 'no config.json'), ('model.safetensors', 'no model.safetensors')]
+
+@pytest.mark.parametrize('file, words', LACKING)
 def test_a_folder_that_lacks_something(tiny, tmp_path, file, words):
     (save_base(tiny, tmp_path)/file).unlink()
     with pytest.raises(HydraError, match=words): base_key(tmp_path)

@@ -8,21 +8,24 @@ from hydramoe.foundations.core import cache_dir
 from hydramoe.use.reproduce import Graph, load_result, read_parameters, run_notebook, run_scale
 from helpers import page_name, root
 
-nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '_.' and '.ipynb_checkpoints' not in p.parts)
+visible = (p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '_.')
+nbs = sorted(p for p in visible if '.ipynb_checkpoints' not in p.parts)
 experiments = [p for p in nbs if p.parent.name=='experiments']
 lessons = [p for p in nbs if p not in experiments]
 bin = Path(sys.executable).parent
 
-def run_command(*args, cwd=root): return subprocess.run([str(a) for a in args], cwd=cwd, capture_output=True, text=True, timeout=900)
+def run_command(*args, cwd=root):
+    return subprocess.run([str(a) for a in args], cwd=cwd, capture_output=True, text=True, timeout=900)
 def cells_of(nb): return json.loads(nb.read_text())['cells']
 
 
 @pytest.mark.parametrize('nb', lessons, ids=page_name)
 def test_notebook(nb):
-    # `nbdev_test` leaks state from one notebook into the next when they share a process, and a path that matches nothing
-    # is a success to it: hence one process a notebook, and the look at what it prints
+    # `nbdev_test` leaks state from one notebook into the next when they share a process, and a path that matches
+    # nothing is a success to it: hence one process a notebook, and the look at what it prints
     r = run_command(bin/'nbdev_test', '--path', nb, '--n_workers', 0)
-    assert r.returncode==0 and 'Success' in r.stdout, r.stdout+r.stderr
+    assert r.returncode==0, r.stdout+r.stderr
+    assert 'Success' in r.stdout, r.stdout+r.stderr
 
 
 @pytest.fixture(scope='session')
@@ -35,8 +38,13 @@ def toy_runs(tmp_path_factory):
 def test_experiment_runs_at_toy_scale(nb, toy_runs):
     results = run_scale('toy', until=nb.stem, graph=Graph(runs=toy_runs))
     r = results[nb.stem]
-    assert r.name==nb.stem and r.scale=='toy' and r.rows and r.made and r.run['seconds']>0
-    assert set(r.inputs.values()) >= {results[u].seal for u in Graph().needs[nb.stem]}, "a result names what it came from: pass each upstream in `inputs`"
+    assert r.name==nb.stem
+    assert r.scale=='toy'
+    assert r.rows
+    assert r.made
+    assert r.run['seconds']>0
+    upstream = {results[u].seal for u in Graph().needs[nb.stem]}
+    assert set(r.inputs.values()) >= upstream, "a result names what it came from: pass each upstream in `inputs`"
 
 
 def elsewhere(tmp_path, name):
@@ -48,7 +56,8 @@ def elsewhere(tmp_path, name):
     return {**os.environ, 'HYDRAMOE_CACHE': str(cache), 'HYDRAMOE_RUNS': str(tmp_path/name/'runs')}
 
 def start_toy(env):
-    return subprocess.Popen([sys.executable, '-c', "from hydramoe.use.reproduce import run_scale; run_scale('toy')"], env=env, cwd=root, start_new_session=True,
+    code = "from hydramoe.use.reproduce import run_scale; run_scale('toy')"
+    return subprocess.Popen([sys.executable, '-c', code], env=env, cwd=root, start_new_session=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 @pytest.mark.slow
@@ -62,30 +71,43 @@ def test_killed_again_and_again_the_experiments_end_with_the_same_numbers(tmp_pa
         p = start_toy(killed)
         try: p.wait(share*took)
         except subprocess.TimeoutExpired: pass
-        os.killpg(p.pid, signal.SIGKILL) if p.poll() is None else None  # the runner; kernels see it die and follow
+        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)  # the runner; kernels see it die and follow
         p.wait()
     p = start_toy(killed)
     _, err = p.communicate(timeout=600)
     assert p.returncode==0, err
-    seals = [{n: load_result(Path(e['HYDRAMOE_RUNS'])/'toy'/f'{n}.json').seal for n in Graph().order} for e in (whole, killed)]
-    assert seals[0]==seals[1]
+    def seals(env):
+        runs = Path(env['HYDRAMOE_RUNS'])
+        return {n: load_result(runs/'toy'/f'{n}.json').seal for n in Graph().order}
+    assert seals(whole)==seals(killed)
 
 
-# another value for each parameter, as cheap as the toy's; `scale` names the run, and `source` and `base` choose what the demo runs on
-OTHER = dict(splits='4+2', rows='1', rates='0.5', dropouts='0.3', softs='0.5', b_rates='4', decays='0.1', clocks='own', singles=False, temperature=0.5, once='oracle', mixing='similarity', strengths='1', hindsights=False,
-             tasks='hydra_boolq', limit=2, written='hydra_calls', written_limit=1, split=1, seed_lr=1e-3, scales='1', wide_scales='1', wide=False, tokens=1200, dev=2, test=3, max_length=150, k=8, seed=1, quant='bf16', rank=2, targets='q_proj,v_proj', lrs='1e-3', single_rows='1', expert_rows='2',
-             steps=40, controls='random', temperatures='0.3', gates='lag', precisions='fp32', draws=3, prompt='Name a river.', router=2, encoders='minilm', depths='2', ks='3 9', seeds=1,
-             forks='0 1', speedups='1 3', builds='0 0.3', epochs=1.5, most=3, threads=2, more=0,
-             methods='linear knots', whole='linear', densities='0.5', lengths='1', skills=5, skill_tokens=1000, answer_tokens=3,
-             layer=2, rounds=0, near=3, core_rate=3.,
-             cards='element_tables', train=5, held=3, max_prompt=600, starts='router', runs=3, place='block', pool=False, top_k=2, answers=3, prompts=3, lr=0.1, kl=1., max_new_tokens=4,
-             files='experts', places='block', scores='cosine', weighs='sigmoid', tops='2', losses='entropy:0.5', ways='joint', rivals='arrow', rival_lrs='1e-2', lot=False)
+# another value for each parameter, as cheap as the toy's; `scale` names the run, and `source` and `base` choose what
+# the demo runs on
+OTHER = dict(
+    splits='4+2', rows='1', rates='0.5', dropouts='0.3', softs='0.5', b_rates='4', decays='0.1', clocks='own',
+    singles=False, temperature=0.5, once='oracle', mixing='similarity', strengths='1', hindsights=False,
+    tasks='hydra_boolq', limit=2, written='hydra_calls', written_limit=1, split=1, seed_lr=1e-3, scales='1',
+    wide_scales='1', wide=False, tokens=1200, dev=2, test=3, max_length=150, k=8, seed=1, quant='bf16', rank=2,
+    targets='q_proj,v_proj', lrs='1e-3', single_rows='1', expert_rows='2',
+    steps=40, controls='random', temperatures='0.3', gates='lag', precisions='fp32', draws=3, prompt='Name a river.',
+    router=2, encoders='minilm', depths='2', ks='3 9', seeds=1,
+    forks='0 1', speedups='1 3', builds='0 0.3', epochs=1.5, most=3, threads=2, more=0,
+    methods='linear knots', whole='linear', densities='0.5', lengths='1', skills=5, skill_tokens=1000, answer_tokens=3,
+    layer=2, rounds=0, near=3, core_rate=3.,
+    cards='element_tables', train=5, held=3, max_prompt=600, starts='router', runs=3, place='block', pool=False,
+    top_k=2, answers=3, prompts=3, lr=0.1, kl=1., max_new_tokens=4,
+    files='experts', places='block', scores='cosine', weighs='sigmoid', tops='2', losses='entropy:0.5', ways='joint',
+    rivals='arrow', rival_lrs='1e-2', lot=False)
 OF = {('e9_clusters', 'kinds'): 'diagonal', ('e5_gating', 'kinds'): 'linear'} # where one name means two things
 
+VARIED = [(nb, n) for nb in experiments for n in read_parameters(nb) if n not in ('scale', 'source', 'base')]
+
 @pytest.mark.slow
-@pytest.mark.parametrize('nb,name', [(nb, n) for nb in experiments for n in read_parameters(nb) if n not in ('scale', 'source', 'base')], ids=lambda x: x if isinstance(x, str) else x.stem)
+@pytest.mark.parametrize('nb,name', VARIED, ids=lambda x: x if isinstance(x, str) else x.stem)
 def test_every_parameter_is_used(nb, name, toy_runs, tmp_path, monkeypatch):
-    # a parameter that is bound and never read lets a sweep run ten times the same; the runner cannot see it, the result can
+    # a parameter that is bound and never read lets a sweep run ten times the same; the runner cannot see it, the result
+    # can
     toy = run_scale('toy', until=nb.stem, graph=Graph(runs=toy_runs))[nb.stem]
     monkeypatch.setenv('HYDRAMOE_RUNS', str(toy_runs))
     other = OF[nb.stem,name] if (nb.stem,name) in OF else OTHER[name]
@@ -98,14 +120,17 @@ def test_every_parameter_is_used(nb, name, toy_runs, tmp_path, monkeypatch):
 def test_prose_has_no_stray_control_characters(nb):
     "A formula's \\top, written by a program that took it for a tab, is no formula any more"
     cells = json.loads(nb.read_text(encoding='utf-8'))['cells']
-    assert not [c['id'] for c in cells if c['cell_type']=='markdown' and any(ord(x)<32 and x!='\n' for x in ''.join(c['source']))]
+    prose = [(c['id'], ''.join(c['source'])) for c in cells if c['cell_type']=='markdown']
+    assert not [i for i,text in prose if any(ord(x)<32 and x!='\n' for x in text)]
 
 @pytest.mark.parametrize('nb', experiments, ids=page_name)
 def test_one_parameters_cell(nb):
     # `nbdev_clean` drops the tag unless settings.ini keeps it, and then papermill silently runs the defaults
     p = read_parameters(nb)
-    assert p['scale'].default=='toy' and p['scale'].type is str
-    assert all(x.help for x in p.values()), f"no help for {[x.name for x in p.values() if not x.help]}"
+    assert p['scale'].default=='toy'
+    assert p['scale'].type is str
+    helpless = [x.name for x in p.values() if not x.help]
+    assert not helpless, f"no help for {helpless}"
     assert len(p) <= 25
     directives = [c for c in cells_of(nb) if '#|' in ''.join(c['source'])]
     assert not directives, "papermill knows no nbdev directives: it runs cells that say `eval: false`"
@@ -116,7 +141,8 @@ def copy(tmp_path_factory):
     "The sources in a folder of their own, so that a test which runs nbdev's commands never touches the checkout"
     to = tmp_path_factory.mktemp('copy')
     shutil.copy(root/'settings.ini', to)
-    for d in ('nbs', 'hydramoe'): shutil.copytree(root/d, to/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
+    for d in ('nbs', 'hydramoe'): shutil.copytree(root/d, to/d, ignore=ignore)
     return to
 
 def test_package_is_exported(copy):
@@ -138,19 +164,26 @@ def test_notebooks_are_clean(copy):
 @pytest.mark.parametrize('nb', nbs, ids=page_name)
 def test_starts_with_a_title_and_a_sentence(nb):
     first = [l for l in ''.join(cells_of(nb)[0]['source']).splitlines() if l]
-    assert first[0].startswith('# ') and first[1].startswith('> ') and len(first)==2
+    assert first[0].startswith('# ')
+    assert first[1].startswith('> ')
+    assert len(first)==2
 
 @pytest.mark.parametrize('nb', nbs, ids=page_name)
 def test_keeps_its_outputs(nb):
     # a page without outputs teaches half; one with an error teaches the wrong thing
     outputs = [o for c in cells_of(nb) for o in c.get('outputs', [])]
-    assert outputs and not [o for o in outputs if o['output_type']=='error']
+    assert outputs
+    assert not [o for o in outputs if o['output_type']=='error']
     assert nb.stat().st_size < 2_000_000, "images too heavy to be read in a review"
 
 @pytest.mark.parametrize('nb', experiments, ids=page_name)
 def test_an_experiment_is_light_and_shows_no_babble(nb):
-    # the outputs are the toy run's, on a random base: plots and tables teach their shape, an answer in random bytes teaches nothing
+    # the outputs are the toy run's, on a random base: plots and tables teach their shape, an answer in random bytes
+    # teaches nothing
     outputs = [o for c in cells_of(nb) for o in c.get('outputs', [])]
     text = json.dumps(outputs, ensure_ascii=False)
-    assert '\ufffd' not in text and '<script' not in text and not [o for o in outputs if o.get('name')=='stderr']
-    assert text.count('<style')<=1 and nb.stat().st_size < 200_000
+    assert '\ufffd' not in text
+    assert '<script' not in text
+    assert not [o for o in outputs if o.get('name')=='stderr']
+    assert text.count('<style')<=1
+    assert nb.stat().st_size < 200_000

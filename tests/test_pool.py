@@ -14,8 +14,11 @@ def library(tmp_path_factory):
     m,d = filled(slots=6),tmp_path_factory.mktemp('library')
     return m,{m.stack.names[e]: m.stack.save_peft(d/m.stack.names[e], e, 'tiny-0') for e in range(6)}
 
+EXPERTS = st.lists(st.integers(0,5), min_size=1, max_size=2, unique=True) # of one row
+REQUESTS = st.lists(st.lists(EXPERTS, min_size=2, max_size=2), min_size=1, max_size=6)
+
 @settings(max_examples=12, deadline=None)
-@given(st.lists(st.lists(st.lists(st.integers(0,5), min_size=1, max_size=2, unique=True), min_size=2, max_size=2), min_size=1, max_size=6), st.integers(4,6), st.integers(0,7))
+@given(REQUESTS, st.integers(4,6), st.integers(0,7))
 def test_outputs_do_not_depend_on_the_pool(library, requests, slots, rows_in_ram):
     m,folders = library
     few = gated(tiny_base(), slots, LoraSpec(4, 8))
@@ -25,15 +28,18 @@ def test_outputs_do_not_depend_on_the_pool(library, requests, slots, rows_in_ram
         want = torch.zeros(2, 6)
         for row,mix in zip(want, mixes):
             for n,w in mix.items(): row[int(n[-1])] = w
-        with torch.no_grad(), pool.gates(mixes) as g: torch.testing.assert_close(few(**x, gates=g).logits, m(**x, gates=want).logits)
-        assert len(pool.ram)<=rows_in_ram and not +pool.held
+        with torch.no_grad(), pool.gates(mixes) as g:
+            torch.testing.assert_close(few(**x, gates=g).logits, m(**x, gates=want).logits)
+        assert len(pool.ram)<=rows_in_ram
+        assert not +pool.held
 
 def test_the_pool_keeps_what_is_used_and_drops_what_is_not(library):
     s = Stack(tiny_base().model, 2, LoraSpec(4, 8))
     pool = ExpertPool(s, library[1], 0)
     for e in (0,1,0,2):
         with pool.gates([{f'expert{e}': 1.}]): pass
-    assert sorted(pool.placed)==['expert0','expert2'] and pool.found=={'disk': 3, 'device': 1}
+    assert sorted(pool.placed)==['expert0','expert2']
+    assert pool.found=={'disk': 3, 'device': 1}
     with pool.gates([{'expert0': 1.}]):
         with pool.gates([{'expert1': 1.}]): assert 'expert0' in pool.placed
         with pool.gates([{'expert3': 1.}]): assert 'expert0' in pool.placed
@@ -43,8 +49,11 @@ def test_a_request_waits_for_slots_that_others_hold(library):
     def ask(e):
         with pool.gates([{f'expert{e}': 1.}]): seen.append((e, pool.stack.names[0]))
     with pool.gates([{'expert0': 1.}]):
-        t = threading.Thread(target=ask, args=(3,)); t.start(); t.join(.1)
-        assert t.is_alive() and pool.stack.names==['expert0']
+        t = threading.Thread(target=ask, args=(3,))
+        t.start()
+        t.join(.1)
+        assert t.is_alive()
+        assert pool.stack.names==['expert0']
     t.join()
     assert seen==[(3,'expert3')]
 

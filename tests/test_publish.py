@@ -9,7 +9,8 @@ from hydramoe.use.pages import CHAPTERS, notebooks_table
 from hydramoe.use.reproduce import Graph, run_scale
 from helpers import notebook, root
 
-SAVE = 'from hydramoe.use.reproduce import save_result\nsaved = save_result("{0}", scale, dict(scale=scale), [dict(system="base", ppl=1.)])'
+SAVE = '''from hydramoe.use.reproduce import save_result
+saved = save_result("{0}", scale, dict(scale=scale), [dict(system="base", ppl=1.)])'''
 DRAW = '''%matplotlib inline
 import sys, matplotlib.pyplot as plt, numpy as np
 from IPython.display import HTML, display
@@ -37,8 +38,10 @@ def test_publishing_puts_executed_notebooks_beside_results(made, tmp_path):
     d, graph = made
     files = publish('demo', tmp_path, graph)
     pages = [f for f in files if f.suffix=='.ipynb']
-    assert [f.relative_to(tmp_path).as_posix() for f in pages]==['pages/e1_first-demo.ipynb', 'pages/e2_second-demo.ipynb']
-    assert check_sums(tmp_path/'pages')==[f.name for f in pages] and len(check_sums(tmp_path))==2
+    places = [f.relative_to(tmp_path).as_posix() for f in pages]
+    assert places==['pages/e1_first-demo.ipynb', 'pages/e2_second-demo.ipynb']
+    assert check_sums(tmp_path/'pages')==[f.name for f in pages]
+    assert len(check_sums(tmp_path))==2
     assert all(f.stat().st_size<=PAGE_BYTES for f in pages)
     pages[0].write_text(pages[0].read_text().replace('kept', 'lost'))
     with pytest.raises(HydraError, match='e1_first-demo.ipynb was edited'): check_sums(tmp_path/'pages')
@@ -49,11 +52,16 @@ def test_a_page_is_light_and_says_nothing_of_the_machine(made, tmp_path):
     page = write_page(run, tmp_path/'p.ipynb')
     text, found = page.read_text(), outputs(page)
     assert page.stat().st_size<=PAGE_BYTES<run.stat().st_size  # noise of 300 x 300 x 3 bytes is heavy
-    assert not [o for o in found if o.get('name')=='stderr'] and '/home' + '/me' not in text and str(d) not in text and 'papermill' not in text
+    assert not [o for o in found if o.get('name')=='stderr']
+    assert '/home' + '/me' not in text
+    assert str(d) not in text
+    assert 'papermill' not in text
     assert any(o.get('text')=='kept\n' or o.get('text')==['kept\n'] for o in found)
     html = [o['data']['text/html'] for o in found if 'text/html' in o.get('data', {})]
-    assert [h.count('<style') for h in html]==[1, 0, 0] and all('<td>1</td>' in h for h in html)
-    assert [o['data'] for o in found if o.get('data', {}).get('text/plain')==NOT_SHOWN]==[{'text/plain': NOT_SHOWN}] and '<script>draw' not in json.dumps(found)
+    assert [h.count('<style') for h in html]==[1, 0, 0]
+    assert all('<td>1</td>' in h for h in html)
+    assert [o['data'] for o in found if o.get('data', {}).get('text/plain')==NOT_SHOWN]==[{'text/plain': NOT_SHOWN}]
+    assert '<script>draw' not in json.dumps(found)
 
 def test_a_page_is_a_notebook_and_the_same_again(made, tmp_path):
     import nbformat
@@ -88,13 +96,16 @@ def test_fewer_colors_keep_the_picture(mode):
     small = fewer_colors(png, 16)
     seen = Image.open(io.BytesIO(base64.b64decode(small))).convert('RGB')
     want = image.convert(mode).convert('RGB')
-    assert seen.size==want.size and len(small)<=len(png)
+    assert seen.size==want.size
+    assert len(small)<=len(png)
     for at in ((0, 0), (20, 20)): assert max(abs(a-b) for a, b in zip(seen.getpixel(at), want.getpixel(at)))<=8
 
 def test_the_table_of_notebooks_goes_by_chapter():
     stems = re.findall(r'\[`(\w+)`\]\(([\w/]+)\.ipynb\)', notebooks_table())
     folders = [path.split('/')[0] for _, path in stems]
-    assert folders==sorted(folders, key=CHAPTERS.index) and set(folders)==set(CHAPTERS)
-    assert {stem for stem, _ in stems}=={p.stem for p in (root/'nbs').rglob('*.ipynb') if p.stem not in ('index', 'results') and '.ipynb_checkpoints' not in p.parts}
+    assert folders==sorted(folders, key=CHAPTERS.index)
+    assert set(folders)==set(CHAPTERS)
+    notebooks = [p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
+    assert {stem for stem, _ in stems}=={p.stem for p in notebooks if p.stem not in ('index', 'results')}
     firsts = re.findall(r'(?m)^\| (\w+) \|', notebooks_table().replace('| chapter | notebook |', '| head |'))
     assert firsts[1:]==list(dict.fromkeys(folders))

@@ -1,4 +1,5 @@
-"""How the notebooks read: what a reader meets on a line, in a cell, before anything is run; and that imports go one way.
+"""How the notebooks read: what a reader meets on a line, in a cell, before anything is run; and that imports go one
+way.
 
 The limits are what the project has reached. A page that needs more is a page to write anew, not a limit to raise.
 """
@@ -123,10 +124,12 @@ def test_each_room_stands_in_the_chapter_of_its_folder():
 def test_imports_go_one_way(page):
     own = order[default_exp(page)]
     exports = '\n'.join(c for c in pages[page] if exported(c))
-    assert not {m for m in imported(exports) if order[m]>=own}, 'a room imports from chapters above it, and in its chapter from rooms with a smaller number'
+    forbidden = {m for m in imported(exports) if order[m]>=own}
+    assert not forbidden, 'a room imports from chapters above it, and in its chapter from rooms with a smaller number'
 
 @pytest.mark.parametrize('page', notebooks, ids=page_name)
 def test_no_private_name_is_imported(page):
-    names = [a.name for c in pages[page] if exported(c) for n in ast.walk(tree(c))
-             if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('hydramoe.') for a in n.names]
+    nodes = [n for c in pages[page] if exported(c) for n in ast.walk(tree(c))]
+    imports = [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('hydramoe.')]
+    names = [a.name for n in imports for a in n.names]
     assert not [n for n in names if n[0]=='_'], 'a name that two rooms need is public'

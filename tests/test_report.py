@@ -25,17 +25,23 @@ def test_numbers_of_every_kind():
 def test_empty_and_ragged_tables():
     assert markdown_table([], ['a'])=='| a |\n| :-- |\n'
     assert markdown_table([{'a': 1}, {'b': 2}], ['a', 'b']).splitlines()[2:]==['| 1 | – |', '| – | 2 |']
-    with pytest.raises(HydraError, match="no row has the column 'c'; there are a, b"): markdown_table([{'a': 1, 'b': 2}], ['c'])
+    with pytest.raises(HydraError, match="no row has the column 'c'; there are a, b"):
+        markdown_table([{'a': 1, 'b': 2}], ['c'])
 
 def test_latex_names():
-    assert [latex_name(k) for k in ('ppl', 'macro ppl', 'Top-2', 'e3_gain', 'K9')]==['ppl', 'macroPpl', 'topTwo', 'eThreeGain', 'kNine']
+    names = ('ppl', 'macro ppl', 'Top-2', 'e3_gain', 'K9')
+    assert [latex_name(k) for k in names]==['ppl', 'macroPpl', 'topTwo', 'eThreeGain', 'kNine']
     with pytest.raises(HydraError, match='both be'): latex_numbers({'a_b': 1, 'aB': 2})
 
 @pytest.mark.skipif(not shutil.which('pdflatex'), reason='no pdflatex here')
 def test_latex_compiles(tmp_path):
-    rows = [dict(name=''.join(map(chr, range(32, 127))), gain=-1.5), dict(name='αβλτΔΣ×·±≤≥≈→−–—…', gain=None)]
-    doc = r'\documentclass{article}\usepackage{booktabs}'+latex_numbers({'gain': -1.5, 'n tokens': 12345, 'who': 'a_b & c'})+r'\begin{document}\gain\nTokens\who'+latex_table(rows, caption='100 %', label='t')+r'\end{document}'
-    (tmp_path/'t.tex').write_text(doc)
-    r = subprocess.run(['pdflatex', '-halt-on-error', '-interaction=nonstopmode', 't.tex'], cwd=tmp_path, capture_output=True, text=True)
+    rows = [dict(name=''.join(map(chr, range(32, 127))), gain=-1.5),
+            dict(name='αβλτΔΣ×·±≤≥≈→−–—…', gain=None)]
+    head = r'\documentclass{article}\usepackage{booktabs}'
+    numbers = latex_numbers({'gain': -1.5, 'n tokens': 12345, 'who': 'a_b & c'})
+    body = r'\begin{document}\gain\nTokens\who'+latex_table(rows, caption='100 %', label='t')+r'\end{document}'
+    (tmp_path/'t.tex').write_text(head+numbers+body)
+    command = ['pdflatex', '-halt-on-error', '-interaction=nonstopmode', 't.tex']
+    r = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert r.returncode==0, r.stdout[-2000:]
 

@@ -1,4 +1,5 @@
-"What a shared Hydra is compared with: the wrong residual, strengths, the settings that reach training, the sentence, the cost."
+"""What a shared Hydra is compared with: the wrong residual, strengths, the settings that reach training, the sentence,
+the cost."""
 from itertools import product
 
 import numpy as np
@@ -16,7 +17,8 @@ from hydramoe.experts.stages import train_single_stage
 from hydramoe.proof import residuals
 from hydramoe.proof.compare import Setup, adapter_names, group_ids, lora_of, spec_of, train_adapters
 from hydramoe.proof.cost import adapter_params, stage_work, system_cost
-from hydramoe.proof.residuals import RESIDUAL_FACTORS, best_strengths, exchanged, gain_text, shared_ranks, train_apart, train_shared
+from hydramoe.proof.residuals import (
+    RESIDUAL_FACTORS, best_strengths, exchanged, gain_text, shared_ranks, train_apart, train_shared)
 
 SETTING = dict(split='4+2', lr=6e-3, rows=2., rate=.5, dropout=0., soft=0., b_rate=2., decay=.1, clock='run')
 
@@ -25,7 +27,8 @@ SETTING = dict(split='4+2', lr=6e-3, rows=2., rate=.5, dropout=0., soft=0., b_ra
 def test_every_expert_gets_another_one_and_each_is_given_once(n):
     for seed in range(20):
         others = exchanged(n, seed)
-        assert sorted(others)==list(range(n)) and not (others==np.arange(n)).any()
+        assert sorted(others)==list(range(n))
+        assert not (others==np.arange(n)).any()
 
 def test_the_exchange_depends_on_its_seed_alone():
     assert (exchanged(9, 1)==exchanged(9, 1)).all()

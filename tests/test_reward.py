@@ -5,12 +5,14 @@ from hydramoe.experts.gate_plan import FEW
 from hydramoe.experts.gates import make_plan
 from hydramoe.experts.model import gated
 from hydramoe.experts.stack import LoraSpec
-from hydramoe.hydra.reward import CHECKS, DrawingGate, GrpoRun, GrpoSpec, advantages, policy_loss, replay, reward_of, roll_out
+from hydramoe.hydra.reward import (
+    CHECKS, DrawingGate, GrpoRun, GrpoSpec, advantages, policy_loss, replay, reward_of, roll_out)
 from hydramoe.hydra.trained_gate import Batch, GateSpec, trained_gate
 from hydramoe.models.base import tiny_base
 from stacks import fill, rand
 
-TASKS = [dict(prompt=[dict(role='user', content=f'{letter*6} {i}')], letter=letter) for i in range(2) for letter in 'abc']
+def letter_task(letter, i): return dict(prompt=[dict(role='user', content=f'{letter*6} {i}')], letter=letter)
+TASKS = [letter_task(letter, i) for i in range(2) for letter in 'abc']
 def begins(task, answer): return float(answer.strip().startswith(task['letter']))
 
 def noisy(slots=3):
@@ -33,12 +35,17 @@ def test_draws_follow_the_probabilities(k):
     first = torch.bincount(index[:,0], minlength=3)/len(index)
     if k==1: torch.testing.assert_close(first, wanted, atol=.02, rtol=0)
     else: # without replacement: a pair comes as often as its two orders together
-        p = {(a, b): wanted[a]*wanted[b]/(1-wanted[a])+wanted[b]*wanted[a]/(1-wanted[b]) for a, b in ((0,1), (0,2), (1,2))}
+        def probability(a, b): return wanted[a]*wanted[b]/(1-wanted[a])+wanted[b]*wanted[a]/(1-wanted[b])
         pairs = index.sort(1).values
-        for (a, b), share in p.items(): assert abs(((pairs[:,0]==a)&(pairs[:,1]==b)).float().mean()-share)<.02
+        for a, b in ((0,1), (0,2), (1,2)):
+            seen = ((pairs[:,0]==a)&(pairs[:,1]==b)).float().mean()
+            assert abs(seen-probability(a, b))<.02
+
+SPECS = [GateSpec(top_k=1, start=.2), GateSpec(top_k=2, start=.2, place='block'),
+         GateSpec(top_k=1, start=.2, place='model', pool=True)]
 
 @pytest.mark.parametrize('slots', [3, FEW+4])
-@pytest.mark.parametrize('spec', [GateSpec(top_k=1, start=.2), GateSpec(top_k=2, start=.2, place='block'), GateSpec(top_k=1, start=.2, place='model', pool=True)])
+@pytest.mark.parametrize('spec', SPECS)
 def test_training_sees_the_choices_of_the_generation_as_it_did(spec, slots, monkeypatch):
     "Log-probabilities with a cache, token by token, are those of one forward over all of them"
     model, tokenizer = noisy(slots)
@@ -74,7 +81,9 @@ def test_what_went_better_becomes_likelier():
     before, _, _ = replay(model, gate, found, how)
     ratios, _ = run.learn(found)
     after, _, _ = replay(model, gate, found, how)
-    assert ratios[0]==1. and (after[whom==whom[0]]>before[whom==whom[0]]).all() and (after[whom!=whom[0]]<before[whom!=whom[0]]).all()
+    assert ratios[0]==1.
+    assert (after[whom==whom[0]]>before[whom==whom[0]]).all()
+    assert (after[whom!=whom[0]]<before[whom!=whom[0]]).all()
 
 def test_a_group_that_agrees_moves_nothing():
     model, tokenizer = noisy()

@@ -23,8 +23,16 @@ def domains(k=5, d=16, seed=0): return Domains(.7*unit(k, d, seed+1), [f'd{i}' f
 def labels(n, k): return np.arange(n)%k
 
 x = unit(60)
-routers = dict(similarity=similarity_router(domains()), top2=similarity_router(domains(), .1, top_k=2), classifier=classifier_router(domains(), x, labels(60,5)),
-               uniform=uniform_router([f'd{i}' for i in range(5)]), fixed=fixed_router(list('abcde'), 'c'), mix=fixed_router(list('abcde'), [1,2,3,4,0]), oracle=oracle_router(list('abcde'), labels(60,5)))
+FIVE = [f'd{i}' for i in range(5)]
+LETTERS = list('abcde')
+routers = dict(
+    similarity=similarity_router(domains()),
+    top2=similarity_router(domains(), .1, top_k=2),
+    classifier=classifier_router(domains(), x, labels(60,5)),
+    uniform=uniform_router(FIVE),
+    fixed=fixed_router(LETTERS, 'c'),
+    mix=fixed_router(LETTERS, [1,2,3,4,0]),
+    oracle=oracle_router(LETTERS, labels(60,5)))
 each_router = pytest.mark.parametrize('router', routers.values(), ids=routers)
 
 # --- laws
@@ -32,17 +40,22 @@ each_router = pytest.mark.parametrize('router', routers.values(), ids=routers)
 @each_router
 def test_rows_are_weights(router):
     g = router(x=x)
-    assert g.shape==(60,5) and g.dtype==np.float32 and (g>=0).all() and np.allclose(g.sum(1), 1, atol=1e-6)
+    assert g.shape==(60,5)
+    assert g.dtype==np.float32
+    assert (g>=0).all()
+    assert np.allclose(g.sum(1), 1, atol=1e-6)
     assert ((1-1e-6<=effective_experts(g)) & (effective_experts(g)<=5+1e-6)).all()
 
 @pytest.mark.parametrize('k', range(1,6))
 def test_top_k_keeps_k_and_their_proportions(k):
     w = routers['similarity'](x=x).astype(np.float64)
     kept = top_k(w, k)
-    assert ((kept>0).sum(1)<=k).all() and np.allclose(kept.sum(1), 1)
+    assert ((kept>0).sum(1)<=k).all()
+    assert np.allclose(kept.sum(1), 1)
     for a,b in zip(w, kept):
         on = b>0
-        assert a[on].min()>=a[~on].max(initial=0) and np.allclose(b[on]/b[on].sum(), a[on]/a[on].sum())
+        assert a[on].min()>=a[~on].max(initial=0)
+        assert np.allclose(b[on]/b[on].sum(), a[on]/a[on].sum())
     assert k<5 or np.array_equal(kept, w)
 
 @settings(deadline=None, max_examples=50)
@@ -62,9 +75,8 @@ def test_shuffled_experts_shuffle_the_weights(turn, T):
 
 def test_shuffled_experts_shuffle_the_classifier():
     turn = [3,0,4,1,2]
-    names = [f'd{i}' for i in range(5)]
-    y = [names[i] for i in labels(60,5)]
-    a,b = classifier_router(names, x, y),classifier_router([names[i] for i in turn], x, y)
+    y = [FIVE[i] for i in labels(60,5)]
+    a,b = classifier_router(FIVE, x, y),classifier_router([FIVE[i] for i in turn], x, y)
     assert np.allclose(b(x=x), a(x=x)[:,turn], atol=1e-3)
 
 def test_cold_is_the_nearest_and_hot_is_even():
@@ -73,7 +85,9 @@ def test_cold_is_the_nearest_and_hot_is_even():
     assert np.isfinite(similarity_router(domains(), 1e-300)(x=x)).all()
 
 def test_top_1_is_the_nearest_at_any_temperature():
-    for T in (.01, 1, 100): assert np.array_equal(similarity_router(domains(), T, top_k=1)(x=x).argmax(1), domains().assign(x))
+    for T in (.01, 1, 100):
+        first = similarity_router(domains(), T, top_k=1)(x=x).argmax(1)
+        assert np.array_equal(first, domains().assign(x))
 
 def test_equal_domains_share_alike():
     twin = Domains(np.ones((3,4)), list('abc'), 'words')
@@ -92,7 +106,8 @@ def test_texts_and_their_embeddings_are_one():
     texts,_ = lesson_texts()
     d,_,e = cluster_texts(texts, 4, encoder='words')
     r = similarity_router(d)
-    assert np.array_equal(r(texts), r(x=e)) and np.array_equal(r(texts[0]), r(x=e[:1]))
+    assert np.array_equal(r(texts), r(x=e))
+    assert np.array_equal(r(texts[0]), r(x=e[:1]))
     assert r([]).shape==(0,4)
 
 @pytest.mark.parametrize('k', [1,2,3,7])
@@ -100,13 +115,16 @@ def test_texts_and_their_embeddings_are_one():
 def test_classifier_is_scikit_learn(k, C):
     y = labels(60,k)
     r = classifier_router([f'd{i}' for i in range(k)], x, y, C=C)
-    want = np.ones((60,1)) if k==1 else LogisticRegression(C=C, max_iter=5000).fit(x.astype(np.float64), y).predict_proba(x.astype(np.float64))
+    z = x.astype(np.float64)
+    want = np.ones((60,1)) if k==1 else LogisticRegression(C=C, max_iter=5000).fit(z, y).predict_proba(z)
     assert np.allclose(r(x=x), want, atol=1e-6)
 
 def test_a_right_label_gets_right():
     d = domains()
     near = d.centroids[labels(100,5)]+.1*rng(0, 'n').normal(size=(100,16))
-    for r in (similarity_router(d), classifier_router(d, near, labels(100,5))): assert (r(x=near).argmax(1)==labels(100,5)).mean()>.95
+    for r in (similarity_router(d), classifier_router(d, near, labels(100,5))):
+        right = r(x=near).argmax(1)==labels(100,5)
+        assert right.mean()>.95
 
 # --- refusals
 
@@ -135,7 +153,8 @@ def test_refused(make, message):
 @each_router
 def test_saved_and_loaded_are_the_same_bits(router, tmp_path):
     back = load_router(router.save(tmp_path))
-    assert np.array_equal(back(x=x), router(x=x)) and back.params==router.params
+    assert np.array_equal(back(x=x), router(x=x))
+    assert back.params==router.params
     before = [file_sha256(p) for p in sorted(tmp_path.iterdir())]
     back.save(tmp_path)
     assert [file_sha256(p) for p in sorted(tmp_path.iterdir())]==before
@@ -170,8 +189,13 @@ def test_an_oracle_on_disk_cannot_point_outside(tmp_path):
 def test_loading_needs_no_scikit_learn_model_and_runs_no_code(tmp_path):
     routers['classifier'].save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir())==['router.json', 'router.safetensors']
-    code = f"from hydramoe.hydra.cascade import load_router; import numpy as np; print(load_router({str(tmp_path)!r})(x=np.ones((1,16))).tobytes().hex())"
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|dict(PYTHONHASHSEED='7'))
+    code = f"""
+from hydramoe.hydra.cascade import load_router
+import numpy as np
+print(load_router({str(tmp_path)!r})(x=np.ones((1,16))).tobytes().hex())
+"""
+    env = os.environ|dict(PYTHONHASHSEED='7')
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
     assert r.stdout.split()[-1]==routers['classifier'](x=np.ones((1,16))).tobytes().hex(), r.stderr
 
 # --- explained
@@ -183,27 +207,38 @@ def test_an_explanation_is_plain_data_that_agrees_with_the_weights(kind):
     e = explain_route(r, 'a prompt', x=x[:1])
     assert json.loads(json.dumps(e))==e
     assert {c['name']: c['weight'] for c in e['experts']}==dict(zip(r.names, r(x=x[:1])[0].astype(float)))
-    assert [c['weight'] for c in e['experts']]==sorted((c['weight'] for c in e['experts']), reverse=True)
-    assert all(c['name'] in route_text(e) for c in e['experts']) and '"a prompt"' in route_text(e)
+    weights = [c['weight'] for c in e['experts']]
+    assert weights==sorted(weights, reverse=True)
+    assert all(c['name'] in route_text(e) for c in e['experts'])
+    assert '"a prompt"' in route_text(e)
     plot_route(e)
     assert not plt.get_fignums()
 
 def test_a_long_prompt_is_cut_and_many_experts_are_summed():
     r = uniform_router([f'd{i}' for i in range(40)])
     lines = route_text(explain_route(r, 'word\n'*500), most=3).splitlines()
-    assert len(lines)==6 and max(map(len, lines))<100 and '37 more, 92.5% together' in lines[-1]
+    assert len(lines)==6
+    assert max(map(len, lines))<100
+    assert '37 more, 92.5% together' in lines[-1]
 
 # --- in closed form: what comes and goes leaves no trace
 
 from dataclasses import replace
 from hydramoe.hydra.vectors import static_vectors
 
-FIVE = [f'd{i}' for i in range(5)]
 y = labels(60, 5)
-def means(names, x, y): return similarity_router(Domains(np.stack([x[np.asarray(y)==n].mean(0) for n in names]), names, 'words'))
+def means(names, x, y):
+    middles = np.stack([x[np.asarray(y)==n].mean(0) for n in names])
+    return similarity_router(Domains(middles, names, 'words'))
 def ridge_on_hidden(names, x, y): return fit_on_hidden(ridge_router, names, x, y, 3)
-def fitted(make, names, x=x, y=y): return make(names, x[np.isin(y, [FIVE.index(n) for n in names])], [FIVE[i] for i in y if FIVE[i] in names])
-def equal(a, b): return a.names==b.names and a.params==b.params and a.arrays.keys()==b.arrays.keys() and all(np.array_equal(a.arrays[n], b.arrays[n]) for n in a.arrays)
+def fitted(make, names, x=x, y=y):
+    "A router fitted on the rows of these domains alone"
+    own = np.isin(y, [FIVE.index(n) for n in names])
+    return make(names, x[own], [FIVE[i] for i in y if FIVE[i] in names])
+def equal(a, b):
+    "Whether two routers are the same to the bit"
+    if a.names!=b.names or a.params!=b.params or a.arrays.keys()!=b.arrays.keys(): return False
+    return all(np.array_equal(a.arrays[n], b.arrays[n]) for n in a.arrays)
 
 @pytest.mark.parametrize('make', [means, ridge_router, knn_router])
 @pytest.mark.parametrize('gone', [0, 2, 4])
@@ -244,14 +279,17 @@ def test_neighbours_vote_by_distance():
     for row,g in zip(d, r(x=x[:5])):
         near = sorted(range(60), key=lambda i: row[i])[:7]
         v = np.exp(-row[near]/.3)
-        assert np.allclose(g, [v[[y[i]==e for i in near]].sum()/v.sum() for e in range(5)], atol=1e-5)
+        votes = [v[[y[i]==e for i in near]].sum() for e in range(5)]
+        assert np.allclose(g, [vote/v.sum() for vote in votes], atol=1e-5)
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 99), st.floats(.02, 2), st.floats(1e-4, .1))
 def test_taught_by_losses_is_the_least_kl(seed, tau, l2):
     L = rng(seed, 'losses').normal(size=(60,5))
     r = distilled_router(FIVE, x, L, tau, l2)
-    z,w,q = np.c_[x, np.ones(60)].astype(float),np.c_[r.arrays['weight'], r.arrays['bias']],softmax(-L/tau)
+    z = np.c_[x, np.ones(60)].astype(float)
+    w = np.c_[r.arrays['weight'], r.arrays['bias']]
+    q = softmax(-L/tau)
     def kl(w): return (np.logaddexp.reduce(z@w.T, 1)-(q*(z@w.T)).sum(1)).mean()+l2/2*(w**2).sum()
     grad = (softmax(z@w.T)-q).T@z/60+l2*w
     assert np.abs(grad).max()<1e-4
@@ -259,21 +297,28 @@ def test_taught_by_losses_is_the_least_kl(seed, tau, l2):
 
 def test_small_tau_is_the_best_expert_and_equal_losses_are_no_opinion():
     L = rng(3, 'losses').normal(size=(16,5))
+    def taught(losses): return distilled_router(FIVE, x, losses)(x=x)
     assert (distilled_router(FIVE, x[:16], L, 1e-4, 1e-9)(x=x[:16]).argmax(1)==L.argmin(1)).all()
-    assert np.allclose(distilled_router(FIVE, x, np.full((60,5), 2.))(x=x), .2, atol=1e-6)
-    assert np.allclose(distilled_router(FIVE, x, L[np.zeros(60,int)]+np.arange(60)[:,None])(x=x), distilled_router(FIVE, x, L[np.zeros(60,int)])(x=x), atol=1e-5)
+    assert np.allclose(taught(np.full((60,5), 2.)), .2, atol=1e-6)
+    same = L[np.zeros(60,int)]
+    assert np.allclose(taught(same+np.arange(60)[:,None]), taught(same), atol=1e-5)
 
 def test_held_still_it_stays_where_it_began():
     start = routers['classifier']
-    assert np.allclose(distilled_router(FIVE, x, rng(0, 'l').normal(size=(60,5)), l2=1e6, start=start)(x=x), start(x=x), atol=1e-3)
+    losses = rng(0, 'l').normal(size=(60,5))
+    assert np.allclose(distilled_router(FIVE, x, losses, l2=1e6, start=start)(x=x), start(x=x), atol=1e-3)
 
 def test_calibration_lowers_the_nll_and_changes_no_first_choice():
     far = x+.5*rng(1, 'blur').normal(size=x.shape)
-    for r in (classifier_router(FIVE, x, y, C=1e4), ridge_router(FIVE, x, y), means(FIVE, x, np.array(FIVE)[y]), distilled_router(FIVE, x, -np.eye(5)[y])):
+    fits = (classifier_router(FIVE, x, y, C=1e4), ridge_router(FIVE, x, y), means(FIVE, x, np.array(FIVE)[y]),
+            distilled_router(FIVE, x, -np.eye(5)[y]))
+    for r in fits:
         mild = calibrate(r, far, y)
         def nll(r): return -np.log(np.maximum(r(x=far)[np.arange(60),y], 1e-9)).mean()
-        assert nll(mild)<=nll(r)+1e-6 and (mild(x=far).argmax(1)==r(x=far).argmax(1)).all()
-        assert all(nll(mild)<=nll(replace(mild, params=dict(mild.params, temperature=mild.params['temperature']*f)))+1e-6 for f in (.7, 1.4))
+        assert nll(mild)<=nll(r)+1e-6
+        assert (mild(x=far).argmax(1)==r(x=far).argmax(1)).all()
+        def warmer(f): return replace(mild, params=dict(mild.params, temperature=mild.params['temperature']*f))
+        assert all(nll(mild)<=nll(warmer(f))+1e-6 for f in (.7, 1.4))
 
 # --- controls
 
@@ -281,7 +326,8 @@ def test_calibration_lowers_the_nll_and_changes_no_first_choice():
 def test_permuted_routes_are_the_same_in_another_order(kind):
     r = dict(routers, ridge=ridge_router(FIVE, x, y), knn=knn_router(FIVE, x, y))[kind]
     turn = rng(7, 'permuted').permutation(5)
-    assert np.allclose(permute_experts(r, 7)(x=x), r(x=x)[:,turn], atol=1e-6) and permute_experts(r, 7).names==r.names
+    assert np.allclose(permute_experts(r, 7)(x=x), r(x=x)[:,turn], atol=1e-6)
+    assert permute_experts(r, 7).names==r.names
     assert (turn!=np.arange(5)).any()
 
 def test_hindsight_is_the_least_loss():
@@ -295,7 +341,9 @@ def test_hindsight_is_the_least_loss():
 def test_a_threshold_loses_no_more_than_asked(d, lose):
     d = np.array(d)
     t = choose_threshold(d, lose)
-    assert (d>t).mean()<=lose and t in d and (d>=t).mean()>=lose-1/len(d)
+    assert (d>t).mean()<=lose
+    assert t in d
+    assert (d>=t).mean()>=lose-1/len(d)
 
 def test_a_threshold_holds_for_new_prompts_on_average():
     draws = [rng(i, 'd').normal(size=80)**2 for i in range(400)]
@@ -308,8 +356,11 @@ def test_far_prompts_go_to_the_base_and_the_others_where_they_went(make, tmp_pat
     t = float(np.median(with_abstention(r, 1.).distance(x=x)))
     careful = with_abstention(r, t)
     g,far = careful(x=x),careful.distance(x=x)>t
-    assert 0<far.sum()<60 and (g[far]==0).all() and np.array_equal(g[~far], r(x=x)[~far])
-    assert np.array_equal(load_router(careful.save(tmp_path))(x=x), g) and (effective_experts(g[far])==0).all()
+    assert 0<far.sum()<60
+    assert (g[far]==0).all()
+    assert np.array_equal(g[~far], r(x=x)[~far])
+    assert np.array_equal(load_router(careful.save(tmp_path))(x=x), g)
+    assert (effective_experts(g[far])==0).all()
 
 def test_a_row_of_zeros_is_a_gate():
     import torch
@@ -323,7 +374,8 @@ def test_a_row_of_zeros_is_a_gate():
         model = gated(b, 5, LoraSpec(2))
         model.stack.theta.normal_(std=.2, generator=torch.Generator().manual_seed(0))
         out = model(input_ids=ids, gates=torch.tensor([[0.]*5, [0,.5,0,.5,0]])).logits
-    assert torch.allclose(out[0], bare[0], atol=1e-5) and not torch.allclose(out[1], bare[1], atol=1e-3)
+    assert torch.allclose(out[0], bare[0], atol=1e-5)
+    assert not torch.allclose(out[1], bare[1], atol=1e-3)
 
 def test_abstaining_grows_with_its_domains():
     r = with_abstention(fitted(ridge_router, FIVE[:4]), .9)
@@ -332,15 +384,18 @@ def test_abstaining_grows_with_its_domains():
 # --- other vectors
 
 def pretended(seed=0):
-    t = [f'{a} {b} word{i}' for i,(a,b) in enumerate(zip('red green blue'.split()*8, 'cat dog'.split()*12))]
-    return t, dict(seen=np.arange(0, 30_000, dtype=np.int64), vectors=rng(seed, 'v').normal(size=(30_000,16)).astype(np.float16), middle=np.zeros(16, np.float32))
+    pairs = zip('red green blue'.split()*8, 'cat dog'.split()*12)
+    texts = [f'{a} {b} word{i}' for i,(a,b) in enumerate(pairs)]
+    vectors = rng(seed, 'v').normal(size=(30_000,16)).astype(np.float16)
+    return texts, dict(seen=np.arange(0, 30_000, dtype=np.int64), vectors=vectors, middle=np.zeros(16, np.float32))
 
 @pytest.fixture
 def wordpiece(monkeypatch):
     "A tokenizer that needs no asset"
     from tokenizers import Tokenizer, models, pre_tokenizers
     import hydramoe.hydra.vectors as vectors
-    t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(['?','red','green','blue','cat','dog'])}, unk_token='?'))
+    words = ['?','red','green','blue','cat','dog']
+    t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(words)}, unk_token='?'))
     t.pre_tokenizer = pre_tokenizers.Whitespace()
     monkeypatch.setattr(vectors, '_wordpiece', lambda: t)
 
@@ -350,13 +405,15 @@ def test_static_vectors_are_the_sum_of_their_tokens(wordpiece):
     assert np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-5)
     assert all(np.array_equal(static_vectors([s], a)[0], u) for s,u in zip(t, v))
     s = a['vectors'].astype(float)[[1,4,0]].sum(0)
-    assert np.allclose(v[0], s/np.linalg.norm(s), atol=1e-5) and np.array_equal(static_vectors(['cat red word9'], a)[0], v[0])
+    assert np.allclose(v[0], s/np.linalg.norm(s), atol=1e-5)
+    assert np.array_equal(static_vectors(['cat red word9'], a)[0], v[0])
 
 def test_a_static_router_is_kept_whole(wordpiece, tmp_path):
     t,a = pretended()
     r = use_static(replace(routers['similarity'], params=dict(routers['similarity'].params, encoder='minilm')), a)
     back = load_router(r.save(tmp_path))
-    assert np.array_equal(back(t), r(t)) and back.params['encoder']=='static'
+    assert np.array_equal(back(t), r(t))
+    assert back.params['encoder']=='static'
 
 def test_hidden_states_are_measured_by_the_rule_of_the_first_fit(tmp_path):
     h = 50*x+np.arange(16)*100
@@ -373,7 +430,8 @@ def test_a_cascade_is_the_cheap_router_where_it_leads_and_the_good_one_elsewhere
     cheap,good = routers['similarity'],ridge_router(FIVE, x, y)
     g,w = cascade_router(cheap, good, most)(x=(x, x)),cheap(x=x)
     ask = margin(w)<=most
-    assert np.array_equal(g[ask], good(x=x)[ask]) and np.array_equal(g[~ask], w[~ask])
+    assert np.array_equal(g[ask], good(x=x)[ask])
+    assert np.array_equal(g[~ask], w[~ask])
 
 @pytest.mark.parametrize('agree', [.8, .9, .97, 1.])
 def test_a_margin_is_the_least_that_agrees(agree):
@@ -381,13 +439,15 @@ def test_a_margin_is_the_least_that_agrees(agree):
     w,chosen = cheap(x=x),good(x=x).argmax(1)
     m = choose_margin(w, chosen, agree)
     def same(m): return ((w.argmax(1)==chosen)|(margin(w)<=m)).mean()
-    assert same(m)>=agree and not [n for n in [-1, *margin(w)] if n<m and same(n)>=agree]
+    assert same(m)>=agree
+    assert not [n for n in [-1, *margin(w)] if n<m and same(n)>=agree]
     assert (cascade_router(cheap, good, m)(x=(x, x)).argmax(1)==chosen).mean()>=agree
 
 def test_a_cascade_is_kept_whole(tmp_path):
     r = cascade_router(routers['similarity'], ridge_router(FIVE, x, y), .4)
     back = load_router(r.save(tmp_path))
-    assert np.array_equal(back(x=(x, x)), r(x=(x, x))) and back.names==FIVE
+    assert np.array_equal(back(x=(x, x)), r(x=(x, x)))
+    assert back.names==FIVE
 
 @pytest.mark.parametrize('make,message', [
     (lambda: ridge_router(FIVE, x, y, lam=0), 'lam=0'),
@@ -405,7 +465,8 @@ def test_a_cascade_is_kept_whole(tmp_path):
     (lambda: with_abstention(routers['classifier'], 1.), 'does not know where its domains are'),
     (lambda: use_static(routers['similarity'], {}), "reads words"),
     (lambda: cascade_router(routers['similarity'], uniform_router(list('abcde')), .1), 'must weigh the same experts'),
-    (lambda: permute_experts(cascade_router(routers['similarity'], routers['similarity'], .1)), 'permute the two routers')])
+    (lambda: permute_experts(cascade_router(routers['similarity'], routers['similarity'], .1)),
+        'permute the two routers')])
 def test_more_refused(make, message):
     with pytest.raises(HydraError, match=message): make()
 
@@ -417,19 +478,25 @@ def test_a_cascade_with_an_array_of_nobody_is_refused(tmp_path):
 # --- what of a prompt is read
 
 def test_whole_prompts_are_read_whole_saved_or_in_a_cascade(tmp_path):
-    "Asked conversations, a router on whole prompts gives what their vectors give; any other hears the user's words alone"
+    """Asked conversations, a router on whole prompts gives what their vectors give; any other hears the user's words
+    alone"""
     from hydramoe.models.base import tiny_base
     from hydramoe.models.hidden import pooled_state
     from hydramoe.domains.embed import embed, whole_text
     from hydramoe.hydra.cascade import bind_base, use_whole_prompt
     tiny, kinds = tiny_base(), [0]*3+[1]*3
-    talks = [[dict(role='system', content=s), dict(role='user', content=t)] for s in ('You are a pirate.', 'You may call get_time().') for t in ('Hello', 'What now?', 'Who?')]
-    z, words = pooled_state([dict(prompt=t) for t in talks], tiny, 1), embed([whole_text(dict(prompt=t)) for t in talks], 'words')
-    good, cheap = use_whole_prompt(fit_on_hidden(ridge_router, ['a','b'], z, kinds, 1)), use_whole_prompt(ridge_router(['a','b'], words, kinds, encoder='words'))
+    rules, asked = ('You are a pirate.', 'You may call get_time().'), ('Hello', 'What now?', 'Who?')
+    talks = [[dict(role='system', content=s), dict(role='user', content=t)] for s in rules for t in asked]
+    z = pooled_state([dict(prompt=t) for t in talks], tiny, 1)
+    words = embed([whole_text(dict(prompt=t)) for t in talks], 'words')
+    good = use_whole_prompt(fit_on_hidden(ridge_router, ['a','b'], z, kinds, 1))
+    cheap = use_whole_prompt(ridge_router(['a','b'], words, kinds, encoder='words'))
     for most, one in ((2., good), (-1., cheap)):
         both = load_router(cascade_router(cheap, good, most).save(tmp_path/str(most)))
         want = one(x=z if one is good else words)
-        assert np.array_equal(bind_base(both, tiny)(talks), want) and np.array_equal(both(x=(words, z)), want)
+        assert np.array_equal(bind_base(both, tiny)(talks), want)
+        assert np.array_equal(both(x=(words, z)), want)
         assert (want.argmax(1)==kinds).all()
     deaf = bind_base(replace(good, params=dict(good.params, whole=False)), tiny)
-    assert np.array_equal(deaf(talks)[:3], deaf(talks)[3:]) and np.array_equal(deaf(talks)[:3], deaf([t[1]['content'] for t in talks[:3]]))
+    assert np.array_equal(deaf(talks)[:3], deaf(talks)[3:])
+    assert np.array_equal(deaf(talks)[:3], deaf([t[1]['content'] for t in talks[:3]]))

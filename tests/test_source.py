@@ -46,9 +46,12 @@ def make(out): return middle(), thing(), lazy(), away(), TABLE
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    folder = tmp_path/'package_x'; folder.mkdir()
+    folder = tmp_path/'package_x'
+    folder.mkdir()
     for name,text in PACKAGE.items(): (folder/f'{name}.py').write_text(text)
-    low = folder/'low.py'; low.write_text('def patch(f): return f\n'+low.read_text().replace('self:Thing', 'self:"Thing"').replace('"Thing"', 'Thing'))
+    low = folder/'low.py'
+    text = low.read_text().replace('self:Thing', 'self:"Thing"').replace('"Thing"', 'Thing')
+    low.write_text('def patch(f): return f\n'+text)
     monkeypatch.syspath_prepend(tmp_path)
     yield folder
     for m in [m for m in sys.modules if m.split('.')[0]=='package_x']: del sys.modules[m]
@@ -61,28 +64,44 @@ def edit(file, old, new):
 
 def top(): return importlib.import_module('package_x.top').make
 
-@pytest.mark.parametrize('file, old, new', [
-    ('low', 'x*SCALE', 'x+SCALE'), ('low', 'SCALE = 2', 'SCALE = 3'), ('low', "['b'] = 2", "['b'] = 3"), ('low', 'size = 3', 'size = 4'), ('low', 'helper(self.size)', 'helper(1)'),
-    ('low', 'return 1', 'return 2'), ('mid', 'x:int=1', 'x:int=2'), ('mid', 'low.helper(y)', 'low.helper(y+1)'), ('far', 'dumps(1)', 'dumps(2)'), ('far', 'dumps = None', 'dumps = 0'),
-    ('lazy', '42', '43'), ('top', 'thing(), ', '')])
+CHANGES = [
+    ('low', 'x*SCALE', 'x+SCALE'), ('low', 'SCALE = 2', 'SCALE = 3'), ('low', "['b'] = 2", "['b'] = 3"),
+    ('low', 'size = 3', 'size = 4'), ('low', 'helper(self.size)', 'helper(1)'), ('low', 'return 1', 'return 2'),
+    ('mid', 'x:int=1', 'x:int=2'), ('mid', 'low.helper(y)', 'low.helper(y+1)'),
+    ('far', 'dumps(1)', 'dumps(2)'), ('far', 'dumps = None', 'dumps = 0'),
+    ('lazy', '42', '43'), ('top', 'thing(), ', '')]
+
+@pytest.mark.parametrize('file, old, new', CHANGES)
 def test_a_change_is_noticed(package, file, old, new):
     before = source_hash(top())
     edit(package/f'{file}.py', old, new)
     assert source_hash(top())!=before
 
-@pytest.mark.parametrize('file, old, new', [
-    ('low', '"Doc"', '"Better words"'), ('low', '    "Doc"\n', ''), ('low', 'def unused(x): return x', 'def unused(x): return 2*x'), ('low', 'x*SCALE', '(x * SCALE)  # why'),
-    ('mid', 'def thing(): return T()', '\n\ndef thing():\n    return T()'), ('low', 'class Thing:', 'class Thing:\n    "A thing"')])
+NO_CHANGES = [
+    ('low', '"Doc"', '"Better words"'), ('low', '    "Doc"\n', ''),
+    ('low', 'def unused(x): return x', 'def unused(x): return 2*x'), ('low', 'x*SCALE', '(x * SCALE)  # why'),
+    ('mid', 'def thing(): return T()', '\n\ndef thing():\n    return T()'),
+    ('low', 'class Thing:', 'class Thing:\n    "A thing"')]
+
+@pytest.mark.parametrize('file, old, new', NO_CHANGES)
 def test_what_changes_nothing_is_not_noticed(package, file, old, new):
     before = source_hash(top())
     edit(package/f'{file}.py', old, new)
     assert source_hash(top())==before
 
 def test_the_same_hash_in_every_process():
-    code = 'from hydramoe.foundations.source import source_hash\nfrom hydramoe.foundations.store import stage\nfrom hydramoe.foundations.core import run_record\nprint(source_hash(stage), source_hash(run_record))'
-    run = lambda seed: subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONHASHSEED': seed}).stdout
+    code = '''
+from hydramoe.foundations.source import source_hash
+from hydramoe.foundations.store import stage
+from hydramoe.foundations.core import run_record
+print(source_hash(stage), source_hash(run_record))
+'''
+    def run(seed):
+        env = {**os.environ, 'PYTHONHASHSEED': seed}
+        return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env).stdout
     outs = set(map(run, '012'))
-    assert len(outs)==1 and len(outs.pop().split())==2
+    assert len(outs)==1
+    assert len(outs.pop().split())==2
 
 def test_a_module_edited_under_a_running_process(tmp_path, monkeypatch):
     file = tmp_path/'hydramoe_edited.py'

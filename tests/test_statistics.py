@@ -7,11 +7,13 @@ from scipy import stats
 
 from hydramoe.foundations.accuracy import accuracy_difference, mcnemar_p, wilson
 from hydramoe.foundations.core import HydraError, rng
-from hydramoe.foundations.power import (Design, detectable_text, least_detectable, paired_spread, power_at, prompts_needed,
-                                        spread_of_interval, standardised_difference)
-from hydramoe.foundations.statistics import (Difference, correct, difference_record, difference_text, domain_nll, half_interval, holm,
-                                             interval_text, is_significant, log_difference, log_macro_draws, macro_weights,
-                                             mean_of_runs, paired_bootstrap, paired_difference, perplexity, sign_flip_p)
+from hydramoe.foundations.power import (
+    Design, detectable_text, least_detectable, paired_spread, power_at, prompts_needed, spread_of_interval,
+    standardised_difference)
+from hydramoe.foundations.statistics import (
+    Difference, correct, difference_record, difference_text, domain_nll, half_interval, holm, interval_text,
+    is_significant, log_difference, log_macro_draws, macro_weights, mean_of_runs, paired_bootstrap, paired_difference,
+    perplexity, sign_flip_p)
 from helpers import root
 
 
@@ -33,7 +35,9 @@ def flat(x): return x, np.zeros(len(x)), ['one']*len(x), np.ones(len(x)) # a sin
 
 def test_perplexity_weighs_tokens_inside_and_domains_across():
     p = perplexity(np.array([math.log(4)*3, math.log(4)*1, math.log(9)*50]), np.array([3, 1, 50]), ['a', 'a', 'b'])
-    assert p['a']==pytest.approx(4) and p['b']==pytest.approx(9) and p['macro']==pytest.approx(6)
+    assert p['a']==pytest.approx(4)
+    assert p['b']==pytest.approx(9)
+    assert p['macro']==pytest.approx(6)
 
 def test_weights_and_domains_say_the_same():
     a, b, domains, tokens = planted()
@@ -50,7 +54,8 @@ def test_bootstrap_draws_are_shared_between_systems():
 def test_the_interval_is_scipys_where_scipy_has_one():
     x = rng(0, 'skewed').gamma(2, .01, 60)
     _, low, high = paired_bootstrap(*flat(x), draws=9999)
-    theirs = stats.bootstrap((x,), np.mean, n_resamples=9999, method='percentile', rng=rng(1, 'scipy')).confidence_interval
+    scipys = stats.bootstrap((x,), np.mean, n_resamples=9999, method='percentile', rng=rng(1, 'scipy'))
+    theirs = scipys.confidence_interval
     spread = theirs.high-theirs.low
     assert np.log1p(low/100)==pytest.approx(theirs.low, abs=.05*spread)
     assert np.log1p(high/100)==pytest.approx(theirs.high, abs=.05*spread)
@@ -95,7 +100,8 @@ def test_all_records_twice_is_the_same_difference_and_less_doubt():
 def test_a_harder_domain_weighs_as_much_as_another():
     a, b, domains, tokens = planted()
     longer = np.where(np.array(domains)=='x', 10, 1)
-    assert log_difference(a*longer, b*longer, domains, tokens*longer)==pytest.approx(log_difference(a, b, domains, tokens))
+    harder = log_difference(a*longer, b*longer, domains, tokens*longer)
+    assert harder==pytest.approx(log_difference(a, b, domains, tokens))
 
 def covered(seed, per, **how):
     d = paired_difference(*planted(seed, per, **how), draws=300, seed=seed)
@@ -113,9 +119,11 @@ def test_an_interval_by_too_few_prompts_does_not():
 def test_one_run_is_the_interval_of_one_level():
     a, b, domains, tokens = planted()
     d = paired_difference(a, b, domains, tokens, seed=3)
-    assert d[:3]==paired_bootstrap(a, b, domains, tokens, seed=3) and d.runs==1
+    assert d[:3]==paired_bootstrap(a, b, domains, tokens, seed=3)
+    assert d.runs==1
     assert paired_difference(a[None], b[None], domains, tokens, seed=3)==d
-    assert 'training noise is held fixed' in interval_text(d.runs) and 'fixed' not in interval_text(3)
+    assert 'training noise is held fixed' in interval_text(d.runs)
+    assert 'fixed' not in interval_text(3)
 
 @pytest.mark.parametrize('runs', [2, 3, 5])
 @pytest.mark.parametrize('noise', [0., .03])
@@ -156,7 +164,8 @@ def test_what_cannot_be_compared_is_refused():
     a, b, domains, tokens = planted(runs=3)
     with pytest.raises(HydraError, match='3 runs of a and 2 of b'): paired_difference(a, b[:2], domains, tokens)
     with pytest.raises(HydraError, match='token counts'): paired_difference(a, b, domains[1:], tokens)
-    with pytest.raises(HydraError, match='b has losses that are not finite'): paired_difference(a, b*np.nan, domains, tokens)
+    with pytest.raises(HydraError, match='b has losses that are not finite'):
+        paired_difference(a, b*np.nan, domains, tokens)
     with pytest.raises(HydraError, match='at least two'): mean_of_runs([1.])
 
 
@@ -203,8 +212,10 @@ def test_holm_rejects_what_his_procedure_rejects(seed):
 
 def test_holm_lies_between_benjamini_hochberg_and_bonferroni():
     p = rng(0, 'p').random(12)**2
-    assert (holm(p) <= np.minimum(1, 12*p)+1e-15).all() and (holm(p) >= stats.false_discovery_control(p)-1e-15).all()
-    assert holm([.03]).tolist()==[.03] and holm([]).tolist()==[]
+    assert (holm(p) <= np.minimum(1, 12*p)+1e-15).all()
+    assert (holm(p) >= stats.false_discovery_control(p)-1e-15).all()
+    assert holm([.03]).tolist()==[.03]
+    assert holm([]).tolist()==[]
 
 def test_holm_does_not_depend_on_the_order():
     p = rng(0, 'p').random(12)
@@ -213,7 +224,8 @@ def test_holm_does_not_depend_on_the_order():
 
 def test_a_star_needs_p_and_interval():
     clear = Difference(-2., -3., -1., .01)
-    assert is_significant(clear) and difference_text(clear)=='-2.0 % [-3.0, -1.0] *'
+    assert is_significant(clear)
+    assert difference_text(clear)=='-2.0 % [-3.0, -1.0] *'
     assert is_significant(Difference(2., 1., 3., .01))
     for d in (clear._replace(p=.06), clear._replace(p=None), clear._replace(high=.5)): assert not is_significant(d)
     assert difference_text(clear[:3], 'points')=='-2.0 points [-3.0, -1.0]'
@@ -222,7 +234,8 @@ def test_a_star_needs_p_and_interval():
 def test_correcting_changes_p_alone():
     family = {'a': Difference(-2., -3., -1., .03), 'b': Difference(-1., -2., -.1, .04)}
     corrected = correct(family)
-    assert [d.p for d in corrected.values()]==[.06, .06] and correct({})=={}
+    assert [d.p for d in corrected.values()]==[.06, .06]
+    assert correct({})=={}
     assert all(corrected[n][:3]==family[n][:3] for n in family)
     with pytest.raises(HydraError, match='no p-value of c'): correct(dict(family, c=Difference(0., 0., 0.)))
     with pytest.raises(HydraError, match='from 0 to 1'): holm([.5, float('nan')])
@@ -242,24 +255,29 @@ def test_mcnemar_is_the_binomial_test_of_what_differs():
     a = np.array([1]*9+[0]*2+[1]*20+[0]*5)
     b = np.array([0]*9+[1]*2+[1]*20+[0]*5)
     assert mcnemar_p(a, b)==pytest.approx(stats.binomtest(9, 11).pvalue)
-    assert mcnemar_p(a, b)==mcnemar_p(b, a) and mcnemar_p(a, a)==1.
+    assert mcnemar_p(a, b)==mcnemar_p(b, a)
+    assert mcnemar_p(a, a)==1.
 
 def newcombe(r, s, t, u): # both right, only a, only b, neither: method 10 as it is written for a table of counts
     n = r+s+t+u
     p1, p2 = (r+s)/n, (r+t)/n
     (l1, u1), (l2, u2) = (stats.binomtest(k, n).proportion_ci(method='wilson') for k in (r+s, r+t))
     A, B = (r+s)*(t+u)*(r+t)*(s+u), r*u-s*t
-    C = B-n/2 if B>n/2 else 0 if B>=0 else B
+    if B>n/2: C = B-n/2
+    else: C = 0 if B>=0 else B
     phi = C/math.sqrt(A) if A else 0
     low = p1-p2-math.sqrt((p1-l1)**2-2*phi*(p1-l1)*(u2-p2)+(u2-p2)**2)
     high = p1-p2+math.sqrt((u1-p1)**2-2*phi*(u1-p1)*(p2-l2)+(p2-l2)**2)
     return 100*low, 100*high
 
-@pytest.mark.parametrize('table', [(36, 12, 2, 0), (14, 5, 0, 22), (10, 15, 5, 20), (6, 4, 4, 6), (1, 1, 7, 12), (9, 0, 0, 0)])
+TABLES = [(36, 12, 2, 0), (14, 5, 0, 22), (10, 15, 5, 20), (6, 4, 4, 6), (1, 1, 7, 12), (9, 0, 0, 0)]
+
+@pytest.mark.parametrize('table', TABLES)
 def test_newcombe_by_counts(table):
     a, b = np.repeat([1, 1, 0, 0], table), np.repeat([1, 0, 1, 0], table)
     d = accuracy_difference(a, b)
-    assert d[1:3]==pytest.approx(newcombe(*table)) and d.percent==pytest.approx(100*(table[1]-table[2])/sum(table))
+    assert d[1:3]==pytest.approx(newcombe(*table))
+    assert d.percent==pytest.approx(100*(table[1]-table[2])/sum(table))
     e = accuracy_difference(b, a)
     assert (e.percent, e.low, e.high, e.p)==pytest.approx((-d.percent, -d.high, -d.low, d.p))
 
@@ -270,7 +288,8 @@ def test_an_accuracy_interval_covers_and_its_test_is_careful():
         d = accuracy_difference(np.isin(kinds, (0, 1)), np.isin(kinds, (0, 2)))
         held.append(d.low<=0<=d.high)
         alarms.append(d.p<=.05)
-    assert .93 <= np.mean(held) and np.mean(alarms) <= .06
+    assert .93 <= np.mean(held)
+    assert np.mean(alarms) <= .06
 
 def test_answers_that_are_none_are_refused():
     with pytest.raises(HydraError, match='right and wrong'): mcnemar_p([.5, 1], [1, 0])
@@ -314,7 +333,8 @@ def detected(seed, change, runs):
 
 @pytest.mark.parametrize('runs', [3, 6])
 def test_power_is_what_is_counted(runs):
-    spreads = [paired_spread(a[0], b[0], d, t) for a, b, d, t in (planted(s, 40, runs=1, luck=.1) for s in range(30))]
+    worlds = [planted(s, 40, runs=1, luck=.1) for s in range(30)]
+    spreads = [paired_spread(a[0], b[0], d, t) for a, b, d, t in worlds]
     design = Design(np.mean(spreads), 40, 3, runs, run_spread=.02)
     least = math.log1p(least_detectable(design)/100)
     assert np.mean([detected(s, -least, runs) for s in range(300)])==pytest.approx(.8, abs=.08)
@@ -329,20 +349,28 @@ def test_the_number_of_prompts_is_the_least_that_is_enough():
     for design in (Design(.1, 10, 9), Design(.1, 10, 9, 4, .003)):
         n = prompts_needed(design, 1.5)
         assert least_detectable(replace(design, prompts=n)) <= 1.5 < least_detectable(replace(design, prompts=n-1))
-    assert prompts_needed(Design(.1, 10, 9, 3, .02), 1.) is None and prompts_needed(Design(.1, 10, 9), 0.) is None
+    assert prompts_needed(Design(.1, 10, 9, 3, .02), 1.) is None
+    assert prompts_needed(Design(.1, 10, 9), 0.) is None
 
 def test_the_sentence_says_what_was_computed():
     design = Design(.1, 20, 9, 3, .005, comparisons=4)
     text = detectable_text(design)
-    assert f'{least_detectable(design):.2g} %' in text and '20 prompts in each of 9 domains' in text
-    assert '3 training runs' in text and 'corrected for 4 comparisons' in text and 'held fixed' not in text
+    assert f'{least_detectable(design):.2g} %' in text
+    assert '20 prompts in each of 9 domains' in text
+    assert '3 training runs' in text
+    assert 'corrected for 4 comparisons' in text
+    assert 'held fixed' not in text
 
-@pytest.mark.parametrize('wrong, says', [(dict(prompts=1), 'at least 2'), (dict(domains=0), 'domains=0'), (dict(power=1.), 'power=1'), (dict(spread=-1.), 'spread=-1')])
+IMPOSSIBLE = [(dict(prompts=1), 'at least 2'), (dict(domains=0), 'domains=0'), (dict(power=1.), 'power=1'),
+              (dict(spread=-1.), 'spread=-1')]
+
+@pytest.mark.parametrize('wrong, says', IMPOSSIBLE)
 def test_a_design_that_cannot_be_is_refused(wrong, says):
     with pytest.raises(HydraError, match=says): replace(Design(.1, 20, 9), **wrong)
 
 def test_a_domain_of_one_prompt_has_no_spread():
-    with pytest.raises(HydraError, match="domain 'z'"): paired_spread(np.arange(3.), np.zeros(3), list('xxz'), np.ones(3))
+    with pytest.raises(HydraError, match="domain 'z'"):
+        paired_spread(np.arange(3.), np.zeros(3), list('xxz'), np.ones(3))
 
 
 def test_a_table_of_systems_is_one_family():
@@ -358,13 +386,17 @@ def test_a_table_of_systems_is_one_family():
         luck = rng(i, 'systems').normal(change, .1, len(tokens))
         systems[f's{i}'] = by_token+np.repeat(luck, tokens)
     found = macro_differences(losses, systems, 'b', 500, 0)
-    alone = {n: macro_differences(losses, {'b': by_token, n: nll}, 'b', 500, 0)[n] for n, nll in systems.items() if n!='b'}
+    def compared(name): return macro_differences(losses, {'b': by_token, name: systems[name]}, 'b', 500, 0)[name]
+    alone = {n: compared(n) for n in systems if n!='b'}
     assert [found[n].p for n in alone]==holm([d.p for d in alone.values()]).tolist()
-    assert all(found[n][:3]==alone[n][:3] for n in alone) and list(found)==list(systems)
-    assert found['b'][:4]==(0., 0., 0., 1.) and not is_significant(found['b'])
+    assert all(found[n][:3]==alone[n][:3] for n in alone)
+    assert list(found)==list(systems)
+    assert found['b'][:4]==(0., 0., 0., 1.)
+    assert not is_significant(found['b'])
 
 def test_statistics_need_no_torch():
-    code = 'import sys, hydramoe.foundations.power, hydramoe.foundations.accuracy; assert not {"torch", "scipy"} & sys.modules.keys()'
+    imports = 'import sys, hydramoe.foundations.power, hydramoe.foundations.accuracy'
+    code = imports+'; assert not {"torch", "scipy"} & sys.modules.keys()'
     subprocess.run([sys.executable, '-c', code], check=True, cwd=root)
 
 
@@ -372,9 +404,12 @@ def test_statistics_need_no_torch():
 @pytest.mark.parametrize('per', [20, 40])
 def test_bootstrap_coverage_with_unequal_records(per):
     "Records of unequal length, heavy tails, nine domains: the truth is the difference of the whole world"
-    g = rng(0, 'world'); n = 9*5000
-    tokens = g.integers(5, 300, n); domains = np.repeat(list('abcdefghi'), 5000)
-    b = tokens*g.gamma(6, .25, n); a = b*g.normal(.99, .08, n)
+    g = rng(0, 'world')
+    n = 9*5000
+    tokens = g.integers(5, 300, n)
+    domains = np.repeat(list('abcdefghi'), 5000)
+    b = tokens*g.gamma(6, .25, n)
+    a = b*g.normal(.99, .08, n)
     truth = paired_bootstrap(a, b, domains.tolist(), tokens, draws=2)[0]
     def covers(s):
         at = np.concatenate([rng(s, d).choice(np.flatnonzero(domains==d), per) for d in 'abcdefghi'])

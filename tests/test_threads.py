@@ -18,12 +18,20 @@ def test_they_sleep_once_hydramoe_is_imported(module):
 
 def test_the_policy_stands_before_torch_is_imported():
     # torch reads it at import: too late is as good as never
-    watch = "import sys, builtins, os; old = builtins.__import__; seen = []\n" \
-            "def spy(name, *a, **k):\n    if name=='torch' and not seen: seen.append(os.environ.get('OMP_WAIT_POLICY'))\n    return old(name, *a, **k)\n" \
-            "builtins.__import__ = spy; import hydramoe.experts.stack; print(*seen)"
+    watch = """
+import builtins, os
+old, seen = builtins.__import__, []
+def spy(name, *a, **k):
+    if name=='torch' and not seen: seen.append(os.environ.get('OMP_WAIT_POLICY'))
+    return old(name, *a, **k)
+builtins.__import__ = spy
+import hydramoe.experts.stack
+print(*seen)
+"""
     assert printed(watch, environment()).split()==['PASSIVE']
 
-def test_a_user_who_says_otherwise_is_heard(): assert printed(f'import hydramoe.use.cli; {LOOK}', environment('ACTIVE')).split()==['ACTIVE', 'None']
+def test_a_user_who_says_otherwise_is_heard():
+    assert printed(f'import hydramoe.use.cli; {LOOK}', environment('ACTIVE')).split()==['ACTIVE', 'None']
 
 def test_what_hydramoe_starts_inherits_it():
     # workers are started by `local` and `ray` from this process's environment
@@ -33,4 +41,5 @@ def test_what_hydramoe_starts_inherits_it():
 def test_a_notebook_that_hydramoe_runs_inherits_it(tmp_path):
     source = notebook(tmp_path/'look.ipynb', 'scale: str = "toy"  # names the run', LOOK)
     out = json.loads(run_notebook(source, tmp_path/'out.ipynb', {}).read_text())
-    assert 'PASSIVE' in ''.join(o['text'] if isinstance(o['text'], str) else ''.join(o['text']) for c in out['cells'] for o in c.get('outputs', []))
+    texts = [o['text'] for c in out['cells'] for o in c.get('outputs', [])]
+    assert 'PASSIVE' in ''.join(t if isinstance(t, str) else ''.join(t) for t in texts)

@@ -11,18 +11,25 @@ from hydramoe.experts.gates import one_hot
 from hydramoe.experts.score import response_losses
 from hydramoe.experts.stages import cache_trunk
 from hydramoe.experts.train import EarlyStopSpec, fit, fit_trl, gradients, make_passes, plan_steps, using_threads
-from training import EXPERTS, LORA, ROWS, SPEC, Stop, examples, far, flipped, fresh, missing, stop_at, trained, truncated
+from training import (
+    EXPERTS, LORA, ROWS, SPEC, Stop, examples, far, flipped, fresh, missing, stop_at, trained, truncated)
 
 
-@pytest.mark.parametrize('spec', [SPEC, replace(SPEC, schedule='constant', clip=100.), replace(SPEC, micro_tokens=60)], ids=['linear', 'constant', 'micro'])
+SPECS = dict(linear=SPEC, constant=replace(SPEC, schedule='constant', clip=100.), micro=replace(SPEC, micro_tokens=60))
+
+@pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)
 def test_fused_equals_trl_one_by_one(spec, tmp_path):
-    "Unequal sizes, and experts that are absent from some steps: the same adapters as TRL + PEFT make of the same batches"
-    model = fresh(); start = model.stack.theta.clone()
+    """Unequal sizes, and experts that are absent from some steps: the same adapters as TRL + PEFT make of the same
+    batches"""
+    model = fresh()
+    start = model.stack.theta.clone()
     for e,n in enumerate(EXPERTS): model.stack.save_peft(tmp_path/'start'/n, e, 'tiny')
     history = fit(model, ROWS, spec, names=EXPERTS)
     steps = plan_steps(ROWS, EXPERTS, spec)
-    absent = [sum(not any(f==e for f,_ in s) for s in steps) for e in range(3)]
-    assert absent[2] >= 7 and absent[0]==0
+    present = [{e for e,_ in s} for s in steps]
+    absent = [sum(e not in experts for experts in present) for e in range(3)]
+    assert absent[2] >= 7
+    assert absent[0]==0
     theirs = fresh()
     for e,n in enumerate(EXPERTS):
         batches = [b for s in steps if (b := [x for f,x in s if f==e])]
@@ -55,8 +62,11 @@ def test_passes_hold_every_row_once_and_no_more_than_they_may(seed):
     lengths, most = g.integers(2, 300, len(who)).tolist(), int(g.integers(50, 900))
     passes = make_passes(who, lengths, most, n)
     tokens = [sum(lengths[i] for i in b) for b in passes]
-    assert sorted(sum(passes, []))==list(range(len(who))) and all(t<=most or len(b)==1 for t,b in zip(tokens, passes))
-    assert all([who[i] for i in b]==sorted(who[i] for i in b) for b in passes)
+    assert sorted(sum(passes, []))==list(range(len(who)))
+    assert all(t<=most or len(b)==1 for t,b in zip(tokens, passes))
+    for b in passes:
+        experts = [who[i] for i in b]
+        assert experts==sorted(experts)
     assert make_passes(who, lengths, most, n)==passes
 
 def test_an_expert_stays_in_one_pass_where_it_fits():
@@ -68,27 +78,41 @@ def test_a_base_that_mixes_rows_trains_them_one_by_one(monkeypatch):
     import hydramoe.experts.packing as hs
     whole, _ = trained()
     seen, losses = [], train.token_losses
+    def seen_losses(model, xs, **kw):
+        seen.append(len(xs))
+        return losses(model, xs, **kw)
     monkeypatch.setattr(hs, 'keeps_rows_apart', lambda model: False)
-    monkeypatch.setattr(train, 'token_losses', lambda model, xs, **kw: seen.append(len(xs)) or losses(model, xs, **kw))
+    monkeypatch.setattr(train, 'token_losses', seen_losses)
     alone, _ = trained()
-    assert set(seen)=={1} and far(alone.stack.theta, whole.stack.theta, fresh().stack.theta) < 1e-3
+    assert set(seen)=={1}
+    assert far(alone.stack.theta, whole.stack.theta, fresh().stack.theta) < 1e-3
 
 @pytest.mark.parametrize('how', ['plain', 'checkpointing', 'fork', 'nf4'])
 def test_replicas_differ_by_rounding_and_never_from_themselves(how, tmp_path, monkeypatch):
-    "Passes side by side, each thread with gradients of its own: what one thread makes of them, and the same bits every time"
-    lora, spec, used = LoraSpec(rank=4, fork=.5) if how=='fork' else LORA, replace(SPEC, epochs=1, micro_tokens=120), []
-    deal = train.deal_passes
+    """Passes side by side, each thread with gradients of its own: what one thread makes of them, and the same bits
+    every time"""
+    lora = LoraSpec(rank=4, fork=.5) if how=='fork' else LORA
+    spec = replace(SPEC, epochs=1, micro_tokens=120)
+    used, deal = [], train.deal_passes
+    def dealt(*a):
+        used.append(deal(*a))
+        return used[-1]
     monkeypatch.setattr(train, 'MIN_REPLICA_TOKENS', 40)
-    monkeypatch.setattr(train, 'deal_passes', lambda *a: used.append(deal(*a)) or used[-1])
+    monkeypatch.setattr(train, 'deal_passes', dealt)
     def run(threads):
         model = fresh(lora=lora, quant='nf4' if how=='nf4' else 'fp32')
         states = cache_trunk(model, sum(ROWS, []), tmp_path, 'tiny fp32') if how=='fork' else None
-        with using_threads(threads): history = fit(model, ROWS, spec, names=EXPERTS, checkpointing=how=='checkpointing', cached=states)
+        saves = how=='checkpointing'
+        with using_threads(threads):
+            history = fit(model, ROWS, spec, names=EXPERTS, checkpointing=saves, cached=states)
         return model.stack.theta.clone(), history, max(map(len, used[-len(history):]))
     (one, h1, n1), (two, h2, n2), (again, h3, _), (three, _, n3) = [run(n) for n in (1, 2, 2, 3)]
-    assert (n1, n2, n3)==(1, 2, 3) and torch.equal(two, again) and h2==h3
+    assert (n1, n2, n3)==(1, 2, 3)
+    assert torch.equal(two, again)
+    assert h2==h3
     for x in (two, three): assert far(x, one, fresh(lora=lora).stack.theta) < (5e-2 if how=='nf4' else 1e-3)
-    np.testing.assert_allclose([h['loss']['large'] for h in h1], [h['loss']['large'] for h in h2], rtol=2e-2 if how=='nf4' else 2e-4)
+    of_one, of_two = ([h['loss']['large'] for h in history] for history in (h1, h2))
+    np.testing.assert_allclose(of_one, of_two, rtol=2e-2 if how=='nf4' else 2e-4)
 
 def test_a_replica_that_fails_is_heard(monkeypatch):
     def broken(*a, **kw): raise HydraError('out of order')
@@ -99,7 +123,8 @@ def test_a_replica_that_fails_is_heard(monkeypatch):
 
 def test_twice_the_same_bits():
     (a, ha), (b, hb) = trained(), trained()
-    assert torch.equal(a.stack.theta, b.stack.theta) and ha==hb
+    assert torch.equal(a.stack.theta, b.stack.theta)
+    assert ha==hb
 
 @pytest.mark.parametrize('quant', ['fp32', 'nf4'])
 def test_checkpointing_on_and_off_agree(quant):
@@ -109,7 +134,8 @@ def test_checkpointing_on_and_off_agree(quant):
         fit(model, ROWS, SPEC, checkpointing=on)
         out.append(model.stack.theta.clone())
         assert not any(m.training for m in model.base.modules() if hasattr(m, 'gradient_checkpointing'))
-    assert torch.isfinite(out[0]).all() and far(*out, fresh(quant=quant).stack.theta) < 1e-4
+    assert torch.isfinite(out[0]).all()
+    assert far(*out, fresh(quant=quant).stack.theta) < 1e-4
 
 @pytest.mark.parametrize('poison', ['weights', 'gradient'])
 def test_nan_in_one_leaves_the_others_bit_equal(poison, monkeypatch):
@@ -118,7 +144,9 @@ def test_nan_in_one_leaves_the_others_bit_equal(poison, monkeypatch):
     if poison=='weights': model.stack.theta[1,5] = torch.nan
     else:
         def sick(model, step, spec, cached=None, inner=gradients):
-            loss = inner(model, step, spec, cached); model.stack.grad[1,3] = torch.inf; return loss
+            loss = inner(model, step, spec, cached)
+            model.stack.grad[1,3] = torch.inf
+            return loss
         monkeypatch.setattr(train, 'gradients', sick)
     start = model.stack.theta[1].clone()
     with pytest.warns(UserWarning, match="'middle' is not finite"): history = fit(model, ROWS, SPEC)
@@ -130,15 +158,18 @@ def test_nan_in_one_leaves_the_others_bit_equal(poison, monkeypatch):
 def test_one_bad_step_is_skipped_and_forgotten(monkeypatch):
     "A single overflow costs the expert that step, and nothing else"
     def sick(model, step, spec, cached=None, inner=gradients, calls=[]):
-        loss = inner(model, step, spec, cached); calls.append(0)
+        loss = inner(model, step, spec, cached)
+        calls.append(0)
         if len(calls)==3: model.stack.grad[0] = torch.inf
         return loss
     monkeypatch.setattr(train, 'gradients', sick)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         model, history = trained()
-    assert len([w for w in said if 'large' in str(w.message)])==1 and history[2]['skipped']==['large']
-    assert torch.isfinite(model.stack.theta).all() and history[-1]['skipped']==[]
+    assert len([w for w in said if 'large' in str(w.message)])==1
+    assert history[2]['skipped']==['large']
+    assert torch.isfinite(model.stack.theta).all()
+    assert history[-1]['skipped']==[]
 
 @pytest.mark.parametrize('k', [0, 1, 5, 9, 14])
 def test_resume_is_bit_equal(k, tmp_path, monkeypatch):
@@ -147,7 +178,8 @@ def test_resume_is_bit_equal(k, tmp_path, monkeypatch):
         stop_at(m, k)
         with pytest.raises(Stop): trained(work=tmp_path, every=2)
     again, resumed = trained(work=tmp_path, every=2)
-    assert torch.equal(again.stack.theta, whole.stack.theta) and resumed==history
+    assert torch.equal(again.stack.theta, whole.stack.theta)
+    assert resumed==history
 
 @pytest.mark.parametrize('harm', [missing, truncated, flipped])
 @pytest.mark.parametrize('file', ['state.safetensors', 'history.json', 'seal.json'])
@@ -158,8 +190,10 @@ def test_a_damaged_checkpoint_is_refused_by_name(harm, file, tmp_path, monkeypat
         with pytest.raises(Stop): trained(work=tmp_path, every=2)
     assert sorted(p.name for p in tmp_path.glob('step-*'))==['step-000006', 'step-000008']
     harm(tmp_path/'step-000008'/file)
-    with pytest.warns(UserWarning, match='checkpoint refused.*step-000008'): again, resumed = trained(work=tmp_path, every=2)
-    assert torch.equal(again.stack.theta, whole.stack.theta) and resumed==history
+    with pytest.warns(UserWarning, match='checkpoint refused.*step-000008'):
+        again, resumed = trained(work=tmp_path, every=2)
+    assert torch.equal(again.stack.theta, whole.stack.theta)
+    assert resumed==history
 
 def test_all_checkpoints_damaged_begins_again(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
@@ -169,7 +203,9 @@ def test_all_checkpoints_damaged_begins_again(tmp_path, monkeypatch):
     with pytest.warns(UserWarning): again, _ = trained(work=tmp_path, every=2)
     assert torch.equal(again.stack.theta, trained()[0].stack.theta)
 
-@pytest.mark.parametrize('other', [dict(spec=replace(SPEC, lr=1e-3)), dict(rows=[r[1:] for r in ROWS]), dict(names=['a', 'b', 'c'])])
+OTHERS = [dict(spec=replace(SPEC, lr=1e-3)), dict(rows=[r[1:] for r in ROWS]), dict(names=['a', 'b', 'c'])]
+
+@pytest.mark.parametrize('other', OTHERS)
 def test_a_checkpoint_of_another_run_is_refused(other, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         stop_at(m, 5)
@@ -178,7 +214,8 @@ def test_a_checkpoint_of_another_run_is_refused(other, tmp_path, monkeypatch):
 
 def test_rows_of_one_token_are_refused():
     model = fresh()
-    with pytest.raises(HydraError, match="'lonely'"): fit(model, [[Example(ids=[5], n_prompt=0, id='lonely', domain='x')]], SPEC, names=['large'])
+    lonely = Example(ids=[5], n_prompt=0, id='lonely', domain='x')
+    with pytest.raises(HydraError, match="'lonely'"): fit(model, [[lonely]], SPEC, names=['large'])
 
 def watched(dev, stop, **kw):
     model = fresh()
@@ -191,7 +228,8 @@ def test_early_stop_is_each_experts_own():
     model, history = watched(DEV, EarlyStopSpec(patience=1, every=3))
     plain, whole = trained()
     looks = [{n: x for n,x in h['dev'].items()} for h in history if 'dev' in h]
-    assert len(history)==len(whole) and all('middle' not in l for l in looks)
+    assert len(history)==len(whole)
+    assert all('middle' not in l for l in looks)
     assert far(model.stack.theta[1], plain.stack.theta[1], fresh().stack.theta[1]) < 1e-3
     for e,n in ((0, 'large'), (2, 'small')):
         curve = [l[n] for l in looks if n in l]
@@ -199,7 +237,8 @@ def test_early_stop_is_each_experts_own():
         assert mean==pytest.approx(min(curve), abs=1e-4)
         ups = [i for i in range(1, len(curve)) if curve[i]>=min(curve[:i])]
         if ups and ups[0]<len(looks)-1: # it stopped, and took no further steps
-            assert len(curve)==ups[0]+1 and not any(n in h['loss'] for h in history[3*len(curve):])
+            assert len(curve)==ups[0]+1
+            assert not any(n in h['loss'] for h in history[3*len(curve):])
 
 def test_patience_without_end_changes_only_the_choice_of_state():
     model, history = watched(DEV, EarlyStopSpec(patience=10**6, every=5))
@@ -214,11 +253,14 @@ def test_resume_of_a_watched_run_is_bit_equal(k, tmp_path, monkeypatch):
         stop_at(m, k)
         with pytest.raises(Stop): watched(DEV, stop, work=tmp_path, every=2)
     again, resumed = watched(DEV, stop, work=tmp_path, every=2)
-    assert torch.equal(again.stack.theta, whole.stack.theta) and resumed==history
+    assert torch.equal(again.stack.theta, whole.stack.theta)
+    assert resumed==history
     with pytest.raises(HydraError, match='other rows'): watched([d[:1] for d in DEV], stop, work=tmp_path)
 
 @pytest.mark.parametrize('epochs', [.4, 1, 1.5, 2.25])
 def test_part_of_an_epoch_is_the_beginning_of_a_whole_one(epochs):
-    seen = lambda n, e: [x.id for s in plan_steps(ROWS, EXPERTS, replace(SPEC, epochs=n)) for f,x in s if f==e]
+    def seen(n, e):
+        steps = plan_steps(ROWS, EXPERTS, replace(SPEC, epochs=n))
+        return [x.id for s in steps for f,x in s if f==e]
     for e,rows in enumerate(ROWS): assert seen(epochs, e)==seen(3, e)[:round(len(rows)*epochs)]
 

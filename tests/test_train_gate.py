@@ -1,4 +1,5 @@
-"Training gates: the gradient of the formula, the same in lanes and passes, killed and resumed, refusals before anything is trained"
+"""Training gates: the gradient of the formula, the same in lanes and passes, killed and resumed, refusals before
+anything is trained"""
 import os, signal, subprocess, sys, time
 from dataclasses import replace
 import pytest, torch
@@ -65,7 +66,8 @@ def test_passes_and_lanes_add_up(micro):
     known = known_of(examples)
     def of(**how):
         gate = trained_gate(model.stack, GateSpec(start=.2))
-        return gradients(model, gate, known, GateTraining(TrainSpec(micro_tokens=how['micro']), TrainSpec()), how['threads'])
+        training = GateTraining(TrainSpec(micro_tokens=how['micro']), TrainSpec())
+        return gradients(model, gate, known, training, how['threads'])
     for a, b in zip(of(micro=micro, threads=2), of(micro=10_000, threads=1)):
         torch.testing.assert_close(a, b, atol=1e-5*b.abs().max().item()+1e-8, rtol=1e-3)
 
@@ -85,25 +87,30 @@ def test_no_kind_is_without_a_gradient_at_one_expert(kind):
     assert of_gate.abs().max()>1e-6
 
 def test_the_trap_of_a_renormalised_single_expert():
-    "Without the straight-through estimator the softmax of one number has no gradient: that's what the test above is about"
+    """Without the straight-through estimator the softmax of one number has no gradient: that's what the test above is
+    about"""
     from hydramoe.hydra.trained_gate import best_k, softmax_weights
     logits = torch.randn(5, 3, generator=rand(0)).requires_grad_()
-    (softmax_weights(logits, best_k(logits, 1)[1])*torch.randn(5, 3, generator=rand(1))).sum().backward()
+    weights = softmax_weights(logits, best_k(logits, 1)[1])
+    (weights*torch.randn(5, 3, generator=rand(1))).sum().backward()
     assert not logits.grad.any()
 
 def test_every_loss_is_finite_in_training_and_noted():
     model, known = noisy(), known_of(rows())
     training = GateTraining(TrainSpec(rows=3), losses={name: .1 for name in LOSSES}|dict(cross_entropy=1.))
     history = train_gate(model, trained_gate(model.stack, GateSpec(top_k=2)), known, training)
-    assert set(history[0]['loss'])==set(LOSSES) and all(abs(v)<100 for h in history for v in h['loss'].values())
-    assert history[0]['flips']<=1 and history[0]['effective'][0]>=1
+    assert set(history[0]['loss'])==set(LOSSES)
+    assert all(abs(v)<100 for h in history for v in h['loss'].values())
+    assert history[0]['flips']<=1
+    assert history[0]['effective'][0]>=1
 
 def test_a_gate_that_is_not_finite_is_not_stepped():
     model, known = noisy(), known_of(rows())
     known.weights[0] = torch.tensor([torch.nan, .5, .5])
     gate = trained_gate(model.stack)
     history = train_gate(model, gate, known, GateTraining(TrainSpec(rows=6)))
-    assert history[0]['skipped']==['gate'] and not gate.phi.any()
+    assert history[0]['skipped']==['gate']
+    assert not gate.phi.any()
 
 KILLED = '''
 import sys, torch
@@ -131,9 +138,12 @@ def test_killed_in_the_middle_it_comes_to_the_same(tmp_path):
         p.wait(300)
         return out
     whole = torch.load(run('whole', False))
-    assert not run('killed', True).exists() and list((tmp_path/'killed').glob('step-*'))
+    assert not run('killed', True).exists()
+    assert list((tmp_path/'killed').glob('step-*'))
     again = torch.load(run('killed', False))
-    assert torch.equal(whole[0], again[0]) and torch.equal(whole[1], again[1]) and whole[2]==again[2]
+    assert torch.equal(whole[0], again[0])
+    assert torch.equal(whole[1], again[1])
+    assert whole[2]==again[2]
 
 def test_what_does_not_fit_is_refused_first():
     examples = rows()
@@ -162,4 +172,5 @@ def test_own_rows_train_own_vectors_alone():
     of_gate, _ = gradients(model, gate, known, GateTraining())
     gate.grad.copy_(of_gate)
     for p in gate.views.values():
-        assert p['u'].grad[0].any() and not p['u'].grad[1:].any()
+        assert p['u'].grad[0].any()
+        assert not p['u'].grad[1:].any()

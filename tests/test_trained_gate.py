@@ -1,4 +1,5 @@
-"Trained gates: begin as the router in every stack, are the same alone and in a batch, in bundles that lie, in transformers"
+"""Trained gates: begin as the router in every stack, are the same alone and in a batch, in bundles that lie, in
+transformers"""
 import pytest, torch
 from transformers import AutoModelForCausalLM
 from safetensors.torch import load_file, save_file
@@ -43,8 +44,9 @@ def test_of_the_best_k_it_begins_as_the_router_that_keeps_k(kind, k):
     m, x = stack_of(kind), batch(pads=(0,0,0))
     weights = router_rows(3, m.stack.slots)
     kept = torch.zeros_like(weights).scatter(1, weights.topk(k).indices, weights.topk(k).values)
+    kept /= kept.sum(1, keepdim=True)
     gate = trained_gate(m.stack, GateSpec(top_k=k))
-    torch.testing.assert_close(logits(m, x, gate.on(weights)), logits(m, x, kept/kept.sum(1, keepdim=True)), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(m, x, gate.on(weights)), logits(m, x, kept), atol=2e-4, rtol=1e-4)
 
 @pytest.mark.parametrize('kind', ['plain', 'shared', 'many'])
 @pytest.mark.parametrize('name', [n for n in KINDS if n!='smear'])
@@ -86,11 +88,13 @@ def test_a_bundle_there_and_back_and_in_transformers(tmp_path, shared):
     manifest = check_bundle(hydra.save(tmp_path/'h'))
     assert (manifest['format'], manifest['gate']) == (3, 'trained')
     assert Hydra.load(tmp_path/'h').generate(said, max_new_tokens=8)==answers
-    assert Hydra.load(tmp_path/'h').generate(said, max_new_tokens=8, num_beams=2)==hydra.generate(said, max_new_tokens=8, num_beams=2)
+    beams = dict(max_new_tokens=8, num_beams=2)
+    assert Hydra.load(tmp_path/'h').generate(said, **beams)==hydra.generate(said, **beams)
     auto = AutoModelForCausalLM.from_pretrained(tmp_path/'h')
     ids = hydra._tokenize([hydra.fold(said[0])])
     out = auto.generate(**ids, max_new_tokens=8, do_sample=False)
-    assert hydra.base.tokenizer.decode(out[0, ids['input_ids'].shape[1]:], skip_special_tokens=True).strip()==answers[0].strip()
+    answer = out[0, ids['input_ids'].shape[1]:]
+    assert hydra.base.tokenizer.decode(answer, skip_special_tokens=True).strip()==answers[0].strip()
     assert hydra.correct_by(None).generate(said, max_new_tokens=8)!=answers
 
 def test_a_mixture_of_requests_is_each_of_them():
@@ -114,10 +118,12 @@ def other_names(bundle):
     file = bundle/'gates/gate.json'
     file.write_text(file.read_text().replace('"sea"', '"see"'))
 
+def exchanged(file, old, new): file.write_text(file.read_text().replace(old, new))
+
 @pytest.mark.parametrize('harm, says', [
     (altered_tensor, 'gates/gate.safetensors'), (other_names, 'gates/gate.json'),
     (lambda b: (b/'gates/gate.json').unlink(), 'gates/gate.json'),
-    (lambda b: (b/'hydra.json').write_text((b/'hydra.json').read_text().replace('"trained"', '"untrained"')), 'hydra.json')])
+    (lambda b: exchanged(b/'hydra.json', '"trained"', '"untrained"'), 'hydra.json')])
 def test_a_bundle_that_was_harmed_is_refused(tmp_path, harm, says):
     bundle = corrected().save(tmp_path/'h')
     harm(bundle)
@@ -134,8 +140,8 @@ def test_a_forger_who_seals_again_is_refused(tmp_path):
 
 def test_experts_under_a_trained_gate_stay_as_they_are(tmp_path):
     bundle = corrected().save(tmp_path/'h')
-    for change in (lambda: add_expert(bundle, [], 'new', tmp_path/'i'), lambda: remove_expert(bundle, 'sea', tmp_path/'i')):
-        with pytest.raises(HydraError, match='take the gate off'): change()
+    with pytest.raises(HydraError, match='take the gate off'): add_expert(bundle, [], 'new', tmp_path/'i')
+    with pytest.raises(HydraError, match='take the gate off'): remove_expert(bundle, 'sea', tmp_path/'i')
     assert not (tmp_path/'i').exists()
 
 def test_a_gate_for_others_is_refused():

@@ -1,6 +1,7 @@
 "Should you build a mixture? Worlds whose answer is known, the command on experts of noise, and the page"
 import json, shlex, shutil
 from html.parser import HTMLParser
+from itertools import product
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ EXPERTS = ['code', 'law', 'math', 'verse']
 # ---- planted worlds
 
 def world(seed, gain=.2, everywhere=.1, luck=.1, right=1., uniform=0., per=20, names=EXPERTS):
-    "Held-out losses of four experts, their uniform mix and a router that is right for a share of the rows; and who is at home"
+    """Held-out losses of four experts, their uniform mix and a router that is right for a share of the rows; and who
+    is at home"""
     g = rng(seed, 'world')
     home = np.repeat(np.arange(4), per)
     sizes = g.integers(10, 40, len(home))
@@ -37,7 +39,8 @@ def world(seed, gain=.2, everywhere=.1, luck=.1, right=1., uniform=0., per=20, n
     mix = base-everywhere-gain/4-uniform+g.normal(0, .1, len(base))
     nll = np.stack([base, *experts, mix, routed])
     columns = ['base', *names, 'uniform mix', 'routed']
-    return Losses(nll, np.cumsum([0, *sizes]), [str(i) for i in range(len(home))], [names[e] for e in home], columns), home
+    ids, domains = [str(i) for i in range(len(home))], [names[e] for e in home]
+    return Losses(nll, np.cumsum([0, *sizes]), ids, domains, columns), home
 
 def with_column(losses, name, nll):
     "One more column"
@@ -111,18 +114,22 @@ def test_names_and_their_order_change_nothing():
     names = ['a', 'b', 'c', 'd']
     other = Losses(nll, losses.offsets, losses.ids, losses.domains, ['base', *names, 'uniform mix', 'routed'])
     after = verdict(other, names, np.array(turned)[home], draws=200)
-    assert after['answer']==before['answer'] and after['headroom']==before['headroom'] and after['closed']==before['closed']
-    same = [[{k: v for k, v in row.items() if k!='system'} for row in found['systems']] for found in (before, after)]
-    assert same[0]==same[1]
+    assert after['answer']==before['answer']
+    assert after['headroom']==before['headroom']
+    assert after['closed']==before['closed']
+    def nameless(found): return [{k: v for k, v in row.items() if k!='system'} for row in found['systems']]
+    assert nameless(before)==nameless(after)
     assert names[turned[EXPERTS.index(before['one_adapter'])]]==after['one_adapter']
 
 def test_a_single_adapter_is_what_has_to_be_beaten_even_if_it_is_worse():
     losses, home = world(0)
-    assert one_adapter(losses, EXPERTS) in EXPERTS and verdict(losses, EXPERTS, home, draws=50)['is_stand_in']
+    assert one_adapter(losses, EXPERTS) in EXPERTS
+    assert verdict(losses, EXPERTS, home, draws=50)['is_stand_in']
     good = with_column(losses, 'single adapter', losses['base']-.35)
     bad = with_column(losses, 'single adapter', losses['base'])
     assert verdict(bad, EXPERTS, home, draws=50)['one_adapter']=='single adapter'
-    assert answer(losses, home)=='build' and answer(good, home)=='one adapter'
+    assert answer(losses, home)=='build'
+    assert answer(good, home)=='one adapter'
     assert 'stands in' not in verdict(good, EXPERTS, home, draws=50)['text']
 
 def test_the_seed_expert_stands_in_only_if_it_is_the_better():
@@ -140,18 +147,23 @@ def test_experts_that_saw_little_are_given_more_rows_before_the_mixture_is_given
 def test_few_rows_tell_nothing():
     losses, home = world(0, per=4)
     found = verdict(losses, EXPERTS, home, draws=50)
-    assert found['answer']=='better data' and '16 held-out rows' in found['text'] and 'four times in five' not in found['text']
+    assert found['answer']=='better data'
+    assert '16 held-out rows' in found['text']
+    assert 'four times in five' not in found['text']
 
 def test_one_expert_alone_is_one_adapter():
     losses, _ = world(0, gain=0.)
-    same = Losses(losses.nll[[0, 1, 1, 1]], losses.offsets, losses.ids, losses.domains, ['base', 'code', 'uniform mix', 'routed'])
+    columns = ['base', 'code', 'uniform mix', 'routed']
+    same = Losses(losses.nll[[0, 1, 1, 1]], losses.offsets, losses.ids, losses.domains, columns)
     found = verdict(same, ['code'], np.zeros(80, int), draws=50)
-    assert found['answer']=='one adapter' and 'four times in five' not in found['text']
+    assert found['answer']=='one adapter'
+    assert 'four times in five' not in found['text']
 
 def test_a_verdict_is_plain_data_and_the_same_again():
     losses, home = world(0, right=.7)
     found = verdict(losses, EXPERTS, home, draws=100)
-    assert found['answer']==answer(losses, home) and found['text']==' '.join(found['sentences'])
+    assert found['answer']==answer(losses, home)
+    assert found['text']==' '.join(found['sentences'])
     assert json.loads(json.dumps(found, allow_nan=False))==found==verdict(losses, EXPERTS, home, draws=100)
 
 def test_a_missing_column_is_named():
@@ -164,25 +176,23 @@ def test_what_is_seen_comes_from_the_noisiest_comparison():
     assert smallest_seen([narrow, wide], 60)==smallest_seen([wide], 60) > smallest_seen([narrow], 60)
 
 def test_every_answer_can_be_said_and_reached():
-    yes, no, worse = (-5., -6., -4.), (0., -1., 1.), (5., 4., 6.)
+    yes, no, worse = (-5., -6., -4.), (0., -1., 1.), (5., 4., 6.) # differences and their intervals
+    either = (yes, no)
     reached = set()
-    for own in (yes, no):
-        for headroom in (yes, no):
-            for routed in (yes, no):
-                for merged in (yes, no):
-                    for to_routed in (no, worse):
-                        closed = [None, None] if headroom==no else [.7 if x==yes else .2 for x in (routed, merged)]
-                        e = Evidence(99, 40, own, headroom, routed, merged, to_routed, *closed)
-                        said = decide(e)
-                        reached.add(said)
-                        assert verdict_sentences(said, e, 'x', 1.)[0]==ANSWERS[said]
-                        if said in ('merge', 'build'): assert yes in (routed, merged)
+    for own, headroom, routed, merged, to_routed in product(either, either, either, either, (no, worse)):
+        closed = [None, None] if headroom==no else [.7 if x==yes else .2 for x in (routed, merged)]
+        e = Evidence(99, 40, own, headroom, routed, merged, to_routed, *closed)
+        said = decide(e)
+        reached.add(said)
+        assert verdict_sentences(said, e, 'x', 1.)[0]==ANSWERS[said]
+        if said in ('merge', 'build'): assert yes in (routed, merged)
     assert reached==set(ANSWERS)
 
 def test_the_heat_map_is_the_change_against_the_base():
     losses, _ = world(0, luck=0.)
     domains, changes = expert_changes(losses, EXPERTS, 'base')
-    assert domains==sorted(EXPERTS) and (changes.argmin(0)==[EXPERTS.index(d) for d in domains]).all()
+    assert domains==sorted(EXPERTS)
+    assert (changes.argmin(0)==[EXPERTS.index(d) for d in domains]).all()
     assert abs(np.log1p(changes.diagonal()/100).mean()+.3)<.02
 
 def test_before_training_only_what_speaks_against_is_said():
@@ -192,7 +202,8 @@ def test_before_training_only_what_speaks_against_is_said():
 
 # ---- a Hydra
 
-ROWS = [dict(prompt=f'{text}, {i}', completion=f'{name} {i}', domain=name) for i in range(8) for name, text in zip(NAMES, TEXTS)]
+NUMBERED = [(i, name, text) for i in range(8) for name, text in zip(NAMES, TEXTS)]
+ROWS = [dict(prompt=f'{text}, {i}', completion=f'{name} {i}', domain=name) for i, name, text in NUMBERED]
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -216,13 +227,16 @@ def test_rows_without_domains_are_grouped_by_the_router(made):
     hydra = Hydra.load(made/'mine-hydra')
     scored = score_hydra(hydra, records)
     first = scored.weights.argmax(1)
-    assert scored.losses.domains==[hydra.names[e] for e in first] and (scored.home==first).all()
+    assert scored.losses.domains==[hydra.names[e] for e in first]
+    assert (scored.home==first).all()
 
 def test_the_build_ends_with_a_verdict(made):
     lines = (made/'said').read_text().splitlines()
-    assert lines[1].startswith('verdict: 8 rows were held out') and lines[2].startswith('try it: ')
+    assert lines[1].startswith('verdict: 8 rows were held out')
+    assert lines[2].startswith('try it: ')
     quiet = here('build', 'mine.jsonl', *TINY, '--k', 2, '--lr', '5e-3', '--quiet', '--no-verdict', cwd=made)
-    assert 'verdict' not in quiet.stdout and quiet.returncode==0
+    assert 'verdict' not in quiet.stdout
+    assert quiet.returncode==0
 
 def test_a_build_is_found_again_and_a_single_has_its_tokens(made):
     about = dict(built=read_json(made/'mine-hydra'/'hydra.json')['built'])
@@ -243,7 +257,8 @@ def test_a_damaged_stage_is_not_found(made, tmp_path):
     shutil.copytree(found, copy)
     assert find_stage(about, 'domains', tmp_path)==copy
     (copy/'dev.jsonl').write_text('{}')
-    assert find_stage(about, 'domains', tmp_path) is None and held_out_rows(about, tmp_path)==[]
+    assert find_stage(about, 'domains', tmp_path) is None
+    assert held_out_rows(about, tmp_path)==[]
 
 def test_both_stand_ins_are_scored_as_their_adapters_alone(made):
     hydra = Hydra.load(made/'b')
@@ -272,11 +287,16 @@ def test_a_bundle_gets_an_answer_and_a_page_that_needs_nothing(made, bundle, tmp
     out = judged(made, bundle, '--rows', 'rows.jsonl', '--out', tmp_path/'page.html', '--json')
     assert (out.returncode, out.stderr)==(0, ''), out.stderr
     found = json.loads(out.stdout)
-    assert found['answer'] in ANSWERS and found['rows']==len(ROWS)
+    assert found['answer'] in ANSWERS
+    assert found['rows']==len(ROWS)
     text = (tmp_path/'page.html').read_text()
     page = Page(text)
-    assert not page.open and all(r.startswith('data:image/') for r in page.refers) and page.refers
-    assert ANSWERS[found['answer']] in text and 'width=device-width' in text and '<script' not in text
+    assert not page.open
+    assert all(r.startswith('data:image/') for r in page.refers)
+    assert page.refers
+    assert ANSWERS[found['answer']] in text
+    assert 'width=device-width' in text
+    assert '<script' not in text
     assert ('Learning curves' in text)==(bundle=='mine-hydra')
     assert ('win 70 %' in text)==(bundle!='gated')
     assert files_in(made/bundle)==before
@@ -286,14 +306,18 @@ def test_prompts_on_the_page_are_text(made, tmp_path):
     write_jsonl(tmp_path/'bad.jsonl', bad)
     assert judged(made, 'b', '--rows', tmp_path/'bad.jsonl', '--out', tmp_path/'page.html').returncode==0
     text = (tmp_path/'page.html').read_text()
-    assert '<script' not in text and '&lt;script' in text and not Page(text).open
+    assert '<script' not in text
+    assert '&lt;script' in text
+    assert not Page(text).open
 
 def test_files_get_an_outlook_and_a_command_to_go_on(made, tmp_path):
-    out = judged(made, 'mine.jsonl', '--base', 'tiny', '--encoder', 'words', '--k', 2, '--out', tmp_path/'o.html', '--json')
+    how = ['--base', 'tiny', '--encoder', 'words', '--k', 2]
+    out = judged(made, 'mine.jsonl', *how, '--out', tmp_path/'o.html', '--json')
     assert (out.returncode, out.stderr)==(0, ''), out.stderr
     found = json.loads(out.stdout)
     assert sum(d['rows'] for d in found['domains'])==found['counts']['train']==72
-    assert shlex.split(found['next'])[:3]==['hydramoe', 'build', 'mine.jsonl'] and found['forecast']['seconds']>=0
+    assert shlex.split(found['next'])[:3]==['hydramoe', 'build', 'mine.jsonl']
+    assert found['forecast']['seconds']>=0
     assert not Page((tmp_path/'o.html').read_text()).refers
 
 @pytest.mark.parametrize('argv, said', [
@@ -308,13 +332,16 @@ def test_files_get_an_outlook_and_a_command_to_go_on(made, tmp_path):
     (['nowhere.jsonl'], 'nowhere.jsonl')])
 def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(made, tmp_path, argv, said):
     out = judged(made, *argv, '--out', tmp_path/'page.html')
-    assert (out.returncode, out.stdout, out.stderr.count('\n'))==(2, '', 1) and said in out.stderr, out.stderr
+    assert (out.returncode, out.stdout, out.stderr.count('\n'))==(2, '', 1), out.stderr
+    assert said in out.stderr, out.stderr
     assert not list(tmp_path.iterdir())
 
 def test_a_page_is_never_written_over(made, tmp_path):
     (tmp_path/'page.html').write_text('mine')
     out = judged(made, 'b', '--rows', 'rows.jsonl', '--out', tmp_path/'page.html')
-    assert out.returncode==2 and 'exists' in out.stderr and (tmp_path/'page.html').read_text()=='mine'
+    assert out.returncode==2
+    assert 'exists' in out.stderr
+    assert (tmp_path/'page.html').read_text()=='mine'
 
 def test_a_verdict_that_fails_leaves_the_build_be(made, monkeypatch):
     from hydramoe.proof import verdict_page
@@ -322,4 +349,6 @@ def test_a_verdict_that_fails_leaves_the_build_be(made, monkeypatch):
     monkeypatch.setattr(verdict_page, 'judge_hydra', broken)
     monkeypatch.setattr('hydramoe.hydra.card.MIN_DEV_ROWS', 2)
     out = here('build', 'mine.jsonl', *TINY, '--k', 2, '--lr', '5e-3', '--quiet', cwd=made)
-    assert out.returncode==0 and 'verdict: none, for not every loss is finite' in out.stdout and 'try it: ' in out.stdout
+    assert out.returncode==0
+    assert 'verdict: none, for not every loss is finite' in out.stdout
+    assert 'try it: ' in out.stdout

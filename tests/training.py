@@ -17,7 +17,8 @@ def examples(name, n):
     g = rng(0, name)
     def one(i):
         s = int(g.integers(4, 40))
-        return Example(ids=g.integers(3, 259, s).tolist(), n_prompt=int(g.integers(1, s-1)), id=f'{name}{i}', domain=name)
+        ids = g.integers(3, 259, s).tolist()
+        return Example(ids=ids, n_prompt=int(g.integers(1, s-1)), id=f'{name}{i}', domain=name)
     return [one(i) for i in range(n)]
 
 ROWS = [examples('large', 30), examples('middle', 11), examples('small', 4)]
