@@ -1,6 +1,5 @@
 "Saved arrays: any flipped bit is named."
 import tempfile
-from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -20,17 +19,23 @@ def test_any_flipped_bit_is_named(name, where, bit):
         try: arrays, meta = load_arrays(d, 'a')
         except HydraError as e: assert str(e).startswith(f'{d}/a.')
         else: # a flip in the white space between JSON values changes nothing
-            assert name=='a.json' and meta==dict(names=['one', 'two']) and all((arrays[n]==ARRAYS[n]).all() for n in ARRAYS)
+            assert name=='a.json'
+            assert meta==dict(names=['one', 'two'])
+            assert all((arrays[n]==ARRAYS[n]).all() for n in ARRAYS)
 
 def test_what_is_saved_comes_back_to_the_bit(tmp_path):
     save_arrays(tmp_path, 'a', ARRAYS, dict(k=2))
     arrays, meta = load_arrays(tmp_path, 'a', list(ARRAYS))
-    assert meta==dict(k=2) and all(arrays[n].dtype==ARRAYS[n].dtype and arrays[n].tobytes()==ARRAYS[n].tobytes() for n in ARRAYS)
+    assert meta==dict(k=2)
+    for n, want in ARRAYS.items():
+        assert arrays[n].dtype==want.dtype
+        assert arrays[n].tobytes()==want.tobytes()
     first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     save_arrays(tmp_path, 'a', dict(reversed(ARRAYS.items())), dict(k=2))
-    assert first=={p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    again = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert first==again
 
 def test_each_file_missing(tmp_path):
     for name in ('a.json', 'a.safetensors'):
         (save_arrays(tmp_path, 'a', ARRAYS, {})/name).unlink()
-        with pytest.raises(HydraError, match=f'{Path(name).stem}.{Path(name).suffix[1:]} (is missing|does not exist)'): load_arrays(tmp_path, 'a')
+        with pytest.raises(HydraError, match=f'{name} (is missing|does not exist)'): load_arrays(tmp_path, 'a')

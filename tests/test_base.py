@@ -6,17 +6,24 @@ from hydramoe.foundations.core import HydraError
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 def test_no_global_random_numbers_are_used():
-    torch.manual_seed(5); want = torch.rand(3)
-    torch.manual_seed(5); tiny_base(); tiny_base(quant='nf4')
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    tiny_base()
+    tiny_base(quant='nf4')
     assert torch.equal(torch.rand(3), want)
 
 def test_fused_projections_are_targets():
-    m = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
-    assert {n.split('.')[-1] for n in target_layers(m)}=={'query_key_value', 'dense', 'dense_h_to_4h', 'dense_4h_to_h'}
+    config = GPTNeoXConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    m = GPTNeoXForCausalLM(config)
+    kinds = {n.split('.')[-1] for n in target_layers(m)}
+    assert kinds=={'query_key_value', 'dense', 'dense_h_to_4h', 'dense_4h_to_h'}
     assert len(target_layers(m, 'query_key_value,dense'))==2
 
 def test_gpt2_keeps_its_matrices_elsewhere():
-    m = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=64, n_embd=64, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2))
+    sizes = dict(vocab_size=259, n_positions=64, n_embd=64, n_layer=1, n_head=4)
+    m = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
     for targets in ('all-linear', 'c_attn'):
         with pytest.raises(HydraError, match='GPT2LMHeadModel .* Conv1D'): target_layers(m, targets)
 
@@ -47,10 +54,14 @@ def test_repacked_layers_are_unpacked():
 @pytest.mark.slow
 def test_smollm2_in_every_precision():
     "bf16 is near fp32; NF4 moves single logits a lot, the loss little"
-    loss,name = {},None
+    text = 'The capital of France is the city of Paris, which is known for its museums and food.'
+    loss = {}
+    first = None
     for q in ('fp32', 'bf16', 'nf4'):
         b = load_base('smollm2', q, 'cpu')
-        ids = b.tokenizer('The capital of France is the city of Paris, which is known for its museums and food.', return_tensors='pt').input_ids
+        ids = b.tokenizer(text, return_tensors='pt').input_ids
         with torch.no_grad(): loss[q] = b.model(ids, labels=ids).loss.item()
-        assert b.fingerprint==(name := name or b.fingerprint)
-    assert abs(loss['bf16']-loss['fp32']) < .02*loss['fp32'] and abs(loss['nf4']-loss['fp32']) < .1*loss['fp32']
+        first = first or b.fingerprint
+        assert b.fingerprint==first
+    assert abs(loss['bf16']-loss['fp32']) < .02*loss['fp32']
+    assert abs(loss['nf4']-loss['fp32']) < .1*loss['fp32']
