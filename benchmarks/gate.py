@@ -1,12 +1,13 @@
 """Trained gates, measured: `python benchmarks/gate.py --json` (some 15 minutes on two cores); `--fast` takes a minute.
 
-One run measures all sides, each on its own copy of the same base in fp32, one step of each in turn and round after round,
-so that whatever disturbs the machine disturbs all; medians, and of each round's ratios the quartiles.
+One run measures all sides, each on its own copy of the same base in fp32, one step of each in turn and round after
+round, so that whatever disturbs the machine disturbs all; medians, and of each round's ratios the quartiles.
 
-  step_vs_lora    seconds of a training step of a gate and nine experts, two of them for each token, ÷ of one LoRA's step;
-                  both with their optimizers' steps, the same rows in the same passes
-  vs_xlora        seconds of a step of PEFT's X-LoRA (two of nine for each token, a gate for each layer, experts frozen) ÷ of
-                  a step of our gate alone on the same experts and rows, which are equally long, so that nothing is padded
+  step_vs_lora    seconds of a training step of a gate and nine experts, two of them for each token, ÷ of one LoRA's
+                  step; both with their optimizers' steps, the same rows in the same passes
+  vs_xlora        seconds of a step of PEFT's X-LoRA (two of nine for each token, a gate for each layer, experts
+                  frozen) ÷ of a step of our gate alone on the same experts and rows, which are equally long, so that
+                  nothing is padded
   decode_vs_base  seconds of a decode step, two of nine experts for each token, ÷ of the bare base's
   decode_256      the same with two of 256
 """
@@ -34,14 +35,16 @@ def made_up(args, vocabulary):
     return [Example(ids=row, n_prompt=args.length//2, id=str(i), domain='any') for i, row in enumerate(ids)]
 
 def lora_step(args, rows):
-    "One LoRA's training step"
-    model, spec = named(args, 1), TrainSpec(micro_tokens=args.micro)
+    "A model of one LoRA, and its training step"
+    model = named(args, 1)
+    spec = TrainSpec(micro_tokens=args.micro)
     opt = Optimizers(model.stack, [1000], spec)
     return model, lambda: fit_step(model, opt, [(0, x) for x in rows], 0, ['single'])
 
 def gate_step(args, rows, experts):
-    "A step of a gate over nine experts, two for each token; with the experts, or alone"
-    model, spec = named(args, 9), TrainSpec(micro_tokens=args.micro)
+    "A model of nine experts, and a training step of a gate over them, two for each token; with the experts, or alone"
+    model = named(args, 9)
+    spec = TrainSpec(micro_tokens=args.micro)
     training = GateTraining(spec, experts=spec if experts else None)
     gate = trained_gate(model.stack, GateSpec(top_k=2))
     run = GateRun(gate, GateRows(rows, soft(len(rows), 9, 9)), training)
@@ -75,12 +78,15 @@ def ratio(took, a, b):
     "Median of a ÷ median of b, and the quartiles of the rounds' own ratios"
     of_rounds = [x/y for x, y in zip(took[a], took[b])]
     low, _, high = statistics.quantiles(of_rounds, n=4)
-    return round(statistics.median(took[a])/statistics.median(took[b]), 4), [round(low, 4), round(high, 4)]
+    of_medians = statistics.median(took[a])/statistics.median(took[b])
+    return round(of_medians, 4), [round(low, 4), round(high, 4)]
 
 def decoding(args, base, rounds):
-    "Decode steps of the base and of two gated stacks"
-    ids = torch.randint(3, base.model.config.vocab_size, (args.rows, args.context), generator=torch.Generator().manual_seed(0))
-    steps = {'base': decode(base.model, base.model.config, ids)}
+    "Seconds of decode steps, round by round: of the base and of two gated stacks, two experts for each token"
+    config = base.model.config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, config.vocab_size, (args.rows, args.context), generator=generator)
+    steps = {'base': decode(base.model, config, ids)}
     for E in (9, args.many):
         model = named(args, E)
         gate = trained_gate(model.stack, GateSpec(top_k=2, start=.02))
@@ -88,25 +94,35 @@ def decoding(args, base, rounds):
         steps[f'decode_{E}'] = decode(model, model.config, ids, (model.keep, {}), gates=work)
     return every_round(steps, rounds)
 
+def training(args, rows, tmp):
+    "Seconds of training steps on the same rows, round by round: a LoRA, gate and experts, a gate alone, X-LoRA"
+    one, lora = lora_step(args, rows)
+    nine, gated = gate_step(args, rows, experts=True)
+    frozen, alone = gate_step(args, rows, experts=False)
+    with training_mode(one), training_mode(nine), training_mode(frozen):
+        steps = dict(lora=lora, gated=gated, alone=alone, xlora=xlora_step(args, rows, tmp))
+        return every_round(steps, args.rounds)
+
+def measure(args):
+    "Seconds of all steps, round by round: those of training, those of decoding"
+    with warnings.catch_warnings(action='ignore'), tempfile.TemporaryDirectory() as tmp:
+        base = opened(args, 'fp32')
+        with torch.inference_mode(): of_decode = decoding(args, base, args.rounds)
+        rows = made_up(args, base.model.config.vocab_size)
+        return training(args, rows, tmp), of_decode
+
 def main():
     p = options(__doc__, '9', 20)
     p.add_argument('--length', type=int, default=150, help='tokens of a training row')
     p.add_argument('--micro', type=int, default=600, help='tokens of a pass')
     p.add_argument('--many', type=int, default=256, help='experts of the large stack')
     args = p.parse_args()
-    if args.fast: args.base, args.rounds, args.context, args.length, args.many = 'tiny', 3, 16, 20, 40
+    if args.fast: vars(args).update(base='tiny', rounds=3, context=16, length=20, many=40)
     torch.set_num_threads(args.threads)
-    with warnings.catch_warnings(action='ignore'), tempfile.TemporaryDirectory() as tmp:
-        base = opened(args, 'fp32')
-        with torch.inference_mode(): of_decode = decoding(args, base, args.rounds)
-        rows = made_up(args, base.model.config.vocab_size)
-        one, single = lora_step(args, rows)
-        nine, both = gate_step(args, rows, experts=True)
-        frozen, alone = gate_step(args, rows, experts=False)
-        with training_mode(one), training_mode(nine), training_mode(frozen):
-            of_step = every_round(dict(lora=single, gated=both, alone=alone, xlora=xlora_step(args, rows, tmp)), args.rounds)
+    of_step, of_decode = measure(args)
     found = dict(step_vs_lora=ratio(of_step, 'gated', 'lora'), vs_xlora=ratio(of_step, 'xlora', 'alone'),
-                 decode_vs_base=ratio(of_decode, 'decode_9', 'base'), decode_256=ratio(of_decode, f'decode_{args.many}', 'base'))
+                 decode_vs_base=ratio(of_decode, 'decode_9', 'base'),
+                 decode_256=ratio(of_decode, f'decode_{args.many}', 'base'))
     result = {name: value for name, (value, _) in found.items()}
     result['quartiles'] = {name: spread for name, (_, spread) in found.items()}
     result['seconds'] = {k: round(statistics.median(v), 4) for k, v in (of_step|of_decode).items()}

@@ -1,7 +1,8 @@
 """Measure, and publish what was measured: `python benchmarks/keep.py train [options]`.
 
-Runs `benchmarks/train.py --json [options]`, writes what it prints to benchmarks/results/train.json, and enters the file in the
-list beside it. A file that came any other way, or was edited later, fails the tests; so nothing but a measurement gets there.
+Runs `benchmarks/train.py --json [options]`, writes what it prints to benchmarks/results/train.json, and enters the file
+in the list beside it. A file that came any other way, or was edited later, fails the tests; so nothing but a
+measurement gets there.
 """
 import json, subprocess, sys
 from pathlib import Path

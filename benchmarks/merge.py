@@ -1,31 +1,34 @@
-"""Merges of experts, measured against mergekit's and PEFT's: `python benchmarks/merge.py --json` (some 20 minutes on two cores).
+"""Merges of experts, measured against mergekit's and PEFT's: `python benchmarks/merge.py` (20 minutes).
 
     python benchmarks/merge.py                a table
     python benchmarks/merge.py --json         the numbers below, and what they are made of
-    python benchmarks/merge.py --fast         a block of small layers, few rounds: half a minute, and shows no more than that it runs
+    python benchmarks/merge.py --fast         a block of small layers, few rounds: half a minute, and shows no more
+                                              than that it runs
 
-Nine experts of rank 8 on the 210 linear layers of SmolLM2-135M, in fp32: random factors, the same in every run. Each expert's
-factors are a common part and an own one of equal length, as of experts that branched from one seed expert, so they agree at
-many entries and conflict at others. Both sides begin with the factors, form the products inside the measured time, and end with
-the same matrices. Each layer is merged by each side in turn, in one process, round after round; a round is the sum over all
-layers, and medians of rounds are compared. Imports and a round of warm-up on both sides are left out.
-  ties_vs_mergekit   seconds, mergekit's `merge_group` of its method ties, on a base of zeros, ÷ `ties(variant='mergekit')`
+Nine experts of rank 8 on the 210 linear layers of SmolLM2-135M, in fp32: random factors, the same in every run. Each
+expert's factors are a common part and an own one of equal length, as of experts that branched from one seed expert,
+so they agree at many entries and conflict at others. Both sides begin with the factors, form the products inside the
+measured time, and end with the same matrices. Each layer is merged by each side in turn, in one process, round after
+round; a round is the sum over all layers, and medians of rounds are compared. Imports and a round of warm-up on both
+sides are left out.
+  ties_vs_mergekit   seconds, mergekit's `merge_group` of its method ties, on a base of zeros, ÷
+                     `ties(variant='mergekit')`
   ties_vs_peft       seconds, PEFT's `ties` ÷ `ties(variant='peft')`
-  linear_vs_peft     seconds, PEFT's `task_arithmetic` ÷ `linear`; cat_vs_peft: factors side by side, as PEFT's 'cat' makes them
-  svd_vs_peft        seconds, what PEFT's `add_weighted_adapter('svd')` does ÷ core space, `linear`, `compress` to rank 8 and
-                     back; svd_thin_vs_peft: PEFT with svd_full_matrices=False, which is not its default
+  linear_vs_peft     seconds, PEFT's `task_arithmetic` ÷ `linear`; cat_vs_peft: factors side by side, as PEFT's 'cat'
+                     makes them
+  svd_vs_peft        seconds, what PEFT's `add_weighted_adapter('svd')` does ÷ core space, `linear`, `compress` to
+                     rank 8 and back; svd_thin_vs_peft: PEFT with svd_full_matrices=False, which is not its default
   peak_vs_peft       how many times less memory above the experts our TIES of the largest layer needs than PEFT's
   exponent           p in seconds ~ E^p, fitted to our TIES of E = 4 … 64 experts; svd_exponent: to our svd merge
   state_peak         peak above the experts of our TIES of 64 experts of a 7B model, one layer of each
                      shape after the other, in products of the largest (64 of them would be the stack of all)
 
-Before anything is timed, the results are compared on every layer: no entry may differ by more than 1e-5 of the largest
-(2e-5 after a truncated SVD, which fp32 computes less exactly).
-TIES decides by comparisons, and fp32 cannot decide all of them: a vote that is even but for rounding, or a magnitude that
-another one equals at the threshold. Such entries are found in fp64, left out of the comparison, and counted: `undecided`,
-at most 1 in 10,000.
-Peaks are those of the process (VmHWM, reset once the experts are there and a small merge has warmed up): torch, numpy and LAPACK
-alike. Each side has a process of its own, whose malloc gives every tensor back when it is freed.
+Before anything is timed, the results are compared on every layer: no entry may differ by more than 1e-5 of the
+largest (2e-5 after a truncated SVD, which fp32 computes less exactly). TIES decides by comparisons, and fp32 cannot
+decide all of them: a vote that is even but for rounding, or a magnitude that another one equals at the threshold.
+Such entries are found in fp64, left out of the comparison, and counted: `undecided`, at most 1 in 10,000. Peaks are
+those of the process (VmHWM, reset once the experts are there and a small merge has warmed up): torch, numpy and
+LAPACK alike. Each side has a process of its own, whose malloc gives every tensor back when it is freed.
 """
 import argparse, json, math, os, statistics, subprocess, sys, time, warnings
 from pathlib import Path
@@ -79,14 +82,17 @@ def mergekit_ties(d, weights):
     return registry.get('ties').merge_group(group, weight=weight, density=density, **shared)
 
 def peft_ties(d, weights):
+    "PEFT's own TIES"
     from peft.utils.merge_utils import ties as their_ties
     return their_ties(peft_products(d), weights, DENSITY)
 
 def peft_linear(d, weights):
+    "PEFT's weighted sum"
     from peft.utils.merge_utils import task_arithmetic
     return task_arithmetic(peft_products(d), weights)
 
 def peft_cat(d, weights):
+    "Factors side by side, the weights in A"
     A = torch.cat([A*weight for A, weight in zip(d.A, weights.tolist())], dim=0)
     return A, torch.cat(list(d.B), dim=1)
 
@@ -95,7 +101,19 @@ def peft_svd(d, weights, full_matrices=True):
     U, S, Vh = torch.linalg.svd(peft_linear(d, weights), full_matrices=full_matrices)
     return Vh[:RANK], U[:,:RANK]@torch.diag(S[:RANK])
 
+def peft_svd_thin(d, weights):
+    "The same with an option of PEFT's that is not its default"
+    return peft_svd(d, weights, full_matrices=False)
+
 # ---- ours
+
+def our_mergekit_ties(d, weights):
+    "TIES as mergekit computes it"
+    return ties(d, weights, DENSITY, 'mergekit')
+
+def our_peft_ties(d, weights):
+    "TIES as PEFT computes it"
+    return ties(d, weights, DENSITY, 'peft')
 
 def our_cat(d, weights):
     "Both in new memory, as theirs are"
@@ -103,18 +121,17 @@ def our_cat(d, weights):
     return d.A.flatten(0, 1).clone(), B.transpose(0, 1).flatten(1)
 
 def our_svd(d, weights):
+    "Merged and compressed in core space, then factors again"
     core = to_core(d)
     A, B, _ = compress(linear(core.deltas, weights), RANK)
     return (A@core.Q_A.T).float(), (core.Q_B@B).float()
 
 SIDES = dict(
-    mergekit_ties=mergekit_ties,
-    our_mergekit_ties=lambda d, w: ties(d, w, DENSITY, 'mergekit'),
-    peft_ties=peft_ties,
-    our_peft_ties=lambda d, w: ties(d, w, DENSITY, 'peft'),
+    mergekit_ties=mergekit_ties, our_mergekit_ties=our_mergekit_ties,
+    peft_ties=peft_ties, our_peft_ties=our_peft_ties,
     peft_linear=peft_linear, our_linear=linear,
     peft_cat=peft_cat, our_cat=our_cat,
-    peft_svd=peft_svd, peft_svd_thin=lambda d, w: peft_svd(d, w, False), our_svd=our_svd)
+    peft_svd=peft_svd, peft_svd_thin=peft_svd_thin, our_svd=our_svd)
 
 PAIRS = dict( # a figure: theirs, ours
     ties_vs_mergekit=('mergekit_ties', 'our_mergekit_ties'),
@@ -126,6 +143,13 @@ PAIRS = dict( # a figure: theirs, ours
 
 # ---- the same output
 
+def at_threshold(size):
+    "The magnitude from which TIES keeps entries, and which entries are too close to it"
+    place = size.numel()-int(DENSITY*size.numel())
+    threshold = np.partition(size.flatten().numpy(), place)[place]
+    close = (size/threshold-1).abs()<1e-6
+    return threshold, close
+
 def decided(d, weights):
     "(m,n) entries that TIES decides by more than the rounding of fp32, for weighted votes and for unweighted ones"
     sure = torch.ones(d.shape, dtype=torch.bool)
@@ -133,9 +157,7 @@ def decided(d, weights):
     for A, B, weight in zip(d.A.double(), d.B.double(), weights.tolist()):
         product = B@A
         size = product.abs()
-        place = size.numel()-int(DENSITY*size.numel())
-        threshold = np.partition(size.flatten().numpy(), place)[place]
-        close = (size/threshold-1).abs()<1e-6
+        threshold, close = at_threshold(size)
         if close.sum()>1: sure &= ~close # alone, the entry that is the threshold is kept by all
         kept = product*(size>=threshold)
         for vote, say in zip(votes, (weight, 1.)):
@@ -154,26 +176,31 @@ def allowed(name):
     "How much of the largest entry the two sides of a pair may differ by"
     return 2e-5 if name.startswith('svd') else 1e-5
 
+def difference(name, d, weights, sure):
+    "How much the two sides of a pair differ at most on a layer, relative to the largest entry"
+    theirs, ours = (as_matrix(SIDES[side](d, weights)) for side in PAIRS[name])
+    off = (theirs-ours).abs()
+    if 'ties' in name: off = off[sure]
+    return (off.max()/theirs.abs().max()).item()
+
 def compare(layers, weights):
-    "The largest difference of each pair, relative to the largest entry, over all layers; more than `allowed` is an error"
+    "The largest difference of each pair over all layers; more than `allowed` is an error"
     worst = dict.fromkeys(PAIRS, 0.)
     undecided = entries = 0
     for d in layers:
         sure = decided(d, weights)
         undecided += (~sure).sum().item()
         entries += sure.numel()
-        for name, (theirs, ours) in PAIRS.items():
-            a, b = (as_matrix(SIDES[side](d, weights)) for side in (theirs, ours))
-            off = (a-b).abs()
-            if 'ties' in name: off = off[sure]
-            worst[name] = max(worst[name], (off.max()/a.abs().max()).item())
-    if wrong := {name: off for name, off in worst.items() if not off<=allowed(name)}: sys.exit(f'results differ: {wrong}')
+        for name in PAIRS: worst[name] = max(worst[name], difference(name, d, weights, sure))
+    wrong = {name: off for name, off in worst.items() if not off<=allowed(name)}
+    if wrong: sys.exit(f'results differ: {wrong}')
     if undecided>1e-4*entries: sys.exit(f'{undecided} of {entries} entries are undecided')
     return dict(largest_difference=worst, undecided=undecided, entries=entries)
 
 # ---- seconds
 
 def seconds(f, *args):
+    "Of one call"
     start = time.perf_counter()
     f(*args)
     return time.perf_counter()-start
@@ -228,7 +255,8 @@ def peak(side, shapes, n_experts):
 def measured(side, shapes, n_experts):
     "The peak of one side"
     command = [sys.executable, __file__, '--peak', json.dumps([side, shapes, n_experts])]
-    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536', HYDRAMOE_QUIET='1', OMP_NUM_THREADS=str(torch.get_num_threads()))
+    threads = str(torch.get_num_threads())
+    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536', HYDRAMOE_QUIET='1', OMP_NUM_THREADS=threads)
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, env=env).stdout)
 
 def largest(shapes):
@@ -238,8 +266,9 @@ def largest(shapes):
 def memory(a):
     "Peaks of TIES, and of 64 experts of a large model"
     shape = largest(block(**SMOLLM2))
-    sides = 'peft_ties', 'our_peft_ties', 'mergekit_ties', 'our_mergekit_ties'
-    peaks = {side: measured(side, [shape], 9) for side in (sides[:2] if a.fast else sides)}
+    sides = ['peft_ties', 'our_peft_ties']
+    if not a.fast: sides += ['mergekit_ties', 'our_mergekit_ties']
+    peaks = {side: measured(side, [shape], 9) for side in sides}
     many = [shape] if a.fast else sorted(set(block(**SEVEN_B)))
     state = measured('our_mergekit_ties', many, 64)
     product = 4*math.prod(largest(many))
@@ -251,7 +280,8 @@ def memory(a):
 # ---- all of it
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    how = argparse.ArgumentDefaultsHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=how)
     p.add_argument('--json', action='store_true', help='print one JSON object and nothing else')
     p.add_argument('--fast', action='store_true', help='a block of small layers, few rounds: does it run?')
     p.add_argument('--blocks', type=int, default=30, help='blocks of 7 layers')
@@ -274,20 +304,28 @@ def measure(a):
     figures = ratios(took)|memory(a)
     figures |= dict(exponent=slope(curves['our_mergekit_ties']), svd_exponent=slope(curves['our_svd']))
     settings = dict(blocks=a.blocks, rounds=a.rounds, threads=torch.get_num_threads(), rank=RANK, density=DENSITY)
-    conditions = dict(settings, versions=versions('torch', 'peft', 'mergekit', 'numpy'), machine=machine(), work=__doc__.split('\n\n')[2])
+    conditions = dict(settings, versions=versions('torch', 'peft', 'mergekit', 'numpy'), machine=machine(),
+                      work=__doc__.split('\n\n')[2])
     median = {side: statistics.median(s) for side, s in took.items()}
-    return figures|dict(equal=same, seconds=median, rounds=took, shapes=shapes, curves=curves, curve_shapes=sample, conditions=conditions)
+    return figures|dict(equal=same, seconds=median, rounds=took, shapes=shapes, curves=curves, curve_shapes=sample,
+                        conditions=conditions)
+
+def show(found):
+    "A table"
+    for name, figure in found.items():
+        if isinstance(figure, float): print(f'{name:20} {figure:9.2f}')
+    for side, took in found['seconds'].items(): print(f'  {side:20} {took:9.3f} s')
 
 def main():
     a = options()
     warnings.simplefilter('ignore')
-    if a.peak: print(json.dumps(peak(*json.loads(a.peak)))); return
-    if a.fast: a.blocks, a.rounds, a.threads = 1, 2, 1
+    if a.peak:
+        print(json.dumps(peak(*json.loads(a.peak))))
+        return
+    if a.fast: vars(a).update(blocks=1, rounds=2, threads=1)
     if a.threads: torch.set_num_threads(a.threads)
     with torch.inference_mode(): found = measure(a)
-    if a.json: print(json.dumps(found, indent=1)); return
-    for name, figure in found.items():
-        if isinstance(figure, float): print(f'{name:20} {figure:9.2f}')
-    for side, took in found['seconds'].items(): print(f'  {side:20} {took:9.3f} s')
+    if a.json: print(json.dumps(found, indent=1))
+    else: show(found)
 
 if __name__=='__main__': main()

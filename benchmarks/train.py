@@ -1,24 +1,28 @@
 """Nine experts trained fused, against TRL's SFTTrainer + PEFT training them one after the other.
 
     python benchmarks/train.py                a table
-    python benchmarks/train.py --json         vs_trl_bf16, vs_trl_fp32: tokens a second, ours ÷ TRL's; memory_vs_trl: peak
-                                              memory, ours ÷ TRL's; quality_gap: held-out loss, ours ÷ TRL's − 1; bare_vs_trl_*: the
-                                              base alone, forward and backward, ÷ TRL's: the most that ours could reach; shared_vs_fused:
-                                              seconds of a step with a shared expert and as many residuals ÷ of a fused step of plain experts; and tables
+    python benchmarks/train.py --json         vs_trl_bf16, vs_trl_fp32: tokens a second, ours ÷ TRL's; memory_vs_trl:
+                                              peak memory, ours ÷ TRL's; quality_gap: held-out loss, ours ÷ TRL's − 1;
+                                              bare_vs_trl_*: the base alone, forward and backward, ÷ TRL's: the most
+                                              that ours could reach; shared_vs_fused: seconds of a step with a shared
+                                              expert and as many residuals ÷ of a fused step of plain experts; and
+                                              tables
     python benchmarks/train.py --base tiny --domains 3 --rows 6 --steps 3       seconds, to see that it works
 
-Both sides get the same base in the same precision (bf16: weights and products in bf16, adapters, their gradients and AdamW in
-fp32, on TRL's side through autocast), the same fresh adapters, the same rows in the same order with the same batches for each expert, the same activation
-checkpointing. Tokens are counted without padding. The first steps of every trainer are left out, and so is all preparation.
-For memory, TRL gets batches of as many tokens as ours has under way at once, as if they were of one expert.
-Every measurement has a process of its own, since memory is its peak. `shared_vs_fused` has one for both of its sides: they take
-the same steps of the same rows, in the same passes, in turn.
+Both sides get the same base in the same precision (bf16: weights and products in bf16, adapters, their gradients and
+AdamW in fp32, on TRL's side through autocast), the same fresh adapters, the same rows in the same order with the same
+batches for each expert, the same activation checkpointing. Tokens are counted without padding. The first steps of
+every trainer are left out, and so is all preparation. For memory, TRL gets batches of as many tokens as ours has
+under way at once, as if they were of one expert. Every measurement has a process of its own, since memory is its
+peak. `shared_vs_fused` has one for both of its sides: they take the same steps of the same rows, in the same passes,
+in turn.
 """
 import argparse, json, os, resource, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    how = argparse.ArgumentDefaultsHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=how)
     p.add_argument('--base', default='smollm2', help="'smollm2', 'tiny', a path or a Hub id")
     p.add_argument('--domains', type=int, default=9, help='experts')
     p.add_argument('--rows', type=int, default=20, help='rows of each expert')
@@ -27,15 +31,18 @@ def options():
     p.add_argument('--warm', type=int, default=1, help='first steps of each trainer that are left out')
     p.add_argument('--held', type=int, default=6, help='held-out rows of each domain')
     p.add_argument('--length', type=int, default=300, help='tokens of the longest prompt, and of the longest answer')
-    p.add_argument('--micro', type=int, default=1400, help='tokens that ours has under way at once: in one forward, or in lanes of one thread each')
+    p.add_argument('--micro', type=int, default=1400,
+                   help='tokens that ours has under way at once: in one forward, or in lanes of one thread each')
     p.add_argument('--rank', type=int, default=8)
     p.add_argument('--lr', type=float, default=5e-4)
     p.add_argument('--checkpointing', action='store_true', help='recompute activations, on both sides')
     p.add_argument('--quants', default='bf16,fp32', help='precisions to compare')
-    p.add_argument('--trl-weights', choices=['same', 'fp32'], default='same', help="the base under TRL's bf16: in bf16 as ours, or in fp32 under autocast, TRL's own default")
+    p.add_argument('--trl-weights', choices=['same', 'fp32'], default='same',
+                   help="the base under TRL's bf16: in bf16 as ours, or in fp32 under autocast, TRL's own default")
     p.add_argument('--threads', type=int, default=None, help='of torch; default: all of this machine')
     p.add_argument('--repeat', type=int, default=1, help='times each side is measured, in turn; the median counts')
-    p.add_argument('--cpu-clock', action='store_true', help='count processor time, for a machine that is not quiet (with --threads 1)')
+    p.add_argument('--cpu-clock', action='store_true',
+                   help='count processor time, for a machine that is not quiet (with --threads 1)')
     p.add_argument('--no-memory', action='store_true', help='leave memory out')
     p.add_argument('--json', action='store_true')
     p.add_argument('--side', help=argparse.SUPPRESS)
@@ -52,12 +59,15 @@ def rows_of(a, base):
     from hydramoe.foundations.store import stage
     from hydramoe.data.unified_card import toy_unify_stage, unify_stage
     toy = a.base=='tiny'
-    params = dict(tokens_per_domain=400*a.rows, dev=1, test=a.held, max_length=a.length, seed=0, cards='' if toy else cards_digest())
+    params = dict(tokens_per_domain=400*a.rows, dev=1, test=a.held, max_length=a.length, seed=0,
+                  cards='' if toy else cards_digest())
     data = stage(toy_unify_stage if toy else unify_stage, params)
-    parts = {p: [encode(r, base.tokenizer, a.length, a.length) for r in read_jsonl(data/f'{p}.jsonl')] for p in ('experts', 'test')}
+    def encoded(part): return [encode(r, base.tokenizer, a.length, a.length) for r in read_jsonl(data/f'{part}.jsonl')]
+    parts = dict(experts=encoded('experts'), test=encoded('test'))
     def of(part, most): return {d: [x for x in parts[part] if x and x.domain==d][:most] for d in DOMAINS[:a.domains]}
     train = of('experts', a.rows)
-    if short := [d for d,rows in train.items() if len(rows)<a.rows]: print(f'fewer than {a.rows} rows: {", ".join(short)}', file=sys.stderr)
+    short = [d for d,rows in train.items() if len(rows)<a.rows]
+    if short: print(f'fewer than {a.rows} rows: {", ".join(short)}', file=sys.stderr)
     return train, of('test', a.held)
 
 def prepared(a, theirs=False):
@@ -70,9 +80,11 @@ def prepared(a, theirs=False):
     base = load_base(a.base, 'fp32' if theirs and a.trl_weights=='fp32' else a.quant)
     rows, held = rows_of(a, base)
     spec = TrainSpec(lr=a.lr, rows=a.batch, micro_tokens=a.micro, warmup=2)
-    return base, spec, rows, held, plan_steps(list(rows.values()), list(rows), spec)[:a.steps]
+    steps = plan_steps(list(rows.values()), list(rows), spec)[:a.steps]
+    return base, spec, rows, held, steps
 
 def lora(a):
+    "The shape of an expert"
     from hydramoe.experts.stack import LoraSpec
     return LoraSpec(rank=a.rank, alpha=2*a.rank)
 
@@ -87,9 +99,26 @@ def start(a, base, names):
         model.stack.save_peft(Path(a.work)/'start'/n, 0)
     model.detach()
 
-def clock(a): return time.process_time() if a.cpu_clock else time.perf_counter()
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
-def tokens(rows): return sum(len(x.ids) for x in rows)
+# ---- what each side is measured by
+
+def clock(a):
+    "The time of day, or that of the processor"
+    return time.process_time() if a.cpu_clock else time.perf_counter()
+
+def peak():
+    "GiB that this process had at most"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
+
+def tokens(rows):
+    "Of all rows, without padding"
+    return sum(len(x.ids) for x in rows)
+
+def result(a, steps, seconds):
+    "Tokens and seconds of all steps but the first ones, and memory"
+    counted = sum(tokens([x for _,x in step]) for step in steps[a.warm:])
+    return dict(tokens=counted, seconds=sum(seconds[a.warm:]), memory=peak())
+
+# ---- the sides, each in a process of its own
 
 def ours(a):
     "All experts fused"
@@ -102,16 +131,23 @@ def ours(a):
     model = gated(base, slots=len(names), spec=lora(a))
     for e,n in enumerate(names): model.stack.load_peft(Path(a.work)/'start'/n, e, n)
     with training_mode(model, a.checkpointing):
-        opt, seconds = Optimizers(model.stack, [sum(any(f==e for f,_ in s) for s in steps) for e in range(len(names))], spec), []
+        opt = Optimizers(model.stack, [len(batches_of(steps, e)) for e in range(len(names))], spec)
+        seconds = []
         for k,step in enumerate(steps):
-            t = clock(a)
+            began = clock(a)
             fit_step(model, opt, step, k, names)
-            seconds.append(clock(a)-t)
+            seconds.append(clock(a)-began)
     for e,n in enumerate(names): model.stack.save_peft(Path(a.work)/a.quant/'ours'/n, e)
-    return dict(tokens=sum(tokens([x for _,x in s]) for s in steps[a.warm:]), seconds=sum(seconds[a.warm:]), memory=peak())
+    return result(a, steps, seconds)
+
+def batches_of(steps, expert):
+    "The rows of one expert in each step that has any"
+    batches = [[x for e,x in step if e==expert] for step in steps]
+    return [batch for batch in batches if batch]
 
 def bare(a):
-    "The base alone on the passes of the fused run: forward, loss and the way back to its embeddings, which no training of adapters in all layers can do without"
+    """The base alone on the passes of the fused run: forward, loss and the way back to its embeddings, which no
+    training of adapters in all layers can do without"""
     from concurrent.futures import ThreadPoolExecutor
     import torch
     from hydramoe.experts.train import deal_passes, n_replicas, make_passes, shard_passes, using_threads
@@ -121,24 +157,33 @@ def bare(a):
     from hydramoe.experts.packing import packed_attention
     base, spec, _, _, steps = prepared(a)
     base.model.enable_input_require_grads()
-    model, seconds = gated(base, 1, lora(a)), []
+    model = gated(base, 1, lora(a))
+    seconds = []
     n = n_replicas(model, spec)
     def lane(step, passes):
-        for b,_ in passes:
-            with using(base_plan(model.stack)): token_losses(model, [step[i][1] for i in b], packed=True).sum().backward()
+        "Some passes, one after the other"
+        for rows,_ in passes:
+            with using(base_plan(model.stack)):
+                token_losses(model, [step[i][1] for i in rows], packed=True).sum().backward()
+    def take(step, pool):
+        "A step, its passes dealt to lanes as the fused run deals them"
+        lengths = [len(x.ids) for _,x in step]
+        passes = shard_passes(make_passes([e for e,_ in step], lengths, spec.micro_tokens//n, n))
+        dealt = deal_passes(passes, lengths, n)
+        with using_threads(max(1, torch.get_num_threads()//n)):
+            list(pool.map(lambda passes: lane(step, passes), dealt))
     with packed_attention(model), ThreadPoolExecutor(n) as pool:
         for step in steps:
-            t, lengths = clock(a), [len(x.ids) for _,x in step]
-            dealt = deal_passes(shard_passes(make_passes([e for e,_ in step], lengths, spec.micro_tokens//n, n)), lengths, n)
-            with using_threads(max(1, torch.get_num_threads()//n)): list(pool.map(lambda passes: lane(step, passes), dealt))
-            seconds.append(clock(a)-t)
-    return dict(tokens=sum(tokens([x for _,x in s]) for s in steps[a.warm:]), seconds=sum(seconds[a.warm:]), memory=peak())
+            began = clock(a)
+            take(step, pool)
+            seconds.append(clock(a)-began)
+    return result(a, steps, seconds)
 
 def timer(a):
     "A trainer's callback that notes when each step begins and ends"
     from transformers import TrainerCallback
     class Timer(TrainerCallback):
-        began, seconds = None, []
+        def __init__(self): self.seconds = []
         def on_step_begin(self, *args, **kw): self.began = clock(a)
         def on_step_end(self, *args, **kw): self.seconds.append(clock(a)-self.began)
     return Timer()
@@ -150,10 +195,12 @@ def trl(a):
     start(a, base, rows)
     total = dict(tokens=0, seconds=0.)
     for e,n in enumerate(rows):
-        batches, watch = [b for s in steps if (b := [x for f,x in s if f==e])], timer(a)
-        watch.seconds = []
-        fit_trl(base, batches, Path(a.work)/'start'/n, Path(a.work)/a.quant/'trl'/n, spec, a.checkpointing, a.quant=='bf16', [watch])
-        total['tokens'] += sum(map(tokens, batches[a.warm:])); total['seconds'] += sum(watch.seconds[a.warm:])
+        batches = batches_of(steps, e)
+        watch = timer(a)
+        begin, end = Path(a.work)/'start'/n, Path(a.work)/a.quant/'trl'/n
+        fit_trl(base, batches, begin, end, spec, a.checkpointing, a.quant=='bf16', [watch])
+        total['tokens'] += sum(map(tokens, batches[a.warm:]))
+        total['seconds'] += sum(watch.seconds[a.warm:])
     return dict(total, memory=peak())
 
 def shared(a):
@@ -173,16 +220,19 @@ def shared(a):
     with training_mode(plain, a.checkpointing), training_mode(both, a.checkpointing):
         fused = Optimizers(plain.stack, totals[1:], spec)
         mixed = SharedOptimizers(both.stack, totals, spec, ResidualSpec())
-        turns = [('fused', lambda step, k: fit_step(plain, fused, step, k, names)),
-                 ('shared', lambda step, k: shared_step(both, mixed, step, k, [*names, 'shared']))]
+        def take_fused(step, k): fit_step(plain, fused, step, k, names)
+        def take_shared(step, k): shared_step(both, mixed, step, k, [*names, 'shared'])
+        turns = [('fused', take_fused), ('shared', take_shared)]
         for k,step in enumerate(steps):
-            for name,take in turns[::1-k%2*2]: # who begins changes from step to step
-                t = clock(a)
+            order = turns if k%2==0 else turns[::-1] # who begins changes from step to step
+            for name,take in order:
+                began = clock(a)
                 take(step, k)
-                seconds[name].append(clock(a)-t)
+                seconds[name].append(clock(a)-began)
     seconds = {name: took[a.warm:] for name,took in seconds.items()}
     ratios = [s/f for s,f in zip(seconds['shared'], seconds['fused'])]
-    return {name: statistics.median(took) for name,took in seconds.items()} | dict(ratio=statistics.median(ratios), ratios=ratios)
+    medians = {name: statistics.median(took) for name,took in seconds.items()}
+    return medians | dict(ratio=statistics.median(ratios), ratios=ratios)
 
 def trl_memory(a):
     "TRL with as many rows in a forward as ours"
@@ -190,23 +240,31 @@ def trl_memory(a):
     from hydramoe.experts.score import micro_batches
     base, spec, rows, _, steps = prepared(a, True)
     start(a, base, rows)
-    batches = [[s[i][1] for i in b] for s in steps[:2] for b in micro_batches([len(x.ids) for _,x in s], a.micro)]
-    fit_trl(base, batches, Path(a.work)/'start'/next(iter(rows)), Path(a.work)/'scrap', spec, a.checkpointing, a.quant=='bf16')
+    batches = []
+    for step in steps[:2]:
+        together = micro_batches([len(x.ids) for _,x in step], a.micro)
+        batches += [[step[i][1] for i in batch] for batch in together]
+    begin, end = Path(a.work)/'start'/next(iter(rows)), Path(a.work)/'scrap'
+    fit_trl(base, batches, begin, end, spec, a.checkpointing, a.quant=='bf16')
     return dict(memory=peak())
+
+def mean_loss(model, rows, gates):
+    "Over the tokens of all answers"
+    from hydramoe.experts.score import response_losses
+    total = sum(map(sum, response_losses(model, rows, gates)))
+    return float(total/sum(len(x.ids)-x.n_prompt for x in rows))
 
 def score(a):
     "Held-out loss of each side's experts, each on its own domain"
     import torch
     from hydramoe.experts.adapters import with_adapters
-    from hydramoe.experts.score import response_losses
     base, _, rows, held, _ = prepared(a)
+    gates = torch.eye(len(rows))
     out = {}
     for side in ('start', 'ours', 'trl'):
         folder = Path(a.work)/(side if side=='start' else f'{a.quant}/{side}')
         model = with_adapters(base, {n: folder/n for n in rows})
-        gates = torch.eye(len(rows))
-        loss = [float(sum(map(sum, response_losses(model, held[n], gates[e])))/sum(len(x.ids)-x.n_prompt for x in held[n])) for e,n in enumerate(rows)]
-        out[side] = statistics.mean(loss)
+        out[side] = statistics.mean([mean_loss(model, held[n], gates[e]) for e,n in enumerate(rows)])
         model.detach()
     return out
 
@@ -214,44 +272,72 @@ SIDES = dict(ours=ours, trl=trl, bare=bare, shared=shared, trl_memory=trl_memory
 
 def measured(side, quant, work):
     "One side in a process of its own"
+    command = [sys.executable, __file__, *sys.argv[1:], '--side', side, '--quant', quant, '--work', str(work)]
+    env = dict(os.environ, HYDRAMOE_QUIET='1', TRANSFORMERS_VERBOSITY='error')
     with tempfile.NamedTemporaryFile('r', suffix='.json') as out:
-        command = [sys.executable, __file__, *sys.argv[1:], '--side', side, '--quant', quant, '--work', str(work)]
-        subprocess.run(command, check=True, stdout=open(out.name, 'w'), env=dict(os.environ, HYDRAMOE_QUIET='1', TRANSFORMERS_VERBOSITY='error'))
+        with open(out.name, 'w') as said: subprocess.run(command, check=True, stdout=said, env=env)
         return json.loads(Path(out.name).read_text().splitlines()[-1])
+
+# ---- all of it
 
 def compared(a, quant, work):
     "The sides in turn, and what comes of it"
-    runs = [[measured(s, quant, work) for s in ('ours', 'trl', 'bare')] for _ in range(a.repeat)]
-    speed = [statistics.median(r[i]['tokens']/r[i]['seconds'] for r in runs) for i in range(3)]
+    runs = [{side: measured(side, quant, work) for side in ('ours', 'trl', 'bare')} for _ in range(a.repeat)]
+    def speed(side): return statistics.median(run[side]['tokens']/run[side]['seconds'] for run in runs)
     held = measured('score', quant, work)
-    memory = max(r[0]['memory'] for r in runs)
-    return dict(ours=speed[0], trl=speed[1], bare=speed[2], ratio=speed[0]/speed[1], held=held, gap=held['ours']/held['trl']-1, memory=memory)
+    memory = max(run['ours']['memory'] for run in runs)
+    return dict(ours=speed('ours'), trl=speed('trl'), bare=speed('bare'), ratio=speed('ours')/speed('trl'), held=held,
+                gap=held['ours']/held['trl']-1, memory=memory)
 
 def conditions(a):
     "What was measured, where, and on what work"
     from hydramoe.foundations.core import default_threads, machine, versions
-    return dict({k: v for k,v in vars(a).items() if k not in ('side', 'quant', 'work', 'json')}, threads=a.threads or default_threads(),
-                versions=versions('torch', 'transformers', 'peft', 'trl'), machine=machine(), work=__doc__.split('\n\n')[2])
+    settings = {k: v for k,v in vars(a).items() if k not in ('side', 'quant', 'work', 'json')}
+    libraries = versions('torch', 'transformers', 'peft', 'trl')
+    return dict(settings, threads=a.threads or default_threads(), versions=libraries, machine=machine(),
+                work=__doc__.split('\n\n')[2])
+
+def measure(a, quants):
+    "All sides in each precision; TRL's memory in the first one, or None; steps with a shared expert"
+    with tempfile.TemporaryDirectory() as work:
+        tables = {q: compared(a, q, work) for q in quants}
+        memory = None if a.no_memory else measured('trl_memory', quants[0], work)['memory']
+        beside = {q: measured('shared', q, work) for q in quants}
+    return tables, memory, beside
+
+def summary(tables, first, memory, beside):
+    "The numbers that the first lines of this file name"
+    out = {f'vs_trl_{q}': x['ratio'] for q,x in tables.items()}
+    out |= {f'bare_vs_trl_{q}': x['bare']/x['trl'] for q,x in tables.items()}
+    if memory: out['memory_vs_trl'] = tables[first]['memory']/memory
+    out['shared_vs_fused'] = max(x['ratio'] for x in beside.values())
+    out['quality_gap'] = max((x['gap'] for x in tables.values()), key=abs)
+    return out
+
+def show(tables, first, memory, beside):
+    "A table"
+    for q,x in tables.items():
+        print(f"{q}: ours {x['ours']:.0f} tokens/s, TRL {x['trl']:.0f}: {x['ratio']:.2f}×; "
+              f"the base alone {x['bare']:.0f}; held-out loss {x['held']['start']:.4f} before, "
+              f"ours {x['held']['ours']:.4f}, TRL {x['held']['trl']:.4f}: {x['gap']:+.3%}")
+    for q,x in beside.items():
+        print(f"{q}: a step with a shared expert takes {x['ratio']:.2f}× one of plain experts "
+              f"({x['shared']:.2f} and {x['fused']:.2f} s)")
+    if memory:
+        own = tables[first]['memory']
+        print(f"peak memory in {first}: ours {own:.2f} GiB, TRL {memory:.2f} at equal tokens a forward: "
+              f"{own/memory:.2f}×")
 
 def main():
     a = options()
     if a.side:
         warnings.simplefilter('ignore')
-        print(json.dumps(SIDES[a.side](a))); return
+        print(json.dumps(SIDES[a.side](a)))
+        return
     quants = a.quants.split(',')
-    with tempfile.TemporaryDirectory() as work:
-        out = {q: compared(a, q, work) for q in quants}
-        theirs = None if a.no_memory else measured('trl_memory', quants[0], work)['memory']
-        beside = {q: measured('shared', q, work) for q in quants}
-    result = {f'vs_trl_{q}': x['ratio'] for q,x in out.items()} | {f'bare_vs_trl_{q}': x['bare']/x['trl'] for q,x in out.items()}
-    if theirs: result['memory_vs_trl'] = out[quants[0]]['memory']/theirs
-    result['shared_vs_fused'] = max(x['ratio'] for x in beside.values())
-    result['quality_gap'] = max((x['gap'] for x in out.values()), key=abs)
-    if a.json: print(json.dumps(result | dict(tables=out, shared=beside, trl_memory_gib=theirs, conditions=conditions(a)), indent=1)); return
-    for q,x in out.items():
-        print(f"{q}: ours {x['ours']:.0f} tokens/s, TRL {x['trl']:.0f}: {x['ratio']:.2f}×; the base alone {x['bare']:.0f}; held-out loss {x['held']['start']:.4f} before, "
-              f"ours {x['held']['ours']:.4f}, TRL {x['held']['trl']:.4f}: {x['gap']:+.3%}")
-    for q,x in beside.items(): print(f"{q}: a step with a shared expert takes {x['ratio']:.2f}× one of plain experts ({x['shared']:.2f} and {x['fused']:.2f} s)")
-    if theirs: print(f"peak memory in {quants[0]}: ours {out[quants[0]]['memory']:.2f} GiB, TRL {theirs:.2f} at equal tokens a forward: {result['memory_vs_trl']:.2f}×")
+    tables, memory, beside = measure(a, quants)
+    if not a.json: return show(tables, quants[0], memory, beside)
+    parts = dict(tables=tables, shared=beside, trl_memory_gib=memory, conditions=conditions(a))
+    print(json.dumps(summary(tables, quants[0], memory, beside) | parts, indent=1))
 
 if __name__=='__main__': main()

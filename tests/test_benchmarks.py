@@ -6,14 +6,19 @@ from helpers import root
 
 FAST = dict(fork=['--fast'], gate=['--fast'], forward=['--fast'], merge=['--fast'], route=['--fast'], scale=['--fast'],
             train='--base tiny --domains 2 --rows 8 --steps 2 --warm 1 --held 2'.split(),
-            busy='--base tiny --quant fp32 --domains 2 --rows 8 --work score'.split()) # one of its processes; all take minutes
+            # one of its processes; all take minutes
+            busy='--base tiny --quant fp32 --domains 2 --rows 8 --work score'.split())
+ELSEWHERE = {'cluster', 'keep'} # in test_balance.py and test_reproduce.py
 
-def test_all_are_tried(): assert {f.stem for f in (root/'benchmarks').glob('*.py')}=={*FAST, 'cluster', 'keep'}  # cluster: test_balance.py
+def test_all_are_tried():
+    scripts = {f.stem for f in (root/'benchmarks').glob('*.py')}
+    assert scripts=={*FAST, *ELSEWHERE}
 
 def numbers(found):
     "All numbers of a benchmark's answer, at whatever depth"
-    if isinstance(found, (dict, list)):
-        for v in found.values() if isinstance(found, dict) else found: yield from numbers(v)
+    if isinstance(found, dict): found = list(found.values())
+    if isinstance(found, list):
+        for value in found: yield from numbers(value)
     elif isinstance(found, (int, float)): yield found
 
 @pytest.mark.slow
