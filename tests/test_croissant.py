@@ -24,7 +24,8 @@ def test_ninety_cards_are_verified_and_say_how():
 def test_prepared_leads_back_to_its_records(name):
     d = run_prepare(name)
     open_sealed(d)
-    want = [{k: r[k] for k in ('id','prompt','completion','domain','source','license')} for r in read_jsonl(d/'records.jsonl')]
+    kept = ('id','prompt','completion','domain','source','license')
+    want = [{k: r[k] for k in kept} for r in read_jsonl(d/'records.jsonl')]
     assert read_croissant(d/'croissant.json')==want
     assert run_prepare(name)==d
 
@@ -50,30 +51,40 @@ def test_an_altered_file_is_refused(tmp_path, byte):
 
 def test_the_hub_reads_the_prepared_card():
     read = DatasetCard.load(run_prepare('champ')/'README.md', ignore_metadata_errors=False)
-    assert read.data.license=='mit' and read.data.configs[0]['data_files']=='records.jsonl'
+    assert read.data.license=='mit'
+    assert read.data.configs[0]['data_files']=='records.jsonl'
 
 def test_a_hub_set_is_fetched_at_its_revision_and_mapped(monkeypatch):
     asked = {}
-    def load_dataset(path, **kw): asked.update(kw, path=path); return [dict(q='Who?', a='Me.'), dict(q=None, a='x')]
+    def load_dataset(path, **kw):
+        asked.update(kw, path=path)
+        return [dict(q='Who?', a='Me.'), dict(q=None, a='x')]
     import datasets
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-    card = dict(name='p', domain='general', hub='a/b', revision='c'*40, split='train', map=dict(prompt='{q}', completion='{a}'))
+    mapped = dict(prompt='{q}', completion='{a}')
+    card = dict(name='p', domain='general', hub='a/b', revision='c'*40, split='train', map=mapped)
     records, rejects = hub_records(card)
-    assert asked==dict(path='a/b', name=None, split='train', revision='c'*40) and len(records)==1 and rejects[0]['line']==2
+    assert asked==dict(path='a/b', name=None, split='train', revision='c'*40)
+    assert len(records)==1
+    assert rejects[0]['line']==2
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch):
     import datasets
     def down(*a, **kw): raise ConnectionError('no route')
     monkeypatch.setattr(datasets, 'load_dataset', down)
-    with pytest.raises(HydraError, match='could not be read'): hub_records(dict(name='p', domain='general', hub='a/b', revision='unknown', map='alpaca'))
+    card = dict(name='p', domain='general', hub='a/b', revision='unknown', map='alpaca')
+    with pytest.raises(HydraError, match='could not be read'): hub_records(card)
 
-@pytest.mark.parametrize('text', ['[{"instruction": "a", "output": "b"}]', '[{"prompt": "a", "completion": "b"}, {"prompt": ""}]'])
+FILES = ['[{"instruction": "a", "output": "b"}]', '[{"prompt": "a", "completion": "b"}, {"prompt": ""}]']
+
+@pytest.mark.parametrize('text', FILES)
 def test_a_card_of_ones_own_loads_and_can_be_altered_only_openly(tmp_path, monkeypatch, text):
     (tmp_path/'mine.json').write_text(text)
     out = tmp_path/'cards'
     new_card(tmp_path/'mine.json', 'mine', out, domain='writing')
     monkeypatch.setenv('HYDRAMOE_CARDS', str(out))
-    assert check_card('mine')['faults']==[] and len(load('mine'))==1
+    assert check_card('mine')['faults']==[]
+    assert len(load('mine'))==1
     (out/'mine.jsonl').write_text('{"prompt": "a", "completion": "c"}\n')
     assert 'sha256' in check_card('mine')['faults'][0]
 
@@ -82,7 +93,10 @@ def test_a_broken_card_is_told_of_and_not_raised(tmp_path, monkeypatch):
     monkeypatch.setenv('HYDRAMOE_CARDS', str(tmp_path))
     assert check_card('odd')['verified']=='broken'
 
-@pytest.mark.parametrize('key,value,word', [('license', 'MIT', 'license'), ('task_categories', ['chat'], 'task_categories'), ('size_categories', ['n<1K'], 'size_categories'), ('language', ['English'], 'language')])
+FAULTS = [('license', 'MIT', 'license'), ('task_categories', ['chat'], 'task_categories'),
+          ('size_categories', ['n<1K'], 'size_categories'), ('language', ['English'], 'language')]
+
+@pytest.mark.parametrize('key,value,word', FAULTS)
 def test_each_fault_is_found(key, value, word):
     front = hub_front(load_card('gsm8k'))
     assert front_faults(front, 1319)==[]

@@ -53,22 +53,30 @@ def test_a_new_bundle_has_one_more_expert_and_the_suggested_command_asks_it(plac
     assert [e['name'] for e in check_bundle(place/'b-merged')['experts']]==[*NAMES, 'merged']
     assert files_in(place/'b')==before # a bundle is never changed
     first, *_, last = out.stdout.splitlines()
-    assert first.startswith('b-merged: merged by ties in full space') and 'law 0.3333' in first and '--rows FILE' in out.stdout
+    assert first.startswith('b-merged: merged by ties in full space')
+    assert 'law 0.3333' in first
+    assert '--rows FILE' in out.stdout
     words = shlex.split(last.removeprefix('try it: '))
-    assert words[:3]==['hydramoe', 'ask', 'b-merged'] and words[-2:]==['--expert', 'merged']
+    assert words[:3]==['hydramoe', 'ask', 'b-merged']
+    assert words[-2:]==['--expert', 'merged']
     assert here(*words[1:], '--max-new-tokens', 2, cwd=place).returncode==0
 
 def test_json_has_receipt_and_paths(place):
-    data = done(place, 'b', '--method', 'linear', '--weights', 'law=1,sum=-.5', '--rank', 3, '--name', 'both', '--out', 'x')
+    how = ['--weights', 'law=1,sum=-.5', '--rank', 3, '--name', 'both', '--out', 'x']
+    data = done(place, 'b', '--method', 'linear', *how)
     assert (data['to'], data['out'], data['bundle'], data['experts'])==('expert', 'x', 'x', [*NAMES, 'both'])
     receipt = read_json(place/'x'/'hydra.json')['built']['merges']['both']
-    assert receipt==data['receipt'] and receipt['weights']==dict(law=1., sum=-.5) and receipt['rank']==3
-    assert data['rejects'] is None and '--expert both' in data['next']
+    assert receipt==data['receipt']
+    assert receipt['weights']==dict(law=1., sum=-.5)
+    assert receipt['rank']==3
+    assert data['rejects'] is None
+    assert '--expert both' in data['next']
 
 def test_an_adapter_is_the_expert_of_the_bundle(place):
     made = done(place, 'b', '--method', 'linear', '--to', 'adapter')
     assert made['adapter']==made['out']=='b-merged-adapter'
-    assert sorted(p.name for p in (place/'b-merged-adapter').iterdir())==['adapter_config.json', 'adapter_model.safetensors', 'receipt.json']
+    files = sorted(p.name for p in (place/'b-merged-adapter').iterdir())
+    assert files==['adapter_config.json', 'adapter_model.safetensors', 'receipt.json']
     done(place, 'b', '--method', 'linear')
     name = 'adapter_model.safetensors'
     assert (place/'b-merged-adapter'/name).read_bytes()==(place/'b-merged'/'experts'/'merged'/name).read_bytes()
@@ -98,16 +106,21 @@ def test_whole_models_are_written_by_their_functions(place, written):
 def test_whole_models_are_not_cut_and_say_so(place):
     out = merge(place, 'b', '--to', 'dense', '--rows', 'rows.jsonl')
     assert out.returncode==0, out.stderr
-    assert 'nothing cut to a rank' in out.stdout and 'the losses are of the merge cut to rank 12; what is written is whole' in out.stdout
+    assert 'nothing cut to a rank' in out.stdout
+    assert 'the losses are of the merge cut to rank 12; what is written is whole' in out.stdout
     assert out.stdout.splitlines()[-1]=="try it: transformers.AutoModelForCausalLM.from_pretrained('b-merged-dense')"
     assert {'model.safetensors', 'config.json', 'receipt.json'}<={p.name for p in (place/'b-merged-dense').iterdir()}
     data = done(place, 'b', '--to', 'mergekit', '--method', 'linear', '--out', 'x y')
-    assert shlex.split(data['next'])==['mergekit-yaml', 'x y/mergekit_config.yml', 'MODEL'] and (place/'x y'/'mergekit_config.yml').is_file()
+    assert shlex.split(data['next'])==['mergekit-yaml', 'x y/mergekit_config.yml', 'MODEL']
+    assert (place/'x y'/'mergekit_config.yml').is_file()
 
 # ---- every option arrives
 
-GIVEN = [('ties', dict(density=.3, variant='mergekit')), ('average', dict(share=.5)), ('dare', dict(density=.6, seed=3)), ('dare_ties', dict(variant='peft')),
-         ('tsv_m', dict(keep=2)), ('iso_c', dict(keep=1)), ('iso_cts', dict(common=.5)), ('lego', dict(seed=2, clusters=2)), ('knots', dict(density=.5)), ('prune', dict(density=.5)), ('concat', {})]
+GIVEN = [
+    ('ties', dict(density=.3, variant='mergekit')), ('average', dict(share=.5)), ('dare', dict(density=.6, seed=3)),
+    ('dare_ties', dict(variant='peft')), ('tsv_m', dict(keep=2)), ('iso_c', dict(keep=1)),
+    ('iso_cts', dict(common=.5)), ('lego', dict(seed=2, clusters=2)), ('knots', dict(density=.5)),
+    ('prune', dict(density=.5)), ('concat', {})]
 
 @pytest.mark.parametrize('method, params', GIVEN, ids=[m for m, _ in GIVEN])
 def test_only_what_was_given_reaches_the_method(place, method, params):
@@ -119,16 +132,21 @@ def test_all_parameters_of_methods_are_options():
     assert {f'--{name}' for known in METHOD_PARAMS.values() for name in known} <= flags|{'--keep_sum'}
 
 def test_how_to_merge_reaches_the_library(place, monkeypatch):
-    def caught(hydra, method, weights, rows, **how): raise HydraError(json.dumps(dict(how, method=method, weights=weights, rows=len(rows or ()))))
+    def caught(hydra, method, weights, rows, **how):
+        raise HydraError(json.dumps(dict(how, method=method, weights=weights, rows=len(rows or ()))))
     monkeypatch.setattr(merged, 'merge_hydra', caught)
     seed = 'b/experts/law'
-    out = merge(place, 'b', '--scale', '-.5', '--rank', 2, '--space', 'core', '--since', seed, '--rows', 'rows.jsonl', '--max-length', 77)
+    how = ['--scale', '-.5', '--rank', 2, '--space', 'core', '--since', seed]
+    out = merge(place, 'b', *how, '--rows', 'rows.jsonl', '--max-length', 77)
     said = json.loads(out.stderr.removeprefix('hydramoe: '))
-    assert said==dict(method='ties', weights=None, rows=3, scale=-.5, rank=2, space='core', seed_expert=seed, max_length=77)
+    reached = dict(scale=-.5, rank=2, space='core', seed_expert=seed, max_length=77)
+    assert said==dict(method='ties', weights=None, rows=3, **reached)
 
 def test_the_seed_expert_is_taken_off_and_put_on_again(place):
-    receipt = done(place, 'b', '--method', 'linear', '--weights', 'sea=1', '--rank', 8, '--since', 'b/experts/law', '--to', 'adapter')['receipt']
-    assert receipt['since'] and receipt['length']==pytest.approx(1)
+    how = ['--weights', 'sea=1', '--rank', 8, '--since', 'b/experts/law', '--to', 'adapter']
+    receipt = done(place, 'b', '--method', 'linear', *how)['receipt']
+    assert receipt['since']
+    assert receipt['length']==pytest.approx(1)
     stack = with_adapters(tiny_base(), dict(merged=place/'b-merged-adapter', sea=place/'b'/'experts'/'sea')).stack
     for i in stack.upper_layers:
         A, B = stack.leaves[i]
@@ -136,40 +154,55 @@ def test_the_seed_expert_is_taken_off_and_put_on_again(place):
 
 # ---- with rows
 
+IN_THE_TABLE = ('on 3 of 3 rows:', 'perplexity', 'best expert, ', 'uniform mix', 'routed',
+                'chosen on these rows among 15 settings: density ')
+
 def test_rows_choose_density_and_length_and_show_a_table(place):
     out = merge(place, 'b', '--rows', 'rows.jsonl')
     assert out.returncode==0, out.stderr
-    for said in ('on 3 of 3 rows:', 'perplexity', 'best expert, ', 'uniform mix', 'routed', 'chosen on these rows among 15 settings: density '): assert said in out.stdout
+    for said in IN_THE_TABLE: assert said in out.stdout
     asked = shlex.split(out.stdout.splitlines()[-1].removeprefix('try it: '))
     assert asked[3] in TEXTS # a prompt of the user's own
-    found = done(place, 'b', '--rows', 'rows.jsonl', '--density', .5, '--out', 'x')['receipt']
-    losses, curve = found['development']['losses'], found['development']['curve']
-    assert len(curve)==5 and losses['merged']==pytest.approx(min(row['nll'] for row in curve), abs=1e-4)
+    receipt = done(place, 'b', '--rows', 'rows.jsonl', '--density', .5, '--out', 'x')['receipt']
+    losses = receipt['development']['losses']
+    curve = receipt['development']['curve']
+    assert len(curve)==5
+    assert losses['merged']==pytest.approx(min(row['nll'] for row in curve), abs=1e-4)
 
 def test_a_scale_that_is_given_is_not_searched(place):
     out = merge(place, 'b', '--rows', 'rows.jsonl', '--method', 'linear', '--scale', 2)
-    assert out.returncode==0 and 'you gave the scale' in out.stdout
+    assert out.returncode==0
+    assert 'you gave the scale' in out.stdout
 
 def test_rows_are_read_as_build_reads_them(place):
     (place/'sheet.csv').write_bytes('question;answer\nWer schrieb Faust?;Götz\n'.replace(';', ',').encode('latin-1'))
     (place/'broken.jsonl').write_text('{"prompt": "half\n'+json.dumps(ROWS[0]))
     how = ['--map', 'prompt=question,completion=answer', '--encoding', 'latin-1', '--method', 'linear']
     assert done(place, 'b', '--rows', 'sheet.csv', *how)['receipt']['development']['rows']==1
-    out = here('merge', 'b', '--rows', 'broken.jsonl', 'rows.jsonl', '--method', 'linear', '--out', 'x', '--json', '--quiet', cwd=place)
-    assert out.returncode==0 and 'line 1' in out.stderr
-    assert json.loads(out.stdout)['rejects']=='x.rejects.jsonl' and (place/'x.rejects.jsonl').exists()
+    rows = ['--rows', 'broken.jsonl', 'rows.jsonl']
+    out = here('merge', 'b', *rows, '--method', 'linear', '--out', 'x', '--json', '--quiet', cwd=place)
+    assert out.returncode==0
+    assert 'line 1' in out.stderr
+    assert json.loads(out.stdout)['rejects']=='x.rejects.jsonl'
+    assert (place/'x.rejects.jsonl').exists()
 
 def test_a_bundle_with_a_gate_gives_an_adapter(place):
-    assert done(place, 'gated', '--to', 'adapter', '--method', 'linear', '--rows', 'rows.jsonl')['receipt']['development']['losses']['routed']>0
+    receipt = done(place, 'gated', '--to', 'adapter', '--method', 'linear', '--rows', 'rows.jsonl')['receipt']
+    assert receipt['development']['losses']['routed']>0
 
 def test_progress_is_on_standard_error_alone(place, monkeypatch):
     monkeypatch.delenv('HYDRAMOE_QUIET', raising=False)
     out = here('merge', 'b', '--json', cwd=place)
-    assert out.returncode==0 and 'merge by ties' in out.stderr and json.loads(out.stdout)
+    assert out.returncode==0
+    assert 'merge by ties' in out.stderr
+    assert json.loads(out.stdout)
 
 # ---- weights
 
-@pytest.mark.parametrize('text, weights', [(None, None), ('law=1', dict(law=1)), ('law=1,sea=.5', dict(law=1, sea=.5)), (' law = -2 , sea=1e-2', dict(law=-2, sea=.01))])
+WEIGHTS = [(None, None), ('law=1', dict(law=1)), ('law=1,sea=.5', dict(law=1, sea=.5)),
+           (' law = -2 , sea=1e-2', dict(law=-2, sea=.01))]
+
+@pytest.mark.parametrize('text, weights', WEIGHTS)
 def test_weights_are_read(text, weights): assert parse_weights(text)==weights
 
 @pytest.mark.parametrize('method', MERGES)
@@ -177,21 +210,38 @@ def test_no_method_is_refused_for_many_experts(method): check_merge([f'e{i}' for
 
 # ---- what is refused, before the base is loaded
 
+COMPARE = ['--compare', '--rows', 'rows.jsonl']
+NOT_WITH_COMPARE = [
+    ['--out', 'x'], ['--to', 'expert'], ['--method', 'ties'], ['--density', '.3'], ['--seed', '0'], ['--share', '0'],
+    ['--scale', '1'], ['--space', 'core'], ['--name', 'x'], ['--original']]
+SINCE_LAW = ['--since', 'b/experts/law']
+
 REFUSED = [
-    (['--method', 'tie'], "did you mean 'ties'"), (['--method', 'linear', '--density', '.3'], "has no parameter 'density'"), (['--share', '.5'], "ties has no parameter 'share'"),
-    (['--density', '0'], 'density'), (['--density', 'nan'], 'density'), (['--method', 'average', '--share', '2'], 'share=2'), (['--method', 'iso_cts', '--common=-1'], 'common=-1'),
-    (['--method', 'tsv_m', '--keep', '0'], 'keep=0'), (['--rank', '0'], 'rank=0'), (['--scale', 'inf'], 'scale'), (['--scale', '1e9'], 'scale'), (['--max-length', '0'], 'max_length=0'),
-    (['--weights', 'law'], 'write NAME=NUMBER'), (['--weights', 'law=x'], 'write NAME=NUMBER'), (['--weights', ''], 'write NAME=NUMBER'), (['--weights', 'law=1,'], 'write NAME=NUMBER'), (['--weights', 'law=1,law=2'], 'two weights'),
-    (['--weights', 'lav=1'], "did you mean 'law'"), (['--weights', 'law=nan'], 'the weight of law'), (['--weights', 'law=0'], 'every weight is 0'), (['--weights', 'law=-1'], 'negative weight'),
-    (['--method', 'average', '--weights', 'law=1,sea=-1'], 'sum to zero'), (['--name', 'law'], 'occurs twice'), (['--name', 'base'], 'is taken'), (['--name', 'a b'], 'cannot name a folder'),
-    (['--name', 'x', '--to', 'adapter'], '--name names an expert'), (['--original'], '--to dense'), (['--original', '--to', 'dense'], 'in fp32'), (['--rank', '2', '--to', 'dense'], 'not cut to a rank'),
-    (['--to', 'mergekit'], '--variant mergekit'), (['--to', 'mergekit', '--method', 'linear', '--since', 'b/experts/law'], 'seed expert'), (['--methods', 'ties'], 'add --compare'), (['--form', 'pairs'], '--rows FILE'), (['--map', 'a=b'], '--rows FILE'),
-    (['--since', 'nowhere'], 'is not a PEFT adapter'), (['--rows', 'nowhere.jsonl'], 'nowhere.jsonl'), (['--rows', 'empty.jsonl'], 'empty.jsonl'), (['--out', ''], 'cannot be written'), (['--out', 'b'], 'exists'),
+    (['--method', 'tie'], "did you mean 'ties'"),
+    (['--method', 'linear', '--density', '.3'], "has no parameter 'density'"),
+    (['--share', '.5'], "ties has no parameter 'share'"),
+    (['--density', '0'], 'density'), (['--density', 'nan'], 'density'),
+    (['--method', 'average', '--share', '2'], 'share=2'), (['--method', 'iso_cts', '--common=-1'], 'common=-1'),
+    (['--method', 'tsv_m', '--keep', '0'], 'keep=0'), (['--rank', '0'], 'rank=0'),
+    (['--scale', 'inf'], 'scale'), (['--scale', '1e9'], 'scale'), (['--max-length', '0'], 'max_length=0'),
+    (['--weights', 'law'], 'write NAME=NUMBER'), (['--weights', 'law=x'], 'write NAME=NUMBER'),
+    (['--weights', ''], 'write NAME=NUMBER'), (['--weights', 'law=1,'], 'write NAME=NUMBER'),
+    (['--weights', 'law=1,law=2'], 'two weights'), (['--weights', 'lav=1'], "did you mean 'law'"),
+    (['--weights', 'law=nan'], 'the weight of law'), (['--weights', 'law=0'], 'every weight is 0'),
+    (['--weights', 'law=-1'], 'negative weight'), (['--method', 'average', '--weights', 'law=1,sea=-1'], 'sum to zero'),
+    (['--name', 'law'], 'occurs twice'), (['--name', 'base'], 'is taken'), (['--name', 'a b'], 'cannot name a folder'),
+    (['--name', 'x', '--to', 'adapter'], '--name names an expert'),
+    (['--original'], '--to dense'), (['--original', '--to', 'dense'], 'in fp32'),
+    (['--rank', '2', '--to', 'dense'], 'not cut to a rank'), (['--to', 'mergekit'], '--variant mergekit'),
+    (['--to', 'mergekit', '--method', 'linear', *SINCE_LAW], 'seed expert'),
+    (['--methods', 'ties'], 'add --compare'), (['--form', 'pairs'], '--rows FILE'), (['--map', 'a=b'], '--rows FILE'),
+    (['--since', 'nowhere'], 'is not a PEFT adapter'), (['--rows', 'nowhere.jsonl'], 'nowhere.jsonl'),
+    (['--rows', 'empty.jsonl'], 'empty.jsonl'), (['--out', ''], 'cannot be written'), (['--out', 'b'], 'exists'),
     (['--out', '/proc/x/y'], 'cannot be written'), (['--to', 'adapter', '--encoder', 'nowhere'], ''),
-    (['--compare'], '--rows FILE'), *((['--compare', '--rows', 'rows.jsonl', *extra], extra[0]) for extra in (
-        ['--out', 'x'], ['--to', 'expert'], ['--method', 'ties'], ['--density', '.3'], ['--seed', '0'], ['--share', '0'], ['--scale', '1'], ['--space', 'core'], ['--name', 'x'], ['--original'])),
-    (['--compare', '--rows', 'rows.jsonl', '--methods', 'linear,tie'], "did you mean 'ties'"), (['--compare', '--rows', 'rows.jsonl', '--methods', ''], 'method'),
-    (['--compare', '--rows', 'rows.jsonl', '--weights', 'law=-1', '--methods', 'linear,knots'], 'knots: '), (['--compare', '--rows', 'nowhere.jsonl'], 'nowhere.jsonl')]
+    (['--compare'], '--rows FILE'), *(([*COMPARE, *flags], flags[0]) for flags in NOT_WITH_COMPARE),
+    ([*COMPARE, '--methods', 'linear,tie'], "did you mean 'ties'"), ([*COMPARE, '--methods', ''], 'method'),
+    ([*COMPARE, '--weights', 'law=-1', '--methods', 'linear,knots'], 'knots: '),
+    (['--compare', '--rows', 'nowhere.jsonl'], 'nowhere.jsonl')]
 
 @pytest.mark.parametrize('flags, said', REFUSED, ids=[' '.join(f) for f, _ in REFUSED])
 def test_what_cannot_be_merged_is_refused_first(place, flags, said, monkeypatch):
@@ -201,20 +251,29 @@ def test_what_cannot_be_merged_is_refused_first(place, flags, said, monkeypatch)
     before = sorted(place.rglob('*'))
     out = merge(place, 'b', *flags)
     assert (out.returncode, out.stdout, out.stderr.count('\n'))==(2, '', 1), out.stderr
-    assert said in out.stderr and sorted(place.rglob('*'))==before
+    assert said in out.stderr
+    assert sorted(place.rglob('*'))==before
+
+NO_BUNDLES = [('nowhere', [], 'is not a directory'), ('.', ['--out', 'x'], ''), ('gated', [], 'chooses by a gate'),
+              ('b', ['--base', 'nowhere'], 'nowhere')]
 
 def test_bundles_that_cannot_be_merged(place):
-    for bundle, flags, said in (('nowhere', [], 'is not a directory'), ('.', ['--out', 'x'], ''), ('gated', [], 'chooses by a gate'), ('b', ['--base', 'nowhere'], 'nowhere')):
+    for bundle, flags, said in NO_BUNDLES:
         out = merge(place, bundle, *flags)
-        assert (out.returncode, out.stdout, out.stderr.count('\n'))==(2, '', 1) and said in out.stderr
+        assert (out.returncode, out.stdout, out.stderr.count('\n'))==(2, '', 1)
+        assert said in out.stderr
         assert {p.name for p in place.iterdir()}=={'b', 'b4', 'gated', 'rows.jsonl'}
 
-@pytest.mark.parametrize('argv', [['--to', 'both'], ['--variant', 'other'], ['--space', 'half'], ['--rank', 'x'], ['--rows']])
+BAD_USAGE = [['--to', 'both'], ['--variant', 'other'], ['--space', 'half'], ['--rank', 'x'], ['--rows']]
+
+@pytest.mark.parametrize('argv', BAD_USAGE)
 def test_bad_usage_is_exit_2(place, argv): assert merge(place, 'b', *argv).returncode==2
 
 def test_rows_that_are_too_long_leave_nothing(place):
     out = merge(place, 'b', '--rows', 'rows.jsonl', '--max-length', 1)
-    assert (out.returncode, out.stdout)==(2, '') and 'longer than 1 tokens' in out.stderr and not (place/'b-merged').exists()
+    assert (out.returncode, out.stdout)==(2, '')
+    assert 'longer than 1 tokens' in out.stderr
+    assert not (place/'b-merged').exists()
 
 # ---- whole or not at all
 
@@ -231,31 +290,45 @@ def test_killed_anywhere_it_leaves_a_whole_result_or_none(place, to):
     os.environ['HYDRAMOE_QUIET'] = '1'
     out = place/'x'
     def work():
-        with open(os.devnull, 'w') as nothing, contextlib.redirect_stdout(nothing): main(['merge', str(place/'b'), '--method', 'linear', '--to', to, '--out', str(out)])
-    k, cuts = 40, 0
+        argv = ['merge', str(place/'b'), '--method', 'linear', '--to', to, '--out', str(out)]
+        with open(os.devnull, 'w') as nothing, contextlib.redirect_stdout(nothing): main(argv)
+    k = 40 # the file operation at which it is killed
+    cuts = 0
     while killed_at(k, work):
-        k, cuts = k+25, cuts+1
+        k += 25
+        cuts += 1
         if not out.exists(): continue
         if to=='expert': check_bundle(out)
-        else: assert {'adapter_config.json', 'adapter_model.safetensors', 'receipt.json'}=={p.name for p in out.iterdir()}
+        else:
+            files = {p.name for p in out.iterdir()}
+            assert files=={'adapter_config.json', 'adapter_model.safetensors', 'receipt.json'}
         out.rename(place/f'whole-{k}')
-    assert cuts>2 and out.exists()
+    assert cuts>2
+    assert out.exists()
 
 # ---- all methods in one table
 
 def test_a_comparison_names_the_best_merge_and_the_command_that_makes_it(place):
     before = sorted(place.rglob('*'))
-    out = merge(place, 'b', '--compare', '--rows', 'rows.jsonl', '--methods', 'linear,prune', '--weights', 'law=1,sea=2')
+    two = [*COMPARE, '--methods', 'linear,prune', '--weights', 'law=1,sea=2']
+    out = merge(place, 'b', *two)
     assert out.returncode==0, out.stderr
     head, *rows, answer, careful, make_it = out.stdout.splitlines()
-    assert all(column in head for column in ('system', 'perplexity', 'against routed', 'parameters', 'length', 'energy lost'))
-    assert len(rows)==3+3+2 and 'density 0.' in next(row for row in rows if row.startswith('merge: prune'))
+    columns = ('system', 'perplexity', 'against routed', 'parameters', 'length', 'energy lost')
+    assert all(column in head for column in columns)
+    assert len(rows)==3+3+2
+    assert 'density 0.' in next(row for row in rows if row.startswith('merge: prune'))
     assert sorted(place.rglob('*'))==before
-    data = done(place, 'b', '--compare', '--rows', 'rows.jsonl', '--methods', 'linear,prune', '--weights', 'law=1,sea=2')
-    best = min((row for row in data['table'] if row['system'].startswith('merge: ')), key=lambda row: row['ppl'])
-    assert data['best']==best and answer.startswith(f"the best merge is {best['system'][7:]}, ") and data['verdict'] in answer and data['next']==make_it.removeprefix('make it: ')
+    data = done(place, 'b', *two)
+    merges = [row for row in data['table'] if row['system'].startswith('merge: ')]
+    best = min(merges, key=lambda row: row['ppl'])
+    assert data['best']==best
+    assert answer.startswith(f"the best merge is {best['system'][7:]}, ")
+    assert data['verdict'] in answer
+    assert data['next']==make_it.removeprefix('make it: ')
     receipt = done(place, *shlex.split(data['next'])[2:])['receipt'] # without rows it makes what was found with them
-    assert receipt['weights']==dict(law=1., sea=2.) and receipt['params']==best['params']
+    assert receipt['weights']==dict(law=1., sea=2.)
+    assert receipt['params']==best['params']
     assert receipt['length']==pytest.approx(best['length'], rel=1e-4)
 
 def test_a_comparison_of_a_bundle_with_a_gate_suggests_an_adapter(place):
@@ -266,5 +339,7 @@ def test_a_comparison_of_a_bundle_with_a_gate_suggests_an_adapter(place):
 def test_a_comparison_says_what_it_could_not_read(place):
     (place/'broken.jsonl').write_text('{"prompt": "half\n'+json.dumps(ROWS[0]))
     out = merge(place, 'b', '--compare', '--rows', 'broken.jsonl', '--methods', 'linear', '--json')
-    assert out.returncode==0 and 'line 1' in out.stderr and [r['line'] for r in json.loads(out.stdout)['rejects']]==[1]
+    assert out.returncode==0
+    assert 'line 1' in out.stderr
+    assert [r['line'] for r in json.loads(out.stdout)['rejects']]==[1]
     assert {p.name for p in place.iterdir()}=={'b', 'b4', 'gated', 'rows.jsonl', 'broken.jsonl'}

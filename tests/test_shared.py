@@ -1,4 +1,5 @@
-"The shared expert: the single adapter without its residuals, TRL's and PEFT's numbers with them, and what accidents do to either"
+"""The shared expert: the single adapter without its residuals, TRL's and PEFT's numbers with them, and what accidents
+do to either"""
 import json, os, signal, subprocess, sys, warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -59,9 +60,11 @@ def single(rows, spec, quant='fp32'):
 
 # ---- the single adapter
 
-@pytest.mark.parametrize('n, epochs, micro, quant, threads', [
-    (1, 3, 900, 'fp32', 1), (2, 2, 900, 'fp32', 1), (5, 1.5, 60, 'fp32', 1), (45, 1, 900, 'fp32', 1), (45, 1, 1, 'fp32', 1),
-    (45, 1, 120, 'fp32', 2), (45, 1, 120, 'bf16', 1), (20, 1, 120, 'bf16', 2)])
+RUNS = [
+    (1, 3, 900, 'fp32', 1), (2, 2, 900, 'fp32', 1), (5, 1.5, 60, 'fp32', 1), (45, 1, 900, 'fp32', 1),
+    (45, 1, 1, 'fp32', 1), (45, 1, 120, 'fp32', 2), (45, 1, 120, 'bf16', 1), (20, 1, 120, 'bf16', 2)]
+
+@pytest.mark.parametrize('n, epochs, micro, quant, threads', RUNS)
 def test_without_residuals_it_is_the_single_adapter_bit_for_bit(n, epochs, micro, quant, threads, monkeypatch):
     monkeypatch.setattr(train, 'MIN_REPLICA_TOKENS', 40)
     spec = replace(MIXED, epochs=epochs, micro_tokens=micro)
@@ -69,7 +72,8 @@ def test_without_residuals_it_is_the_single_adapter_bit_for_bit(n, epochs, micro
     with using_threads(threads):
         want, history = single([x for _, x in pairs], spec, quant)
         got, mine = trained(spec, pairs=[(0, x) for _, x in pairs], model=fresh([], quant))
-    assert mine==history and torch.equal(got.stack.theta, want.stack.theta)
+    assert mine==history
+    assert torch.equal(got.stack.theta, want.stack.theta)
     assert history[-1]['norm']['shared']>0
 
 @pytest.mark.parametrize('micro, close', [(1, 1e-6), (900, 1e-4)])
@@ -116,11 +120,13 @@ def test_gradients_equal_pefts(adapters):
     with training_mode(model):
         shared_gradients(model, STEP, MIXED)
         for e, n in enumerate(EXPERTS):
-            theirs = pefts_gradients(on_shared(folder/'shared').model, folder/n, [x for f, x in STEP if f==e])
+            own = [x for f, x in STEP if f==e]
+            theirs = pefts_gradients(on_shared(folder/'shared').model, folder/n, own)
             for s, pair in zip(model.stack.layers, model.stack.leaves):
                 for k, leaf in zip('AB', pair):
                     want = theirs(s.name, k)
-                    assert want.norm()>0 and (leaf.grad[e]-want).norm()<1e-4*want.norm()
+                    assert want.norm()>0
+                    assert (leaf.grad[e]-want).norm()<1e-4*want.norm()
 
 def test_residuals_apart_equal_trl(adapters):
     "On a frozen shared expert: what TRL makes of the same batches on a base that has it in its weights"
@@ -160,16 +166,18 @@ def step_of(model, step, **spec):
 @pytest.mark.parametrize('micro', [1, 100, 10**6])
 @pytest.mark.parametrize('bad', ['one', 'a residual'])
 def test_a_row_without_a_loss_is_as_if_it_were_not_there(micro, bad, failing):
-    model, step = fresh(noise=.02), STEP
+    model = fresh(noise=.02)
+    step = STEP
     ids = {step[3][1].id} if bad=='one' else {x.id for e, x in step if e==1}
     others = [pair for pair in step if pair[1].id not in ids]
-    assert ids and {e for e, _ in others}>={0, 2}
+    assert ids
+    assert {e for e, _ in others}>={0, 2}
     want_losses, want = step_of(model, others, micro_tokens=micro)
     failing(ids)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         losses, got = step_of(model, step, micro_tokens=micro)
-    assert {x for x in (str(w.message).split("'")[1] for w in said)}==ids
+    assert {str(w.message).split("'")[1] for w in said}==ids
     torch.testing.assert_close(losses, want_losses, equal_nan=True, rtol=1e-5, atol=0)
     assert (got-want).norm(dim=1).le(2e-6*want.norm(dim=1)).all()
     assert bool(got[1].any())==(bad=='one')
@@ -181,19 +189,25 @@ def test_steps_without_any_loss_are_passed_over(failing):
     failing({x.id for x in ROWS[1]} | {x.id for _, x in steps[2]})
     with pytest.warns(UserWarning, match='is not a number'): model, history = trained(spec)
     assert torch.equal(model.stack.theta[1], fresh().stack.theta[1])
-    assert not any(history[2]['loss'].values()) and history[2]['tokens']>0 and history[3]['loss']['shared']>0
-    assert all(h['loss'].get('middle') is None and ('middle' in h['skipped'])==('middle' in h['loss']) for h in history)
-    assert set(history[2]['skipped'])==set(history[2]['loss']) and torch.isfinite(model.stack.theta).all()
+    bad_step = history[2]
+    assert not any(bad_step['loss'].values())
+    assert bad_step['tokens']>0
+    assert history[3]['loss']['shared']>0
+    for h in history:
+        assert h['loss'].get('middle') is None
+        assert ('middle' in h['skipped'])==('middle' in h['loss'])
+    assert set(bad_step['skipped'])==set(bad_step['loss'])
+    assert torch.isfinite(model.stack.theta).all()
     json.dumps(history, allow_nan=False)
 
 @pytest.mark.parametrize('which', [1, 3], ids=['residual', 'shared'])
 @pytest.mark.parametrize('b_rate', [1., 4.])
 def test_a_gradient_that_is_not_finite_skips_its_own_part(which, b_rate, monkeypatch):
-    names, step = [*EXPERTS, 'shared'], STEP
+    names = [*EXPERTS, 'shared']
     def after():
         model = fresh(noise=.02)
         opt = SharedOptimizers(model.stack, [4]*4, MIXED, ResidualSpec(b_rate=b_rate, decay=.1))
-        with training_mode(model): entry = shared_step(model, opt, step, 0, names)
+        with training_mode(model): entry = shared_step(model, opt, STEP, 0, names)
         return model.stack.theta.clone(), entry
     clean, entry = after()
     def sick(model, *a, **kw):
@@ -203,9 +217,12 @@ def test_a_gradient_that_is_not_finite_skips_its_own_part(which, b_rate, monkeyp
     monkeypatch.setattr(shared, 'shared_gradients', sick)
     with pytest.warns(UserWarning, match=f"'{names[which]}' is not finite"): got, sick_entry = after()
     others = [e for e in range(4) if e!=which]
-    assert torch.equal(got[others], clean[others]) and torch.equal(got[which], fresh(noise=.02).stack.theta[which])
+    assert torch.equal(got[others], clean[others])
+    assert torch.equal(got[which], fresh(noise=.02).stack.theta[which])
     assert not torch.equal(clean[which], got[which])
-    assert sick_entry['skipped']==[names[which]] and entry['skipped']==[] and sick_entry['loss']==entry['loss']
+    assert sick_entry['skipped']==[names[which]]
+    assert entry['skipped']==[]
+    assert sick_entry['loss']==entry['loss']
 
 def test_a_residual_whose_numbers_are_lost_takes_no_other_with_it():
     "Its rows are left out; the others train as if it and its rows were not there"
@@ -220,7 +237,8 @@ def test_a_residual_whose_numbers_are_lost_takes_no_other_with_it():
                 step = step if poisoned else [pair for pair in step if pair[0]!=1]
                 if step: shared_step(model, opt, step, k, names)
         return model.stack.theta.clone()
-    got, want = run(True), run(False)
+    got = run(True)
+    want = run(False)
     for e in (0, 2, 3): assert far(got[e], want[e], fresh().stack.theta[e])<1e-4
     assert torch.equal(got[1].nan_to_num(9.)[6:], fresh().stack.theta[1,6:])
 
@@ -233,7 +251,9 @@ def test_rows_of_the_shared_expert_alone_touch_no_residual():
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             losses, _ = step_of(model, step)
-        assert {str(w.message).split("'")[1] for w in said}=={x.id for e, x in step if e==lost} and losses[3].isfinite()
+        left_out = {str(w.message).split("'")[1] for w in said}
+        assert left_out=={x.id for e, x in step if e==lost}
+        assert losses[3].isfinite()
 
 # ---- the same run, interrupted, turned round, in other precisions
 
@@ -252,10 +272,13 @@ def test_resume_is_bit_equal(k, tmp_path, monkeypatch):
         stop_at(m, k)
         with pytest.raises(Stop): trained(residual=how, work=tmp_path, every=2)
     again, resumed = trained(residual=how, work=tmp_path, every=2)
-    assert torch.equal(again.stack.theta, whole.stack.theta) and resumed==history
+    assert torch.equal(again.stack.theta, whole.stack.theta)
+    assert resumed==history
 
-@pytest.mark.parametrize('other', [dict(residual=ResidualSpec(rate=2.)), dict(spec=replace(MIXED, lr=1e-3)), dict(pairs=PAIRS[1:]),
-                                   dict(pairs=[(0, x) for _, x in PAIRS]), dict(name='common')], ids=lambda d: next(iter(d)))
+OTHER_RUNS = [dict(residual=ResidualSpec(rate=2.)), dict(spec=replace(MIXED, lr=1e-3)), dict(pairs=PAIRS[1:]),
+              dict(pairs=[(0, x) for _, x in PAIRS]), dict(name='common')]
+
+@pytest.mark.parametrize('other', OTHER_RUNS, ids=lambda d: next(iter(d)))
 def test_a_checkpoint_of_another_run_is_refused(other, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         stop_at(m, 5)
@@ -308,7 +331,8 @@ def test_checkpointing_on_and_off_agree(quant, close, frozen):
         else: fit_shared(model, PAIRS, MIXED, ResidualSpec(soft=.1), checkpointing=on)
         out.append(model.stack.theta.clone())
     start = fresh(quant=quant).stack.theta
-    assert torch.isfinite(out[0]).all() and far(*out, start)<close
+    assert torch.isfinite(out[0]).all()
+    assert far(*out, start)<close
     assert [(a-b).abs().max()>1e-3 for a, b in zip(out[0], start)]==[True, True, True, not frozen]
 
 def test_the_cached_trunk_trains_the_same(tmp_path):
@@ -332,12 +356,15 @@ def way(residual, spec=MIXED, pairs=PAIRS):
 def test_dropout_leaves_rows_to_the_shared_expert():
     all_of_them, history = way(ResidualSpec(dropout=1.))
     want, of_single = single([x for _, x in PAIRS], MIXED)
-    assert not all_of_them[:3].any() and history==of_single
+    assert not all_of_them[:3].any()
+    assert history==of_single
     assert torch.equal(all_of_them[3], want.stack.theta[0]-fresh().stack.theta[3])
-    some, plain = mix_steps(PAIRS, 'shared', MIXED), mix_steps(PAIRS, 'shared', MIXED)
-    some = shared.drop_residuals(some, 3, .4, 0)
+    plain = mix_steps(PAIRS, 'shared', MIXED)
+    some = shared.drop_residuals(mix_steps(PAIRS, 'shared', MIXED), 3, .4, 0)
     assert 0<sum(e==3 for step in some for e, _ in step)<len(PAIRS)
-    assert all(a[1] is b[1] and a[0] in (b[0], 3) for x, y in zip(some, plain) for a, b in zip(x, y))
+    for ours, theirs in zip(some, plain):
+        assert all(a[1] is b[1] for a, b in zip(ours, theirs))
+        assert all(a[0] in (b[0], 3) for a, b in zip(ours, theirs))
 
 @pytest.mark.parametrize('soft', [.3, 1.])
 def test_soft_trains_each_residual_with_every_row(soft):
@@ -345,7 +372,8 @@ def test_soft_trains_each_residual_with_every_row(soft):
     only = [(e, x) for e, x in PAIRS if e==1]
     hard, _ = way(ResidualSpec(), pairs=only)
     mixed, history = way(ResidualSpec(soft=soft), pairs=only)
-    assert not hard[[0,2]].any() and all(mixed[e].any() for e in range(4))
+    assert not hard[[0,2]].any()
+    assert all(mixed[e].any() for e in range(4))
     assert all(set(h['norm'])=={*EXPERTS, 'shared'} for h in history)
 
 def test_dropped_rows_are_computed_by_the_shared_expert_alone():
@@ -367,7 +395,8 @@ def test_dropped_rows_are_computed_by_the_shared_expert_alone():
 @pytest.mark.parametrize('soft', [.3, 1.])
 def test_soft_gradients_are_those_of_the_formula(soft):
     "By autograd on the slow sum, of the mean loss of all rows"
-    model, step = fresh(noise=.02), STEP
+    model = fresh(noise=.02)
+    step = STEP
     losses, got = step_of(model, step)
     with training_mode(model):
         losses = shared_gradients(model, step, MIXED, soft)
@@ -379,7 +408,8 @@ def test_soft_gradients_are_those_of_the_formula(soft):
             with model.stack.bind(with_trunk(SlowPlan(model.stack, gates))): nll.append(token_losses(model, [x]))
         torch.cat(nll).mean().backward()
         want = model.stack.grad.clone()
-    assert (got-want).norm(dim=1).le(1e-4*want.norm(dim=1)).all() and (want.norm(dim=1)>0).all()
+    assert (got-want).norm(dim=1).le(1e-4*want.norm(dim=1)).all()
+    assert (want.norm(dim=1)>0).all()
     torch.testing.assert_close(losses[3], torch.cat(nll).mean().detach())
 
 def test_with_soft_gates_a_clock_of_its_own_ends_with_the_run():
@@ -413,13 +443,18 @@ def test_rate_b_rate_and_decay_are_the_residuals_own():
     assert torch.equal(faster[:3,~is_b], plain[:3,~is_b])
     decayed, *_ = one_step(ResidualSpec(decay=.5))
     torch.testing.assert_close(decayed[:3], plain[:3]-.5*MIXED.lr*start[:3], rtol=1e-3, atol=1e-6)
-    for other in (half, faster, decayed): assert torch.equal(other[3], plain[3]) and not torch.equal(other[0], plain[0])
+    for other in (half, faster, decayed):
+        assert torch.equal(other[3], plain[3])
+        assert not torch.equal(other[0], plain[0])
 
 def test_the_clock_changes_the_rate_of_residuals_only():
-    on_run, own = (SharedOptimizers(fresh().stack, [2, 4, 6, 12], MIXED, ResidualSpec(clock=c)) for c in ('run', 'own'))
+    def at(clock): return SharedOptimizers(fresh().stack, [2, 4, 6, 12], MIXED, ResidualSpec(clock=clock))
+    on_run = at('run')
+    own = at('own')
     for opt in (on_run, own): opt.clock = [1, 1, 1, 8]
     assert on_run.rate(3)==own.rate(3)==on_run.rate(0)==on_run.rate(2)
-    assert own.rate(0)<own.rate(1)<own.rate(2) and own.rate(0)!=on_run.rate(0)
+    assert own.rate(0)<own.rate(1)<own.rate(2)
+    assert own.rate(0)!=on_run.rate(0)
 
 # ---- `fit` and the shared expert
 
@@ -469,8 +504,8 @@ def drawn_gates(kind, B, T, seed):
 KINDS = ['none', 'one-hot', 'one', 'soft', 'sparse', 'tokens', 'trained', 'gate']
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(STACKS), st.sampled_from(KINDS), st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6), st.booleans(),
-       st.sampled_from([None, 'rows', 'dense']))
+@given(st.sampled_from(STACKS), st.sampled_from(KINDS), st.integers(1, 4), st.integers(1, 5),
+       st.integers(0, 10**6), st.booleans(), st.sampled_from([None, 'rows', 'dense']))
 def test_every_plan_computes_the_formula(model, kind, B, T, seed, keep, forced):
     "The whole model, layer by layer, with and without kept factors; a trained gate has the slow sum's gradient"
     ids = torch.randint(3, 250, (B, T), generator=rand(seed))
@@ -498,21 +533,26 @@ def test_a_generation_says_what_the_slow_sum_says(model, kind, beams, monkeypatc
     got = model.generate(**how)
     monkeypatch.setattr(experts_model, 'make_plan', slow_plan)
     assert torch.equal(model.generate(**how), got)
-    if kind=='base': assert torch.equal(got, tiny_base(layers=4).model.generate(**{k: v for k, v in how.items() if k!='gates'}))
+    if kind=='base':
+        plain = {k: v for k, v in how.items() if k!='gates'}
+        assert torch.equal(got, tiny_base(layers=4).model.generate(**plain))
 
 # ---- the pool
 
 def test_experts_take_turns_beside_a_shared_one(tmp_path):
-    "Only the slots take turns; the shared expert stays, and what a row gets does not depend on what was in the slots before"
+    """Only the slots take turns; the shared expert stays, and what a row gets does not depend on what was in the slots
+    before"""
     names = [f'expert{e}' for e in range(4)]
     whole = fresh(names, noise=.05)
     folders = {n: whole.stack.save_peft(tmp_path/n, e, 'tiny-0') for e, n in enumerate(names)}
     few = fresh(['a', 'b'])
     few.stack.theta[2] = whole.stack.theta[4]
-    pool, x = ExpertPool(few.stack, folders), batch(rows=2, length=6, pads=(0,))
+    pool = ExpertPool(few.stack, folders)
+    x = batch(rows=2, length=6, pads=(0,))
+    def weights(mix): return sum(w*one_hot([int(n[-1])], 4)[0] for n, w in mix.items())
     for a, b in ((0, 1), (2, 1), (3, 3), (0, 2)):
         mixes = [{names[a]: .5, names[b]: .25} if a!=b else {names[a]: .75}, {names[b]: 1.}]
-        want = torch.stack([sum(w*one_hot([int(n[-1])], 4)[0] for n, w in mix.items()) for mix in mixes])
+        want = torch.stack([weights(mix) for mix in mixes])
         with torch.no_grad(), pool.gates(mixes) as gates:
             torch.testing.assert_close(few(**x, gates=gates).logits, whole(**x, gates=want).logits)
     with torch.no_grad(), pool.gates([{}, {}]) as gates:
@@ -526,7 +566,8 @@ JOB = job_of(rows=3., epochs=1) # 14 steps, a checkpoint after ten
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp('shared')
-    with sealing(root/'rows', {}) as d: write_jsonl(d/'train.jsonl', [letter_row(i, 'abc'[i%3], 'abc'[i%3]) for i in range(40)])
+    rows = [letter_row(i, 'abc'[i%3], 'abc'[i%3]) for i in range(40)]
+    with sealing(root/'rows', {}) as d: write_jsonl(d/'train.jsonl', rows)
     return root/'rows'
 
 KILLED = """
@@ -549,9 +590,13 @@ with sealing(Path(root)/'target', {}) as out: train_shared_stage(out, rows_dir=r
 def run_stage(where, at, rows, root):
     "`train_shared_stage` in a process of its own, killed at the given call"
     env = dict(os.environ, JOB=json.dumps(JOB), OMP_NUM_THREADS='1', HYDRAMOE_QUIET='1')
-    return subprocess.run([sys.executable, '-c', KILLED, where, str(at), str(rows), str(root)], env=env, capture_output=True, text=True)
+    call = [sys.executable, '-c', KILLED, where, str(at), str(rows), str(root)]
+    return subprocess.run(call, env=env, capture_output=True, text=True)
 
-@pytest.mark.parametrize('where, at', [('shared_step', 12), pytest.param('save_file', 1, marks=pytest.mark.slow), pytest.param('shared_step', 1, marks=pytest.mark.slow)])
+DEATHS = [('shared_step', 12), pytest.param('save_file', 1, marks=pytest.mark.slow),
+          pytest.param('shared_step', 1, marks=pytest.mark.slow)]
+
+@pytest.mark.parametrize('where, at', DEATHS)
 def test_kill_9_and_again(where, at, data, tmp_path):
     "Killed in a step, or in the middle of writing a checkpoint, and run again: the same bytes"
     with sealing(tmp_path/'whole', {}) as out: train_shared_stage(out, rows_dir=data, **JOB)
@@ -561,7 +606,8 @@ def test_kill_9_and_again(where, at, data, tmp_path):
     done = run_stage('shared_step', 10**9, data, root)
     assert done.returncode==0, done.stderr
     files = open_sealed(root/'target')['files']
-    assert files==open_sealed(tmp_path/'whole')['files'] and 'shared/adapter/adapter_model.safetensors' in files
+    assert files==open_sealed(tmp_path/'whole')['files']
+    assert 'shared/adapter/adapter_model.safetensors' in files
 
 def test_residuals_apart_are_the_same_bytes_whoever_computes_them(data, tmp_path):
     common = stage(train_single_stage, JOB, dict(rows_dir=data), root=tmp_path)
@@ -570,7 +616,8 @@ def test_residuals_apart_are_the_same_bytes_whoever_computes_them(data, tmp_path
         jobs = make_jobs(train_residuals_stage, groups, 2, JOB, dict(rows_dir=data, shared=common), root=tmp_path/root)
         return [open_sealed(d)['files'] for d in run_jobs(jobs, *how, **kw)]
     here = made('here')
-    assert made('two', 'local', workers=2)==here and len(here)==2
+    assert made('two', 'local', workers=2)==here
+    assert len(here)==2
     assert all('shared/adapter/adapter_model.safetensors' in files for files in here)
 
 # ---- two processes that share the base
@@ -588,11 +635,14 @@ def _sharded(rank, world, folder, bad, spec):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         history = fit_shared(model, PAIRS, spec, ResidualSpec(dropout=.2))
-    torch.save(dict(theta=model.stack.theta, history=history, said=[str(w.message) for w in said]), Path(folder)/f'{rank}.pt')
+    warned = [str(w.message) for w in said]
+    torch.save(dict(theta=model.stack.theta, history=history, said=warned), Path(folder)/f'{rank}.pt')
     dist.destroy_process_group()
 
+BAD = [(None, 60), ('middle3', 60), ('middle3', 1)]
+
 @pytest.mark.slow
-@pytest.mark.parametrize('bad, micro', [(None, 60), ('middle3', 60), ('middle3', 1)], ids=['sound', 'a bad row', 'a pass of one bad row'])
+@pytest.mark.parametrize('bad, micro', BAD, ids=['sound', 'a bad row', 'a pass of one bad row'])
 def test_a_sharded_base_trains_the_same(bad, micro, tmp_path, monkeypatch, failing):
     spec = replace(MIXED, micro_tokens=micro)
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), *sys.path]))
@@ -600,9 +650,11 @@ def test_a_sharded_base_trains_the_same(bad, micro, tmp_path, monkeypatch, faili
     with warnings.catch_warnings(action='ignore'): alone, history = trained(spec, ResidualSpec(dropout=.2))
     torch.multiprocessing.spawn(_sharded, (2, str(tmp_path), bad, spec), nprocs=2)
     a, b = (torch.load(tmp_path/f'{r}.pt') for r in (0, 1))
-    assert torch.equal(a['theta'], b['theta']) and a['history']==b['history']
+    assert torch.equal(a['theta'], b['theta'])
+    assert a['history']==b['history']
     assert far(a['theta'], alone.stack.theta, fresh().stack.theta)<1e-3
     def known(entry): return {name: x for name, x in entry['loss'].items() if x is not None}
     for mine, theirs in zip(a['history'], history):
-        assert known(mine)==pytest.approx(known(theirs), rel=1e-4) and mine['skipped']==theirs['skipped']
+        assert known(mine)==pytest.approx(known(theirs), rel=1e-4)
+        assert mine['skipped']==theirs['skipped']
     if bad: assert any(bad in text for text in a['said']+b['said'])

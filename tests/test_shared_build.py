@@ -16,7 +16,7 @@ from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.model import gated
 from hydramoe.hydra import build as built_by
 from hydramoe.hydra.build import SHARED_ALONE, routed_perplexity
-from hydramoe.hydra.bundle import BundleError, check_bundle
+from hydramoe.hydra.bundle import check_bundle
 from hydramoe.hydra.cascade import load_router
 from hydramoe.hydra.change import add_expert, remove_expert, what_remains
 from hydramoe.hydra.dense import write_dense, write_mergekit
@@ -32,12 +32,15 @@ from test_build import BIRDS, lesson_rows, sealed, start_build
 
 RANKS = dict(shared=4, rank=2)
 
-def build(out, **kw): return Hydra.build(lesson_rows(), out, **(dict(base='tiny', quant='fp32', encoder='words', k=3, epochs=2, lr=3e-3, **RANKS) | kw))
+USUAL = dict(base='tiny', quant='fp32', encoder='words', k=3, epochs=2, lr=3e-3, **RANKS)
+
+def build(out, **kw): return Hydra.build(lesson_rows(), out, **(USUAL | kw))
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory):
     "A cache for this file"
-    patch, d = pytest.MonkeyPatch(), tmp_path_factory.mktemp('shared')
+    patch = pytest.MonkeyPatch()
+    d = tmp_path_factory.mktemp('shared')
     patch.setenv('HYDRAMOE_CACHE', str(d/'cache'))
     yield d
     patch.undo()
@@ -59,29 +62,41 @@ def logits(hydra, gates=None):
 
 @pytest.mark.parametrize('golden', ['bundle-1', 'small_hydra'])
 def test_a_bundle_from_before_is_read_as_one_without_a_shared_expert(golden):
-    record = read_json(Path(__file__).parent/'data'/golden/'hydra.json')['built'].get('spec') or spec_record(BuildSpec(shared=0))
-    assert 'shared' not in record and stored_spec('old', record).shared==0 and BuildSpec().shared>0
+    built = read_json(Path(__file__).parent/'data'/golden/'hydra.json')['built']
+    record = built.get('spec') or spec_record(BuildSpec(shared=0))
+    assert 'shared' not in record
+    assert stored_spec('old', record).shared==0
+    assert BuildSpec().shared>0
     assert spec_record(stored_spec('old', record))==record
 
 def test_a_spec_with_a_shared_expert_comes_back(made):
     spec = stored_spec(made, check_bundle(made)['built']['spec'])
-    assert (spec.shared, spec.rank)==(4, 2) and spec_record(spec)['shared']==4
+    assert (spec.shared, spec.rank)==(4, 2)
+    assert spec_record(spec)['shared']==4
 
 # ---- a build
 
 def test_the_bundle_holds_what_the_stages_trained(made):
     manifest = check_bundle(made)
-    assert manifest['format']==2 and manifest['shared']==dict(rank=4, alpha=8) and {(e['rank'], e['alpha']) for e in manifest['experts']}=={(2, 4)}
+    assert manifest['format']==2
+    assert manifest['shared']==dict(rank=4, alpha=8)
+    assert {(e['rank'], e['alpha']) for e in manifest['experts']}=={(2, 4)}
     about = dict(built=manifest['built'])
     experts, seed = (find_stage(about, what) for what in ('experts', 'seed'))
     def tensors(folder): return load_file(folder/'adapter_model.safetensors')
-    pairs = [(made/'shared', experts/'shared'/'adapter')] + [(made/'experts'/e['name'], experts/e['name']) for e in manifest['experts']]
+    pairs = [(made/'shared', experts/'shared'/'adapter')]
+    pairs += [(made/'experts'/e['name'], experts/e['name']) for e in manifest['experts']]
     for ours, theirs in pairs:
         assert all(torch.equal(t, tensors(theirs)[k]) for k, t in tensors(ours).items())
     started = tensors(seed/'seed')
-    assert all(t.shape==started[k].shape for k, t in tensors(made/'shared').items()) and not torch.equal(*(t['base_model.model.model.layers.0.mlp.down_proj.lora_B.weight'] for t in (started, tensors(made/'shared'))))
+    ended = tensors(made/'shared')
+    assert all(t.shape==started[k].shape for k, t in ended.items())
+    key = 'base_model.model.model.layers.0.mlp.down_proj.lora_B.weight'
+    assert not torch.equal(started[key], ended[key])
     note = manifest['built']['shared']
-    assert note['rows']==manifest['built']['counts']['train']==sum(e['rows'] for e in manifest['experts']) and note['tokens']==manifest['built']['counts']['tokens']
+    counts = manifest['built']['counts']
+    assert note['rows']==counts['train']==sum(e['rows'] for e in manifest['experts'])
+    assert note['tokens']==counts['tokens']
     assert note['steps']==len(read_json(experts/'history.json')['history'])==-(-2*note['rows']//2)
 
 def test_the_seed_expert_does_not_depend_on_residuals(cache, made):
@@ -92,9 +107,11 @@ def test_the_seed_expert_does_not_depend_on_residuals(cache, made):
     assert len(set(stages(cache).glob('seed_expert-*')))==len(before)+1
 
 def test_a_second_build_makes_nothing_and_gives_the_same(cache, made):
-    before, files = set(stages(cache).iterdir()), files_in(made)
+    before = set(stages(cache).iterdir())
+    files = files_in(made)
     build(cache/'again', dev=.5)
-    assert set(stages(cache).iterdir())==before and files_in(cache/'again')==files
+    assert set(stages(cache).iterdir())==before
+    assert files_in(cache/'again')==files
 
 def test_the_scores_are_those_of_the_hydra(made):
     hydra = Hydra.load(made)
@@ -102,9 +119,11 @@ def test_the_scores_are_those_of_the_hydra(made):
     examples = [encode(r, hydra.base.tokenizer, 300, 300) for r in rows]
     scores = {s['system']: s['ppl'] for s in hydra.about['built']['scores']}
     assert list(scores)[:2]==['base', SHARED_ALONE]
-    for gates, name in ((None, 'base'), (torch.zeros(len(rows), 3), SHARED_ALONE), (torch.full((len(rows), 3), 1/3), 'uniform mix')):
+    n = len(rows)
+    weights = {'base': None, SHARED_ALONE: torch.zeros(n, 3), 'uniform mix': torch.full((n, 3), 1/3)}
+    for name, gates in weights.items():
         assert routed_perplexity(hydra.model, examples, gates)==pytest.approx(scores[name], rel=1e-4)
-    assert len({round(p, 6) for n, p in scores.items() if n in ('base', SHARED_ALONE, 'uniform mix')})==3
+    assert len({round(p, 6) for name, p in scores.items() if name in weights})==3
 
 def test_the_shared_expert_alone_is_never_chosen_for_a_router(cache, monkeypatch):
     "Whatever it scores: no router gives zero to all"
@@ -124,7 +143,8 @@ def test_stopped_in_the_joint_run_it_goes_on_to_the_same_bundle(cache, monkeypat
     build(cache/f'whole-{at}', **how)
     monkeypatch.setenv('HYDRAMOE_CACHE', str(cache/f'stopped{at}'))
     built_by.run_seed(*_seeded(how))
-    save, left = train.save_checkpoint, [at]
+    save = train.save_checkpoint
+    left = [at]
     def stop(*args):
         path = save(*args)
         left[0] -= 1
@@ -133,10 +153,14 @@ def test_stopped_in_the_joint_run_it_goes_on_to_the_same_bundle(cache, monkeypat
     with monkeypatch.context() as m:
         m.setattr(train, 'save_checkpoint', stop)
         with pytest.raises(Stopped): build(cache/f'stopped-{at}', **how)
-    assert not (cache/f'stopped-{at}').exists() and not list((cache/f'stopped{at}'/'stages').glob('shared_stage-*/seal.json'))
-    seen, run_steps = [], train.save_checkpoint
+    assert not (cache/f'stopped-{at}').exists()
+    assert not list((cache/f'stopped{at}'/'stages').glob('shared_stage-*/seal.json'))
+    seen = []
+    def note_steps(work, opt, history, job):
+        seen.append(len(history))
+        return save(work, opt, history, job)
     with monkeypatch.context() as m:
-        m.setattr(train, 'save_checkpoint', lambda work, opt, history, job: seen.append(len(history)) or run_steps(work, opt, history, job))
+        m.setattr(train, 'save_checkpoint', note_steps)
         build(cache/f'stopped-{at}', **how)
     assert seen[0]>10*at # it went on, and did not begin again
     assert files_in(cache/f'stopped-{at}')==files_in(cache/f'whole-{at}')
@@ -154,39 +178,52 @@ def test_killed_at_any_moment_the_bundle_is_the_same(tmp_path):
     from hydramoe.hydra.spec import BuildSpec
     assert BuildSpec().shared
     assert start_build(tmp_path/'whole', tmp_path/'cache', '1', shared=8).wait()==0
-    want, rounds = files_in(tmp_path/'whole'), 0
+    want = files_in(tmp_path/'whole')
+    rounds = 0 # how often a build was killed while it ran
     for wait in (4, 6, 7, 8, 9, 10, 11):
         p = start_build(tmp_path/'killed', tmp_path/'cache2', '2', shared=8)
         time.sleep(wait)
         rounds += p.poll() is None
-        p.send_signal(signal.SIGKILL); p.wait()
+        p.send_signal(signal.SIGKILL)
+        p.wait()
     assert rounds
     assert start_build(tmp_path/'killed', tmp_path/'cache2', '3', shared=8).wait()==0
     assert files_in(tmp_path/'killed')==want
 
 def test_what_one_job_does_not_hold_is_refused_before_training(cache, tmp_path):
+    said = r'memory=0.0005 GB do not hold a shared expert and 3 residuals.*--shared 0'
     for out in (None, tmp_path/'x'):
-        with pytest.raises(HydraError, match=r'memory=0.0005 GB do not hold a shared expert and 3 residuals.*--shared 0'): build(out, memory=.0005, root=tmp_path/'stages')
-    assert not list((tmp_path/'stages').glob('seed_expert-*')) and not (tmp_path/'x').exists()
+        with pytest.raises(HydraError, match=said): build(out, memory=.0005, root=tmp_path/'stages')
+    assert not list((tmp_path/'stages').glob('seed_expert-*'))
+    assert not (tmp_path/'x').exists()
     plain = build(None, memory=.0002, shared=0, rank=4, epochs=1, root=tmp_path/'stages')
-    assert not plain.shared and len(list((tmp_path/'stages').glob('experts_stage-*/seal.json')))>1
+    assert not plain.shared
+    assert len(list((tmp_path/'stages').glob('experts_stage-*/seal.json')))>1
 
-@pytest.mark.parametrize('kw, words', [(dict(shared=-1), 'shared=-1'), (dict(shared=1.5), 'shared=1.5'), (dict(shared=65), 'shared=65: no layer of tiny')])
+WISHES = [(dict(shared=-1), 'shared=-1'), (dict(shared=1.5), 'shared=1.5'),
+          (dict(shared=65), 'shared=65: no layer of tiny')]
+
+@pytest.mark.parametrize('kw, words', WISHES)
 def test_wishes_that_cannot_be_met(cache, kw, words):
     with pytest.raises(HydraError, match=words): build(None, **kw)
 
 def test_on_another_process_the_same(cache):
-    here_made, local = build(None, epochs=1, root=cache/'one'), build(None, epochs=1, root=cache/'two', run=dict(executor='local', workers=2))
+    here_made = build(None, epochs=1, root=cache/'one')
+    local = build(None, epochs=1, root=cache/'two', run=dict(executor='local', workers=2))
     assert torch.equal(here_made.model.stack.theta, local.model.stack.theta)
 
 # ---- one more, one less
 
 def test_one_more_and_one_less_leave_the_shared_expert_alone(cache, made):
-    "Its bytes and those of the other residuals are the same in the larger bundle and in the smaller one; it needs no stage of the build"
+    """Its bytes and those of the other residuals are the same in the larger bundle and in the smaller one;
+    it needs no stage of the build"""
     new = add_expert(made, BIRDS, 'birds', cache/'six', root=cache/'elsewhere')
-    before, after = sealed(made, 'experts/', 'shared/'), sealed(cache/'six', 'experts/', 'shared/')
-    assert any(f.startswith('shared/') for f in before) and before.items()<=after.items()
-    assert {f.split('/')[1] for f in after.keys()-before}=={'birds'} and new.model.stack.ranks==[2]*4+[4]
+    before = sealed(made, 'experts/', 'shared/')
+    after = sealed(cache/'six', 'experts/', 'shared/')
+    assert any(f.startswith('shared/') for f in before)
+    assert before.items()<=after.items()
+    assert {f.split('/')[1] for f in after.keys()-before}=={'birds'}
+    assert new.model.stack.ranks==[2]*4+[4]
     old = Hydra.load(made)
     for e in range(3): assert torch.equal(logits(old, torch.eye(3)[e:e+1]), logits(new, torch.eye(4)[e:e+1]))
     assert not torch.equal(logits(new, torch.eye(4)[3:]), logits(new, torch.zeros(1, 4)))
@@ -194,21 +231,26 @@ def test_one_more_and_one_less_leave_the_shared_expert_alone(cache, made):
     assert sealed(cache/'back', 'experts/', 'shared/', 'router/')==sealed(made, 'experts/', 'shared/', 'router/')
     gone = old.names[0]
     remove_expert(made, gone, cache/'less')
-    assert sealed(cache/'less', 'shared/')==sealed(made, 'shared/') and load_router(cache/'less'/'router').names==old.names[1:]
+    assert sealed(cache/'less', 'shared/')==sealed(made, 'shared/')
+    assert load_router(cache/'less'/'router').names==old.names[1:]
     assert check_bundle(cache/'less')['format']==2
 
 def test_a_residual_learns_on_the_shared_expert(cache, made):
     "Its rows are better with it than with the shared expert alone, and it was trained as the spec says"
     new = add_expert(made, BIRDS, 'birds', cache/'more', root=cache/'elsewhere')
     examples = [encode(r, new.base.tokenizer, 300, 300) for r in BIRDS]
-    own, alone = (routed_perplexity(new.model, examples, gates.expand(len(BIRDS), -1)) for gates in (torch.eye(4)[3], torch.zeros(4)))
+    def ppl(gates): return routed_perplexity(new.model, examples, gates.expand(len(BIRDS), -1))
+    own = ppl(torch.eye(4)[3])
+    alone = ppl(torch.zeros(4))
     assert own<alone
     history = read_json(next((cache/'elsewhere').glob('residuals_stage-*/history.json')))
-    assert 'shared' not in history['history'][0]['loss'] and history['experts']['birds']['steps']==min(20, len(history['history']))
+    assert 'shared' not in history['history'][0]['loss']
+    assert history['experts']['birds']['steps']==min(20, len(history['history']))
 
 def test_a_residual_branches_from_nothing(cache, made):
     for start in ('fresh', made/'shared'):
-        with pytest.raises(HydraError, match='leave start .--start. out'): add_expert(made, BIRDS, 'birds', cache/'x', start=start)
+        with pytest.raises(HydraError, match='leave start .--start. out'):
+            add_expert(made, BIRDS, 'birds', cache/'x', start=start)
     assert not (cache/'x').exists()
 
 def test_what_remains_of_an_expert(cache, made):
@@ -216,37 +258,49 @@ def test_what_remains_of_an_expert(cache, made):
     add_expert(made, BIRDS, 'birds', cache/'with-birds', root=cache/'elsewhere')
     experts = check_bundle(made)['experts']
     name = experts[0]['name']
-    for bundle, seen in ((made, 'the shared expert'), (cache/'plain', 'the seed expert that the others branched from'), (cache/'with-birds', 'the shared expert')):
+    by_shared = 'the shared expert'
+    by_seed = 'the seed expert that the others branched from'
+    for bundle, seen in ((made, by_shared), (cache/'plain', by_seed), (cache/'with-birds', by_shared)):
         found = what_remains(bundle, name)
-        assert found['seen_by']==[seen] and f'{seen} learnt from the rows of {name} too' in found['text']
-        assert found['rebuild']['seconds']>=0 and f"{found['rebuild']['tokens']:,} tokens" in found['text']
+        assert found['seen_by']==[seen]
+        assert f'{seen} learnt from the rows of {name} too' in found['text']
+        assert found['rebuild']['seconds']>=0
+        assert f"{found['rebuild']['tokens']:,} tokens" in found['text']
     others = [e for e in experts if e['name']!=name]
-    assert what_remains(made, name)['rebuild']['rows']==sum(e['rows'] for e in others) and what_remains(made, name)['rebuild']['tokens']==sum(e['tokens'] for e in others)
+    rebuild = what_remains(made, name)['rebuild']
+    assert rebuild['rows']==sum(e['rows'] for e in others)
+    assert rebuild['tokens']==sum(e['tokens'] for e in others)
     added = what_remains(cache/'with-birds', 'birds')
     assert added==dict(text='nothing else was trained on the rows of birds', seen_by=[], rebuild=None)
     hydra = Hydra.load(cache/'with-birds')
     merge = merge_hydra(hydra, 'linear', {'birds': 1., name: 1.})
-    with pytest.raises(HydraError, match="'Shared' is taken"): add_merged_expert(cache/'with-birds', hydra, merge, cache/'never', name='Shared')
+    with pytest.raises(HydraError, match="'Shared' is taken"):
+        add_merged_expert(cache/'with-birds', hydra, merge, cache/'never', name='Shared')
     add_merged_expert(cache/'with-birds', hydra, merge, cache/'merged-birds')
-    assert what_remains(cache/'merged-birds', 'birds')['seen_by']==['merged'] and what_remains(cache/'merged-birds', name)['seen_by']==['the shared expert', 'merged']
+    assert what_remains(cache/'merged-birds', 'birds')['seen_by']==['merged']
+    assert what_remains(cache/'merged-birds', name)['seen_by']==['the shared expert', 'merged']
     assert what_remains(cache/'merged-birds', 'merged')['seen_by']==[]
     with pytest.raises(HydraError, match='nobody'): what_remains(made, 'nobody')
 
 @pytest.mark.parametrize('ranks', [RANKS, dict(shared=2, rank=4)])
 def test_forked(cache, ranks):
-    "The trunk is the seed expert below the fork, in the shared expert and all residuals; whoever joins later stands on it too"
+    """The trunk is the seed expert below the fork, in the shared expert and all residuals; whoever joins later
+    stands on it too"""
     name = f"half-{ranks['rank']}"
     hydra = build(cache/name, fork=.5, **ranks)
     more = add_expert(cache/name, BIRDS, 'birds', cache/f'{name}-more', root=cache/'elsewhere')
-    assert hydra.model.stack.fork==1 and torch.equal(hydra.model.stack.trunk, more.model.stack.trunk)
-    assert sealed(cache/name, 'experts/', 'shared/').items()<=sealed(cache/f'{name}-more', 'experts/', 'shared/').items()
+    assert hydra.model.stack.fork==1
+    assert torch.equal(hydra.model.stack.trunk, more.model.stack.trunk)
+    before = sealed(cache/name, 'experts/', 'shared/')
+    assert before.items()<=sealed(cache/f'{name}-more', 'experts/', 'shared/').items()
     seed = load_file(find_stage(hydra.about, 'seed')/'seed'/'adapter_model.safetensors')
     shared = load_file(cache/name/'shared'/'adapter_model.safetensors')
     below = [k for k in seed if '.layers.0.' in k]
     r = ranks['shared']
     for k in below:
         cut = (slice(r), slice(None)) if 'lora_A' in k else (slice(None), slice(r))
-        assert torch.equal(shared[k][cut], seed[k]) and torch.isclose(shared[k].norm(), seed[k].norm())
+        assert torch.equal(shared[k][cut], seed[k])
+        assert torch.isclose(shared[k].norm(), seed[k].norm())
     again = Hydra.load(cache/name)
     assert torch.equal(again.model.stack.theta, hydra.model.stack.theta)
 
@@ -259,9 +313,11 @@ def noisy_shared(fork=0):
     for e, name in enumerate(NAMES): model.stack.init_expert(e, e, name, *(() if fork else (2, 8)))
     model.stack.init_expert(3, 3)
     for e in range(4):
+        rank = model.stack.ranks[e]
         for i in model.stack.upper_layers:
             _, B = model.stack.leaves[i]
-            B[e,:,:model.stack.ranks[e]] += torch.from_numpy(rng(e, 'noise', i).normal(0, .1, B[e,:,:model.stack.ranks[e]].shape)).float()
+            noise = rng(e, 'noise', i).normal(0, .1, B[e,:,:rank].shape)
+            B[e,:,:rank] += torch.from_numpy(noise).float()
     model.stack.trunk += torch.from_numpy(rng(fork, 'trunk').normal(0, .1, model.stack.trunk.shape)).float()
     return Hydra(base, model, uniform_router(NAMES))
 
@@ -277,7 +333,10 @@ def merged(bundle, method='linear', **kw):
     hydra = Hydra.load(bundle)
     return hydra, merge_hydra(hydra, method, **kw)
 
-SAID = [dict(id=str(i), prompt=[dict(role='user', content=f'{name} {i}?')], completion=[dict(role='assistant', content=f'{name} it is')], domain=name)
+def asked(text): return [dict(role='user', content=text)]
+def answered(text): return [dict(role='assistant', content=text)]
+
+SAID = [dict(id=str(i), prompt=asked(f'{name} {i}?'), completion=answered(f'{name} it is'), domain=name)
         for i, name in enumerate(NAMES*2)] # held out
 
 def test_a_merge_of_residuals_is_one_more_on_the_same_shared_expert(noise, tmp_path):
@@ -287,7 +346,8 @@ def test_a_merge_of_residuals_is_one_more_on_the_same_shared_expert(noise, tmp_p
     gates = torch.eye(4)[3:]
     torch.testing.assert_close(logits(larger, gates), mixed, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(Hydra.load(tmp_path/'larger'), gates), mixed, rtol=1e-4, atol=1e-4)
-    assert sealed(noise, 'experts/').items()<=sealed(tmp_path/'larger', 'experts/').items() and sealed(noise, 'shared/')==sealed(tmp_path/'larger', 'shared/')
+    assert sealed(noise, 'experts/').items()<=sealed(tmp_path/'larger', 'experts/').items()
+    assert sealed(noise, 'shared/')==sealed(tmp_path/'larger', 'shared/')
     assert (mixed-logits(Hydra.load(noise), torch.zeros(1, 3))).abs().max()>1e-2
 
 def test_a_merged_adapter_and_a_dense_model_hold_the_shared_expert(noise, tmp_path):
@@ -304,17 +364,24 @@ def test_a_merged_adapter_and_a_dense_model_hold_the_shared_expert(noise, tmp_pa
 def test_the_search_scores_a_merge_beside_the_shared_expert(noise):
     "A linear merge is the uniform mix, and so are its losses"
     losses = merge_hydra(Hydra.load(noise), 'linear', rows=SAID, scale=1.).receipt['development']['losses']
-    assert losses['merged']==pytest.approx(losses['uniform mix'], abs=1e-4) and abs(losses[SHARED_ALONE]-losses['merged'])>1e-3
+    assert losses['merged']==pytest.approx(losses['uniform mix'], abs=1e-4)
+    assert abs(losses[SHARED_ALONE]-losses['merged'])>1e-3
     table = compare_merges(Hydra.load(noise), SAID, ('linear',), lengths=(1.,))
     assert {row['system'] for row in table}=={'base', SHARED_ALONE, *NAMES, 'uniform mix', 'routed', 'merge: linear'}
 
 def test_what_residuals_cannot_be_is_refused_by_name(noise, tmp_path):
-    with pytest.raises(HydraError, match='mergekit merges adapters whole.*--to dense.*--to adapter'): write_mergekit(noise, *merged(noise), tmp_path/'recipe')
-    for f in (lambda h: merge_hydra(h, 'linear', seed_expert=noise/'shared'), lambda h: compare_merges(h, SAID, ('linear',), seed_expert=noise/'shared')):
-        with pytest.raises(HydraError, match='residuals on a shared expert.*--since'): f(Hydra.load(noise))
-    for flags, said in ((['--to', 'mergekit', '--method', 'linear'], '--to dense'), (['--method', 'linear', '--since', noise/'shared'], 'leave seed_expert (--since) out')):
+    said = 'mergekit merges adapters whole.*--to dense.*--to adapter'
+    with pytest.raises(HydraError, match=said): write_mergekit(noise, *merged(noise), tmp_path/'recipe')
+    since = 'residuals on a shared expert.*--since'
+    seed = noise/'shared'
+    with pytest.raises(HydraError, match=since): merge_hydra(Hydra.load(noise), 'linear', seed_expert=seed)
+    with pytest.raises(HydraError, match=since): compare_merges(Hydra.load(noise), SAID, ('linear',), seed_expert=seed)
+    to_mergekit = ['--to', 'mergekit', '--method', 'linear']
+    on_seed = ['--method', 'linear', '--since', seed]
+    for flags, said in ((to_mergekit, '--to dense'), (on_seed, 'leave seed_expert (--since) out')):
         out = here('merge', noise, *flags, '--out', tmp_path/'recipe', '--quiet', cwd=tmp_path)
-        assert (out.returncode, out.stderr.count('\n'))==(2, 1) and said in out.stderr, out.stderr
+        assert (out.returncode, out.stderr.count('\n'))==(2, 1), out.stderr
+        assert said in out.stderr, out.stderr
     assert not (tmp_path/'recipe').exists()
 
 # ---- compared
@@ -322,12 +389,16 @@ def test_what_residuals_cannot_be_is_refused_by_name(noise, tmp_path):
 def test_all_three_have_equal_tokens_start_and_active_rank(made):
     about = dict(built=check_bundle(made)['built'])
     plain, spec = run_plain(about)
-    single, joint = run_single(about), find_stage(about, 'experts')
-    tokens = [sum(step['tokens'] for step in read_json(f/'history.json')['history']) for f in (joint, plain['experts'], single.parent)]
-    assert len(set(tokens))==1 and (spec.shared, spec.rank)==(0, 6)
-    ranks = [read_json(f/'adapter_config.json')['r'] for f in (single, *[plain['experts']/e['name'] for e in check_bundle(made)['experts']])]
-    assert set(ranks)=={6} and run_plain(about)[0]==plain
-    starts = {read_json(f/'seal.json')['meta']['inputs']['start'] for f in (joint, plain['experts'], single.parent)}
+    single = run_single(about)
+    joint = find_stage(about, 'experts')
+    folders = (joint, plain['experts'], single.parent)
+    def tokens_of(folder): return sum(step['tokens'] for step in read_json(folder/'history.json')['history'])
+    assert len({tokens_of(f) for f in folders})==1
+    assert (spec.shared, spec.rank)==(0, 6)
+    adapters = [single, *(plain['experts']/e['name'] for e in check_bundle(made)['experts'])]
+    assert {read_json(a/'adapter_config.json')['r'] for a in adapters}=={6}
+    assert run_plain(about)[0]==plain
+    starts = {read_json(f/'seal.json')['meta']['inputs']['start'] for f in folders}
     assert starts=={about['built']['seals']['seed']}
 
 def test_there_is_nothing_to_compare_plain_experts_with(cache):
@@ -343,33 +414,48 @@ def rows(cache):
 
 def test_help_has_both_options(cache):
     said = here('build', '--help', cwd=cache).stdout
-    assert '--shared N' in said and '--compare' in said and 'residual' not in here('adopt', '--help', cwd=cache).stdout
+    assert '--shared N' in said
+    assert '--compare' in said
+    assert 'residual' not in here('adopt', '--help', cwd=cache).stdout
 
-@pytest.mark.parametrize('flags, said', [(['--compare', '--shared', 0], 'leave --shared 0 out'), (['--compare', '--no-verdict'], 'leave --no-verdict out'), (['--shared', -1], 'shared=-1'), (['--memory', '.0001'], '--shared 0')])
+CANNOT_BE_BUILT = [
+    (['--compare', '--shared', 0], 'leave --shared 0 out'), (['--compare', '--no-verdict'], 'leave --no-verdict out'),
+    (['--shared', -1], 'shared=-1'), (['--memory', '.0001'], '--shared 0')]
+
+@pytest.mark.parametrize('flags, said', CANNOT_BE_BUILT)
 def test_what_cannot_be_built_is_refused(cache, rows, flags, said):
     for dry in ([], ['--dry-run']):
         out = here('build', rows, *TINY, '--k', 2, *flags, *dry, '--out', 'refused', '--quiet', cwd=cache)
-        assert (out.returncode, out.stderr.count('\n'))==(2, 1) and said in out.stderr, out.stderr
+        assert (out.returncode, out.stderr.count('\n'))==(2, 1), out.stderr
+        assert said in out.stderr, out.stderr
     assert not (cache/'refused').exists()
 
 def test_a_dry_run_says_what_it_takes(cache, rows):
-    found = json.loads(here('build', rows, *TINY, '--k', 2, '--shared', 16, '--rank', 4, '--dry-run', '--json', cwd=cache).stdout)
-    assert found['weights_of_the_shared']==4*found['weights_of_an_expert'] and found['disk_gb']>0 and found['spec']['shared']==16
+    how = ['--shared', 16, '--rank', 4, '--dry-run', '--json']
+    found = json.loads(here('build', rows, *TINY, '--k', 2, *how, cwd=cache).stdout)
+    assert found['weights_of_the_shared']==4*found['weights_of_an_expert']
+    assert found['disk_gb']>0
+    assert found['spec']['shared']==16
     plain = here('build', rows, *TINY, '--k', 2, '--shared', 0, '--dry-run', cwd=cache).stdout
     assert 'shared expert' not in plain
 
 def test_compare_puts_three_ways_into_one_table(cache, rows, monkeypatch):
     monkeypatch.setattr('hydramoe.hydra.card.MIN_DEV_ROWS', 4)
-    out = here('build', rows, *TINY, '--k', 2, '--lr', '5e-3', '--epochs', 1, '--compare', '--out', 'compared', '--json', '--quiet', cwd=cache)
+    how = ['--lr', '5e-3', '--epochs', 1, '--compare', '--out', 'compared', '--json', '--quiet']
+    out = here('build', rows, *TINY, '--k', 2, *how, cwd=cache)
     assert out.returncode==0, out.stderr
     found = json.loads(out.stdout)['verdict']
     table = {row['system']: row for row in found['comparison']}
     assert list(table)==['base', 'single adapter', 'plain experts', SHARED_ALONE, 'shared expert and residuals']
-    assert table['single adapter']['percent']==0 and table['base']['ppl']>table['single adapter']['ppl']
+    assert table['single adapter']['percent']==0
+    assert table['base']['ppl']>table['single adapter']['ppl']
     verdict = {row['system']: row['ppl'] for row in found['systems']}
-    assert verdict['routed']==table['shared expert and residuals']['ppl'] and found['one_adapter']=='single adapter'
+    assert verdict['routed']==table['shared expert and residuals']['ppl']
+    assert found['one_adapter']=='single adapter'
 
 def test_remove_says_what_stays(cache, made):
     name = check_bundle(made)['experts'][0]['name']
     out = here('remove', made, name, '--out', 'removed', '--quiet', cwd=cache)
-    assert out.returncode==0 and f'the shared expert learnt from the rows of {name} too' in out.stdout and 'build again without them' in out.stdout
+    assert out.returncode==0
+    assert f'the shared expert learnt from the rows of {name} too' in out.stdout
+    assert 'build again without them' in out.stdout

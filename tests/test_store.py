@@ -12,8 +12,9 @@ def litter(folder): return sorted(p.name for p in Path(folder).iterdir() if p.na
 
 def started(code, *args, **env):
     "A fresh interpreter that runs `code`"
-    return subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.path.dirname(__file__), **env})
+    call = [sys.executable, '-c', textwrap.dedent(code), *map(str, args)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.path.dirname(__file__), **env}
+    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 # --- killed ---
 
@@ -21,7 +22,9 @@ def started(code, *args, **env):
 def memory(tmp_path):
     "A folder where fsync costs nothing, so that hundreds of deaths take seconds"
     shm = Path('/dev/shm')
-    if not (shm.is_dir() and os.access(shm, os.W_OK)): yield tmp_path; return
+    if not (shm.is_dir() and os.access(shm, os.W_OK)):
+        yield tmp_path
+        return
     with tempfile.TemporaryDirectory(dir=shm) as d: yield Path(d)
 
 def test_killed_at_every_file_operation_of_sealing(memory):
@@ -29,9 +32,10 @@ def test_killed_at_every_file_operation_of_sealing(memory):
         d = memory/str(k)/'d'
         d.parent.mkdir()
         killed = killed_at(k, lambda: _seal_into(d))
-        assert not d.exists() or parts_are_whole(d) and open_sealed(d), f'half a directory after operation {k}'
+        if d.exists(): assert parts_are_whole(d) and open_sealed(d), f'half a directory after operation {k}'
         _seal_into(d)
-        assert parts_are_whole(d) and open_sealed(d) and litter(d.parent)==[], f'operation {k}'
+        assert parts_are_whole(d) and open_sealed(d), f'operation {k}'
+        assert litter(d.parent)==[], f'operation {k}'
         if not killed: break
     assert 15 < k < 199
 
@@ -49,9 +53,12 @@ def test_killed_at_every_file_operation_of_a_stage_with_checkpoints(memory):
     for k in range(0, 600, 3):
         root = memory/str(k)
         killed = killed_at(k, lambda: stage(checkpointed, {}, root=root))
-        for d in root.glob('checkpointed-*'): assert parts_are_whole(d) and open_sealed(d)
+        for d in root.glob('checkpointed-*'):
+            assert parts_are_whole(d)
+            assert open_sealed(d)
         d = stage(checkpointed, {}, root=root)
-        assert parts_are_whole(d) and litter(root)==[], f'operation {k}: {litter(root)}'
+        assert parts_are_whole(d), f'operation {k}: {litter(root)}'
+        assert litter(root)==[], f'operation {k}: {litter(root)}'
         if not killed: break
         shutil.rmtree(root)
     assert 30 < k < 599
@@ -71,21 +78,30 @@ def test_kill_by_the_clock(tmp_path):
         p = started(code, tmp_path)
         assert p.stdout.readline()=='ready\n', p.stderr.read()
         time.sleep(.003*i)
-        p.kill(); p.communicate()
+        p.kill()
+        p.communicate()
         d = tmp_path/'d'
-        if d.exists() and (d/SEAL).exists() and len(list(d.iterdir()))==5: assert parts_are_whole(d) and open_sealed(d)
+        seems_whole = d.exists() and (d/SEAL).exists() and len(list(d.iterdir()))==5
+        if seems_whole:
+            assert parts_are_whole(d)
+            assert open_sealed(d)
         shutil.rmtree(d, ignore_errors=True)   # the child's own rmtree may have been cut short
     _seal_into(tmp_path/'d')
-    assert litter(tmp_path)==[] and parts_are_whole(tmp_path/'d')
+    assert litter(tmp_path)==[]
+    assert parts_are_whole(tmp_path/'d')
 
 def test_a_maker_at_work_is_not_swept_and_nothing_foreign_is(tmp_path):
-    (tmp_path/'.writing-mine').mkdir(); (tmp_path/'.tmp-x').mkdir(); (tmp_path/'.writing-x-0123456789ab').write_text('a file')
+    (tmp_path/'.writing-mine').mkdir()
+    (tmp_path/'.tmp-x').mkdir()
+    (tmp_path/'.writing-x-0123456789ab').write_text('a file')
     before = litter(tmp_path)
     with sealing(tmp_path/'slow', {}) as out:
         write_parts(out)
         assert forked(lambda: _seal_into(tmp_path/'quick'))==0
         assert out.is_dir()
-    assert parts_are_whole(tmp_path/'slow') and parts_are_whole(tmp_path/'quick') and litter(tmp_path)==before
+    assert parts_are_whole(tmp_path/'slow')
+    assert parts_are_whole(tmp_path/'quick')
+    assert litter(tmp_path)==before
 
 # --- two at once ---
 
@@ -101,7 +117,9 @@ while not (root/'go').exists(): time.sleep(.001)
 if sys.argv[2]=='stage': d = stage(slow, dict(text='hydra', log=str(root/'calls')), root=root/'stages')
 else:
     d = root/'d'
-    with sealing(d, {}) as out: write_parts(out); time.sleep(.05)
+    with sealing(d, {}) as out:
+        write_parts(out)
+        time.sleep(.05)
 print(d, seal_id(d))
 '''
 
@@ -119,19 +137,25 @@ def test_race(tmp_path, how):
     assert [p.returncode for p in ps]==[0]*4, outs
     assert len({o for o,_ in outs})==1, outs
     d = Path(outs[0][0].split()[0])
-    assert parts_are_whole(d) and open_sealed(d) and litter(d.parent)==[]
+    assert parts_are_whole(d)
+    assert open_sealed(d)
+    assert litter(d.parent)==[]
     if how=='stage':
         assert (tmp_path/'calls').read_text()=='x', 'the others should have waited'
         assert sum('waiting for another process' in e for _,e in outs)==3
 
 def test_a_waiter_takes_over_when_the_maker_is_killed(tmp_path):
-    first = started(RACE, tmp_path, 'stage'); first.stdout.readline()
+    first = started(RACE, tmp_path, 'stage')
+    first.stdout.readline()
     (tmp_path/'go').touch()
     while not (tmp_path/'calls').exists(): time.sleep(.005)
-    second = started(RACE, tmp_path, 'stage'); second.stdout.readline()
-    first.kill(); first.communicate()
+    second = started(RACE, tmp_path, 'stage')
+    second.stdout.readline()
+    first.kill()
+    first.communicate()
     out, err = second.communicate()
-    assert second.returncode==0 and parts_are_whole(Path(out.split()[0])), err
+    assert second.returncode==0, err
+    assert parts_are_whole(Path(out.split()[0])), err
     assert litter(tmp_path/'stages')==[]
 
 def test_without_locks_the_rename_decides(tmp_path, no_locks):
@@ -153,7 +177,9 @@ def test_disk_errors_leave_the_old_thing(tmp_path, monkeypatch, call, error):
         try:
             with sealing(tmp_path/'old', {'of': 'test'}) as out: write_parts(out, 'another')
         except SealError as e: assert 'could not be made' in str(e)
-    assert seal_id(tmp_path/'old')==name and parts_are_whole(tmp_path/'old') and not (tmp_path/'new').exists()
+    assert seal_id(tmp_path/'old')==name
+    assert parts_are_whole(tmp_path/'old')
+    assert not (tmp_path/'new').exists()
     _seal_into(tmp_path/'new')
     assert litter(tmp_path)==[]
 
@@ -168,10 +194,11 @@ def test_a_file_too_large_for_the_disk(tmp_path):
 
 @pytest.mark.skipif(os.geteuid()!=0, reason='needs root to become someone else')
 def test_a_cache_that_may_only_be_read(tmp_path):
-    for p in (tmp_path, *tmp_path.parents):
-        if not p.stat().st_mode & 0o001: p.chmod(0o755)  # pytest's folders, one more under xdist, are their owner's alone
+    for p in (tmp_path, *tmp_path.parents): # pytest's folders, one more under xdist, are their owner's alone
+        if not p.stat().st_mode & 0o001: p.chmod(0o755)
     made = stage(write_parts, dict(text='hydra'), root=tmp_path/'stages')
-    (tmp_path/'stages').chmod(0o555); made.chmod(0o555)
+    (tmp_path/'stages').chmod(0o555)
+    made.chmod(0o555)
     def run():
         os.seteuid(65534)
         assert stage(write_parts, dict(text='hydra'), root=tmp_path/'stages')==made
@@ -182,22 +209,49 @@ def test_a_cache_that_may_only_be_read(tmp_path):
 # --- damage ---
 
 def truncate(d): os.truncate(d/'sub'/'b', 1)
-def flip(d): p = d/'sub'/'b'; b = bytearray(p.read_bytes()); b[0] ^= 1; p.write_bytes(b)
 def lose(d): (d/'sub'/'b').unlink()
 def lose_folder(d): shutil.rmtree(d/'sub')
-def swap(d): (d/'a').rename(d/'t'); (d/'sub'/'b').rename(d/'a'); (d/'t').rename(d/'sub'/'b')
-def link(d): p = d/'sub'/'b'; p.rename(d.parent/'b'); p.symlink_to(d.parent/'b')
-def link_folder(d): (d/'sub').rename(d.parent/'sub'); (d/'sub').symlink_to(d.parent/'sub')
-def pipe(d): (d/'sub'/'b').unlink(); os.mkfifo(d/'sub'/'b')
-def now_a_folder(d): (d/'sub'/'b').unlink(); (d/'sub'/'b').mkdir()
 def extra(d): (d/'sub'/'c').write_text('')
 def extra_hidden(d): (d/'.DS_Store').write_text('')
 
-@pytest.mark.parametrize('damage, named', [(truncate, 'sub/b'), (flip, 'sub/b'), (lose, 'sub/b'), (lose_folder, 'sub/b'), (swap, 'a'), (link, 'sub/b'), (link_folder, 'sub'),
-                                           (pipe, 'sub/b'), (now_a_folder, 'sub/b'), (extra, 'sub/c'), (extra_hidden, '.DS_Store')])
+def flip(d):
+    p = d/'sub'/'b'
+    flipped = bytearray(p.read_bytes())
+    flipped[0] ^= 1
+    p.write_bytes(flipped)
+
+def swap(d):
+    (d/'a').rename(d/'t')
+    (d/'sub'/'b').rename(d/'a')
+    (d/'t').rename(d/'sub'/'b')
+
+def link(d):
+    (d/'sub'/'b').rename(d.parent/'b')
+    (d/'sub'/'b').symlink_to(d.parent/'b')
+
+def link_folder(d):
+    (d/'sub').rename(d.parent/'sub')
+    (d/'sub').symlink_to(d.parent/'sub')
+
+def pipe(d):
+    (d/'sub'/'b').unlink()
+    os.mkfifo(d/'sub'/'b')
+
+def now_a_folder(d):
+    (d/'sub'/'b').unlink()
+    (d/'sub'/'b').mkdir()
+
+DAMAGES = [(truncate, 'sub/b'), (flip, 'sub/b'), (lose, 'sub/b'), (lose_folder, 'sub/b'), (swap, 'a'), (link, 'sub/b'),
+           (link_folder, 'sub'), (pipe, 'sub/b'), (now_a_folder, 'sub/b'), (extra, 'sub/c'),
+           (extra_hidden, '.DS_Store')]
+
+@pytest.mark.parametrize('damage, named', DAMAGES)
 def test_damage_is_named(tmp_path, damage, named):
     d = tmp_path/'d'
-    with sealing(d, {}) as out: (out/'a').write_text('alpha'); (out/'sub').mkdir(); (out/'sub'/'b').write_text('betas')
+    with sealing(d, {}) as out:
+        (out/'a').write_text('alpha')
+        (out/'sub').mkdir()
+        (out/'sub'/'b').write_text('betas')
     assert is_sealed(d)
     damage(d)
     with pytest.raises(SealError) as e: open_sealed(d)
@@ -208,7 +262,9 @@ def test_damage_to_the_seal(tmp_path):
     d = tmp_path/'d'
     _seal_into(d)
     good = (d/SEAL).read_text()
-    for change in (dict(meta={'of': 'else'}), dict(format=2), dict(files={}), dict(sizes={}), dict(id='0'*64), dict(files=None)):
+    changes = (dict(meta={'of': 'else'}), dict(format=2), dict(files={}), dict(sizes={}), dict(id='0'*64),
+               dict(files=None))
+    for change in changes:
         (d/SEAL).write_text(json.dumps({**json.loads(good), **change}))
         with pytest.raises(SealError, match='seal.json is altered'): open_sealed(d)
         with pytest.raises(SealError): seal_id(d)
@@ -217,7 +273,8 @@ def test_damage_to_the_seal(tmp_path):
         assert not is_sealed(d)
     (d/SEAL).write_text(good)
     assert open_sealed(d)
-    (d/SEAL).rename(tmp_path/SEAL); (d/SEAL).symlink_to(tmp_path/SEAL)
+    (d/SEAL).rename(tmp_path/SEAL)
+    (d/SEAL).symlink_to(tmp_path/SEAL)
     with pytest.raises(SealError): open_sealed(d)
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -227,17 +284,21 @@ def test_any_flipped_bit_is_named(tmp_path, data):
     if not d.exists(): _seal_into(d)
     p = d/data.draw(st.sampled_from([f'part{i}' for i in range(4)]))
     good = bytearray(p.read_bytes())
-    at, bit = data.draw(st.integers(0, len(good)-1)), data.draw(st.integers(0, 7))
-    bad = bytearray(good); bad[at] ^= 1<<bit
+    at = data.draw(st.integers(0, len(good)-1))
+    bit = data.draw(st.integers(0, 7))
+    bad = bytearray(good)
+    bad[at] ^= 1<<bit
     p.write_bytes(bad)
     try:
         with pytest.raises(SealError, match=f'{p.name} is altered'): open_sealed(d)
     finally: p.write_bytes(good)
     assert open_sealed(d)
 
+NOT_SEALED = dict(link='symbolic link', seal="the seal's own", pipe='neither file nor folder')
+
 @pytest.mark.parametrize('bad', ['link', 'seal', 'pipe'])
 def test_what_cannot_be_sealed_is_refused(tmp_path, bad):
-    with pytest.raises(SealError, match={'link': 'symbolic link', 'seal': "the seal's own", 'pipe': 'neither file nor folder'}[bad]):
+    with pytest.raises(SealError, match=NOT_SEALED[bad]):
         with sealing(tmp_path/'d', {}) as out:
             if bad=='link': (out/'a').symlink_to('/etc/hostname')
             if bad=='seal': (out/SEAL).write_text('{}')
@@ -245,7 +306,8 @@ def test_what_cannot_be_sealed_is_refused(tmp_path, bad):
     assert list(tmp_path.iterdir())==[]
 
 def test_a_place_that_is_taken(tmp_path):
-    (tmp_path/'d').mkdir(); (tmp_path/'d'/'thesis.tex').write_text('years of work')
+    (tmp_path/'d').mkdir()
+    (tmp_path/'d'/'thesis.tex').write_text('years of work')
     with pytest.raises(SealError, match='never sealed'): _seal_into(tmp_path/'d')
     assert (tmp_path/'d'/'thesis.tex').read_text()=='years of work'
     (tmp_path/'f').write_text('a file')
@@ -255,7 +317,8 @@ def test_a_place_that_is_taken(tmp_path):
 
 def test_names_of_stages(tmp_path):
     with pytest.raises(SealError, match='cannot be called'): stage(lambda out: None, {}, root=tmp_path)
-    assert parts_are_whole(stage(functools.partial(write_parts, parts=4), dict(text='hydra'), root=tmp_path, name='parts'))
+    four_parts = functools.partial(write_parts, parts=4)
+    assert parts_are_whole(stage(four_parts, dict(text='hydra'), root=tmp_path, name='parts'))
 
 @pytest.mark.parametrize('parameter', store.KEY_FUNCTIONS)
 def test_what_a_parameter_names_is_read_by_a_function_that_exists(parameter):
@@ -264,8 +327,10 @@ def test_what_a_parameter_names_is_read_by_a_function_that_exists(parameter):
 
 # --- a default is not part of a key ---
 
-plain_values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
-named = lambda names: st.dictionaries(st.sampled_from(names), plain_values, max_size=len(names))
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+plain_values = st.none() | st.booleans() | numbers | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+
+def named(names): return st.dictionaries(st.sampled_from(names), plain_values, max_size=len(names))
 
 def with_parameters(required, defaults):
     "A function that has these parameters, as far as `inspect` can tell"
@@ -277,7 +342,8 @@ def with_parameters(required, defaults):
 
 @given(named('abc'), named('xyz'), named('xyz'))
 def test_a_parameter_equal_to_its_default_leaves_the_description_as_it_was(given_before, defaults, given_later):
-    before, after = with_parameters(given_before, {}), with_parameters(given_before, defaults)
+    before = with_parameters(given_before, {})
+    after = with_parameters(given_before, defaults)
     assert store._drop_defaults(before, given_before)==store._drop_defaults(after, given_before)==given_before
     assert store._drop_defaults(after, given_before | defaults)==given_before
     changed = {n: v for n,v in given_later.items() if n in defaults and canonical(v)!=canonical(defaults[n])}
@@ -288,7 +354,8 @@ def test_defaults_and_keys_of_stages(tmp_path):
     def long(out, x, y=1, spec=(1, 2)): (out/'x').write_text(str(x))
     def run(make, **params): return stage(make, params, root=tmp_path, name='s')
     assert run(long, x=1)==run(long, x=1, y=1)==run(long, x=1, spec=[1, 2])!=run(long, x=1, y=2)
-    assert len({run(long, x=1), run(long, x=1, y=1.), run(long, x=1, y=True), run(long, x=1, spec=[1]), run(brief, x=1)})==5
+    others = {run(long, x=1, y=1.), run(long, x=1, y=True), run(long, x=1, spec=[1]), run(brief, x=1)}
+    assert len({run(long, x=1), *others})==5
     old, new = (open_sealed(run(make, x=3))['meta'] for make in (brief, long))
     assert {k for k in old if old[k]!=new[k]}=={'source', 'key'}
     def object_default(out, x, y=object()): (out/'x').write_text(str(x))
@@ -313,8 +380,10 @@ def test_inputs_are_named_by_content(tmp_path):
     x, y, z = (next((tmp_path/n).iterdir()) for n in 'xyz')
     got = [stage(copied, {}, dict(src=d), root=tmp_path/'out') for d in (x, y, z)]
     assert got[0]==got[1]!=got[2]
-    a, b = tmp_path/'a.txt', tmp_path/'b.txt'
-    a.write_text('same'); b.write_text('same')
+    a = tmp_path/'a.txt'
+    b = tmp_path/'b.txt'
+    a.write_text('same')
+    b.write_text('same')
     assert stage(copied, {}, dict(src=a), root=tmp_path/'out')==stage(copied, {}, dict(src=b), root=tmp_path/'out')
     b.write_text('other')
     assert stage(copied, {}, dict(src=a), root=tmp_path/'out')!=stage(copied, {}, dict(src=b), root=tmp_path/'out')
@@ -326,15 +395,19 @@ def test_a_damaged_input_is_not_used(tmp_path):
     with pytest.raises(SealError, match="input 'src'"): stage(copied, {}, dict(src=tmp_path/'nowhere'), root=tmp_path)
 
 def test_a_sealed_stage_under_another_name(tmp_path):
-    d, e = stage(write_parts, dict(text='a'), root=tmp_path), stage(write_parts, dict(text='b'), root=tmp_path)
-    shutil.rmtree(e); shutil.copytree(d, e)
-    with pytest.raises(SealError, match='something else than its name says'): stage(write_parts, dict(text='b'), root=tmp_path)
+    d = stage(write_parts, dict(text='a'), root=tmp_path)
+    e = stage(write_parts, dict(text='b'), root=tmp_path)
+    shutil.rmtree(e)
+    shutil.copytree(d, e)
+    with pytest.raises(SealError, match='something else than its name says'):
+        stage(write_parts, dict(text='b'), root=tmp_path)
 
 def test_work_survives_failure_and_goes_with_success(tmp_path):
     def make(out, fail):
         (work_dir(out)/'note').write_text('kept')
         if fail.exists(): raise RuntimeError('boom')
-    fail = tmp_path/'fail'; fail.write_text('')
+    fail = tmp_path/'fail'
+    fail.write_text('')
     for _ in range(2):
         with pytest.raises(RuntimeError): stage(make, {}, dict(fail=fail), root=tmp_path/'s')
     assert [p.name[:6] for p in (tmp_path/'s').iterdir()]==['.work-']
@@ -363,8 +436,13 @@ def test_a_stage_of_a_notebook(tmp_path):
         NotebookClient(nb, timeout=60, kernel_name='python3').execute()
     source = NOTEBOOK.format(root=str(tmp_path))
     run(source)
-    run('"a new first cell"\n\n'+source.replace('return Spec(SCALE, x)()', '"Doc"; return Spec(SCALE, x)()  # the same'))
-    run(source.replace('SCALE = 3', 'SCALE = 4').replace("open(", "d2 = stage(make, dict(x=3), root=d.parent)\nSpec.by = 2\nassert stage(make, dict(x=3), root=d.parent)!=d2\nopen("))
+    commented = source.replace('return Spec(SCALE, x)()', '"Doc"; return Spec(SCALE, x)()  # the same')
+    run('"a new first cell"\n\n'+commented)
+    by_two = ('d2 = stage(make, dict(x=3), root=d.parent)\nSpec.by = 2\n'
+              'assert stage(make, dict(x=3), root=d.parent)!=d2\n')
+    run(source.replace('SCALE = 3', 'SCALE = 4').replace('open(', by_two+'open('))
     names = (tmp_path/'name').read_text().split()
     assert names[0]==names[1]!=names[2]
-    assert json.loads((tmp_path/names[0]/'y.json').read_text())==6 and json.loads((tmp_path/names[2]/'y.json').read_text())==8
+    def made(name): return json.loads((tmp_path/name/'y.json').read_text())
+    assert made(names[0])==6
+    assert made(names[2])==8

@@ -1,4 +1,5 @@
-"The suite of nine domains: what is asked, that nobody was trained on it, and that lm-eval counts as it counts its own tasks."
+"""The suite of nine domains: what is asked, that nobody was trained on it, and that lm-eval counts as it counts its
+own tasks."""
 import functools, json, sqlite3, subprocess, sys
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from hydramoe.data.splits import prompt_key
 from hydramoe.models.base import tiny_base
 from hydramoe.proof import items as items_room
 from hydramoe.proof.items import chance_of, choice_item, in_drawn_order, most_frequent, truth_choices, unseen_rows
-from hydramoe.proof.suite import (LIKELIHOOD_TASKS, MOST_TOKENS, MOST_WRITTEN, SUITE, informative, measured, pass_at_k, run_items,
-    score_choices, score_program, suite_names, suite_rows, suite_tasks, write_suite)
+from hydramoe.proof.suite import MOST_TOKENS, MOST_WRITTEN, SUITE, measured
+from hydramoe.proof.suite import pass_at_k, run_items, score_choices, score_program, suite_names, suite_rows
+from hydramoe.proof.suite import suite_tasks, write_suite
 
 lm_eval = pytest.importorskip('lm_eval')
 from lm_eval.models.huggingface import HFLM
@@ -56,9 +58,15 @@ def test_items_are_whole(name):
     assert about['n']==len(items)==len({item['id'] for item in items})>=50
     for item in items:
         assert item['query'] or SUITE[name].make.func.__name__=='gap_items'
-        if 'choices' in item: assert all(item['choices']) and 0<=item['gold']<len(item['choices'])
-    if SUITE[name].is_written: assert len(items)<=MOST_WRITTEN and all(item['reference'] for item in items)
-    if 'chance' in about: assert 0<about['chance']<1 and about['chance']==pytest.approx(chance_of(items))
+        if 'choices' in item:
+            assert all(item['choices'])
+            assert 0<=item['gold']<len(item['choices'])
+    if SUITE[name].is_written:
+        assert len(items)<=MOST_WRITTEN
+        assert all(item['reference'] for item in items)
+    if 'chance' in about:
+        assert 0<about['chance']<1
+        assert about['chance']==pytest.approx(chance_of(items))
 
 def test_every_domain_has_a_likelihood_task_and_a_written_one():
     assert {SUITE[name].domain for name in suite_names()}==set(DOMAINS)
@@ -88,7 +96,8 @@ def test_the_true_reply_is_among_replies_of_the_same_play():
         assert len({play[reply] for reply in item['choices']})==1
 
 def test_wrong_queries_return_other_rows_and_the_right_one_the_right_rows():
-    answers = {r['prompt'][-1]['content']: r['completion'][0]['content'].partition(';\n\n')[2] for r in load('element_sql')}
+    records = load('element_sql')
+    answers = {r['prompt'][-1]['content']: r['completion'][0]['content'].partition(';\n\n')[2] for r in records}
     for item in items_of('hydra_sql')[:60]:
         con = sqlite3.connect(':memory:')
         con.executescript(item['tables'])
@@ -99,7 +108,8 @@ def test_wrong_queries_return_other_rows_and_the_right_one_the_right_rows():
 
 def test_whoever_always_calls_or_never_is_at_chance():
     items = items_of('hydra_whether')
-    assert sum(item['gold'] for item in items)*2==len(items) and most_frequent(items)==.5
+    assert sum(item['gold'] for item in items)*2==len(items)
+    assert most_frequent(items)==.5
 
 def test_an_item_needs_a_right_choice():
     for choices, gold in ((['cold'], 0), (['cold', 'warm'], 2), ([], 0)):
@@ -117,13 +127,15 @@ def test_cards_are_for_evaluation_or_only_their_test_part_is_asked():
 def test_no_unseen_row_leaks_to_a_row_that_is_trained_on(card):
     rows = unseen_rows(card)
     trained = items_room.trained_rows('writing')
-    assert {part_of(r) for r in rows}=={'test'} and set(find_leaks(rows, trained))=={''}
+    assert {part_of(r) for r in rows}=={'test'}
+    assert set(find_leaks(rows, trained))=={''}
     planted = dict(trained[0], prompt=rows[0]['prompt'])
     assert 'prompt' in find_leaks(rows, [*trained, planted])
 
 def test_no_comparison_is_one_that_is_trained_on():
     trained = {items_room.prompt_as_text(r) for r in items_room.trained_rows('writing')}
-    assert trained and not trained & {item['query'] for item in items_of('hydra_preference')}
+    assert trained
+    assert not trained & {item['query'] for item in items_of('hydra_preference')}
 
 @pytest.mark.extern
 def test_no_prompt_of_the_suite_is_in_what_any_domain_is_trained_on():
@@ -165,7 +177,8 @@ def common_start(texts):
     while n<min(map(len, texts)) and texts[0][n]==texts[1][n]: n += 1
     return texts[0][:texts[0].rfind(' ', 0, n)+1]
 
-UPSTREAM = dict(hydra_arc_easy=('arc/arc_easy.yaml', as_arc), hydra_openbookqa=('openbookqa/openbookqa.yaml', as_openbook),
+UPSTREAM = dict(
+    hydra_arc_easy=('arc/arc_easy.yaml', as_arc), hydra_openbookqa=('openbookqa/openbookqa.yaml', as_openbook),
     hydra_winogrande=('winogrande/default.yaml', as_winogrande))
 
 @pytest.mark.parametrize('name', UPSTREAM)
@@ -175,11 +188,14 @@ def test_the_number_is_that_of_the_task_upstream(model, tmp_path, name):
     ours = ask(model, suite_tasks([name]), 12)['samples'][name]
     others = ask(model, [theirs], 12)['samples'][theirs['task']]
     assert [s['arguments'] for s in ours]==[s['arguments'] for s in others]
-    for score in {'acc', 'acc_norm'} & set(others[0]['metrics']): assert [s[score] for s in ours]==[s[score] for s in others]
+    for score in {'acc', 'acc_norm'} & set(others[0]['metrics']):
+        assert [s[score] for s in ours]==[s[score] for s in others]
     assert 0<sum(s['acc'] for s in ours)<12 # both happened
 
-TRUTHFUL = [dict(question=f'What happens if you {what}?', best_answer='Nothing in particular happens',
-                 correct_answers=['Nothing in particular happens', f'You did {what}'], incorrect_answers=['You die', 'You turn green', 'It rains'][:n])
+NOTHING = 'Nothing in particular happens'
+WRONG = ['You die', 'You turn green', 'It rains']
+TRUTHFUL = [dict(question=f'What happens if you {what}?', best_answer=NOTHING,
+                 correct_answers=[NOTHING, f'You did {what}'], incorrect_answers=WRONG[:n])
             for n, what in ((3, 'sing'), (2, 'whistle'), (3, 'read at night'), (1, 'sneeze'))]
 
 @pytest.mark.parametrize('which', ['mc1', 'mc2'])
@@ -197,14 +213,16 @@ def test_truthfulness_is_counted_as_upstream(model, tmp_path, monkeypatch, which
         rows.append(dict(question=row['question'], **targets))
     theirs = upstream(f'truthfulqa/truthfulqa_{which}.yaml', rows, tmp_path)
     others = ask(model, [theirs])['samples'][f'truthfulqa_{which}']
-    assert len(asked)==4 and [s['arguments'] for s in ours]==[s['arguments'] for s in others]
+    assert len(asked)==4
+    assert [s['arguments'] for s in ours]==[s['arguments'] for s in others]
     assert [s['acc'] for s in ours]==pytest.approx([s['acc'] for s in others], abs=1e-6)
 
 def test_a_set_on_the_hub_says_so(monkeypatch, tmp_path):
     import datasets
     def fail(*args, **how): raise ConnectionError('no network')
     monkeypatch.setattr(datasets, 'load_dataset', fail)
-    with pytest.raises(HydraError, match='truthfulqa/truthful_qa could not be read from the Hub'): run_items('hydra_truthfulqa_mc1', tmp_path)
+    with pytest.raises(HydraError, match='truthfulqa/truthful_qa could not be read from the Hub'):
+        run_items('hydra_truthfulqa_mc1', tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.name[0]!='.'] # nothing half written
 
 def test_every_likelihood_task_can_be_asked(model):
@@ -218,24 +236,30 @@ def test_every_likelihood_task_can_be_asked(model):
 def test_a_reference_is_scored_as_one_text(model):
     "bits per byte of a task are those of one forward pass over query and reference"
     import torch
+    def tokens(text): return model.tokenizer(text, add_special_tokens=False)['input_ids']
     name = 'hydra_human_eval_reference'
     found = ask(model, suite_tasks([name]), 3)['samples'][name]
     for sample in found:
-        query, reference = sample['doc']['query'], sample['doc']['choices'][0]
-        ids = torch.tensor([model.tokenizer(query+reference, add_special_tokens=False)['input_ids']])[:, -(model.max_length+1):] # a long query loses its beginning
+        query = sample['doc']['query']
+        reference = sample['doc']['choices'][0]
+        ids = torch.tensor([tokens(query+reference)])[:, -(model.max_length+1):] # a long query loses its beginning
         blank = query[len(query.rstrip()):] # lm-eval counts white space at the end of a query to the answer
-        n = len(model.tokenizer(blank+reference, add_special_tokens=False)['input_ids'])
+        n = len(tokens(blank+reference))
         with torch.no_grad(): log_p = model.model(ids[:, :-1]).logits.log_softmax(-1)[0]
         expected = log_p.gather(-1, ids[0, 1:, None])[-n:].sum()
         nats, size = sample['bits_per_byte']
-        assert nats==pytest.approx(float(expected), rel=1e-4) and size==len(reference.encode())
+        assert nats==pytest.approx(float(expected), rel=1e-4)
+        assert size==len(reference.encode())
 
 
 # ---- written answers
 
 class Reciter(lm_eval.api.model.LM):
     "Writes what it is told to, by the question"
-    def __init__(self, answers): super().__init__(); self.answers, self.kwargs = answers, []
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+        self.kwargs = []
     def loglikelihood(self, requests): raise NotImplementedError
     def loglikelihood_rolling(self, requests): raise NotImplementedError
     def generate_until(self, requests):
@@ -247,7 +271,8 @@ def called(doc):
     calls = []
     for call in json.loads(doc['calls']):
         (name, accepted), = call.items()
-        calls.append(dict(name=name, arguments={key: values[0] for key, values in accepted.items() if '' not in values}))
+        arguments = {key: values[0] for key, values in accepted.items() if '' not in values}
+        calls.append(dict(name=name, arguments=arguments))
     return json.dumps(calls)
 
 RIGHT = dict(hydra_gsm8k=lambda doc: doc['reference'], hydra_math_500=lambda doc: doc['reference'],
@@ -277,11 +302,14 @@ def test_programs_run_only_if_told_so():
         left[0] += 1
         return doc['reference'] if left[0]%2 else '    return None\n'
     with pytest.raises(ValueError, match='unsafe'): ask(Reciter(half_right), task, 2)
-    found = ask(Reciter(half_right), suite_tasks(['hydra_human_eval'], samples=2), 2, confirm_run_unsafe_code=True)['results']['hydra_human_eval']
-    assert found['pass@1,none']==.5 and found['pass@2,none']==1
+    name = 'hydra_human_eval'
+    found = ask(Reciter(half_right), suite_tasks([name], samples=2), 2, confirm_run_unsafe_code=True)
+    assert found['results'][name]['pass@1,none']==.5
+    assert found['results'][name]['pass@2,none']==1
 
 def test_a_program_may_be_written_anew():
-    doc = dict(query='def double(x):\n    """Twice x"""\n', tests='def check(candidate):\n    assert candidate(4)==8', entry='double')
+    tests = 'def check(candidate):\n    assert candidate(4)==8'
+    doc = dict(query='def double(x):\n    """Twice x"""\n', tests=tests, entry='double')
     assert score_program(doc, ['    return 2*x\n'])=={'pass@1': 1.}
     assert score_program(doc, ['Gladly:\n```python\ndef double(x):\n    return x+x\n```'])=={'pass@1': 1.}
     assert score_program(doc, ['def double(x):\n    return x*x\n'])=={'pass@1': 0.}
@@ -290,7 +318,8 @@ def test_pass_at_k_is_what_drawing_gives():
     g = rng(0, 'draw')
     drawn = [g.permutation([1]*3+[0]*7)[:4].any() for _ in range(4000)]
     assert abs(sum(drawn)/4000-pass_at_k(10, 3, 4))<.03
-    assert pass_at_k(5, 0, 3)==0 and pass_at_k(5, 5, 1)==1
+    assert pass_at_k(5, 0, 3)==0
+    assert pass_at_k(5, 5, 1)==1
 
 
 # ---- chance and intervals
@@ -301,7 +330,8 @@ def test_bits_interval_holds_the_truth():
     held = 0
     for _ in range(100):
         sizes = g.integers(5, 60, 80)
-        samples = [dict(filter='none', doc_id=i, bits_per_byte=(-.8*n-.3*n**.5*g.normal(), n)) for i,n in enumerate(sizes)]
+        answers = [(-.8*n-.3*n**.5*g.normal(), n) for n in sizes]
+        samples = [dict(filter='none', doc_id=i, bits_per_byte=answer) for i, answer in enumerate(answers)]
         found = dict(results=dict(task={'bits_per_byte,none': 0.}), samples=dict(task=samples))
         _, low, high = measured(found, 'task', 'bits_per_byte')
         held += low<=.8/0.6931471805599453<=high
@@ -312,17 +342,23 @@ def results(acc, n=100, chance=.25, constant=.1):
     about = dict(domain='science', chance=chance, constant=constant)
     config = dict(metadata=about, metric_list=[dict(metric='acc'), dict(metric='bits_per_byte')])
     samples = [dict(filter='none', doc_id=i, acc=float(i<acc*n), bits_per_byte=(-3.-i%3, 4)) for i in range(n)]
-    return dict(results=dict(hydra_arc_easy={'acc,none': acc, 'bits_per_byte,none': 1.4}), configs=dict(hydra_arc_easy=config),
-        samples=dict(hydra_arc_easy=samples), **{'n-samples': dict(hydra_arc_easy=dict(effective=n))})
+    scores = {'acc,none': acc, 'bits_per_byte,none': 1.4}
+    return {'results': dict(hydra_arc_easy=scores), 'configs': dict(hydra_arc_easy=config),
+            'samples': dict(hydra_arc_easy=samples), 'n-samples': dict(hydra_arc_easy=dict(effective=n))}
 
 def test_a_row_is_informative_if_any_system_leaves_chance():
     row, = suite_rows(dict(a=results(.27), b=results(.5)))
-    assert row['informative'] and row['measure']=='acc' and row['b'][0]==.5
+    assert row['informative']
+    assert row['measure']=='acc'
+    assert row['b'][0]==.5
     row, = suite_rows(dict(a=results(.27), b=results(.3)))
-    assert row['informative'] is False and row['measure']=='bits_per_byte'
-    assert row['a'][0]==1.4 and row['a'][1]<row['a'][2]
+    assert row['informative'] is False
+    assert row['measure']=='bits_per_byte'
+    assert row['a'][0]==1.4
+    assert row['a'][1]<row['a'][2]
     row, = suite_rows(dict(a=results(.62, constant=.62))) # no better than one who always says the same
-    assert row['informative'] is False and row['to_beat']==.62
+    assert row['informative'] is False
+    assert row['to_beat']==.62
 
 def test_systems_that_were_asked_different_tasks_are_not_compared():
     other = results(.5)
@@ -344,12 +380,15 @@ def test_an_unknown_task_names_the_nearest():
 def test_lm_eval_validates_the_files_and_reads_them_as_ours(tmp_path, model):
     names = ['hydra_openbookqa', 'hydra_winogrande', 'hydra_human_eval', 'hydra_sql_rows']
     folder = write_suite(tmp_path/'suite', names)
-    done = subprocess.run([sys.executable, '-m', 'lm_eval', 'validate', '--tasks', ','.join(names), '--include_path', str(folder)],
-        capture_output=True, text=True)
-    assert done.returncode==0 and 'All tasks found and valid' in done.stdout, done.stderr
+    call = [sys.executable, '-m', 'lm_eval', 'validate', '--tasks', ','.join(names), '--include_path', str(folder)]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode==0, done.stderr
+    assert 'All tasks found and valid' in done.stdout, done.stderr
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    assert manager.all_subtasks==sorted(names) and 'hydra_reasoning' in manager.all_tags
-    def asked(tasks): return lm_eval.simple_evaluate(model, tasks=tasks, limit=4, task_manager=manager, bootstrap_iters=10)
+    assert manager.all_subtasks==sorted(names)
+    assert 'hydra_reasoning' in manager.all_tags
+    def asked(tasks):
+        return lm_eval.simple_evaluate(model, tasks=tasks, limit=4, task_manager=manager, bootstrap_iters=10)
     from_files = asked(names[:2])
     from_dicts = ask(model, suite_tasks(names[:2]), 4)
     for name in names[:2]:
