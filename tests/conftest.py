@@ -4,7 +4,8 @@ from pathlib import Path
 
 import hydramoe # noqa: F401, sets OMP_WAIT_POLICY before torch is imported
 
-os.environ.setdefault('OMP_NUM_THREADS', '1') # what they hold is small, and a second thread that waits for its core costs more than it brings
+# what tests compute is small, and a second thread that waits for its core costs more than it brings
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest # noqa: E402
 from hypothesis import settings # noqa: E402
@@ -14,8 +15,11 @@ settings.register_profile('search', max_examples=2000, deadline=None) # HYPOTHES
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'same'))
 
 def together(nodeid):
-    """What stays with one worker when `make test` deals tests to several: a file, since its fixtures cost. But each notebook of the
-    library is dealt alone, for these take longest; and so is each of an experiment's slow runs, one for each parameter"""
+    """What stays with one worker when `make test` deals tests to several: a file, since its fixtures cost.
+
+    But each notebook of the library is dealt alone, because these take longest; and so is each of an experiment's slow
+    runs, one for each parameter.
+    """
     file, test = nodeid.split('::', 1)
     alone = test.startswith(('test_notebook[', 'test_every_parameter_is_used['))
     return nodeid if alone else file
@@ -34,10 +38,13 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(terminalreporter, config):
     file = config.getoption('--record')
     if not file: return
-    lines = [f"# Oracles that are asked now and then\n\nMade by `make test-extern` on {time.strftime('%d %B %Y', time.gmtime())}, hydramoe {hydramoe.__version__}.\n",
-             '| test | outcome | seconds |', '| :-- | :-- | --: |']
+    today = time.strftime('%d %B %Y', time.gmtime())
+    title = '# Oracles that are asked now and then'
+    made = f'Made by `make test-extern` on {today}, hydramoe {hydramoe.__version__}.'
+    lines = [f'{title}\n\n{made}\n', '| test | outcome | seconds |', '| :-- | :-- | --: |']
     for outcome in ('passed', 'failed'):
-        for r in terminalreporter.stats.get(outcome, []): lines.append(f'| `{r.nodeid}` | {outcome} | {r.duration:.0f} |')
+        for r in terminalreporter.stats.get(outcome, []):
+            lines.append(f'| `{r.nodeid}` | {outcome} | {r.duration:.0f} |')
     Path(file).write_text('\n'.join(lines)+'\n')
 
 @pytest.fixture(autouse=True)
@@ -50,12 +57,14 @@ def same_environment():
 
 @pytest.fixture
 def in_two_processes(tmp_path):
-    "Code that fills the folder sys.argv[1], run under two values of PYTHONHASHSEED: the bytes of its files, by name, twice"
+    "Runs code that fills the folder sys.argv[1] under two values of PYTHONHASHSEED; file name → bytes, twice"
     def run(code):
         outs = []
         for seed in ('1', '2'):
-            out = tmp_path/seed; out.mkdir()
-            subprocess.run([sys.executable, '-c', code, str(out)], env=os.environ | dict(PYTHONHASHSEED=seed), check=True)
+            out = tmp_path/seed
+            out.mkdir()
+            env = os.environ | dict(PYTHONHASHSEED=seed)
+            subprocess.run([sys.executable, '-c', code, str(out)], env=env, check=True)
             outs.append({p.name: p.read_bytes() for p in out.iterdir()})
         return outs
     return run

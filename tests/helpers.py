@@ -121,7 +121,10 @@ def set_fields(file, **fields):
 def spots(x, at=()):
     "The path of every value in a JSON text"
     yield at
-    for k in (x if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ()): yield from spots(x[k], at+(k,))
+    keys = ()
+    if isinstance(x, dict): keys = x
+    if isinstance(x, list): keys = range(len(x))
+    for k in keys: yield from spots(x[k], at+(k,))
 
 def put(x, at, v):
     "`x` with another value at a path; `...` takes it away"
