@@ -75,6 +75,11 @@ def test_lines_fit_a_screen():
     lines = [line for c in every for line in c.splitlines() if line.strip()]
     assert sum(len(line)>120 for line in lines)/len(lines) <= LIMITS['wide']
 
+def test_tests_and_benchmarks_fit_a_screen():
+    files = [*(root/'tests').rglob('*.py'), *(root/'benchmarks').rglob('*.py')]
+    lines = [(f.name, line) for f in files for line in f.read_text(encoding='utf-8').splitlines()]
+    assert not [f'{name}: {line}' for name, line in lines if len(line)>120]
+
 def test_cells_are_short():
     sizes = sorted(len(body_lines(c)) for c in every)
     assert sizes[int(.9*len(sizes))] <= LIMITS['p90']
