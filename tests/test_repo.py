@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 from hydramoe.use.reproduce import Graph, load_result, experiments_at, split_scale
 from hydramoe.use.publish import SCALES, check_sums, published, read_older
 from hydramoe.use.tables import SPEEDS
-from hydramoe.use.paper import numbers, paper_files
+from hydramoe.use.paper import numbers, paper_files, paper_results
 from hydramoe.use.pages import PAGES as MADE, notebooks_page, render_page
 from hydramoe.foundations.report import latex_name
 from helpers import root, text
@@ -183,7 +183,7 @@ def test_paper_agrees_with_results():
 @pytest.mark.skipif(not results, reason='nothing is published in results/')
 def test_every_number_the_paper_names_is_there():
     named = set(re.findall(r'\\result\{(\w+)\}', text('papers', 'hydra', 'main.tex')))
-    assert named <= {latex_name(k) for k in numbers()}
+    assert named <= {latex_name(k) for k in numbers(paper_results())}
 
 def test_results_of_older_code_are_published_ones_and_the_readme_says_so():
     listed = read_older()

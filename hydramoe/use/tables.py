@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'SPEEDS', 'e3_table', 'results_table', 'answer_with_route', 'demo_cost', 'Speed', 'speed_table',
-           'routers_table', 'merging_table', 'shared_result', 'shared_table', 'shared_gain', 'gates_table',
-           'rewards_table']
+           'routers_table', 'merging_table', 'shared_result', 'shared_rows', 'shared_table', 'shared_gain',
+           'gates_table', 'rewards_table']
 
 # %% ../../nbs/use/81b_tables.ipynb #5c094511
 import re
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..foundations.core import repo_root
 from ..foundations.files import read_json
 from ..foundations.report import markdown_table, minus_signs
-from .reproduce import Result
+from .reproduce import Result, load_result
 from .publish import older_note, published, published_scales, results_dir, thorough_result
 
 # %% ../../nbs/use/81b_tables.ipynb #70953a44
@@ -197,18 +197,23 @@ def shared_result(
     "The most thorough published `e3_routing` that has a shared expert"
     folder = Path(folder or results_dir())
     for scale in published_scales('e3_routing', folder):
-        r = published(folder, scale)['e3_routing']
+        r = load_result(folder/f'e3_routing-{scale}.json')
         if r.extra.get('shared'): return r
     return None
+
+def shared_rows(
+    r:Result # from `shared_result`
+)->list[dict]: # text by column
+    "Every system against the Hydra with a shared expert"
+    columns = ('system', 'macro ppl', 'against the shared Hydra')
+    return [{c: minus_signs(row[c]) for c in columns} for row in r.extra['shared']['table']]
 
 def shared_table(
     folder:str|Path|None=None # of results; `results_dir()` if None
 )->str: # Markdown
-    "Every system against the Hydra with a shared expert; empty if none is published"
+    "The rows of `shared_rows`; empty if no shared expert is published"
     r = shared_result(folder)
-    if r is None: return ''
-    columns = ['system', 'macro ppl', 'against the shared Hydra']
-    return minus_signs(markdown_table(r.extra['shared']['table'], columns))
+    return '' if r is None else markdown_table(shared_rows(r))
 
 def shared_gain(
     folder:str|Path|None=None # of results; `results_dir()` if None
