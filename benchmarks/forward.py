@@ -180,7 +180,7 @@ def swaps(model, rows, rounds):
     return statistics.median(took[len(gates):]) # the first round does not count
 
 def gathers(model, gates):
-    "Median seconds of a plan and its factors, for each group of layers anew"
+    "Median seconds of a plan made anew for each group of layers, and of its factors"
     def gather():
         groups = range(len(model.stack.groups))
         return [make_plan(gates, model.stack).keep().factors(g, model.base.dtype) for g in groups]

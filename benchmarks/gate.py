@@ -107,7 +107,8 @@ def measure(args):
     "Seconds of all steps, round by round: those of training, those of decoding"
     with warnings.catch_warnings(action='ignore'), tempfile.TemporaryDirectory() as tmp:
         base = opened(args, 'fp32')
-        with torch.inference_mode(): of_decode = decoding(args, base, args.rounds)
+        # a decode step takes a fiftieth of a training step's time, so its ratio can rest on more of them
+        with torch.inference_mode(): of_decode = decoding(args, base, 5*args.rounds)
         rows = made_up(args, base.model.config.vocab_size)
         return training(args, rows, tmp), of_decode
 

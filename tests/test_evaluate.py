@@ -47,11 +47,11 @@ def ask(lm, kind, arguments=None):
 
 def same(kind, a, b, within=1e-4):
     "Are two lists of answers the same? Numbers within a little, flags and texts exactly"
-    assert len(a)==len(b)
+    if len(a)!=len(b): return False
     if kind=='generate_until': return a==b
     a = np.array(a, float)
     b = np.array(b, float)
-    if kind=='loglikelihood': assert (a[:,1]==b[:,1]).all()
+    if kind=='loglikelihood' and (a[:,1]!=b[:,1]).any(): return False
     return np.abs(a-b).max()<=within
 
 @pytest.fixture(scope='module')

@@ -17,7 +17,7 @@ from hydramoe.experts.listen import (
 from hydramoe.experts.model import gated
 from hydramoe.experts.score import Losses, save_losses
 from hydramoe.experts.stack import LoraSpec
-from hydramoe.experts.train import TrainSpec, gradients, training_mode
+from hydramoe.experts.train import TrainSpec
 
 # ---- records to residuals
 

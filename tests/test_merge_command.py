@@ -286,8 +286,8 @@ def test_ctrl_c_while_writing_leaves_nothing(place, to, monkeypatch):
     assert {p.name for p in place.iterdir()}=={'b', 'b4', 'gated', 'rows.jsonl'}
 
 @pytest.mark.parametrize('to', ['expert', 'adapter'])
-def test_killed_anywhere_it_leaves_a_whole_result_or_none(place, to):
-    os.environ['HYDRAMOE_QUIET'] = '1'
+def test_killed_anywhere_it_leaves_a_whole_result_or_none(place, to, monkeypatch):
+    monkeypatch.setenv('HYDRAMOE_QUIET', '1')
     out = place/'x'
     def work():
         argv = ['merge', str(place/'b'), '--method', 'linear', '--to', to, '--out', str(out)]

@@ -1,6 +1,6 @@
 """Programs of strangers: what each attack finds, and what is left of it; every attack is let loose outside as well
 where that does no harm"""
-import json, os, shutil, signal, socket, subprocess, sys, tempfile, time
+import json, os, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,6 @@
 """The shared expert: the single adapter without its residuals, TRL's and PEFT's numbers with them, and what accidents
 do to either"""
 import json, os, signal, subprocess, sys, warnings
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -11,16 +10,16 @@ import hydramoe.experts.model as experts_model
 import hydramoe.experts.shared as shared
 import hydramoe.experts.train as train
 from hydramoe.foundations.core import HydraError, derive_seed, rng
-from hydramoe.foundations.files import read_json, read_jsonl, write_jsonl
+from hydramoe.foundations.files import read_jsonl, write_jsonl
 from hydramoe.foundations.store import open_sealed, sealing, stage
 from hydramoe.models.base import tiny_base
-from hydramoe.experts.stack import LoraSpec, Stack
+from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.plan import Plan, slow_add
 from hydramoe.experts.gates import make_plan, one_hot, with_trunk
 from hydramoe.experts.model import gated
-from hydramoe.experts.pool import ExpertPool, slots_within
+from hydramoe.experts.pool import ExpertPool
 from hydramoe.experts.score import token_losses
-from hydramoe.experts.train import TrainSpec, fit, fit_trl, n_response, plan_steps, training_mode, using_threads
+from hydramoe.experts.train import fit, fit_trl, n_response, plan_steps, training_mode, using_threads
 from hydramoe.experts.shared import ResidualSpec, SharedOptimizers, fit_shared, mix_steps, shared_gradients, shared_step
 from hydramoe.experts.jobs import make_jobs, run_jobs
 from hydramoe.experts.stages import cache_trunk, sort_rows, train_single_stage

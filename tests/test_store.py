@@ -402,15 +402,17 @@ def test_a_sealed_stage_under_another_name(tmp_path):
     with pytest.raises(SealError, match='something else than its name says'):
         stage(write_parts, dict(text='b'), root=tmp_path)
 
-def test_work_survives_failure_and_goes_with_success(tmp_path):
-    def make(out, fail):
+def test_work_survives_failure_and_goes_with_success(tmp_path, monkeypatch):
+    def make(out):
         (work_dir(out)/'note').write_text('kept')
-        if fail.exists(): raise RuntimeError('boom')
-    fail = tmp_path/'fail'
-    fail.write_text('')
+        if os.environ['FAILS']=='yes': raise RuntimeError('boom')
+    monkeypatch.setenv('FAILS', 'yes')
     for _ in range(2):
-        with pytest.raises(RuntimeError): stage(make, {}, dict(fail=fail), root=tmp_path/'s')
-    assert [p.name[:6] for p in (tmp_path/'s').iterdir()]==['.work-']
+        with pytest.raises(RuntimeError): stage(make, {}, root=tmp_path)
+    assert [p.name[:6] for p in tmp_path.iterdir()]==['.work-']
+    monkeypatch.setenv('FAILS', 'no')
+    made = stage(make, {}, root=tmp_path)
+    assert list(tmp_path.iterdir())==[made]
 
 NOTEBOOK = '''
 from hydramoe.foundations.store import stage
