@@ -45,8 +45,8 @@ def hub_records(
     return records, rejects
 
 # %% ../../nbs/data/28a_prepare.ipynb #1ada8584
-HUB_FIELDS = ('pretty_name', 'license', 'license_name', 'license_link', 'language', 'task_categories', 'size_categories',
-              'tags', 'source_datasets')
+HUB_FIELDS = ('pretty_name', 'license', 'license_name', 'license_link', 'language',
+              'task_categories', 'size_categories', 'tags', 'source_datasets')
 
 def hub_front(
     card:dict # from `load_card`

@@ -175,7 +175,7 @@ def _count_same_id(value, ids, counts):
 # %% ../../nbs/data/26c_stream.ipynb #cf18c6fd
 def stream_records(
     path:str|Path|Form, # a file, or what `detect` saw of it
-    rejects=None, # takes what cannot be used, by `append`: a list, or from `rejects_file`; None: the first bad row is an error
+    rejects=None, # takes bad rows, by `append`: a list, or from `rejects_file`; None: the first bad row is an error
     domain:str='user', # of rows that name none
     tally:RowCounts=None, # counts as it goes
     distinct:bool=False, # leave out rows that came before

@@ -29,7 +29,7 @@ def _allowed(rows, licenses):
 
 # %% ../../nbs/data/27d_unify.ipynb #cell47
 def tokenizer_of(
-    base:str='smollm2' # 'bytes', or any base that `load_base` knows: 'smollm2', 'gemma3', the path of a checkpoint, a Hub id
+    base:str='smollm2' # 'bytes', or what `load_base` takes: 'smollm2', 'gemma3', the path of a checkpoint, a Hub id
 ): # a transformers tokenizer with a chat template
     "The tokenizer that counts tokens for a base"
     return byte_tokenizer() if base == 'bytes' else base_tokenizer(base)
@@ -201,7 +201,7 @@ def _seen_steps(removed):
 def unify_records(
     records:list[dict], # of all sources, in any order
     tokenizer, # of the base, counts tokens
-    want:dict=None, # `experts`: tokens a domain; `router`, `dev`, `test`: rows a domain; all there are of what is not named
+    want:dict=None, # `experts`: tokens a domain; `router`, `dev`, `test`: rows a domain; all of what is not named
     held:list[dict]=(), # of the evaluation sets, never to train on
     max_length:int=None, # tokens of the longest prompt, and of the longest response; no limit if None
     seed:int=0, # of the split and the draw

@@ -175,7 +175,7 @@ def _kept_plan(self:GatedCausalLM, gates, mask):
 
 @patch
 def _corrected(self:GatedCausalLM, gates, mask=None):
-    "Weights of rows as the trained gate corrects them, if there is one; at the start of a generation `mask` is the prompts'"
+    "Weights of rows as the trained gate corrects them, if there is one; a generation begins with the prompts' `mask`"
     if self.gate is None or callable(gates): return gates
     prompt = None if mask is None else mask.bool()
     return self.gate.on(gates.flatten(1), prompt=prompt)

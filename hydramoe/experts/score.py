@@ -65,7 +65,7 @@ def collate(
     examples:list, # of `hydramoe.models.encode.Example`
     device='cpu', # where the tensors go
     packed:bool=False # one row behind the other, see 43_packing
-)->tuple[Tensor,Tensor,Tensor]: # ids (B,T), padded right with 0, or (1,T) · flat positions (L,) that predict a label · labels
+)->tuple[Tensor,Tensor,Tensor]: # ids (B,T), padded right with 0, or (1,T) · flat positions (L,) of predictions · labels
     "Rows as one rectangle, or packed, with where the response tokens are predicted"
     for x in examples: _check_response(x)
     rows = [torch.tensor(x.ids) for x in examples]

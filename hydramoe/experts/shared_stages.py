@@ -69,7 +69,9 @@ def write_shared(
     "shared/adapter, NAME/ for each residual, and history.json"
     stack = model.stack
     why = unfit(stack.theta[stack.shared], stack.scale[stack.shared].item())
-    if why: raise HydraError(f"the shared expert {why} after training with lr={setup.spec.lr:g}: lower the learning rate (--lr)")
+    if why:
+        raise HydraError(f"the shared expert {why} after training with lr={setup.spec.lr:g}: "
+                         "lower the learning rate (--lr)")
     write_experts(out, stack, base_id, setup, history, experts)
     folder = Path(out)/'shared'/'adapter'
     with disk_errors(): stack.save_peft(folder, stack.shared, base_id)

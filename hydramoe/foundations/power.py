@@ -146,5 +146,6 @@ def detectable_text(
     if design.runs==1: trained = 'one training run of each system (training noise held fixed)'
     else: trained = f'{design.runs} training runs of each system'
     family = f', corrected for {design.comparisons} comparisons' if design.comparisons>1 else ''
-    return (f'With {design.prompts} prompts in each of {design.domains} domains and {trained}, a difference of {least:.2g} % '
-            f'is detected {share} (two-sided, {100*design.alpha:g} %{family}). A smaller one may well go unseen.')
+    return (f'With {design.prompts} prompts in each of {design.domains} domains and {trained}, '
+            f'a difference of {least:.2g} % is detected {share} (two-sided, {100*design.alpha:g} %{family}). '
+            'A smaller one may well go unseen.')

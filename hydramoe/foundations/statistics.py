@@ -148,7 +148,8 @@ def mean_of_runs(
 )->Difference:
     "The mean difference of several runs with an interval over runs and their prompts"
     runs = len(percents)
-    if runs<2: raise HydraError(f'{runs} run: the spread between runs needs at least two; train again with another seed')
+    if runs<2:
+        raise HydraError(f'{runs} run: the spread between runs needs at least two; train again with another seed')
     logs = np.log1p(np.asarray(percents)/100)
     error = logs.std(ddof=1)/np.sqrt(runs)
     return _by_student(logs.mean(), np.array([error]), [runs-1], level, runs)

@@ -146,7 +146,8 @@ def check_beside_shared(
     "Refuse a name that means the shared expert"
     taken = [name for name in names if name.lower() == 'shared']
     if not taken: return
-    raise BundleError(f"{where}name {taken[0]!r} is taken: beside a shared expert it means that one alone; choose another name")
+    raise BundleError(f"{where}name {taken[0]!r} is taken: beside a shared expert it means that one alone; "
+                      "choose another name")
 
 # %% ../../nbs/hydra/63_bundle.ipynb #76eba55a
 def _check_shared_entry(manifest, place):
@@ -352,7 +353,8 @@ def load_router_or_gate(
     is_gate = manifest['router'] in GATES
     place, other = (root/'gates', root/'router') if is_gate else (root/'router', root/'gates')
     kind = manifest['router']
-    if other.exists() and 'gate' not in manifest: raise BundleError(f"{other} is extra: hydra.json says {kind}, which belongs in {place.name}/")
+    if other.exists() and 'gate' not in manifest:
+        raise BundleError(f"{other} is extra: hydra.json says {kind}, which belongs in {place.name}/")
     if is_gate and encoder is not None:
         raise HydraError(f"{root} chooses by a gate, which reads no encoder: leave encoder= (--encoder) out")
     found = load_gate(place) if is_gate else check_width(load_router(place, encoder))

@@ -82,7 +82,8 @@ def write_dense(
         weight.data.copy_((weight.float()+change).to(weight.dtype))
     layers = [dict(note, rank=None, energy_lost=0.) for note in merge.receipt['layers']]
     weights = 'original' if original or hydra.base.quant!='nf4' else 'dequantised'
-    receipt = dict(merge.receipt, rank=None, energy_lost=0., layers=layers, base=dict(id=hydra.base.id, weights=weights))
+    receipt = dict(merge.receipt, rank=None, energy_lost=0., layers=layers,
+                   base=dict(id=hydra.base.id, weights=weights))
     with writing_dir(Path(out).absolute()) as folder, hide_loading_bars():
         model.save_pretrained(folder)
         hydra.base.tokenizer.save_pretrained(folder)
@@ -134,7 +135,8 @@ def mergekit_recipe(
     method, parameters, weights = _mergekit_method(made)
     places = {name: f'{base}+{adapters[name]}' for name in weights}
     odd = [place for place in places.values() if place.count('+')>1]
-    if odd: raise HydraError(f"mergekit reads {odd[0]!r} at its plus signs: move base and adapters to a path without one")
+    if odd:
+        raise HydraError(f"mergekit reads {odd[0]!r} at its plus signs: move base and adapters to a path without one")
     models = []
     for name, weight in weights.items():
         own = dict(weight=weight)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from ..foundations.core import HydraError, number, rng
 from ..foundations.files import check_writable
-from ..foundations.statistics import Difference, difference_record, difference_text, is_significant, paired_difference
+from ..foundations.statistics import (Difference, difference_record, difference_text,
+                                             is_significant, paired_difference)
 from ..foundations.store import work_dir
 from ..experts.score import response_losses
 from ..experts.train import TrainSpec
@@ -73,8 +74,8 @@ def check_has_choice(
     "Refuse weights under which hardly any row has two experts"
     several = ((weights!=0).sum(1)>1).float().mean().item()
     if several>.1: return
-    raise HydraError(f"the router gives {1-several:.0%} of the rows to a single expert, or to none, so there is nothing "
-                     "to correct: let it keep several (top_k), or raise its temperature")
+    raise HydraError(f"the router gives {1-several:.0%} of the rows to a single expert, or to none, "
+                     "so there is nothing to correct: let it keep several (top_k), or raise its temperature")
 
 # %% ../../nbs/hydra/67e_gated.ipynb #6da3bd4a
 def judge_gate(
@@ -117,7 +118,8 @@ def add_gate(
     check_bundle(bundle, encoder)
     hydra = Hydra.load(bundle, base, encoder=encoder)
     if hydra.gate:
-        raise HydraError(f"{bundle} chooses by a gate in closed form, and a trained one corrects a router: give it a router")
+        raise HydraError(f"{bundle} chooses by a gate in closed form, and a trained one corrects a router: "
+                         "give it a router")
     hydra.correct_by(None) # a gate that's there is replaced
     found, _ = gather_rows(records)
     dealt = deal_rows(hydra, found, job)

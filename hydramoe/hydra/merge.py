@@ -19,7 +19,8 @@ from ..foundations.files import write_json
 from ..experts.stack import LoraSpec, Stack
 from ..experts.adapters import factors_of
 from .gate import minus_seed
-from .deltas import CoreSpace, Deltas, compress, cosines, inner_products, sign_conflict, stack_deltas, to_core
+from .deltas import (CoreSpace, Deltas, compress, cosines, inner_products,
+                                   sign_conflict, stack_deltas, to_core)
 from .ties import DENSITY, TIES_VARIANTS, check_density, dare, dare_ties, prune, ties
 from .subspace import iso_c, iso_cts, knots, lego, tsv_m
 
@@ -389,7 +390,8 @@ def _plot_layers(ax, receipt, overlap):
     ax.plot(conflicts, label='sign conflict of the experts')
     ax.plot(lost, label=f'energy lost at {rank}')
     ax.set(xlabel='layer', ylim=(0, 1.4*max(.05, *conflicts, *lost)))
-    ax.set_title(f"{receipt['method']} in {receipt['space']} space, {receipt['length']:.2f} times an expert's length", fontsize=9)
+    ax.set_title(f"{receipt['method']} in {receipt['space']} space, "
+                 f"{receipt['length']:.2f} times an expert's length", fontsize=9)
     ax.legend(frameon=False, fontsize=8)
 
 def _plot_losses(ax, losses):

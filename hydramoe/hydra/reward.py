@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from ..foundations.core import HydraError, derive_seed, digest, number, one_of, progress, rng
 from ..models.template import render
-from ..data.check import check_call, check_choice, check_math, check_no_call, check_number, check_program, check_rows
+from ..data.check import (check_call, check_choice, check_math, check_no_call,
+                                 check_number, check_program, check_rows)
 from ..experts.gate_plan import FEW
 from ..experts.gates import make_plan
 from ..experts.model import GatedCausalLM

@@ -270,9 +270,10 @@ def run_deal(
     if counts['train']: return dealt, counts
     lost = [f"{r['file']} line {r['line']}: {r['reason']}" for r in _rejects(dealt, records)]
     examples = '; '.join(lost[:3]) + ('; …' if len(lost) > 3 else '')
-    raise HydraError(f"of {counts['rows']} rows none is left to train on: {counts['refused']} are refused by the "
-                     f"base's chat template, {counts['too_long']} are longer than max_length={spec.max_length} tokens, and "
-                     f"tokens={spec.tokens} must hold at least one; {examples}")
+    raise HydraError(f"of {counts['rows']} rows none is left to train on: "
+                     f"{counts['refused']} are refused by the base's chat template, "
+                     f"{counts['too_long']} are longer than max_length={spec.max_length} tokens, "
+                     f"and tokens={spec.tokens} must hold at least one; {examples}")
 
 # %% ../../nbs/hydra/66a_rows.ipynb #7215f0e7
 def left_out(

@@ -71,8 +71,8 @@ def next_value(
 def _score_lengths(base, stack, merge, examples, lengths, params):
     "One row of the curve for each length, those that the search adds last"
     if merge.receipt['length']==0:
-        raise HydraError(f"the merge by {merge.receipt['method']} adds nothing to the base, so it has no length to search: "
-                         "the experts cancel with these weights")
+        raise HydraError(f"the merge by {merge.receipt['method']} adds nothing to the base, "
+                         "so it has no length to search: the experts cancel with these weights")
     curve = []
 
     def score(length):

@@ -94,7 +94,9 @@ def cost_row(
 )->dict[str,str]: # column → text
     "A cost as columns of a table"
     if not cost.total:
-        return {'active': '0', 'trained': '0', 'tokens': '', 'rows': '', 'steps': '', 'MFLOP a token': f'{cost.flops/1e6:.1f}'}
+        return {'active': '0', 'trained': '0', 'tokens': '', 'rows': '', 'steps': '',
+                'MFLOP a token': f'{cost.flops/1e6:.1f}'}
     steps = f'{cost.least_steps}' if cost.least_steps==cost.most_steps else f'{cost.least_steps} to {cost.most_steps}'
-    return {'active': f'{cost.active/1e6:.2f} M', 'trained': f'{cost.total/1e6:.2f} M', 'tokens': f'{cost.tokens/1e3:.0f} k',
-            'rows': str(cost.rows), 'steps': steps, 'MFLOP a token': f'{cost.flops/1e6:.1f}'}
+    return {'active': f'{cost.active/1e6:.2f} M', 'trained': f'{cost.total/1e6:.2f} M',
+            'tokens': f'{cost.tokens/1e3:.0f} k', 'rows': str(cost.rows), 'steps': steps,
+            'MFLOP a token': f'{cost.flops/1e6:.1f}'}

@@ -25,7 +25,8 @@ def require_lm_eval(
     "lm-eval, which is installed only if you ask for it"
     try: import lm_eval
     except ImportError:
-        raise HydraError("evaluation is done by lm-eval, which is not installed: pip install 'hydramoe[eval]'") from None
+        raise HydraError("evaluation is done by lm-eval, which is not installed: "
+                         "pip install 'hydramoe[eval]'") from None
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
     return lm_eval
 
@@ -100,7 +101,8 @@ def route_texts(
 def _row_of(context, answer, gate, longest):
     "What is fed for an answer, cut on the left to what the base can read, and how it is weighed"
     if len(answer)>longest:
-        raise HydraError(f"an answer has {len(answer)} tokens, and the base reads {longest}: it can't be scored in one piece")
+        raise HydraError(f"an answer has {len(answer)} tokens, and the base reads {longest}: "
+                         "it can't be scored in one piece")
     fed = (context+answer)[-(longest+1):-1]
     weights = tuple(gate.tolist()) if isinstance(gate, Tensor) else gate
     return tuple(fed), weights

@@ -99,7 +99,7 @@ def unseen_rows(
     card:str, # of any use
     forms:bool=False # questions are filled into forms: shared wording is kept
 )->list[dict]: # records
-    "The records of a card that nothing was trained on: all of an evaluation card; the test part of another, without leaks"
+    "Records of a card that nothing was trained on: all of an evaluation card, the test part of another"
     about = load_card(card)
     if about['use']=='evaluate': return load(card)
     rows = test_part(card)
@@ -218,8 +218,8 @@ def hub_rows(
     known = load_card(card)
     try: return list(load_dataset(known['hub'], known['config'], split=known['split'], revision=known['revision']))
     except Exception as e: # of many kinds: no network, no such set, no access
-        raise HydraError(f"card {card}: {known['hub']} could not be read from the Hub ({type(e).__name__}); its tasks need "
-                         "a machine that reaches the Hub, all other tasks don't") from None
+        raise HydraError(f"card {card}: {known['hub']} could not be read from the Hub ({type(e).__name__}); "
+                         "its tasks need a machine that reaches the Hub, all other tasks don't") from None
 
 def truthful_items(
     card:str, # of a set on the Hub
@@ -299,8 +299,8 @@ def shown_tables(
     return con
 
 # %% ../../nbs/proof/73_items.ipynb #14187c22
-SWAPS = (('>', '<'), ('<', '>'), ('DESC', 'ASC'), ('ASC', 'DESC'), ('MAX', 'MIN'), ('MIN', 'MAX'), ('AVG', 'SUM'), (' AND ', ' OR '),
-         (' OR ', ' AND '))
+SWAPS = (('>', '<'), ('<', '>'), ('DESC', 'ASC'), ('ASC', 'DESC'), ('MAX', 'MIN'), ('MIN', 'MAX'),
+         ('AVG', 'SUM'), (' AND ', ' OR '), (' OR ', ' AND '))
 
 def altered_queries(
     sql:str # a query
@@ -456,8 +456,8 @@ def in_drawn_order(
     return [dict(id=name) | named[name] for name in sorted(named)][:most]
 
 # %% ../../nbs/proof/73_items.ipynb #a4fb6359
-_MAKERS = (asked_items, gap_items, reference_items, program_items, verdict_items, truthful_items, reply_items, preference_items,
-           query_items, function_items, whether_items, call_items, solution_items, letter_items)
+_MAKERS = (asked_items, gap_items, reference_items, program_items, verdict_items, truthful_items, reply_items,
+           preference_items, query_items, function_items, whether_items, call_items, solution_items, letter_items)
 MAKERS = {f.__name__: f for f in _MAKERS} # name → function of cards that makes items
 
 def items_stage(

@@ -62,7 +62,8 @@ def outlook_text(
     "The answer, what it rests on, and what it can't tell"
     sizes = [d['rows'] for d in domains]
     said = [OUTLOOKS[answer]]
-    said.append(f'{sum(sizes)} training rows in {len(sizes)} clusters, {min(sizes)} rows in the smallest and {max(sizes)} in the largest.')
+    said.append(f'{sum(sizes)} training rows in {len(sizes)} clusters, '
+                f'{min(sizes)} rows in the smallest and {max(sizes)} in the largest.')
     if answer=='better data':
         said.append(f'An expert should see {ENOUGH_TRAINING} rows or more, and a mixture has at least two experts.')
     stable = measures['stability']

@@ -105,4 +105,5 @@ def gain_text(
     if is_ahead(over_lot):
         return (f'The shared Hydra is ahead of itself on clusters by lot ({lot}), so its residuals did specialise; '
                 f'but no lead on the single adapter was found ({one}).')
-    return f'No lead of the shared Hydra was found, neither on the single adapter ({one}) nor on clusters by lot ({lot}).'
+    return ('No lead of the shared Hydra was found, '
+            f'neither on the single adapter ({one}) nor on clusters by lot ({lot}).')

@@ -96,7 +96,8 @@ def tasks_stage(
     for file, part, most in (('train', 'router', train), ('test', 'test', test)):
         tasks = [task for card in cards for task in checked_tasks(card, part)]
         found = _short_tasks(tasks, tokenizer, most, max_prompt)
-        if not found: raise HydraError(f"{', '.join(cards)}: no task has {max_prompt} tokens or less; allow longer ones")
+        if not found:
+            raise HydraError(f"{', '.join(cards)}: no task has {max_prompt} tokens or less; allow longer ones")
         write_jsonl(Path(out)/f'{file}.jsonl', found)
 
 # %% ../../nbs/proof/75_rewards.ipynb #2a2768b0

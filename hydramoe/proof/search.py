@@ -23,8 +23,8 @@ def _search_factor(cost, setting, factor, values, ends):
 def one_by_one(
     cost:Callable[[dict],float], # a setting → its loss on development prompts
     factors:dict[str,list], # factor → values to begin with, the one to start from first; one alone is not searched
-    ends:dict[str,tuple[float,float]] # factor → the least and the largest value that may be tried; none: only those given
-)->tuple[dict,dict[str,dict]]: # the best setting; factor → {value: loss} of all that were tried, others at their best so far
+    ends:dict[str,tuple[float,float]] # factor → the least and largest value that may be tried; none: only those given
+)->tuple[dict,dict[str,dict]]: # the best setting; factor → {value: loss} of all tried, others at their best so far
     "Search settings one factor at a time, in the order of the factors"
     for factor, values in factors.items():
         if not values: raise HydraError(f"{factor} has no value to start from: give at least one")

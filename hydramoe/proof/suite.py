@@ -25,7 +25,8 @@ from ..foundations.files import read_json, write_bytes, writing_dir
 from ..foundations.store import stage
 from ..data.records import DOMAINS
 from ..data.cards import card_names, cards_digest, load_card
-from ..data.check import check_call, check_choice, check_math, check_no_call, check_number, check_program, check_rows
+from ..data.check import (check_call, check_choice, check_math, check_no_call,
+                                 check_number, check_program, check_rows)
 from .systems import item_values, score_interval
 from .items import asked_items, call_items, function_items, gap_items, items_stage, letter_items
 from .items import preference_items, program_items, query_items, reference_items, reply_items
@@ -158,7 +159,8 @@ def pass_at_k(
     k:int # how many may be shown, at most n
 )->float: # probability
     "The chance that one of k drawn from n programs is right (Chen et al., 2021)"
-    if not 0<=right<=n or not 1<=k<=n: raise HydraError(f'pass@{k} of {n} programs, {right} of them right: k must be 1 to {n}')
+    if not 0<=right<=n or not 1<=k<=n:
+        raise HydraError(f'pass@{k} of {n} programs, {right} of them right: k must be 1 to {n}')
     return 1-comb(n-right, k)/comb(n, k)
 
 # %% ../../nbs/proof/73a_suite.ipynb #7e2c826d
@@ -176,7 +178,8 @@ def score_program(
 )->dict: # pass@1, and pass@n for n answers
     "Do the programs pass their tests? They are run, which lm-eval does only if told so"
     answers = [results[0]] if isinstance(results[0], str) else results[0]
-    passed = [check_program(whole_program(doc, answer), doc['tests'], doc['entry'], allow_code=True) for answer in answers]
+    passed = [check_program(whole_program(doc, answer), doc['tests'], doc['entry'], allow_code=True)
+              for answer in answers]
     n = len(passed)
     return {f'pass@{k}': pass_at_k(n, sum(passed), k) for k in sorted({1, n})}
 
@@ -344,9 +347,11 @@ def columns_of(
     "What is asked of the model, and which columns of an item it is made of"
     if task.is_written:
         ends = dict(until=list(task.until), max_gen_toks=MOST_TOKENS, do_sample=False)
-        return dict(output_type='generate_until', doc_to_text='query', doc_to_target='reference', generation_kwargs=ends)
+        return dict(output_type='generate_until', doc_to_text='query', doc_to_target='reference',
+                    generation_kwargs=ends)
     columns = dict(doc_to_text='query', doc_to_choice='choices', doc_to_target='gold')
-    if task.score is score_gap: columns |= dict(doc_to_text='gold', doc_to_target='ending') # lm-eval's way for beginnings
+    if task.score is score_gap: # lm-eval's way for beginnings
+        columns |= dict(doc_to_text='gold', doc_to_target='ending')
     return dict(output_type='multiple_choice', target_delimiter=task.delimiter, **columns)
 
 # %% ../../nbs/proof/73a_suite.ipynb #ad6e166a

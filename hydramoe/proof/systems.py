@@ -146,8 +146,8 @@ def _unknown_task(name, known):
     "The error for a task that nobody knows"
     near = difflib.get_close_matches(name, known, 3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ''
-    return HydraError(f"task {name!r} is not known to lm-eval{hint}: give a name that `lm-eval ls tasks` lists, or of a "
-                      "task file in a folder that you name (--include DIR)")
+    return HydraError(f"task {name!r} is not known to lm-eval{hint}: give a name that `lm-eval ls tasks` lists, "
+                      "or of a task file in a folder that you name (--include DIR)")
 
 def _manager(name, include):
     "lm-eval's index that holds a task: of your folders, or else of its own"
@@ -179,7 +179,8 @@ def load_tasks(
 )->dict: # name → lm-eval's task
     "Load tasks; a group is all of its tasks"
     require_lm_eval()
-    if include and not Path(include).is_dir(): raise HydraError(f"{include} is no folder: --include takes one of task files")
+    if include and not Path(include).is_dir():
+        raise HydraError(f"{include} is no folder: --include takes one of task files")
     loaded = {}
     for task in tasks: loaded |= _load_one(task, include)
     for name, task in loaded.items():

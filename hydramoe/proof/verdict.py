@@ -174,7 +174,8 @@ def _why_data(e, limit):
     if not is_better(e.own):
         return (f'On their own domains the experts are not clearly better than the base: {difference_text(e.own)} '
                 f'of perplexity. Look at the rows, or train longer.')
-    return (f'Experts gain nothing over one adapter ({difference_text(e.headroom)} with the best expert of each domain), '
+    return ('Experts gain nothing over one adapter '
+            f'({difference_text(e.headroom)} with the best expert of each domain), '
             f'but half of them saw {e.trained} rows or fewer; {ENOUGH_TRAINING} are little already.')
 
 # %% ../../nbs/proof/74_verdict.ipynb #68906516
@@ -184,13 +185,14 @@ def _why_one(e, limit):
 
 def _why_router(e, limit):
     if e.closed is None: return f'As routed, perplexity is {difference_text(e.routed)} against one adapter.'
-    return (f'The best expert of each domain would bring {difference_text(e.headroom)} of perplexity against one adapter. '
+    return ('The best expert of each domain would bring '
+            f'{difference_text(e.headroom)} of perplexity against one adapter. '
             f'Routing brings {difference_text(e.routed)}, which is {e.closed:.0%} of that.')
 
 # %% ../../nbs/proof/74_verdict.ipynb #89cd4962
 def _why_merge(e, limit):
-    return (f'All experts as one bring {difference_text(e.merged)} of perplexity against one adapter, and against routing '
-            f'{difference_text(e.merged_to_routed)}: the same gain without a router.')
+    return (f'All experts as one bring {difference_text(e.merged)} of perplexity against one adapter, '
+            f'and against routing {difference_text(e.merged_to_routed)}: the same gain without a router.')
 
 def _why_build(e, limit):
     share = '' if e.closed is None else f', {e.closed:.0%} of what the best expert of each domain would bring'
@@ -210,9 +212,11 @@ def verdict_sentences(
     "The answer, its numbers, and what they are worth"
     said = [ANSWERS[answer], _WHY[answer](e, limit)]
     if limit and e.rows>=MIN_DEV_ROWS: # without a limit there is one expert, and nothing to compare
-        said.append(f'With {e.rows} held-out rows, differences of {limit:.1f} % and more would be seen four times in five.')
+        said.append(f'With {e.rows} held-out rows, '
+                    f'differences of {limit:.1f} % and more would be seen four times in five.')
     if one!=SINGLE and e.rows>=MIN_DEV_ROWS:
-        said.append(f'No single adapter of equal tokens was given; {one!r} stands in for it, which flatters the mixture.')
+        said.append('No single adapter of equal tokens was given; '
+                    f'{one!r} stands in for it, which flatters the mixture.')
     return said
 
 # %% ../../nbs/proof/74_verdict.ipynb #3f6a0960

@@ -144,8 +144,8 @@ def run_single(
     "Train the single adapter to compare with, or find it: equal rows, tokens, start, rate and active rank"
     rows, seed = (find_stage(about, what, root) for what in ('rows', 'seed'))
     if rows is None or seed is None:
-        raise HydraError("the rows that this bundle was built from are not on this machine (any more): train one adapter "
-                         "on all of them, and give its folder, --single DIR; or leave --single out")
+        raise HydraError("the rows that this bundle was built from are not on this machine (any more): "
+                         "train one adapter on all of them, and give its folder, --single DIR; or leave --single out")
     spec = stored_spec('the bundle', about['built']['spec'])
     _, to_zero = training_settings(spec, spec.shared+spec.rank)
     params = dict(to_zero, name='single', fingerprint=peek_base(spec.base)[1])
@@ -346,8 +346,9 @@ def _answer_blocks(found):
     table = [dict(system=name, ppl=row['ppl'], change=difference_text((row['percent'], row['lo'], row['hi'])))
              for name, row in rows.items()]
     columns = dict(system='system', ppl='perplexity', change=f"against {found['one_adapter']}")
-    caption = ('Change of perplexity, with intervals over rows; training noise is not in them. *Foreseen* is the best '
-               'expert of each domain, chosen on other rows; *hindsight* is the best expert of each row, luck included.')
+    caption = ('Change of perplexity, with intervals over rows; training noise is not in them. '
+               '*Foreseen* is the best expert of each domain, chosen on other rows; '
+               '*hindsight* is the best expert of each row, luck included.')
     figure = html_figure(plot_verdict(found), caption, alt='Each system against one adapter')
     return [html_facts(facts), figure, html_details('The numbers', [html_table(table, columns)])]
 
@@ -362,10 +363,12 @@ def _prompt_table(scored, most=60):
 
 def _route_blocks(scored):
     "Routes, and whether the weights can be believed"
-    if scored.weights is None: return ['## Routes\n\nThis Hydra chooses by a gate, token by token: there is no expert of a prompt.']
+    if scored.weights is None:
+        return ['## Routes\n\nThis Hydra chooses by a gate, token by token: there is no expert of a prompt.']
     best = hindsight(scored.losses, scored.experts)
     error = calibration_error(scored.weights, best, bins=5)
-    asks = ('## Does a weight of .7 win 70 % of the time?\n\nDots on the line: the weights can be read as probabilities. '
+    asks = ('## Does a weight of .7 win 70 % of the time?\n\n'
+            'Dots on the line: the weights can be read as probabilities. '
             f'On average they are off by {100*error:.0f} points. The numbers count prompts.')
     return ['## Which expert answers which prompt?', html_legend(scored.experts), html_routes(scored),
             html_details('The prompts', [_prompt_table(scored)]),

@@ -10,7 +10,8 @@ import os, sys
 from pathlib import Path
 from ..foundations.core import HydraError
 from ..foundations.files import check_writable
-from .command import BASE, BUNDLE, ENCODER, EXPERT, SEED, TEMPERATURE, TOKENS, Command, arg, read_input, require_free
+from .command import (BASE, BUNDLE, ENCODER, EXPERT, SEED, TEMPERATURE, TOKENS,
+                                  Command, arg, read_input, require_free)
 
 # %% ../../nbs/use/85_ask_commands.ipynb #9c45108e
 ASK_COMMANDS = {} # name → Command, in the order in which help lists them
@@ -116,7 +117,8 @@ ASK_COMMANDS['explain'] = Command(
               'hydramoe explain my-hydra "Who wrote Faust?" --png route.png',
               'hydramoe explain my-hydra "Who wrote Faust?" --answer 40 --page faust.html'],
     args=[BUNDLE, arg('prompt', help='any prompt'), arg('--png', metavar='FILE', help='draw it as well'),
-          arg('--answer', type=int, default=0, metavar='N', help='answer in up to N tokens, and show who is behind each'),
+          arg('--answer', type=int, default=0, metavar='N',
+              help='answer in up to N tokens, and show who is behind each'),
           arg('--page', metavar='FILE', help='with --answer: write it as an HTML page'),
           BASE, ENCODER])
 

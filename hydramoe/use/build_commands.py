@@ -166,8 +166,8 @@ def dry_run(
     return text, dict(f, counts=counts, spec=vars(spec), rejects=refused)
 
 # %% ../../nbs/use/84_build_commands.ipynb #3028f61b
-_SHARED = ('rank of the shared expert, which learns from all rows and answers every prompt, with an expert of each domain '
-           'on top; 0: none, experts branch from the seed expert and learn apart (default %(default)s)')
+_SHARED = ('rank of the shared expert, which learns from all rows and answers every prompt, with an expert '
+           'of each domain on top; 0: none, experts branch from the seed expert and learn apart (default %(default)s)')
 _FORK = ('experts part at this block, or share of the depth, and are one below it: at 0.5 they are half as large, '
          'train twice as fast, and in a chat a change of expert costs half; the price is quality: they can learn less '
          '(default: 0, experts adapt all blocks)')
@@ -300,7 +300,8 @@ def build_command(a):
     said, found = (None, None) if a.no_verdict else judge_build(hydra, out, a.single, a.compare, a.encoder)
     try_it = shell_line('ask', out, example_prompt(records))
     lines = [f'{out}: {hydra}', said, f'try it: {try_it}']
-    made = dict(bundle=str(out), experts=hydra.names, built=hydra.about['built'], rejects=refused, next=try_it, verdict=found)
+    made = dict(bundle=str(out), experts=hydra.names, built=hydra.about['built'],
+                rejects=refused, next=try_it, verdict=found)
     return _with_exit_code(hydra.about, '\n'.join(line for line in lines if line), made)
 
 # %% ../../nbs/use/84_build_commands.ipynb #da7ee1ae
@@ -322,7 +323,8 @@ BUILD_COMMANDS['build'] = Command(build_command, help='Make a Hydra from your ow
         help='also train one adapter, as long as all experts together, and compare with it at the end'),
     arg('--compare', action='store_true',
         help='also train plain experts and one adapter on the same rows, and show all three in one table at the end'),
-    arg('--no-verdict', action='store_true', help="don't judge at the end, on the rows held out, whether it was worth it"),
+    arg('--no-verdict', action='store_true',
+        help="don't judge at the end, on the rows held out, whether it was worth it"),
     arg('--dry-run', action='store_true',
         help='say what would be made, how long it would take and how much memory; train nothing'),
     *MOVED_OPTIONS])

@@ -15,10 +15,11 @@ from .command import BASE, ENCODER, Command, arg, duration_text, require_free
 EVAL_COMMANDS = {} # name → Command
 
 _TASKS = "names of lm-eval's tasks, of the suite's, or of a folder's (--include); 'list' shows the suite"
-_AGAINST = ("what the first is compared with: base, an expert of the bundle, or NAME=PLACE with a folder of an adapter or "
-            "bundle, or another model")
+_AGAINST = ("what the first is compared with: base, an expert of the bundle, "
+            "or NAME=PLACE with a folder of an adapter or bundle, or another model")
 _OPTIONS = [
-    arg('place', nargs='?', metavar='BUNDLE|MODEL', help='folder of a bundle, or folder or id of a model of transformers'),
+    arg('place', nargs='?', metavar='BUNDLE|MODEL',
+        help='folder of a bundle, or folder or id of a model of transformers'),
     arg('--tasks', metavar='NAME,…', required=True, help=_TASKS),
     arg('--limit', type=int, metavar='N', help='rows of each task at most (default: all)'),
     arg('--shots', type=int, metavar='N', help="worked examples before each question (default: as each task says)"),
@@ -113,8 +114,8 @@ def evaluation_table(
     lines = []
     for row in rows:
         chance = None if row['chance'] is None else f"{100*row['chance']:.1f} %"
-        lines.append({'task': row['task'], 'n': row['n'], 'metric': row['metric'], 'chance': chance, 'system': row['system'],
-                      'score': score_text(row), f'against {first}': change_text(row)})
+        lines.append({'task': row['task'], 'n': row['n'], 'metric': row['metric'], 'chance': chance,
+                      'system': row['system'], 'score': score_text(row), f'against {first}': change_text(row)})
     return markdown_table(lines)
 
 # %% ../../nbs/use/86a_eval_command.ipynb #bfefd308

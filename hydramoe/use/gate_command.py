@@ -20,7 +20,8 @@ def gate_command(a):
     report_rejects(rejects)
     hydra, found = add_gate(a.bundle, records, a.out, job, a.base, a.encoder)
     about = {name: value for name, value in found.items() if name!='history'}
-    text = (f"{found['text']}\n{a.out} has a gate, trained on {found['rows']} rows and judged by {found['judged']} others\n"
+    text = (f"{found['text']}\n"
+            f"{a.out} has a gate, trained on {found['rows']} rows and judged by {found['judged']} others\n"
             f"try: {shell_line('explain', a.out, 'a prompt', '--answer', 40)}")
     return text, dict(about, bundle=str(a.out), experts=hydra.names, rejects=rejects)
 
@@ -32,7 +33,8 @@ GATE_COMMANDS = dict(gate=Command(
           arg('--rows', nargs='+', action='extend', metavar='FILE', required=True,
               help='rows that no expert was trained on, of the kinds that build reads'),
           arg('--out', metavar='DIR', required=True, help='the new bundle; made'),
-          arg('--top-k', type=int, default=0, metavar='N', help='experts of a token (default: all that the router weighs)'),
+          arg('--top-k', type=int, default=0, metavar='N',
+              help='experts of a token (default: all that the router weighs)'),
           arg('--place', choices=['group', 'block', 'model'], default='group',
               help='for which layers at once it decides (default %(default)s: those that read one input)'),
           arg('--lr', type=float, default=1e-2, metavar='X', help='peak learning rate (default %(default)s)'),

@@ -37,7 +37,8 @@ _HOW_OPTIONS = (
     arg('--seed', type=int, metavar='N', help='of what dare, dare_ties and lego draw (default: 0)'),
     arg('--scale', type=float, metavar='X',
         help='what the merge is multiplied with (default: searched on the rows, else 1)'),
-    arg('--rank', type=int, metavar='N', help="of the merge (default: the sum of the experts' ranks, and of the seed's with --since)"),
+    arg('--rank', type=int, metavar='N',
+        help="of the merge (default: the sum of the experts' ranks, and of the seed's with --since)"),
     arg('--space', choices=['full', 'core'], help="where the layers are merged (default: the method's own)"),
     arg('--since', metavar='DIR', help='adapter of the seed expert: merge what the experts add to it'))
 

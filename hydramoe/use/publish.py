@@ -193,7 +193,7 @@ def write_page(
     return write_bytes(to, data)
 
 # %% ../../nbs/use/81_publish.ipynb #8751ax077
-SCALES = ('paper', 'study', 'pilot', 'demo', 'gemma') # that may be published, the most thorough first; gemma: another base
+SCALES = ('paper', 'study', 'pilot', 'demo', 'gemma') # may be published, the most thorough first; gemma: another base
 
 def thorough_first(
     scales:list[str] # each with or without a seed

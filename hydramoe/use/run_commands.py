@@ -109,5 +109,6 @@ RUN_COMMANDS['reproduce'] = Command(
     reproduce_command, help='Run the experiments of a scale, but what is unchanged',
     examples=['hydramoe reproduce toy', 'hydramoe reproduce demo', 'hydramoe reproduce study --until e2_experts'],
     args=[arg('scale',
-              help='toy (seconds), demo (minutes), pilot (its data, searched and with controls), study (hours); with a seed, study-1, a run of that seed'),
+              help=('toy (seconds), demo (minutes), pilot (its data, searched and with controls), study (hours); '
+                    'with a seed, study-1, a run of that seed')),
           arg('--until', metavar='NAME', help='stop at this experiment')])

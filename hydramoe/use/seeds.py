@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from ..foundations.core import HydraError
 from ..foundations.report import markdown_table, minus_signs
-from ..foundations.statistics import Difference, correct, difference_text, domain_nll, interval_text, paired_difference
+from ..foundations.statistics import (Difference, correct, difference_text,
+                                             domain_nll, interval_text, paired_difference)
 from .reproduce import Result, load_result, split_scale
 from .publish import published_scales, results_dir
 
@@ -34,7 +35,8 @@ def runs_losses(
     for r in runs[1:]:
         own = r.extra['per_prompt']
         if (own['domains'], own['tokens'])!=(first['domains'], first['tokens']):
-            raise HydraError(f"{r.name}-{r.scale} was scored on other prompts than {runs[0].scale}: run both again from the same data")
+            raise HydraError(f"{r.name}-{r.scale} was scored on other prompts than {runs[0].scale}: "
+                             "run both again from the same data")
     losses = {}
     for system in first['nll']:
         found = [r.extra['per_prompt']['nll'].get(system) for r in runs]
@@ -77,4 +79,5 @@ def seeds_table(
         row[f'against {reference}'] = minus_signs(difference_text(against[system])) if system in against else ''
         rows.append(row)
     seeds = ', '.join(str(split_scale(r.scale)[1]) for r in runs)
-    return f'{markdown_table(rows)}\n\nScale `{scale}`, seeds {seeds}, {len(tokens)} test prompts. {interval_text(len(runs))}'
+    return (f'{markdown_table(rows)}\n\n'
+            f'Scale `{scale}`, seeds {seeds}, {len(tokens)} test prompts. {interval_text(len(runs))}')

@@ -173,8 +173,8 @@ def routers_table(
     return f"{table}\n\nScale `{r.scale}`. Experts permuted at random: {permuted}. {default}{older_note(r, folder)}"
 
 # %% ../../nbs/use/81b_tables.ipynb #merge-tab-1
-_MERGING_COLUMNS = ('system', 'macro ppl', 'ppl of the reference', 'against single', 'against routed', 'against uniform mix',
-                    'right answers') # a result's own are sorted by name
+_MERGING_COLUMNS = ('system', 'macro ppl', 'ppl of the reference', 'against single', 'against routed',
+                    'against uniform mix', 'right answers') # a result's own are sorted by name
 
 def merging_table(
     folder:str|Path|None=None, # of results; `results_dir()` if None
@@ -222,7 +222,8 @@ def shared_gain(
     r = shared_result(folder)
     if r is None: return '*No Hydra with a shared expert is published yet.*'
     of_shared = r.extra['shared']
-    return f"> {minus_signs(of_shared['gain'])}\n>\n> Scale `{r.scale}`. {of_shared['detectable']}{older_note(r, folder)}"
+    return (f"> {minus_signs(of_shared['gain'])}\n>\n"
+            f"> Scale `{r.scale}`. {of_shared['detectable']}{older_note(r, folder)}")
 
 # %% ../../nbs/use/81b_tables.ipynb #7360ec23
 _GATE_COLUMNS = ('system', 'macro ppl', 'tokens', 'against α')

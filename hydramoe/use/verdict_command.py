@@ -16,8 +16,8 @@ from .build_commands import FILE_OPTIONS, ROW_OPTIONS, reading_options, report_r
 # %% ../../nbs/use/84b_verdict_command.ipynb #a576ed22
 VERDICT_COMMANDS = {} # name → Command
 
-_SINGLE = ('compare with one adapter: the folder of one that was trained on all rows; without a folder it is trained now, '
-           'as long as all experts together')
+_SINGLE = ('compare with one adapter: the folder of one that was trained on all rows; '
+           'without a folder it is trained now, as long as all experts together')
 _VERDICT_OPTIONS = [
     arg('what', nargs='+', metavar='BUNDLE|FILE', help='a bundle; or files of examples, of which nothing is built yet'),
     arg('--rows', nargs='+', action='extend', metavar='FILE',
@@ -32,7 +32,8 @@ def _asks_bundle(a):
     is_bundle = Path(a.what[0]).is_dir()
     if is_bundle and len(a.what)>1:
         raise HydraError(f"{a.what[0]} is a bundle, so {a.what[1]} is one too many: give held-out rows with --rows")
-    if is_bundle and a.k is not None: raise HydraError("--k is about files of examples: a bundle has its experts already")
+    if is_bundle and a.k is not None:
+        raise HydraError("--k is about files of examples: a bundle has its experts already")
     for name in ('rows', 'single'):
         if not is_bundle and getattr(a, name) is not None:
             raise HydraError(f"--{name} is about a bundle, and {a.what[0]} is no folder: give the bundle first")
@@ -62,7 +63,8 @@ def _verdict_of_files(a):
     from hydramoe.hydra.rows import gather_rows
     from hydramoe.hydra.spec import BuildSpec
     from hydramoe.proof.outlook import outlook
-    given = {name: value for name, value in vars(a).items() if name in BuildSpec.__dataclass_fields__ and value is not None}
+    given = {name: value for name, value in vars(a).items()
+             if name in BuildSpec.__dataclass_fields__ and value is not None}
     spec = BuildSpec(**given)
     records, rejects = gather_rows(a.what, **reading_options(a))
     report_rejects(rejects)
@@ -84,7 +86,8 @@ def _rows_to_judge(a, about):
     if a.rows:
         records, rejects = gather_rows(a.rows, **reading_options(a))
         report_rejects(rejects)
-        if not records: raise HydraError(f"no row of {', '.join(a.rows)} can be used: a verdict needs prompts with answers")
+        if not records:
+            raise HydraError(f"no row of {', '.join(a.rows)} can be used: a verdict needs prompts with answers")
         return records, rejects, ''
     records = held_out_rows(about)
     said = _CHOSE_ROUTER if len(records)>=MIN_DEV_ROWS else ''
@@ -108,7 +111,8 @@ def _verdict_of_bundle(a):
     "A bundle in, an answer out"
     from hydramoe.hydra.bundle import check_bundle
     from hydramoe.hydra.model import Hydra
-    from hydramoe.proof.verdict_page import check_single, cost_rows, judge_hydra, learning_curves, run_single, verdict_page
+    from hydramoe.proof.verdict_page import (check_single, cost_rows, judge_hydra,
+                                             learning_curves, run_single, verdict_page)
     bundle = Path(a.what[0])
     about = dict(built=check_bundle(bundle, a.encoder).get('built', {}))
     check_single(a.single or None)
@@ -131,6 +135,7 @@ def verdict_command(a):
 
 VERDICT_COMMANDS['verdict'] = Command(
     verdict_command, help='Should you build a mixture for these data at all? Or is one adapter enough?',
-    examples=['hydramoe verdict mine.jsonl', 'hydramoe verdict my-hydra', 'hydramoe verdict my-hydra --single --out page.html',
+    examples=['hydramoe verdict mine.jsonl', 'hydramoe verdict my-hydra',
+              'hydramoe verdict my-hydra --single --out page.html',
               'hydramoe verdict my-hydra --rows held-out.jsonl --single my-adapter'],
     args=_VERDICT_OPTIONS)
