@@ -87,6 +87,23 @@ def test_cells_are_short():
     sizes = sorted(len(body_lines(c)) for c in every)
     assert sizes[int(.9*len(sizes))] <= LIMITS['p90']
 
+def public_names(path):
+    "The functions, classes and constants that a notebook exports; a method that is patched in is no name of its own"
+    names = set()
+    for node in (node for cell in taught[path] for node in tree(cell).body):
+        is_patched = any(ast.unparse(d).startswith('patch') for d in getattr(node, 'decorator_list', []))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not is_patched: names.add(node.name)
+        if not isinstance(node, ast.Assign): continue
+        targets = [leaf for target in node.targets for leaf in ast.walk(target)]
+        names |= {leaf.id for leaf in targets if isinstance(leaf, ast.Name)}
+    return {name for name in names if not name.startswith('_')}
+
+def test_a_public_name_is_in_one_module():
+    homes = defaultdict(list)
+    for path in notebooks:
+        for name in public_names(path): homes[name].append(page_name(path))
+    assert not {name: where for name, where in homes.items() if len(where)>1}
+
 def test_a_cell_defines_one_thing():
     per_page = [sum(len(definitions(c)) for c in cells)/len(cells) for cells in taught.values()]
     assert statistics.mean(per_page) <= LIMITS['definitions']

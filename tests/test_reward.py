@@ -1,12 +1,13 @@
 "Gates that draw: as often as their probabilities say, the same in a generation and in training; what a reward moves"
 import pytest, torch
 from hydramoe.foundations.core import HydraError
+from hydramoe.data.check import CHECKS
 from hydramoe.experts.gate_plan import FEW
 from hydramoe.experts.gates import make_plan
 from hydramoe.experts.model import gated
 from hydramoe.experts.stack import LoraSpec
 from hydramoe.hydra.reward import (
-    CHECKS, DrawingGate, GrpoRun, GrpoSpec, advantages, policy_loss, replay, reward_of, roll_out)
+    DrawingGate, GrpoRun, GrpoSpec, advantages, policy_loss, replay, reward_of, roll_out)
 from hydramoe.hydra.trained_gate import Batch, GateSpec, trained_gate
 from hydramoe.models.base import tiny_base
 from stacks import fill, rand

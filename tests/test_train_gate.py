@@ -11,7 +11,7 @@ from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.train import TrainSpec, sum_gradients, training_mode, using_threads
 from hydramoe.hydra.gate_losses import LOSSES
 from hydramoe.hydra.train_gate import GateRows, GateRun, GateTraining, train_gate
-from hydramoe.hydra.trained_gate import KINDS, SCORES, GateSpec, trained_gate
+from hydramoe.hydra.trained_gate import TRAINED_KINDS, SCORES, GateSpec, trained_gate
 from hydramoe.models.base import tiny_base
 from hydramoe.models.encode import Example
 from helpers import root
@@ -79,10 +79,10 @@ def test_frozen_experts_get_no_gradient_and_stay():
     train_gate(model, trained_gate(model.stack), known, GateTraining(TrainSpec(lr=.1, rows=3)))
     assert torch.equal(model.stack.theta, before)
 
-@pytest.mark.parametrize('kind', [k for k in KINDS if k!='phatgoose'])
+@pytest.mark.parametrize('kind', [k for k in TRAINED_KINDS if k!='phatgoose'])
 def test_no_kind_is_without_a_gradient_at_one_expert(kind):
     model, known = noisy(), known_of(rows())
-    gate = trained_gate(model.stack, replace(KINDS[kind], top_k=1))
+    gate = trained_gate(model.stack, replace(TRAINED_KINDS[kind], top_k=1))
     of_gate, _ = gradients(model, gate, known, GateTraining())
     assert of_gate.abs().max()>1e-6
 
@@ -168,7 +168,7 @@ def test_own_rows_train_own_vectors_alone():
     model, examples = noisy(), rows(4)
     own = torch.tensor([0, 0, 0, 0])
     known = GateRows(examples, domain=own, allowed=one_hot(own, 3).bool())
-    gate = trained_gate(model.stack, KINDS['phatgoose'])
+    gate = trained_gate(model.stack, TRAINED_KINDS['phatgoose'])
     of_gate, _ = gradients(model, gate, known, GateTraining())
     gate.grad.copy_(of_gate)
     for p in gate.views.values():

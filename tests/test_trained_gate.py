@@ -11,7 +11,7 @@ from hydramoe.experts.stack import LoraSpec
 from hydramoe.hydra import Hydra
 from hydramoe.hydra.bundle import BundleError, check_bundle
 from hydramoe.hydra.change import add_expert, remove_expert
-from hydramoe.hydra.trained_gate import KINDS, SCORES, WEIGHTS, GateSpec, TrainedGate, trained_gate
+from hydramoe.hydra.trained_gate import TRAINED_KINDS, SCORES, WEIGHTS, GateSpec, TrainedGate, trained_gate
 from hydras import NAMES, by_hand, noisy, reseal
 from stacks import batch, fill, rand
 
@@ -49,12 +49,12 @@ def test_of_the_best_k_it_begins_as_the_router_that_keeps_k(kind, k):
     torch.testing.assert_close(logits(m, x, gate.on(weights)), logits(m, x, kept), atol=2e-4, rtol=1e-4)
 
 @pytest.mark.parametrize('kind', ['plain', 'shared', 'many'])
-@pytest.mark.parametrize('name', [n for n in KINDS if n!='smear'])
+@pytest.mark.parametrize('name', [n for n in TRAINED_KINDS if n!='smear'])
 def test_a_row_is_the_same_alone_and_in_a_batch(name, kind):
     m, x = stack_of(kind), batch(pads=(0,0,0))
     weights = router_rows(3, m.stack.slots)
     weights[1] = 0.
-    gate = trained_gate(m.stack, KINDS[name])
+    gate = trained_gate(m.stack, TRAINED_KINDS[name])
     gate.phi.normal_(std=.3, generator=rand(1))
     together = logits(m, x, gate.on(weights))
     for r in range(3):
