@@ -138,7 +138,8 @@ def _summarize(answer, texts): # → one line, '' if nothing was said
     ask = 'Say in one short sentence what these requests have in common.\n'
     examples = '\n'.join(f'- {text[:200]}' for text in texts)
     said = answer(ask+examples)[:160]
-    return ' '.join(said.split())
+    shown = ''.join(letter if letter.isprintable() else ' ' for letter in said)
+    return ' '.join(shown.split())
 
 # %% ../../nbs/domains/34_name.ipynb #acd712a8
 def _size_lines(texts, labels, k, words): # → k lines

@@ -14,7 +14,7 @@ from ..models.load import HUB_ID, load_base
 from ..experts.adapter_files import adapter_config
 from .gate import GATES, gate_cost
 from .model import Hydra
-from .build import LIBS
+from .build import BUILD_LIBS
 
 # %% ../../nbs/hydra/67a_adopt.ipynb #80eace20
 # bases that we have under a shorter name
@@ -70,7 +70,7 @@ def adopt(
     hydra = Hydra.from_adapters(folders, load_base(base, quant), dict(kind=gate, **kw))
     sums = {name: file_sha256(Path(folder)/'adapter_model.safetensors') for name,folder in folders.items()}
     made_by = dict(hydra.gate.params, kind=gate)
-    hydra.about['built'] = dict(adapters=sums, gate=made_by, versions=versions('hydramoe', *LIBS))
+    hydra.about['built'] = dict(adapters=sums, gate=made_by, versions=versions('hydramoe', *BUILD_LIBS))
     if out is not None: hydra.save(out)
     return hydra
 

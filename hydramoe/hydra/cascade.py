@@ -37,7 +37,7 @@ def use_static(
 def fit_on_hidden(
     make:Callable, # `ridge_router`, `knn_router`, `classifier_router`: called with domains, vectors, labels
     domains:Domains|Sequence[str], # domains, or just the experts' names
-    x:np.ndarray, # (N,d) hidden states of training prompts, from `hidden_mean`
+    x:np.ndarray, # (N,d) hidden states of training prompts, from `pooled_states`
     labels:Sequence, # (N,) their experts, by name or number
     layer:int, # after which they were read
     **kwargs # passed to `make`

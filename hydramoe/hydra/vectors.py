@@ -143,7 +143,7 @@ def prompt_vectors(
     records = [prompt_record(p) for p in prompts]
     if encoder=='hidden' and base is None:
         raise HydraError(f"this router reads the base's hidden state after layer {layer}: give it as x, "
-                         f"from hidden_mean(texts, base, {layer}), or give the base, bind_base(router, base)")
+                         f"from pooled_state(texts, base, {layer}), or give the base, bind_base(router, base)")
     if encoder=='hidden' and whole: return pooled_state(records, base, layer)
     read = whole_text if whole else prompt_text
     texts = [read(r) for r in records]

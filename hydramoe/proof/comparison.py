@@ -45,7 +45,9 @@ def run_plain(
     if not spec.shared: raise HydraError("this Hydra has no shared expert: its experts are plain ones already")
     spec = plain_spec(spec)
     if encoder: spec = replace(spec, encoder=encoder)
-    x, domains = run_discovery(made['rows'], built['counts'], spec, root, built.get('edits', ''))
+    edited = made['domains']/'domains.yaml' # is there if somebody edited the domains
+    edits = edited.read_text(encoding='utf-8') if edited.exists() else ''
+    x, domains = run_discovery(made['rows'], built['counts'], spec, root, edits)
     experts = run_experts(domains, made['seed'], spec, root)
     router = run_routers(domains, x, experts, spec, root)
     return dict(made, domains=domains, experts=experts, router=router), spec

@@ -343,8 +343,8 @@ _OF_ONE_MERGE = ('out', 'to', 'method', 'name', 'original', 'scale', 'space', *_
 def _compared_methods(a):
     "The methods to compare"
     from hydramoe.hydra.merge import MERGES
-    from hydramoe.hydra.merged import COMPARED
-    if a.methods is None: return COMPARED
+    from hydramoe.hydra.merged import COMPARED_MERGES
+    if a.methods is None: return COMPARED_MERGES
     asked = [method.strip() for method in a.methods.split(',')]
     return tuple(one_of(method, MERGES, 'method') for method in dict.fromkeys(asked))
 
