@@ -3,7 +3,7 @@ import json, signal, time
 from pathlib import Path
 
 import pytest
-import torch
+import torch, yaml
 from safetensors.torch import load_file
 
 from hydramoe import Hydra
@@ -12,6 +12,7 @@ from hydramoe.foundations.files import read_json, write_jsonl
 from hydramoe.models.base import open_checkpoint, tiny_base
 from hydramoe.models.encode import encode
 from hydramoe.domains.examples import lesson_texts
+from hydramoe.experts.adapters import find_adapters
 from hydramoe.experts.stack import LoraSpec
 from hydramoe.experts.model import gated
 from hydramoe.hydra import build as built_by
@@ -21,6 +22,7 @@ from hydramoe.hydra.cascade import load_router
 from hydramoe.hydra.change import add_expert, remove_expert, what_remains
 from hydramoe.hydra.dense import write_dense, write_mergekit
 from hydramoe.hydra.route import uniform_router
+from hydramoe.hydra.propose import propose_domains
 from hydramoe.hydra.merged import add_merged_expert, compare_merges, merge_hydra, save_merged_adapter
 from hydramoe.hydra.spec import BuildSpec, spec_record, stored_spec
 from hydramoe.proof.comparison import run_plain
@@ -385,6 +387,20 @@ def test_what_residuals_cannot_be_is_refused_by_name(noise, tmp_path):
     assert not (tmp_path/'recipe').exists()
 
 # ---- compared
+
+def test_plain_experts_are_made_of_the_edited_domains(cache):
+    file = cache/'edited.yaml'
+    how = {name: value for name, value in USUAL.items() if name in BuildSpec.__dataclass_fields__}
+    propose_domains(lesson_rows(), file, **how)
+    body = yaml.safe_load(file.read_text())
+    for domain in body['domains']: domain['name'] = f"my-{domain['name']}"
+    file.write_text(yaml.safe_dump(body))
+    about = build(cache/'edited', domains=file).about
+    text = (cache/'edited'/'hydra.json').read_text()
+    assert not [row for row in lesson_rows() if row['prompt'][0]['content'] in text] # of the file only its hash
+    plain, _ = run_plain(about)
+    names = [folder.name for folder in find_adapters(plain['experts'])]
+    assert names and all(name.startswith('my-') for name in names)
 
 def test_all_three_have_equal_tokens_start_and_active_rank(made):
     about = dict(built=check_bundle(made)['built'])
