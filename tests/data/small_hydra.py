@@ -33,7 +33,8 @@ def main():
     records = [r for name in SOURCES for r in load(name, limit=ROWS)]
     with tempfile.TemporaryDirectory() as tmp:
         bundle = Path(tmp)/'small_hydra'
-        Hydra.build(records, bundle, base='smollm2', quant='bf16', k=4, rank=2, tokens=120_000, lr=1e-3, threads=2)
+        Hydra.build(records, bundle, base='smollm2', quant='bf16', k=4, rank=2, shared=0,
+                    tokens=120_000, lr=1e-3, threads=2)
         halve(bundle)
         shutil.rmtree(HERE/'small_hydra', ignore_errors=True)
         shutil.copytree(bundle, HERE/'small_hydra')
