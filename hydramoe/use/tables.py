@@ -192,12 +192,14 @@ def merging_table(
 
 # %% ../../nbs/use/81b_tables.ipynb #f163eb7e
 def shared_result(
-    folder:str|Path|None=None # of results; `results_dir()` if None
+    folder:str|Path|None=None, # of results; `results_dir()` if None
+    scale:str|None=None # the one to read; the most thorough one if None
 )->Result|None:
-    "The most thorough published `e3_routing` that has a shared expert"
+    "The most thorough published `e3_routing` that has a shared expert, or that of one scale"
     folder = Path(folder or results_dir())
-    for scale in published_scales('e3_routing', folder):
-        r = load_result(folder/f'e3_routing-{scale}.json')
+    for there in published_scales('e3_routing', folder):
+        if scale not in (None, there): continue
+        r = load_result(folder/f'e3_routing-{there}.json')
         if r.extra.get('shared'): return r
     return None
 
@@ -209,17 +211,19 @@ def shared_rows(
     return [{c: minus_signs(row[c]) for c in columns} for row in r.extra['shared']['table']]
 
 def shared_table(
-    folder:str|Path|None=None # of results; `results_dir()` if None
+    folder:str|Path|None=None, # of results; `results_dir()` if None
+    scale:str|None=None # as for `shared_result`
 )->str: # Markdown
     "The rows of `shared_rows`; empty if no shared expert is published"
-    r = shared_result(folder)
+    r = shared_result(folder, scale)
     return '' if r is None else markdown_table(shared_rows(r))
 
 def shared_gain(
-    folder:str|Path|None=None # of results; `results_dir()` if None
+    folder:str|Path|None=None, # of results; `results_dir()` if None
+    scale:str|None=None # as for `shared_result`
 )->str: # Markdown
     "What a shared expert with residuals wins, and how small a difference could be seen"
-    r = shared_result(folder)
+    r = shared_result(folder, scale)
     if r is None: return '*No Hydra with a shared expert is published yet.*'
     of_shared = r.extra['shared']
     return (f"> {minus_signs(of_shared['gain'])}\n>\n"
