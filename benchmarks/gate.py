@@ -1,7 +1,8 @@
 """Trained gates, measured: `python benchmarks/gate.py --json` (some 15 minutes on two cores); `--fast` takes a minute.
 
 One run measures all sides, each on its own copy of the same base in fp32, one step of each in turn and round after
-round, so that whatever disturbs the machine disturbs all; medians, and of each round's ratios the quartiles.
+round, so that whatever disturbs the machine disturbs all; medians, and of each round's ratios the quartiles. Decode
+steps are short, so they get five times the rounds.
 
   step_vs_lora    seconds of a training step of a gate and nine experts, two of them for each token, ÷ of one LoRA's
                   step; both with their optimizers' steps, the same rows in the same passes
@@ -107,7 +108,6 @@ def measure(args):
     "Seconds of all steps, round by round: those of training, those of decoding"
     with warnings.catch_warnings(action='ignore'), tempfile.TemporaryDirectory() as tmp:
         base = opened(args, 'fp32')
-        # a decode step takes a fiftieth of a training step's time, so its ratio can rest on more of them
         with torch.inference_mode(): of_decode = decoding(args, base, 5*args.rounds)
         rows = made_up(args, base.model.config.vocab_size)
         return training(args, rows, tmp), of_decode

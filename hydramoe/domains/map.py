@@ -17,6 +17,7 @@ from scipy.spatial.distance import cdist
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from ..foundations.core import derive_seed, digest, rng
+from .name import one_line
 
 # %% ../../nbs/domains/37_map.ipynb #cell101
 def _first_components(x): # (N,d) → (N,2)
@@ -153,12 +154,9 @@ def plot_map(
 # %% ../../nbs/domains/37_map.ipynb #5d48cc34
 def _escape(text, max_chars=300):
     "A text as it may appear in HTML: no markup, no control characters, not too long"
-    shown = ''
-    for letter in text[:max_chars]:
-        shown += letter if letter.isprintable() else ' '
+    shown = text[:max_chars]
     if len(text)>max_chars: shown += '…'
-    one_line = ' '.join(shown.split())
-    return html.escape(one_line)
+    return html.escape(one_line(shown))
 
 # %% ../../nbs/domains/37_map.ipynb #e76f5fd3
 _GLYPHS = '●■▲◆▼▶✚✖★◀'

@@ -46,7 +46,7 @@ def group_size(
     if group.size is not None: number(group.size, 'size', whole=True, least=1)
     number(group.memory, 'memory', above=0, most=1e6)
     if group.size: return group.size
-    expert_bytes = 5*4*weights # fp32: factors, gradients, two moments, and as much again for a step
+    expert_bytes = 5*4*weights # five copies in fp32
     return max(1, int(group.memory*1e9/expert_bytes))
 
 # %% ../../nbs/experts/49_jobs.ipynb #cell75

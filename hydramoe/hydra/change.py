@@ -18,8 +18,8 @@ from ..models.load import base_id
 from .route import Router
 from .kinds import check_refittable, with_domain, without_domain
 from .gate import Gate
-from .bundle import (check_beside_shared, check_bundle, check_trunk,
-                                   expert_folders, load_router_or_gate, shared_folder)
+from .bundle import check_beside_shared, check_bundle, check_trunk
+from .bundle import expert_folders, load_router_or_gate, shared_folder
 from .saving import require_encoder, uri_id
 from .model import Hydra, router_view
 from .spec import BuildSpec, resolve_spec, stored_spec, training_settings

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from ..foundations.core import HydraError, number, rng
 from ..foundations.files import check_writable
-from ..foundations.statistics import (Difference, difference_record, difference_text,
-                                             is_significant, paired_difference)
+from ..foundations.statistics import Difference, difference_record, difference_text
+from ..foundations.statistics import is_significant, paired_difference
 from ..foundations.store import work_dir
 from ..experts.score import response_losses
 from ..experts.train import TrainSpec

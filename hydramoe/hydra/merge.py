@@ -19,8 +19,8 @@ from ..foundations.files import write_json
 from ..experts.stack import LoraSpec, Stack
 from ..experts.adapters import factors_of
 from .gate import minus_seed
-from .deltas import (CoreSpace, Deltas, compress, cosines, inner_products,
-                                   sign_conflict, stack_deltas, to_core)
+from .deltas import CoreSpace, Deltas, compress, cosines, inner_products
+from .deltas import sign_conflict, stack_deltas, to_core
 from .ties import DENSITY, TIES_VARIANTS, check_density, dare, dare_ties, prune, ties
 from .subspace import iso_c, iso_cts, knots, lego, tsv_m
 

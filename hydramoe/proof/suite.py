@@ -25,8 +25,8 @@ from ..foundations.files import read_json, write_bytes, writing_dir
 from ..foundations.store import stage
 from ..data.records import DOMAINS
 from ..data.cards import card_names, cards_digest, load_card
-from ..data.check import (check_call, check_choice, check_math, check_no_call,
-                                 check_number, check_program, check_rows)
+from ..data.check import check_call, check_choice, check_math, check_no_call
+from ..data.check import check_number, check_program, check_rows
 from .systems import item_values, score_interval
 from .items import asked_items, call_items, function_items, gap_items, items_stage, letter_items
 from .items import preference_items, program_items, query_items, reference_items, reply_items

@@ -10,8 +10,8 @@ import os, sys
 from pathlib import Path
 from ..foundations.core import HydraError
 from ..foundations.files import check_writable
-from .command import (BASE, BUNDLE, ENCODER, EXPERT, SEED, TEMPERATURE, TOKENS,
-                                  Command, arg, read_input, require_free)
+from .command import BASE, BUNDLE, ENCODER, EXPERT, SEED, TEMPERATURE, TOKENS
+from .command import Command, arg, read_input, require_free
 
 # %% ../../nbs/use/85_ask_commands.ipynb #9c45108e
 ASK_COMMANDS = {} # name → Command, in the order in which help lists them

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, asdict
 from pathlib import Path
 from typing import Any
 import hydramoe, yaml
-from ..foundations.core import (HydraError, canonical, commit, digest, is_quiet,
-                                       log, machine, one_of, repo_root, versions)
+from ..foundations.core import HydraError, canonical, commit, digest, is_quiet
+from ..foundations.core import log, machine, one_of, repo_root, versions
 from ..foundations.files import file_sha256, locked, read_json, write_json
 from ..foundations.store import is_sealed, seal_id
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from ..foundations.core import HydraError
 from ..foundations.report import markdown_table, minus_signs
-from ..foundations.statistics import (Difference, correct, difference_text,
-                                             domain_nll, interval_text, paired_difference)
+from ..foundations.statistics import Difference, correct, difference_text
+from ..foundations.statistics import domain_nll, interval_text, paired_difference
 from .reproduce import Result, load_result, split_scale
 from .publish import published_scales, results_dir
 

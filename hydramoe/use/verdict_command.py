@@ -111,8 +111,8 @@ def _verdict_of_bundle(a):
     "A bundle in, an answer out"
     from hydramoe.hydra.bundle import check_bundle
     from hydramoe.hydra.model import Hydra
-    from hydramoe.proof.verdict_page import (check_single, cost_rows, judge_hydra,
-                                             learning_curves, run_single, verdict_page)
+    from hydramoe.proof.verdict_page import check_single, cost_rows, judge_hydra
+    from hydramoe.proof.verdict_page import learning_curves, run_single, verdict_page
     bundle = Path(a.what[0])
     about = dict(built=check_bundle(bundle, a.encoder).get('built', {}))
     check_single(a.single or None)
