@@ -27,7 +27,7 @@ MEASURE = re.compile(r'\d+(?:[.,]\d+)*(?: ?[×%](?! \d)| (?:ms|seconds|minutes|h
 NOTEBOOKS = '|'.join(p.stem for p in sorted((root/'nbs').rglob('*.ipynb')))
 WITH_DIGITS = [ # names; and items of lists
     rf'\b(?:{NOTEBOOKS})\b', r'\b(?:bf16|fp32|nf4)\b', r'\bSHA-256\b', r'\bsha256sum\b', r'\bSHA256SUMS\b',
-    r'\bApache-2\.0\b', r'\bSmolLM2(?:-135M)?\b', r'(?m)^\d\. ']
+    r'\bApache-2\.0\b', r'\bSmolLM2(?:-135M)?\b', r'\bGemma 3(?: 270M)?\b', r'(?m)^\d\. ']
 
 EXPERIMENTS = ('e1_domains', 'e2_experts', 'e3_routing')
 
