@@ -245,10 +245,13 @@ def clusters_table(
     return f"{table}\n\n{made}{older_note(r, folder)}"
 
 # %% ../../nbs/use/81b_tables.ipynb #50726676
-def _stars(accuracy):
-    "The (task, system, measure) that differ from the single adapter by more than chance"
-    found = [row for row in accuracy if row.get('p') is not None]
-    return {(row['task'], row['system'], row['metric']) for row in found if row['p']<.05}
+def _compared(accuracy):
+    "(task, system, measure) → whether it differs from the single adapter by more than chance"
+    found = {}
+    for row in accuracy:
+        p = row.get('p') # the single adapter has none, nor has a task that was not compared
+        if p is not None: found[row['task'], row['system'], row['metric']] = p<.05
+    return found
 
 def suite_table(
     folder:str|Path|None=None # of results; `results_dir()` if None
@@ -257,17 +260,18 @@ def suite_table(
     r = thorough_result('e6_main', folder)
     if r is None: return '*No answers to questions are published yet.*'
     systems = dict.fromkeys(row['system'] for row in r.extra['accuracy'])
-    stars = _stars(r.extra['accuracy'])
+    compared = _compared(r.extra['accuracy'])
     table = []
     for task in r.extra['suite']:
         row = {'domain': task['domain'], 'task': task['task'], 'measure': task['measure'], 'to beat': task['to beat']}
         for system in systems:
             score, _, _ = task[system].partition(' ') # its interval is in the run
-            star = ' *' if (task['task'], system, task['measure']) in stars else ''
+            star = ' *' if compared.get((task['task'], system, task['measure'])) else ''
             row[system] = score+star
         table.append(row)
     items = max(task['items'] for task in r.extra['suite'])
-    made = f"Scale `{r.scale}`, up to {items} items a task. In bits per byte, less is better."
+    made = (f"Scale `{r.scale}`, up to {items} items a task. In bits per byte, less is better. Of {len(compared)} "
+            f"comparisons with the single adapter {sum(compared.values())} are more than chance.")
     return f"{markdown_table(table)}\n\n{made}{older_note(r, folder)}"
 
 # %% ../../nbs/use/81b_tables.ipynb #7360ec23
