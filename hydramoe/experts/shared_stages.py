@@ -78,7 +78,13 @@ def write_shared(
     file = Path(out)/'history.json'
     write_json(file, dict(read_json(file), residual=residual))
 
-# %% ../../nbs/experts/50a_shared_stages.ipynb #cf291abe
+# %% ../../nbs/experts/50a_shared_stages.ipynb #d7d7df30
+def _fit_residuals(model, kept, spec, how):
+    "Train the residuals of a started model on its frozen shared expert"
+    model.stack.shared_is_frozen = True
+    return fit(model, list(kept.values()), spec, names=list(kept), **how)
+
+# %% ../../nbs/experts/50a_shared_stages.ipynb #80a9154a
 def train_shared_group(
     out:Path, # the directory to fill: a stage's
     data:TrainData, # rows
@@ -107,11 +113,6 @@ def train_shared_group(
     experts = summarize_experts(rows, kept, history)
     rank, _ = mesh_place(model)
     if rank==0: write_shared(out, model, base.id, setup, residual, history, experts)
-
-def _fit_residuals(model, kept, spec, how):
-    "Train the residuals of a started model on its frozen shared expert"
-    model.stack.shared_is_frozen = True
-    return fit(model, list(kept.values()), spec, names=list(kept), **how)
 
 # %% ../../nbs/experts/50a_shared_stages.ipynb #49260a62
 def train_shared_stage(

@@ -63,6 +63,7 @@ def _check_array(name, array, axes, experts):
                          f"need {len(axes)} axes, a row an expert")
     if not np.isfinite(array).all(): raise HydraError(f"router array {name!r} holds a value that is not finite")
 
+# %% ../../nbs/hydra/58_route.ipynb #6263c7be
 def check_arrays(
     arrays:dict[str,np.ndarray], # name → numbers
     shapes:dict[str,str], # name → a letter an axis
@@ -98,17 +99,26 @@ class ParamRule:
     holds:Callable # value → is it allowed
     required:bool=False # must it be there
 
+# %% ../../nbs/hydra/58_route.ipynb #b52f257c
 def _is_number(v): # true and false are not
     return type(v) in (int, float) and abs(v)<1e30
 
 def _is_count(v, least=1):
     return type(v) is int and least<=v<2**31
 
+TOP_K = ParamRule('a whole number, at least 1, or null', lambda v: v is None or _is_count(v))
+NUMBER = ParamRule('a number', _is_number)
+POSITIVE = ParamRule('a number above 0', lambda v: _is_number(v) and v>0)
+NOT_NEGATIVE = ParamRule('a number, at least 0', lambda v: _is_number(v) and v>=0)
+COUNT = ParamRule('a whole number, at least 1', _is_count)
+
+# %% ../../nbs/hydra/58_route.ipynb #c908d5db
 def _check_top_k(k, experts):
     "Refuse a top k that is no number of experts"
     if k is None or (isinstance(k, int) and 1<=k<=experts): return
     raise HydraError(f"top_k={k} of {experts} experts; give 1 to {experts}, or None for all")
 
+# %% ../../nbs/hydra/58_route.ipynb #edce0e7b
 def _short_params(params): # → 'encoder=minilm, temperature=0.05'
     "Parameters on a line; without those that are not set, and without the routers of a cascade"
     shown = []
@@ -116,12 +126,6 @@ def _short_params(params): # → 'encoder=minilm, temperature=0.05'
         if value is None or isinstance(value, dict): continue
         shown.append(f'{name}={str(value)[:23]}')
     return ', '.join(shown) or 'no parameters'
-
-TOP_K = ParamRule('a whole number, at least 1, or null', lambda v: v is None or _is_count(v))
-NUMBER = ParamRule('a number', _is_number)
-POSITIVE = ParamRule('a number above 0', lambda v: _is_number(v) and v>0)
-NOT_NEGATIVE = ParamRule('a number, at least 0', lambda v: _is_number(v) and v>=0)
-COUNT = ParamRule('a whole number, at least 1', _is_count)
 
 # %% ../../nbs/hydra/58_route.ipynb #cell18
 @dataclass(eq=False)
@@ -226,6 +230,7 @@ class UniformRouter(Router):
     def grow(self, x):
         return {}
 
+# %% ../../nbs/hydra/58_route.ipynb #358f0d8f
 def uniform_router(
     names:Sequence[str] # E experts
 )->UniformRouter: # kind `uniform`
@@ -249,6 +254,7 @@ def encoder_place(
     raise HydraError(f"the encoder in {place} is not the one that this router was made with ({encoder[:23]}…): "
                      "its files were exchanged; restore them, or give the right folder, encoder= (--encoder)")
 
+# %% ../../nbs/hydra/58_route.ipynb #fdd37646
 def _name_folder(params, places): # → params, places
     "An encoder that was given as a folder is named by its content, and where it is goes into `places`"
     encoder = params.get('encoder')
@@ -264,6 +270,7 @@ def vector_width(
     wide = [name for name, axes in router.shapes.items() if axes[1:]=='d']
     return router.arrays[wide[0]].shape[1]
 
+# %% ../../nbs/hydra/58_route.ipynb #baac8d81
 def _check_widths(router):
     "Refuse arrays that were not made for vectors of one width"
     width, arrays = vector_width(router), router.arrays
@@ -278,7 +285,7 @@ def _check_widths(router):
     if 'spread' in arrays and not (arrays['spread']>0).all():
         raise HydraError("router array 'spread' holds a number that is not above 0")
 
-# %% ../../nbs/hydra/58_route.ipynb #68cd3080
+# %% ../../nbs/hydra/58_route.ipynb #2e53cd6e
 def _check_vector_params(kind, params):
     "Refuse parameters that a router on vectors can't work with"
     for needed in ('encoder', 'temperature'):
@@ -373,6 +380,7 @@ class VectorRouter(Router):
         if 'centroids' in self.arrays: return dict(centroids=self.arrays['centroids'])
         raise HydraError(f"a {self.kind} router does not know where its domains are; give them")
 
+# %% ../../nbs/hydra/58_route.ipynb #02778937
 def centroid_distances(
     router:VectorRouter, # that keeps centroids
     x:np.ndarray # (N,d)
@@ -401,6 +409,7 @@ class SimilarityRouter(VectorRouter):
         centroids = np.vstack([self.arrays['centroids'], mean])
         return dict(centroids=centroids.astype(np.float32))
 
+# %% ../../nbs/hydra/58_route.ipynb #1c1e3ac1
 def similarity_router(
     domains:Domains, # one expert a domain
     temperature:float=.05, # of the softmax, in squared distance
@@ -464,6 +473,7 @@ class ClassifierRouter(LinearRouter):
     kind = 'classifier'
     own_params = dict(C=POSITIVE)
 
+# %% ../../nbs/hydra/58_route.ipynb #94454eba
 def classifier_router(
     domains:Domains|Sequence[str], # domains, or just the experts' names
     x:np.ndarray, # (N,d) embeddings of training prompts
@@ -501,6 +511,7 @@ def reliability(
         rows.append([first[here].mean(), right[here].mean(), here.sum()])
     return np.array(rows)
 
+# %% ../../nbs/hydra/58_route.ipynb #faf2dfdc
 def calibration_error(
     w:np.ndarray, # (N,E) weights, rows sum to 1
     labels:np.ndarray, # (N,) the right expert of each, by number
@@ -562,6 +573,7 @@ def _router_title(e): # an explanation → 'similarity (temperature 0.05, top-k 
         if value is not None: how.append(f'{word} {value:g}')
     return f"{e['kind']} ({', '.join(how)})" if how else e['kind']
 
+# %% ../../nbs/hydra/58_route.ipynb #f25e15f3
 def _quote(text, most=72): # → in quotation marks, on one line, cut to `most` letters
     text = ' '.join(text.split())
     if len(text)>most: text = text[:most-1].rstrip()+'…'

@@ -80,6 +80,7 @@ def peek_base(
     path = base_dir(name)
     return base_tokenizer(path), base_fingerprint(path)
 
+# %% ../../nbs/hydra/66a_rows.ipynb #95ae7f94
 @dataclass
 class Judgement:
     "What the base makes of one row"
@@ -124,6 +125,7 @@ def row_digest(
     "The id of a row, from what it says"
     return digest([row['prompt'], row['completion'], row.get('tools')])
 
+# %% ../../nbs/hydra/66a_rows.ipynb #0cfc77c3
 @dataclass
 class JudgedRows:
     "Rows that can be used, by id, and rejects"
@@ -198,6 +200,7 @@ def _count_prompts(rows):
     words = [prompt_text(row).lower().split() for row in rows]
     return len({' '.join(w) for w in words})
 
+# %% ../../nbs/hydra/66a_rows.ipynb #41b78837
 def _count_parts(train, dev, lost):
     "The counts of what was dealt and what was left out"
     counts = {kind: sum(l['kind'] == kind for l in lost) for kind in LOST_KINDS}
@@ -240,6 +243,7 @@ def _how_it_reads(base):
     marks = {name: str(token) for name,token in tokenizer.special_tokens_map.items()}
     return digest([pieces, template, marks, embedding_rows(base)])
 
+# %% ../../nbs/hydra/66a_rows.ipynb #9ceb48fb
 def _deal(records, spec, root):
     "The stage that deals the records, run or found"
     params = dict(base=spec.base, tokens=spec.tokens, max_length=spec.max_length)
@@ -247,6 +251,7 @@ def _deal(records, spec, root):
     inputs = dict(records=keep_records(records, root))
     return stage(deal_stage, params, inputs, libs=('transformers',), root=root)
 
+# %% ../../nbs/hydra/66a_rows.ipynb #00ffc0b6
 def _rejects(dealt, records):
     "Rejects as `gather_rows` returns them; of records that came from no file the line is their place in the list"
     found = []
@@ -284,6 +289,7 @@ def left_out(
     "The records that a build leaves out, and why: refused by the base, too long, beyond its tokens, there twice"
     return _rejects(_deal(records, spec, root), records)
 
+# %% ../../nbs/hydra/66a_rows.ipynb #f647c2e1
 def first_refused(
     dealt:Path, # from `run_deal`
     records:list[dict] # as for `run_deal`

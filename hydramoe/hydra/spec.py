@@ -35,6 +35,7 @@ SPEC_RANGES = dict( # field of `BuildSpec` → its range, as `number` takes it
     threads=dict(_COUNT, most=1024),
     memory=dict(above=0, most=1e6))
 
+# %% ../../nbs/hydra/66_spec.ipynb #d9202834
 def _check_text(value, what):
     "A text of a spec, or a path"
     if isinstance(value, os.PathLike): value = os.fspath(value)
@@ -89,6 +90,7 @@ def spec_record(
         if not record[field]: del record[field]
     return record
 
+# %% ../../nbs/hydra/66_spec.ipynb #b6e4ce88
 def stored_spec(
     bundle:str|Path, # for the message
     record:dict # what its manifest says that it was built by
@@ -110,6 +112,7 @@ def default_k(
     "Some 20 rows an expert, and nine experts at most"
     return max(1, min(9, round(n/20)))
 
+# %% ../../nbs/hydra/66_spec.ipynb #14a9286f
 def default_epochs(
     n:int, # training rows
     k:int # experts
@@ -125,6 +128,7 @@ def pin_base(
     "Ask the Hub which commit a base is, if it comes from there and none was given"
     return replace(spec, base=base_id(spec.base))
 
+# %% ../../nbs/hydra/66_spec.ipynb #47aae716
 def resolve_spec(
     spec:BuildSpec, # k, epochs or threads may be None
     rows:int, # training rows
@@ -147,6 +151,7 @@ def _lora_spec(spec, rank, fork):
     "An adapter of this rank; its alpha is twice its rank"
     return LoraSpec(rank, 2*rank, spec.targets, fork)
 
+# %% ../../nbs/hydra/66_spec.ipynb #f2a6311a
 def training_settings(
     spec:BuildSpec, # resolved
     rank:int|None=None # of the adapters of the second pass; None: the spec's
@@ -162,6 +167,7 @@ def training_settings(
     experts = dict(same, lora=asdict(above), spec=asdict(to_zero))
     return seed, dict(experts, cached=spec.fork > 0)
 
+# %% ../../nbs/hydra/66_spec.ipynb #232c2f56
 def shared_settings(
     spec:BuildSpec # resolved, with a shared expert
 )->dict: # keywords of `train_shared_stage`

@@ -76,6 +76,7 @@ class GatePass:
     nll:Tensor # (L,) loss of their response tokens
     seen:list # (leader, logits (1,T,E), weights (1,T,E)) of each place
 
+# %% ../../nbs/hydra/61d_train_gate.ipynb #9997a664
 def pass_decisions(
     known:GateRows,
     done:GatePass,
@@ -109,6 +110,7 @@ def other_losses(
         found[name] = torch.stack(of_places).mean()
     return found
 
+# %% ../../nbs/hydra/61d_train_gate.ipynb #6c3b2eaf
 def step_sizes(
     step:list[tuple] # (slot, example) pairs
 )->tuple[int,int]:
@@ -204,6 +206,7 @@ class OnRunClock(Optimizers):
         "The learning rate of the next step, for whichever expert"
         return self.spec.lr*lr_factor(self.k, self.totals[e], self.spec)
 
+# %% ../../nbs/hydra/61d_train_gate.ipynb #79a31f6d
 def expert_names(
     stack # `hydramoe.experts.stack.Stack`
 )->list[str]:
@@ -309,6 +312,7 @@ def on_row(
     is_prompt = torch.arange(len(x.ids))<x.n_prompt
     return gate.on(weights, prompt=is_prompt[None], seen=seen)
 
+# %% ../../nbs/hydra/61d_train_gate.ipynb #13976673
 @patch
 @torch.no_grad()
 def choices(self:GateRun, model):
