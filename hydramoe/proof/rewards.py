@@ -62,6 +62,7 @@ def checked_task(
     domain = one_of(record['domain'], ('structured', 'tools'), 'domain')
     return query_task(record) if domain=='structured' else call_task(record)
 
+# %% ../../nbs/proof/75_rewards.ipynb #54bb923f
 def checked_tasks(
     card:str, # element_sql, element_tables, or one of requests and calls
     part:str # 'router': to learn from; 'test': to be judged by, without near duplicates

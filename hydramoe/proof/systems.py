@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FEWSHOT_SEED', 'CHUNK', 'EVAL_LIBS', 'DRAWS', 'System', 'is_bundle', 'first_system', 'other_system', 'systems_of',
-           'system_files', 'without_noise', 'open_lm', 'load_tasks', 'set_shots', 'question_of', 'request_rows',
-           'build_requests', 'answer_rows', 'lm_answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task',
+           'system_files', 'without_noise', 'open_lm', 'load_tasks', 'set_shots', 'question_of', 'build_requests',
+           'request_rows', 'answer_rows', 'lm_answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task',
            'lm_seconds_stage', 'sample_requests', 'requests_by_kind', 'forecast_evaluation', 'is_share',
-           'mean_interval', 'paired_interval', 'paired_p', 'ratio_interval', 'first_metric', 'item_values',
-           'task_chance', 'score_interval', 'comparison', 'evaluate_systems', 'write_results']
+           'mean_interval', 'paired_interval', 'paired_p', 'ratio_interval', 'evaluate_systems', 'first_metric',
+           'item_values', 'task_chance', 'score_interval', 'comparison', 'write_results']
 
 # %% ../../nbs/proof/72a_systems.ipynb #45aec6ad
 import contextlib, difflib, functools, io, itertools, json, math, re, sys, tempfile, time
@@ -42,6 +42,7 @@ class System:
     encoder:str|None=None # where the router's encoder is, if that is a folder
     quant:str|None=None # precision of the base; None: the bundle's, 'fp32' of a model
 
+# %% ../../nbs/proof/72a_systems.ipynb #c074143f
 def is_bundle(
     place:str|Path # a folder, or anything else
 )->bool:
@@ -85,6 +86,7 @@ def other_system(
     one_of(word, ['base', *experts], 'against')
     return replace(first, name=word, expert=word)
 
+# %% ../../nbs/proof/72a_systems.ipynb #64026f59
 def systems_of(
     first:System,
     against:list[str] # words, as for `other_system`
@@ -108,6 +110,7 @@ def system_files(
         files['weights'] = Path(system.adapter)/'adapter_model.safetensors'
     return files
 
+# %% ../../nbs/proof/72a_systems.ipynb #0b743468
 def _base_of(system):
     "The base that an adapter is put on"
     if not system.bundle: return load_base(system.base, system.quant or 'fp32')
@@ -128,6 +131,7 @@ def without_noise():
     "Without the progress bars of lm-eval and datasets"
     with contextlib.redirect_stderr(io.StringIO()): yield
 
+# %% ../../nbs/proof/72a_systems.ipynb #e2d45307
 def open_lm(
     system:System,
     batch_size:int=8 # rows
@@ -149,6 +153,7 @@ def _unknown_task(name, known):
     return HydraError(f"task {name!r} is not known to lm-eval{hint}: give a name that `lm-eval ls tasks` lists, "
                       "or of a task file in a folder that you name (--include DIR)")
 
+# %% ../../nbs/proof/72a_systems.ipynb #281501fb
 def _manager(name, include):
     "lm-eval's index that holds a task: of your folders, or else of its own"
     from lm_eval.tasks import TaskManager
@@ -172,6 +177,7 @@ def _load_one(task, include):
         raise HydraError(f"task {name}: lm-eval could not load it ({first_line}); if its rows are on the Hub, "
                          "is the Hub reached?") from None
 
+# %% ../../nbs/proof/72a_systems.ipynb #661912d1
 def load_tasks(
     tasks:list, # names that lm-eval knows, and dicts of its configuration
     include:str|Path|None=None, # folder of task files; code in it is run
@@ -213,17 +219,6 @@ def question_of(
     text = task.doc_to_text(doc)
     return text if isinstance(text, str) else ''
 
-def request_rows(
-    tasks:dict, # name → lm-eval's task
-    requests:list # lm-eval's instances
-)->list[dict]: # args: what lm-eval asks; read: what a router reads of it
-    "Requests as plain values"
-    rows = []
-    for request in requests:
-        read = question_of(tasks[request.task_name], request.doc)
-        rows.append(dict(args=list(request.args), read=read))
-    return rows
-
 # %% ../../nbs/proof/72a_systems.ipynb #a79e9cfd
 FEWSHOT_SEED = 0 # of the worked examples
 
@@ -238,9 +233,19 @@ def build_requests(
     with without_noise(): task.build_all_requests(limit=limit, rank=0, world_size=1, **chat)
     return task.instances
 
-# %% ../../nbs/proof/72a_systems.ipynb #bdbedd4b
-CHUNK = 8 # batches
+# %% ../../nbs/proof/72a_systems.ipynb #006b7fa4
+def request_rows(
+    tasks:dict, # name → lm-eval's task
+    requests:list # lm-eval's instances
+)->list[dict]: # args: what lm-eval asks; read: what a router reads of it
+    "Requests as plain values"
+    rows = []
+    for request in requests:
+        read = question_of(tasks[request.task_name], request.doc)
+        rows.append(dict(args=list(request.args), read=read))
+    return rows
 
+# %% ../../nbs/proof/72a_systems.ipynb #bdbedd4b
 def _ask(lm, kind, rows, seed):
     "Ask some requests; torch's random numbers begin anew and are put back"
     from lm_eval.api.instance import Instance
@@ -249,6 +254,9 @@ def _ask(lm, kind, rows, seed):
     with torch.random.fork_rng(), without_noise():
         torch.manual_seed(seed)
         return getattr(lm, kind)(requests)
+
+# %% ../../nbs/proof/72a_systems.ipynb #2466ea40
+CHUNK = 8 # batches
 
 def answer_rows(
     lm, # of lm-eval
@@ -276,6 +284,7 @@ def _described(manifest, weights, system):
     adapter = str(Path(weights).parent) if weights else None
     return System('', bundle, adapter=adapter, **system)
 
+# %% ../../nbs/proof/72a_systems.ipynb #d592bc0d
 def lm_answers_stage(out, requests, kind, batch_size=8, manifest=None, config=None, weights=None, **system):
     "Write answers.jsonl: the answer of a system to each request"
     lm = open_lm(_described(manifest, weights, system), batch_size)
@@ -375,6 +384,7 @@ def lm_seconds_stage(out, requests, kind, batch_size=8, manifest=None, config=No
     _ask(lm, kind, rows, 0)
     write_json(out/'seconds.json', (time.perf_counter()-began)/len(rows))
 
+# %% ../../nbs/proof/72a_systems.ipynb #28c8e37c
 def sample_requests(
     rows:list[dict], # from `request_rows`
     n:int # how many
@@ -398,6 +408,7 @@ def requests_by_kind(
             kinds.setdefault(request.request_type, []).extend(rows)
     return kinds
 
+# %% ../../nbs/proof/72a_systems.ipynb #83ee1d97
 def forecast_evaluation(
     systems:list[System],
     tasks:dict, # name → lm-eval's task
@@ -425,6 +436,7 @@ def is_share(
     "Are these right and wrong answers?"
     return bool(np.isin(values, (0, 1)).all())
 
+# %% ../../nbs/proof/72a_systems.ipynb #45709d31
 def _student(values):
     "The 95 % interval of a mean"
     if len(values)<2: return None, None
@@ -450,6 +462,7 @@ def paired_interval(
     found = accuracy_difference(values, first)
     return found.low/100, found.high/100
 
+# %% ../../nbs/proof/72a_systems.ipynb #167af309
 def paired_p(
     values:np.ndarray, # of a system, one a row
     first:np.ndarray # of the system that it is compared with, on the same rows
@@ -478,7 +491,19 @@ def ratio_interval(
     low, high = np.quantile(found, (.025, .975))
     return float(low), float(high)
 
-# %% ../../nbs/proof/72a_systems.ipynb #4ca2cb82
+# %% ../../nbs/proof/72a_systems.ipynb #c2c06b0c
+def evaluate_systems(
+    systems:list[System], # the first is what the others are compared with
+    tasks:dict, # name → lm-eval's task, from `load_tasks`
+    **how # as `evaluate_task` takes it: limit, batch_size, chat, root
+)->dict: # task → system → lm-eval's results
+    "All systems on all tasks; what is opened is opened once"
+    found = {task: {} for task in tasks}
+    for system, (name, task) in itertools.product(systems, tasks.items()):
+        found[name][system.name] = evaluate_task(system, task, **how)
+    return found
+
+# %% ../../nbs/proof/72a_systems.ipynb #edfda2ac
 def first_metric(
     found:dict, # lm-eval's results of one task
     task:str # its name
@@ -488,6 +513,7 @@ def first_metric(
     metric, _, filter = names[0].partition(',')
     return metric, filter
 
+# %% ../../nbs/proof/72a_systems.ipynb #f1bbdb2f
 def item_values(
     found:dict, # lm-eval's results of one task
     task:str, # its name
@@ -502,6 +528,7 @@ def item_values(
     try: return np.array(values, float)
     except (TypeError, ValueError): return None
 
+# %% ../../nbs/proof/72a_systems.ipynb #4f7624b7
 def task_chance(
     found:dict, # lm-eval's results of one task
     task:str # its name
@@ -545,6 +572,7 @@ def _table_row(task, system, found, first):
     difference = row['score']-_score_of(first, task)
     return row|dict(difference=difference, difference_low=paired[0], difference_high=paired[1], p=p)
 
+# %% ../../nbs/proof/72a_systems.ipynb #18d9f3ea
 def _correct_rows(rows):
     "Rows whose p-values hold for all of them together"
     with_p = [row for row in rows if row.get('p') is not None]
@@ -552,6 +580,7 @@ def _correct_rows(rows):
     for row, p in zip(with_p, corrected): row['p'] = float(p)
     return rows
 
+# %% ../../nbs/proof/72a_systems.ipynb #2ecdb07e
 def comparison(
     found:dict # task → system → lm-eval's results; the first system is what the others are compared with
 )->list[dict]: # a row for each task and system: score, low, high, difference, p by Holm, …
@@ -561,18 +590,6 @@ def comparison(
         first = next(iter(by_system.values()))
         rows += [_table_row(task, system, results, first) for system, results in by_system.items()]
     return _correct_rows(rows)
-
-# %% ../../nbs/proof/72a_systems.ipynb #c2c06b0c
-def evaluate_systems(
-    systems:list[System], # the first is what the others are compared with
-    tasks:dict, # name → lm-eval's task, from `load_tasks`
-    **how # as `evaluate_task` takes it: limit, batch_size, chat, root
-)->dict: # task → system → lm-eval's results
-    "All systems on all tasks; what is opened is opened once"
-    found = {task: {} for task in tasks}
-    for system, (name, task) in itertools.product(systems, tasks.items()):
-        found[name][system.name] = evaluate_task(system, task, **how)
-    return found
 
 # %% ../../nbs/proof/72a_systems.ipynb #57ac9ed9
 def _file_name(text): return re.sub(r'[^\w.+-]', '_', text)
