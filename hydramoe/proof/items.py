@@ -86,6 +86,7 @@ def test_part(
     apart = drop_near_duplicates(drop_duplicates(load(card)))
     return [r for r in apart if part_of(r)=='test']
 
+# %% ../../nbs/proof/73_items.ipynb #dbf19d0f
 def trained_rows(
     domain:str # one of `DOMAINS`
 )->list[dict]: # records
@@ -221,6 +222,7 @@ def hub_rows(
         raise HydraError(f"card {card}: {known['hub']} could not be read from the Hub ({type(e).__name__}); "
                          "its tasks need a machine that reaches the Hub, all other tasks don't") from None
 
+# %% ../../nbs/proof/73_items.ipynb #65dcac1f
 def truthful_items(
     card:str, # of a set on the Hub
     all_true:bool=False # mc2
@@ -368,6 +370,7 @@ def leaderboard_rows(
     rows = rows_of_files(files, without=list(answers))
     return [row | dict(accepted=accepted.get(row['id'], [])) for row in rows]
 
+# %% ../../nbs/proof/73_items.ipynb #0122a4ed
 def request_text(
     row:dict # of the leaderboard
 )->str: # functions and request
@@ -383,6 +386,7 @@ def begun_call(
     "The beginning of a call, up to the name"
     return f'[{{"name": "{name}"'
 
+# %% ../../nbs/proof/73_items.ipynb #0df84f38
 def function_items(
     card:str # of requests with several functions each
 )->list[dict]: # choice items
