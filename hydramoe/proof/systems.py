@@ -8,7 +8,7 @@ __all__ = ['FEWSHOT_SEED', 'CHUNK', 'EVAL_LIBS', 'DRAWS', 'System', 'is_bundle',
            'request_rows', 'answer_rows', 'lm_answers_stage', 'run_system_stage', 'sealed_lm_class', 'evaluate_task',
            'lm_seconds_stage', 'sample_requests', 'requests_by_kind', 'forecast_evaluation', 'is_share',
            'mean_interval', 'paired_interval', 'paired_p', 'ratio_interval', 'evaluate_systems', 'first_metric',
-           'item_values', 'task_chance', 'score_interval', 'comparison', 'write_results']
+           'item_values', 'task_chance', 'score_interval', 'score_p', 'comparison', 'write_results']
 
 # %% ../../nbs/proof/72a_systems.ipynb #45aec6ad
 import contextlib, difflib, functools, io, itertools, json, math, re, sys, tempfile, time
@@ -554,23 +554,37 @@ def score_interval(
     if aggregate is None or len(values)<2: return None, None
     return ratio_interval(values, aggregate, first)
 
-# %% ../../nbs/proof/72a_systems.ipynb #6d43aba0
-def _score_of(found, task):
-    "The first metric of a task"
-    return float(found['results'][task][','.join(first_metric(found, task))])
+# %% ../../nbs/proof/72a_systems.ipynb #a8c0e1f1
+def score_p(
+    values:np.ndarray|None, # of `item_values`
+    first:np.ndarray|None # of the system that it is compared with, on the same rows
+)->float|None: # two-sided; None where nobody knows
+    "How likely chance alone makes such a difference of two scores"
+    if values is None: return None
+    if values.ndim==1: return paired_p(values, first)
+    same_texts = (values[:,1]==first[:,1]).all()
+    return paired_p(values[:,0], first[:,0]) if same_texts else None
 
-def _table_row(task, system, found, first):
-    "One system on one task, against the first"
-    metric, _ = first_metric(found, task)
-    values, of_first = item_values(found, task), item_values(first, task)
-    own = score_interval(metric, values)
-    paired = score_interval(metric, values, of_first)
-    p = paired_p(values, of_first) if values is not None and values.ndim==1 else None
-    row = dict(task=task, system=system, metric=metric, chance=task_chance(found, task))
-    row |= dict(n=found['n-samples'][task]['effective'], score=_score_of(found, task), low=own[0], high=own[1])
+# %% ../../nbs/proof/72a_systems.ipynb #6d43aba0
+def _score_of(found, task, metric):
+    "A metric of a task"
+    _, filter = first_metric(found, task)
+    return float(found['results'][task][f'{metric},{filter}'])
+
+def _table_row(task, system, found, first, metric=None):
+    "One system on one task, against the first; in the task's first metric if none is named"
+    usual, _ = first_metric(found, task)
+    metric = metric or usual
+    values = item_values(found, task, metric)
+    low, high = score_interval(metric, values)
+    chance = task_chance(found, task) if metric==usual else None
+    row = dict(task=task, system=system, metric=metric, chance=chance, n=found['n-samples'][task]['effective'])
+    row |= dict(score=_score_of(found, task, metric), low=low, high=high)
     if found is first: return row
-    difference = row['score']-_score_of(first, task)
-    return row|dict(difference=difference, difference_low=paired[0], difference_high=paired[1], p=p)
+    of_first = item_values(first, task, metric)
+    low, high = score_interval(metric, values, of_first)
+    difference = row['score']-_score_of(first, task, metric)
+    return row | dict(difference=difference, difference_low=low, difference_high=high, p=score_p(values, of_first))
 
 # %% ../../nbs/proof/72a_systems.ipynb #18d9f3ea
 def _correct_rows(rows):
@@ -582,13 +596,15 @@ def _correct_rows(rows):
 
 # %% ../../nbs/proof/72a_systems.ipynb #2ecdb07e
 def comparison(
-    found:dict # task → system → lm-eval's results; the first system is what the others are compared with
+    found:dict, # task → system → lm-eval's results; the first system is what the others are compared with
+    metrics:dict|None=None # task → its metric to compare; None: the first of each
 )->list[dict]: # a row for each task and system: score, low, high, difference, p by Holm, …
     "Scores with intervals, and paired differences from the first system"
     rows = []
     for task, by_system in found.items():
         first = next(iter(by_system.values()))
-        rows += [_table_row(task, system, results, first) for system, results in by_system.items()]
+        metric = metrics[task] if metrics else None
+        rows += [_table_row(task, system, results, first, metric) for system, results in by_system.items()]
     return _correct_rows(rows)
 
 # %% ../../nbs/proof/72a_systems.ipynb #57ac9ed9
