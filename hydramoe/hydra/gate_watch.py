@@ -139,6 +139,23 @@ def report(self:GateWatch, stops, alarms):
             "Begin from a router (corrects=True), lower the gate's learning rate, or add a loss such as load_balance; "
             "without stop_on= the run goes on")
 
+# %% ../../nbs/hydra/61c_gate_watch.ipynb #e60abc4f
+@patch
+def state(self:GateWatch)->dict[str,Tensor]: # empty before the first step
+    "What a run needs to go on watching"
+    if not self.recent: return {}
+    return {name: torch.stack([getattr(use, name) for use in self.recent]) for name in ('share', 'top', 'spread')}
+
+@patch
+def load(self:GateWatch,
+    saved:dict[str,Tensor] # of `state`
+):
+    "Go on from a saved state"
+    self.recent = []
+    if not saved: return
+    for share, top, spread in zip(saved['share'], saved['top'], saved['spread']):
+        self.recent.append(GateUse([], self.names, share, top, spread)) # the next step names the places
+
 # %% ../../nbs/hydra/61c_gate_watch.ipynb #ed9b50fa
 def first_choices(
     seen:list # as for `gate_shares`, of the same rows each time

@@ -218,6 +218,7 @@ def expert_names(
 class GateOptimizers:
     "AdamW for the gate, and for the experts if they learn"
     stopping = None # early stopping is for experts alone
+    watch = None # the `GateWatch` of the run, if there is one
     def __init__(self,
         stack, # `hydramoe.experts.stack.Stack`
         gate:TrainedGate,
@@ -273,13 +274,15 @@ def state(self:GateOptimizers)->dict[str,Tensor]:
     biases = list(self.gate.bias.values())
     own = dict(moments, phi=self.gate.phi.clone(), clock=torch.tensor(self.clock), bias=torch.stack(biases))
     saved = {f'gate.{name}': value for name, value in own.items()}
-    if self.experts is None: return saved
-    for name, value in self.experts.state().items(): saved[f'experts.{name}'] = value
+    for part in ('experts', 'watch'):
+        other = getattr(self, part)
+        if other is None: continue
+        for name, value in other.state().items(): saved[f'{part}.{name}'] = value
     return saved
 
 # %% ../../nbs/hydra/61d_train_gate.ipynb #dafce72d
 def _named(saved, part):
-    "The tensors of 'gate' or 'experts', under their own names"
+    "The tensors of 'gate', 'experts' or 'watch', under their own names"
     start = f'{part}.'
     return {name[len(start):]: x for name, x in saved.items() if name.startswith(start)}
 
@@ -298,6 +301,7 @@ def load(self:GateOptimizers,
     for name, moment in moments.items(): moment.copy_(of_gate[name])
     self.adamw.state[self.param] = moments
     if self.experts: self.experts.load(_named(saved, 'experts'))
+    if self.watch: self.watch.load(_named(saved, 'watch'))
 
 # %% ../../nbs/hydra/61d_train_gate.ipynb #39486x1ac
 FLIPS_EVERY = 10 # steps
@@ -389,5 +393,6 @@ def train_gate(
     pairs = [(0, x) for x in known.examples]
     steps = mix_steps(pairs, 'gate', training.spec)
     opt = GateOptimizers(model.stack, gate, len(steps), training)
+    opt.watch = run.watch
     job = _gate_job(run, model.stack, training.spec)
     return run_steps(model, opt, steps, ['gate'], job, run.take, work, every, checkpointing)
