@@ -104,6 +104,7 @@ def spec_of(
     "How a system with a setting is trained"
     return TrainSpec(lr=setting['lr'], rows=setting['rows'], steps=steps, seed=seed)
 
+# %% ../../nbs/proof/70_compare.ipynb #46f054d3
 def lora_of(
     setting:dict, # lr, rows, s
     rank:int, # of each adapter
@@ -112,6 +113,7 @@ def lora_of(
     "The shape of a system's adapters"
     return LoraSpec(rank=rank, alpha=setting['s']*rank, targets=targets)
 
+# %% ../../nbs/proof/70_compare.ipynb #1087eb6a
 def first_pass(
     rank:int, # of the seed expert
     targets:str, # which layers are adapted
