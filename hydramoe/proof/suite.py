@@ -39,6 +39,7 @@ def best_place(
     "Index of the greatest value"
     return max(range(len(values)), key=values.__getitem__)
 
+# %% ../../nbs/proof/73a_suite.ipynb #97d858de
 def byte_score(
     log_likelihood:float, # of the text, in nats
     text:str # what was scored
@@ -99,6 +100,7 @@ def score_number(
     "Is the last number the right one?"
     return dict(acc=float(check_number(results[0], doc['reference'])))
 
+# %% ../../nbs/proof/73a_suite.ipynb #8fbc84ae
 def score_math(
     doc:dict, # an item with `reference`
     results:list[str] # the answer
@@ -114,6 +116,7 @@ def score_letter(
     "Does the answer name the right choice, by letter or text?"
     return dict(acc=float(check_choice(results[0], doc['choices'], doc['gold'])))
 
+# %% ../../nbs/proof/73a_suite.ipynb #698a2dc2
 def score_query(
     doc:dict, # an item with `tables` and `reference`
     results:list[str] # the answer
@@ -129,6 +132,7 @@ def score_call(
     "Are these the right calls?"
     return dict(acc=float(check_call(results[0], json.loads(doc['calls']), json.loads(doc['tools']))))
 
+# %% ../../nbs/proof/73a_suite.ipynb #52a6d073
 def score_no_call(
     doc:dict, # an item with `tools` as JSON
     results:list[str] # the answer
@@ -144,6 +148,7 @@ def rouge_scorer(
     from rouge_score.rouge_scorer import RougeScorer
     return RougeScorer(['rougeL'], use_stemmer=True)
 
+# %% ../../nbs/proof/73a_suite.ipynb #42199dbb
 def score_rouge(
     doc:dict, # an item with `reference`
     results:list[str] # the answer
@@ -172,6 +177,7 @@ def whole_program(
     is_anew = '```' in answer or f"def {doc['entry']}(" in answer
     return answer if is_anew else doc['query']+answer
 
+# %% ../../nbs/proof/73a_suite.ipynb #babfaf45
 def score_program(
     doc:dict, # a program item
     results:list # one answer, or a list of several
@@ -465,6 +471,7 @@ def scores_source(
     names = sorted({task.score.__name__ for task in SUITE.values()})
     return f'"The scores of the tasks beside this file"\nfrom hydramoe.proof.suite import {", ".join(names)}\n'
 
+# %% ../../nbs/proof/73a_suite.ipynb #efb65299
 def task_yaml(
     config:dict, # from `suite_tasks`
     items:Path # its items.jsonl

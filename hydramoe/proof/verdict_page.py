@@ -65,6 +65,7 @@ def held_out_rows(
     found = find_stage(about, 'domains', root)
     return read_jsonl(found/'dev.jsonl') if found else []
 
+# %% ../../nbs/proof/74a_verdict_page.ipynb #0a59445e
 def learning_curves(
     about:dict, # of a Hydra
     root:Path|None=None # where stages are; in the cache if None
@@ -93,6 +94,7 @@ def group_by_router(
     if weights is None or len(set(domains))>1: return list(domains)
     return [experts[e] for e in weights.argmax(1)]
 
+# %% ../../nbs/proof/74a_verdict_page.ipynb #9fd8b627
 def own_experts_of(
     losses:Losses, # columns: the experts; and domains
     experts:list[str], # E
@@ -212,6 +214,7 @@ def html_legend(
         items += f'<span style="display:inline-block;margin:.2em 1em .2em 0">{_square(e)} {html.escape(name)}</span>'
     return Html(f'<div>{items}</div>')
 
+# %% ../../nbs/proof/74a_verdict_page.ipynb #5fa27507
 def html_routes(
     scored:Scored
 )->Html: # a strip of squares for each domain
@@ -253,6 +256,7 @@ def _heat_cell(percent, top):
     text = format_cell(float(percent), '+.1f')
     return f'<td class="n" style="background:rgba({rgb},{strength:.2f});padding:.5em .6em">{text}</td>'
 
+# %% ../../nbs/proof/74a_verdict_page.ipynb #58bae990
 def html_heat_map(
     domains:list[str], # D
     experts:list[str], # E
@@ -361,6 +365,7 @@ def _prompt_table(scored, most=60):
         rows.append(dict(prompt=text, expert=scored.experts[w.argmax()], weight=float(w.max())))
     return html_table(rows)
 
+# %% ../../nbs/proof/74a_verdict_page.ipynb #9f0f56d9
 def _route_blocks(scored):
     "Routes, and whether the weights can be believed"
     if scored.weights is None:
