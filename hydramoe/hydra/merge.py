@@ -32,6 +32,7 @@ def linear(
     "The weighted sum, also called task arithmetic (Ilharco et al., 2023)"
     return deltas.mix(weights)
 
+# %% ../../nbs/hydra/62c_merge.ipynb #2f2f5b86
 def average(
     deltas:Deltas, # what E experts add to a layer
     weights:Tensor, # (E,), not all zero; only their ratios matter
@@ -65,6 +66,7 @@ def seed_factors(
     factors, scale = factors_of(stack, folder)
     return {i: (A, scale*B) for i, (A, B) in factors.items()}
 
+# %% ../../nbs/hydra/62c_merge.ipynb #6a87b211
 def layer_deltas(
     stack:Stack, # of experts
     i:int, # number of a layer above the fork
@@ -127,6 +129,7 @@ def _bits(product):
     magnitudes = product.abs().float().cpu().numpy().ravel()
     return magnitudes.view(np.uint32)
 
+# %% ../../nbs/hydra/62c_merge.ipynb #85b0b424
 def _bin_of(counts, k):
     "The bin in which the k-th largest is, and how many are in larger bins"
     from_top = counts[::-1].cumsum()
@@ -222,6 +225,7 @@ def _with_thresholds(stack, slots, method, space, params, since):
     if density==1: return params
     return dict(params, thresholds=expert_thresholds(stack, slots, density, space, since))
 
+# %% ../../nbs/hydra/62c_merge.ipynb #40620e22
 def merge_layers(
     stack:Stack, # of experts
     method:str='linear', # one of `MERGES`
@@ -317,6 +321,7 @@ def _rank_of_sum(stack, slots, since):
     of_seed = max(len(A) for A, _ in since.values())
     return of_experts+of_seed
 
+# %% ../../nbs/hydra/62c_merge.ipynb #48caec39
 def merge_experts(
     stack:Stack, # of experts
     method:str='linear', # one of `MERGES`
@@ -382,6 +387,7 @@ def _plot_cosines(ax, overlap):
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_title('cosine between experts', fontsize=9)
 
+# %% ../../nbs/hydra/62c_merge.ipynb #7ac7085e
 def _plot_layers(ax, receipt, overlap):
     "Sign conflict and energy lost, layer by layer"
     conflicts = [overlap['conflicts'][note['layer']] for note in receipt['layers']]
@@ -394,6 +400,7 @@ def _plot_layers(ax, receipt, overlap):
                  f"{receipt['length']:.2f} times an expert's length", fontsize=9)
     ax.legend(frameon=False, fontsize=8)
 
+# %% ../../nbs/hydra/62c_merge.ipynb #41ff3bc5
 def _plot_losses(ax, losses):
     "The loss of each system on development rows"
     colors = ['#c04020' if name=='merged' else '#2060a0' for name in losses]
@@ -432,6 +439,7 @@ def _copy_trunk(stack, like):
     stack.trunk_rank = like.trunk_rank
     stack.has_trunk = like.has_trunk
 
+# %% ../../nbs/hydra/62c_merge.ipynb #1ac2365d
 def _copy_shared(stack, like):
     "Give a stack the shared expert of another, of the same rank or less"
     rank = like.spec.rank

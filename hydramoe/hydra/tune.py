@@ -33,6 +33,7 @@ def on_base(
     try: yield model.eval()
     finally: model.detach()
 
+# %% ../../nbs/hydra/62d_tune.ipynb #b8c86ba3
 def merge_losses(
     base:Base, # bare
     stack:Stack, # the experts that were merged
@@ -105,6 +106,7 @@ def line_search(
         curve += _score_lengths(base, stack, merge, examples, lengths, params)
     return curve
 
+# %% ../../nbs/hydra/62d_tune.ipynb #4257bcd5
 def best_of(
     curve:list[dict] # from `line_search`
 )->dict: # its row of the least loss
@@ -166,6 +168,7 @@ def _batches(examples, size, steps, seed):
         yield [examples[i] for i in order[:size]]
         order = order[size:]
 
+# %% ../../nbs/hydra/62d_tune.ipynb #24a28654
 def learn_weights(
     base:Base, # bare
     stack:Stack, # of E experts
