@@ -197,6 +197,8 @@ def check_choice(
     said = _after_said(answer) if marked is None else marked
     text = (answer if said is None else said).strip()
     letters = _letters_named(text, len(choices))
+    is_alone = len(re.findall(r'\w', text))==1
+    if letters and is_alone: return letters=={right} # even if the letter is the text of a choice
     texts = _texts_named(text, choices)
     if not letters: return texts=={right}
     return letters=={right} and (not texts or right in texts)

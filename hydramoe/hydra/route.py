@@ -101,7 +101,7 @@ class ParamRule:
 
 # %% ../../nbs/hydra/58_route.ipynb #b52f257c
 def _is_number(v): # true and false are not
-    return type(v) in (int, float) and abs(v)<1e30
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v)<1e30
 
 def _is_count(v, least=1):
     return type(v) is int and least<=v<2**31
@@ -115,8 +115,8 @@ COUNT = ParamRule('a whole number, at least 1', _is_count)
 # %% ../../nbs/hydra/58_route.ipynb #c908d5db
 def _check_top_k(k, experts):
     "Refuse a top k that is no number of experts"
-    if k is None or (isinstance(k, int) and 1<=k<=experts): return
-    raise HydraError(f"top_k={k} of {experts} experts; give 1 to {experts}, or None for all")
+    if k is None or (type(k) is int and 1<=k<=experts): return # true is not a number
+    raise HydraError(f"top_k={k!r} of {experts} experts; give 1 to {experts}, or None for all")
 
 # %% ../../nbs/hydra/58_route.ipynb #edce0e7b
 def _short_params(params): # → 'encoder=minilm, temperature=0.05'
@@ -286,6 +286,8 @@ def _check_widths(router):
         raise HydraError("router array 'spread' holds a number that is not above 0")
 
 # %% ../../nbs/hydra/58_route.ipynb #2e53cd6e
+def _is_temperature(v): return _is_number(v) and 1e-9<=v<=1e9
+
 def _check_vector_params(kind, params):
     "Refuse parameters that a router on vectors can't work with"
     for needed in ('encoder', 'temperature'):
@@ -293,10 +295,10 @@ def _check_vector_params(kind, params):
     temperature = params['temperature']
     layer = params.get('layer')
     whole = params.get('whole', False)
-    if not (isinstance(temperature, (int, float)) and 0<temperature<float('inf')):
-        raise HydraError(f"temperature={temperature}; give a positive number: "
+    if not _is_temperature(temperature):
+        raise HydraError(f"temperature={temperature}; give a number from 1e-9 to 1e9: "
                          "near 0 chooses the best expert, large mixes all alike")
-    if params['encoder']=='hidden' and not isinstance(layer, int):
+    if params['encoder']=='hidden' and not _is_count(layer, 0):
         raise HydraError(f"layer={layer}; a router that reads hidden states names the layer, a whole number")
     if not isinstance(whole, bool):
         raise HydraError(f"whole={whole!r}; give true where whole prompts are read, false where the user's words are")
@@ -307,7 +309,7 @@ def _is_encoder(v): # a name, or the hash of a folder
     return v in ENCODERS or re.fullmatch('sha256:[0-9a-f]{64}', v) is not None
 
 VECTOR_PARAMS = dict(
-    temperature=ParamRule('a number from 1e-9 to 1e9', lambda v: _is_number(v) and 1e-9<=v<=1e9),
+    temperature=ParamRule('a number from 1e-9 to 1e9', _is_temperature),
     top_k=TOP_K,
     encoder=ParamRule(f"one of {', '.join(ENCODERS)}, or sha256: and 64 hex digits", _is_encoder),
     layer=ParamRule('the number of a layer', lambda v: _is_count(v, 0)),

@@ -42,7 +42,9 @@ def gather_rows(
 )->tuple[list,list]: # records; rejects [{file, line, row, reason, raw}]
     "Records from wherever they are"
     if isinstance(source, (str, Path)): source = [source]
-    if all(isinstance(s, dict) for s in source): return list(source), []
+    is_record = [isinstance(s, dict) for s in source]
+    if all(is_record): return list(source), []
+    if any(is_record): raise HydraError("the list holds records and files: give a list of records, or of files")
     records, rejects = [], []
     for file in source:
         found, counts, bad = detect(file, **how), RowCounts(), []

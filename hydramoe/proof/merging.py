@@ -9,7 +9,7 @@ __all__ = ['WEIGHTINGS', 'open_experts', 'development_rows', 'search_merge_stage
 # %% ../../nbs/proof/71_merging.ipynb #4e4eb431
 from pathlib import Path
 import numpy as np
-from ..foundations.core import one_of
+from ..foundations.core import HydraError, one_of
 from ..foundations.files import read_jsonl, write_json, write_jsonl
 from ..models.base import Base
 from ..models.load import load_base
@@ -111,7 +111,10 @@ def make_merge(
     how = {key: value for key, value in recipe.items() if key!='length'}
     merge = merge_experts(stack, since=since, **how)
     length = recipe.get('length')
-    return merge if length is None else merge.scaled(length/merge.receipt['length'])
+    if length is None: return merge
+    if not merge.receipt['length']:
+        raise HydraError(f"this merge adds nothing, so it can't be brought to length {length}: give other weights")
+    return merge.scaled(length/merge.receipt['length'])
 
 # %% ../../nbs/proof/71_merging.ipynb #1800ab7e
 def merges_stage(

@@ -149,7 +149,7 @@ def open_lm(
 def _unknown_task(name, known):
     "The error for a task that nobody knows"
     near = difflib.get_close_matches(name, known, 3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ''
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ''
     return HydraError(f"task {name!r} is not known to lm-eval{hint}: give a name that `lm-eval ls tasks` lists, "
                       "or of a task file in a folder that you name (--include DIR)")
 
@@ -510,6 +510,7 @@ def first_metric(
 )->tuple[str,str]: # metric and filter
     "The metric that a table shows"
     names = [name for name in found['results'][task] if ',' in name and '_stderr' not in name]
+    if not names: raise HydraError(f"task {task} has no score: give one whose metric_list isn't empty")
     metric, _, filter = names[0].partition(',')
     return metric, filter
 
