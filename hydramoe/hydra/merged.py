@@ -75,12 +75,6 @@ def unmerged_losses(
     return Losses(nll, losses.offsets, losses.ids, losses.domains, [*losses.columns, 'routed'])
 
 # %% ../../nbs/hydra/67b_merged.ipynb #bd9e0x005
-def _factors_of_seed(stack, folder):
-    "The seed expert that is taken off, if one was named"
-    if not folder: return None
-    refuse_seed(stack.shared is not None)
-    return seed_factors(stack, folder)
-
 def refuse_seed(
     has_shared:bool # is there a shared expert?
 )->None:
@@ -88,6 +82,12 @@ def refuse_seed(
     if not has_shared: return
     raise HydraError("these experts are residuals on a shared expert, and hold no seed expert that could be taken off: "
                      "leave seed_expert (--since) out")
+
+def _factors_of_seed(stack, folder):
+    "The seed expert that is taken off, if one was named"
+    if not folder: return None
+    refuse_seed(stack.shared is not None)
+    return seed_factors(stack, folder)
 
 # %% ../../nbs/hydra/67b_merged.ipynb #bd9e0405
 DENSITIES = .1, .3, .7 # tried where a method has a density and none is given
@@ -97,6 +97,7 @@ def _settings(method, params):
     if 'density' not in METHOD_PARAMS[method] or 'density' in params: return [params]
     return [dict(params, density=d) for d in DENSITIES]
 
+# %% ../../nbs/hydra/67b_merged.ipynb #4718c56c
 def tuned_merge(
     hydra:Hydra, # its model bare: `hydra.model.detach()`
     examples:list, # held-out `hydramoe.models.encode.Example`
@@ -146,6 +147,17 @@ def merge_hydra(
     merge.receipt['overlap'] = expert_overlap(stack, chosen, since)
     return merge
 
+# %% ../../nbs/hydra/67b_merged.ipynb #f4fd8998
+def _against_routed(losses, systems):
+    "A row for each system, best first"
+    sums = {name: record_sums(nll, losses.offsets) for name, (nll, _) in systems.items()}
+    table = []
+    for name, (nll, made) in systems.items():
+        percent, lo, hi = paired_bootstrap(sums[name], sums['routed'], losses.domains, losses.tokens)
+        ppl = float(np.exp(macro_nll(losses, nll)))
+        table.append(dict(system=name, ppl=ppl, percent=percent, lo=lo, hi=hi, **made))
+    return sorted(table, key=lambda row: row['ppl'])
+
 # %% ../../nbs/hydra/67b_merged.ipynb #160e39c0
 _LINEAR_AGAIN = ('concat', 'average')
 COMPARED_MERGES = tuple(method for method in MERGES if method not in _LINEAR_AGAIN)
@@ -172,16 +184,6 @@ def compare_merges(
         systems[f'merge: {method}'] = merge_losses(hydra.base, stack, merge, examples)['merged'], made
     return _against_routed(before, systems)
 
-def _against_routed(losses, systems):
-    "A row for each system, best first"
-    sums = {name: record_sums(nll, losses.offsets) for name, (nll, _) in systems.items()}
-    table = []
-    for name, (nll, made) in systems.items():
-        percent, lo, hi = paired_bootstrap(sums[name], sums['routed'], losses.domains, losses.tokens)
-        ppl = float(np.exp(macro_nll(losses, nll)))
-        table.append(dict(system=name, ppl=ppl, percent=percent, lo=lo, hi=hi, **made))
-    return sorted(table, key=lambda row: row['ppl'])
-
 # %% ../../nbs/hydra/67b_merged.ipynb #42009bf5
 def save_merged_adapter(
     hydra:Hydra, # bare, after `merge_hydra`
@@ -196,6 +198,7 @@ def save_merged_adapter(
     with writing_dir(out) as folder: save_merge(merge, folder, stack, hydra.base.id, joined)
     return Path(out)
 
+# %% ../../nbs/hydra/67b_merged.ipynb #0ec359a8
 def check_new_expert(
     bundle:str|Path, # for the message
     chooses_by_gate:bool, # has the bundle a gate in place of a router?
@@ -210,6 +213,7 @@ def check_new_expert(
     check_names([*names, name], 'expert')
     if beside_shared: check_beside_shared([name])
 
+# %% ../../nbs/hydra/67b_merged.ipynb #30ac963a
 def add_merged_expert(
     bundle:str|Path, # left as it is
     hydra:Hydra, # of this bundle, bare, after `merge_hydra`
