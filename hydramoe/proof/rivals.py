@@ -21,6 +21,7 @@ from ..experts.score import Losses, collate, save_losses
 from ..experts.train import TrainSpec, lr_factor, using_threads
 from ..experts.shared import mix_steps
 from ..experts.stages import TrainData, as_spec, part_examples
+from ..hydra.dense import plain_model
 from ..hydra.gate_stages import known_rows, one_column
 
 # %% ../../nbs/proof/71a_rivals.ipynb #4059ab34
@@ -52,7 +53,8 @@ def xlora_model(
 ): # a PEFT model
     "X-LoRA on frozen experts: a choice for each token and layer"
     from peft import XLoraConfig, get_peft_model
-    config = base.model.config
+    model = plain_model(base) if base.quant=='nf4' else base.model
+    config = model.config
     config.use_cache = False # it can't generate with one
     width = config.get_text_config().hidden_size
     numbered = {str(e): str(folder) for e, folder in enumerate(folders.values())}
@@ -60,7 +62,7 @@ def xlora_model(
                       layerwise_scalings=True, xlora_depth=1, xlora_dropout_p=0.)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action='ignore'):
         torch.manual_seed(seed)
-        return get_peft_model(base.model, how)
+        return get_peft_model(model, how)
 
 # %% ../../nbs/proof/71a_rivals.ipynb #dc45979d
 def arrow_model(
