@@ -27,7 +27,7 @@ from ..experts.model import GatedCausalLM, hidden
 from ..experts.adapters import factors_of, find_adapters, with_adapters
 from ..experts.score import Losses, loss_matrix, save_losses
 from ..experts.stages import part_examples
-from .route import effective_experts, route_text
+from .route import effective_experts, is_temperature, route_text
 
 # %% ../../nbs/hydra/61_gate.ipynb #cell7
 def svd_factors(
@@ -132,8 +132,8 @@ def _check_params(gate):
     "Refuse parameters that its kind does not have, and values that no choice can be made with"
     params = gate.params
     temperature = params.get('temperature')
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < float('inf')):
-        raise HydraError(f"temperature={temperature}; give a positive number: "
+    if not is_temperature(temperature):
+        raise HydraError(f"temperature={temperature}; give a number from 1e-9 to 1e9: "
                          "near 0 chooses the best expert, large mixes all alike")
     for name in gate.counts:
         k = params.get(name)
@@ -475,7 +475,7 @@ def _check_gate_meta(meta, file):
     if not words or not isinstance(params, dict):
         raise HydraError(f"{file}: names must be a list of names, and params an object")
     temperature = params.get('temperature')
-    if type(temperature) not in (int, float) or not 1e-9 <= temperature <= 1e9:
+    if not is_temperature(temperature):
         raise HydraError(f"{file}: temperature={str(temperature)[:40]}; need a number from 1e-9 to 1e9")
 
 # %% ../../nbs/hydra/61_gate.ipynb #d4ab3b5d

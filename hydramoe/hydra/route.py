@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['INTEGER_ARRAYS', 'TOP_K', 'NUMBER', 'POSITIVE', 'NOT_NEGATIVE', 'COUNT', 'ENCODERS', 'VECTOR_SHAPES', 'VECTOR_PARAMS',
            'softmax', 'top_k', 'check_arrays', 'label_numbers', 'ParamRule', 'Router', 'UniformRouter',
-           'uniform_router', 'encoder_place', 'vector_width', 'VectorRouter', 'centroid_distances', 'SimilarityRouter',
-           'similarity_router', 'effective_experts', 'LinearRouter', 'check_training', 'ClassifierRouter',
-           'classifier_router', 'reliability', 'calibration_error', 'calibrate', 'explain_route', 'route_text',
-           'plot_route']
+           'uniform_router', 'encoder_place', 'vector_width', 'is_temperature', 'VectorRouter', 'centroid_distances',
+           'SimilarityRouter', 'similarity_router', 'effective_experts', 'LinearRouter', 'check_training',
+           'ClassifierRouter', 'classifier_router', 'reliability', 'calibration_error', 'calibrate', 'explain_route',
+           'route_text', 'plot_route']
 
 # %% ../../nbs/hydra/58_route.ipynb #cell2
 import re
@@ -286,8 +286,13 @@ def _check_widths(router):
         raise HydraError("router array 'spread' holds a number that is not above 0")
 
 # %% ../../nbs/hydra/58_route.ipynb #2e53cd6e
-def _is_temperature(v): return _is_number(v) and 1e-9<=v<=1e9
+def is_temperature(
+    value # what a router, a gate or a saved file gives
+)->bool:
+    "Whether a softmax can be taken at this temperature: a number from 1e-9 to 1e9"
+    return _is_number(value) and 1e-9<=value<=1e9
 
+# %% ../../nbs/hydra/58_route.ipynb #377d6397
 def _check_vector_params(kind, params):
     "Refuse parameters that a router on vectors can't work with"
     for needed in ('encoder', 'temperature'):
@@ -295,7 +300,7 @@ def _check_vector_params(kind, params):
     temperature = params['temperature']
     layer = params.get('layer')
     whole = params.get('whole', False)
-    if not _is_temperature(temperature):
+    if not is_temperature(temperature):
         raise HydraError(f"temperature={temperature}; give a number from 1e-9 to 1e9: "
                          "near 0 chooses the best expert, large mixes all alike")
     if params['encoder']=='hidden' and not _is_count(layer, 0):
@@ -309,7 +314,7 @@ def _is_encoder(v): # a name, or the hash of a folder
     return v in ENCODERS or re.fullmatch('sha256:[0-9a-f]{64}', v) is not None
 
 VECTOR_PARAMS = dict(
-    temperature=ParamRule('a number from 1e-9 to 1e9', _is_temperature),
+    temperature=ParamRule('a number from 1e-9 to 1e9', is_temperature),
     top_k=TOP_K,
     encoder=ParamRule(f"one of {', '.join(ENCODERS)}, or sha256: and 64 hex digits", _is_encoder),
     layer=ParamRule('the number of a layer', lambda v: _is_count(v, 0)),
