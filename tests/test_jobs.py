@@ -186,7 +186,6 @@ ENDS = [13, pytest.param(0, marks=pytest.mark.slow), pytest.param(9, marks=pytes
 def test_sigterm_keeps_the_step_and_ends(at, rows, tmp_path, whole):
     r = run_one_job('os.kill(os.getpid(), signal.SIGTERM)', rows, tmp_path, at)
     assert r.returncode==128+signal.SIGTERM, r.stderr
-    assert [p.name for p in tmp_path.glob('.work-*/step-*')][-1:]==[f'step-{at+1:06d}'] or at==13
     assert (next(tmp_path.glob('.work-*'))/f'step-{at+1:06d}'/'seal.json').exists()
     assert sealed_files(run_jobs(jobs(rows, tmp_path)))==whole
 

@@ -284,9 +284,8 @@ def read_value(
     text:str # a cell of CSV
 ): # a number where it is one; None if it is empty
     "What a cell holds"
-    for kind in (int, float):
-        try: return kind(text)
-        except ValueError: pass
+    if re.fullmatch(r'[+-]?\d+', text, re.ASCII): return int(text)
+    if re.fullmatch(r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?', text, re.ASCII|re.IGNORECASE): return float(text)
     return text or None
 
 # %% ../../nbs/proof/73_items.ipynb #50479363

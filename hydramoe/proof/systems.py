@@ -188,7 +188,14 @@ def load_tasks(
     if include and not Path(include).is_dir():
         raise HydraError(f"{include} is no folder: --include takes one of task files")
     loaded = {}
-    for task in tasks: loaded |= _load_one(task, include)
+    own = set() # names that are given as dicts
+    for task in tasks:
+        found = _load_one(task, include)
+        given = isinstance(task, dict)
+        twice = sorted(set(found) & (set(loaded) if given else own)) # a group and one of its tasks are no two tasks
+        if twice: raise HydraError(f"two tasks are called {twice[0]}: give each a name of its own")
+        loaded |= found
+        if given: own |= set(found)
     for name, task in loaded.items():
         if getattr(task, 'UNSAFE_CODE', False) and not allow_code:
             raise HydraError(f"task {name} runs programs that the model writes: allow it with --allow-code, "

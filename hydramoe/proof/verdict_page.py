@@ -174,8 +174,8 @@ def judge_hydra(
     "Should this Hydra have been built?"
     check_single(single)
     scored = score_hydra(hydra, records, max_length)
-    seed_stage = find_stage(hydra.about, 'seed')
-    others = {SINGLE: single, SEED_EXPERT: seed_stage and seed_stage/'seed'}
+    as_built = find_stage(hydra.about, 'seed')
+    others = {SINGLE: single, SEED_EXPERT: as_built and as_built/'seed'}
     if any(others.values()): hydra.model.detach()
     for column, folder in others.items():
         if folder: add_adapter(scored, hydra, records, column, folder, max_length)
