@@ -13,7 +13,8 @@ from ..foundations.files import write_bytes
 from ..foundations.report import latex_numbers, latex_table, minus_signs
 from .reproduce import Result
 from .publish import published, thorough_result
-from .tables import e3_table, shared_result, shared_rows
+from .tables import e3_table, gating_rows, gates_gain, reward_note, reward_rows
+from .tables import shared_result, shared_rows, question_note, question_rows
 
 # %% ../../nbs/use/81c_paper.ipynb #c6d47447
 def _perplexities(rows):
@@ -64,13 +65,23 @@ def _merging_numbers(r):
     if r is None: return {}
     return {'merging scale': r.scale, 'merging prompts': r.extra['test_prompts']}
 
+# %% ../../nbs/use/81c_paper.ipynb #ac50115f
+def _gate_numbers(r):
+    "What trained gates win, if they are published"
+    if r is None: return {}
+    return {'gates scale': r.scale, 'gates gain': minus_signs(gates_gain(r)), 'gates detectable': r.extra['detectable']}
+
+def _note_of(what, r, note):
+    "The scale of a result and a sentence on it, if it's published"
+    return {} if r is None else {f'{what} scale': r.scale, f'{what} note': note(r)}
+
 # %% ../../nbs/use/81c_paper.ipynb #36b8ac11
 def paper_results(
     folder:str|Path|None=None # of results; `results_dir()` if None
 )->dict[str,Result|None]: # by experiment; beside them `shared`, the `e3_routing` that has a shared expert
     "All results that the paper reads: routing at one scale, the others at the most thorough one that each has"
-    others = dict(shared=shared_result(folder), e4_merging=thorough_result('e4_merging', folder))
-    return published(folder) | others
+    of_all = {name: thorough_result(name, folder) for name in ('e4_merging', 'e5_gating', 'e5a_rewards', 'e6_main')}
+    return published(folder) | of_all | dict(shared=shared_result(folder))
 
 def numbers(
     results:dict[str,Result|None] # from `paper_results`
@@ -82,6 +93,9 @@ def numbers(
     found |= _training_numbers(results.get('e2_experts'))
     found |= _shared_numbers(results['shared'])
     found |= _merging_numbers(results['e4_merging'])
+    found |= _gate_numbers(results['e5_gating'])
+    found |= _note_of('rewards', results['e5a_rewards'], reward_note)
+    found |= _note_of('suite', results['e6_main'], question_note)
     return {k: v for k, v in found.items() if v is not None}
 
 # %% ../../nbs/use/81c_paper.ipynb #a777db2d
@@ -98,7 +112,8 @@ def merging_rows(
     return list(found.values())
 
 # %% ../../nbs/use/81c_paper.ipynb #c82f3b5d
-_TABLES = dict(e3=('e3_routing', e3_table), shared=('shared', shared_rows), merging=('e4_merging', merging_rows))
+_TABLES = dict(e3=('e3_routing', e3_table), shared=('shared', shared_rows), merging=('e4_merging', merging_rows),
+               gates=('e5_gating', gating_rows), rewards=('e5a_rewards', reward_rows), suite=('e6_main', question_rows))
 
 def _paper_table(results, name, rows_of):
     "A result's rows as LaTeX, with all columns that some row has"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TABLE', 'SPEEDS', 'e3_table', 'results_table', 'answer_with_route', 'demo_cost', 'Speed', 'speed_table',
            'routers_table', 'merging_table', 'shared_result', 'shared_rows', 'shared_table', 'shared_gain',
-           'clusters_table', 'suite_table', 'gates_table', 'rewards_table']
+           'clusters_table', 'question_rows', 'question_note', 'suite_table', 'gating_rows', 'gates_gain',
+           'gates_table', 'reward_rows', 'reward_note', 'rewards_table']
 
 # %% ../../nbs/use/81b_tables.ipynb #5c094511
 import re
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from ..foundations.core import repo_root
 from ..foundations.files import read_json
 from ..foundations.report import markdown_table, minus_signs
+from ..foundations.statistics import Difference, difference_text, is_significant
 from .reproduce import Result, load_result
 from .publish import older_note, published, published_scales, results_dir, thorough_result
 
@@ -253,50 +255,100 @@ def _compared(accuracy):
         if p is not None: found[row['task'], row['system'], row['metric']] = p<.05
     return found
 
-def suite_table(
-    folder:str|Path|None=None # of results; `results_dir()` if None
-)->str: # Markdown
-    "What the systems of `e6_main` answer, task by task, at the most thorough published scale"
-    r = thorough_result('e6_main', folder)
-    if r is None: return '*No answers to questions are published yet.*'
+def question_rows(
+    r:Result # of `e6_main`
+)->list[dict]: # by column: domain, task, measure, what to beat, and each system's score
+    "What the systems answer, task by task"
     systems = dict.fromkeys(row['system'] for row in r.extra['accuracy'])
     compared = _compared(r.extra['accuracy'])
-    table = []
+    rows = []
     for task in r.extra['suite']:
         row = {'domain': task['domain'], 'task': task['task'], 'measure': task['measure'], 'to beat': task['to beat']}
         for system in systems:
             score, _, _ = task[system].partition(' ') # its interval is in the run
             star = ' *' if compared.get((task['task'], system, task['measure'])) else ''
             row[system] = score+star
-        table.append(row)
+        rows.append(row)
+    return rows
+
+def question_note(
+    r:Result # of `e6_main`
+)->str:
+    "How many items there are, and how many scores differ from the single adapter's by more than chance"
+    compared = _compared(r.extra['accuracy'])
     items = max(task['items'] for task in r.extra['suite'])
-    made = (f"Scale `{r.scale}`, up to {items} items a task. In bits per byte, less is better. Of {len(compared)} "
-            f"comparisons with the single adapter {sum(compared.values())} are more than chance.")
-    return f"{markdown_table(table)}\n\n{made}{older_note(r, folder)}"
+    return (f"up to {items} items a task. In bits per byte, less is better. Of {len(compared)} comparisons with the "
+            f"single adapter {sum(compared.values())} are more than chance.")
+
+def suite_table(
+    folder:str|Path|None=None # of results; `results_dir()` if None
+)->str: # Markdown
+    "The rows of `question_rows` at the most thorough published scale"
+    r = thorough_result('e6_main', folder)
+    if r is None: return '*No answers to questions are published yet.*'
+    return f"{markdown_table(question_rows(r))}\n\nScale `{r.scale}`, {question_note(r)}{older_note(r, folder)}"
 
 # %% ../../nbs/use/81b_tables.ipynb #7360ec23
 _GATE_COLUMNS = ('system', 'macro ppl', 'tokens', 'against α')
-_REWARD_COLUMNS = ('start', 'right before', 'right after', 'rise', 'KL', 'tokens')
+
+def gating_rows(
+    r:Result # of `e5_gating`
+)->list[dict]: # text by column
+    "Trained gates against the router that they began with"
+    return [{c: minus_signs(str(row[c])) for c in _GATE_COLUMNS} for row in r.extra['table']]
+
+def _as_difference(kept):
+    "A difference from the names that `difference_record` gave its numbers"
+    return Difference(kept['percent'], kept['lo'], kept['hi'], kept['p'], kept['runs'])
+
+def gates_gain(
+    r:Result # of `e5_gating`
+)->str: # Markdown
+    "Which trained gates are ahead of their router by more than chance, and whether they are on clusters by lot too"
+    ahead = []
+    for name, kept in r.extra['against_alpha'].items():
+        d = _as_difference(kept)
+        if name.startswith('β,') and d.percent<0 and is_significant(d): ahead.append(f'{name} ({difference_text(d)})')
+    gain = 'No trained gate is ahead of the router that it began with by more than chance.'
+    if ahead: gain = f"Ahead of the router that they began with, by more than chance: {'; '.join(ahead)}."
+    by_lot = r.extra['by_lot']
+    if by_lot is None: return gain
+    return f"{gain} The gate on clusters by lot, against even weights: {difference_text(_as_difference(by_lot))}."
 
 def gates_table(
     folder:str|Path|None=None # of results; `results_dir()` if None
 )->str: # Markdown
-    "Trained gates against the router that they began with, by `e5_gating` at the most thorough published scale"
+    "The rows of `gating_rows` at the most thorough published scale, and what they say"
     r = thorough_result('e5_gating', folder)
     if r is None: return '*No trained gates are published yet.*'
-    table = minus_signs(markdown_table(r.extra['table'], _GATE_COLUMNS))
-    return f"{table}\n\nScale `{r.scale}`. {r.extra['detectable']}{older_note(r, folder)}"
+    said = minus_signs(gates_gain(r))
+    note = f"> {said}\n>\n> Scale `{r.scale}`. {r.extra['detectable']}{older_note(r, folder)}"
+    return f"{markdown_table(gating_rows(r), _GATE_COLUMNS)}\n\n{note}"
 
-def rewards_table(
-    folder:str|Path|None=None # of results; `results_dir()` if None
-)->str: # Markdown
-    "Gates that learned from rewards, by `e5a_rewards` at the most thorough published scale"
-    r = thorough_result('e5a_rewards', folder)
-    if r is None: return '*No gates that learned from rewards are published yet.*'
-    table = minus_signs(markdown_table(r.extra['table'], _REWARD_COLUMNS))
+# %% ../../nbs/use/81b_tables.ipynb #84e17f79
+_REWARD_COLUMNS = ('start', 'right before', 'right after', 'rise', 'KL', 'tokens')
+
+def reward_rows(
+    r:Result # of `e5a_rewards`
+)->list[dict]: # text by column
+    "Gates that learned from rewards, before and after"
+    return [{c: minus_signs(row[c]) for c in _REWARD_COLUMNS} for row in r.extra['table']]
+
+def reward_note(
+    r:Result # of `e5a_rewards`
+)->str:
+    "How many questions and runs there are, and what is right without any training of a gate"
     questions = len(next(iter(r.extra['rewards'].values())))
     right = r.extra['right'] # system → share, and the ends of its interval
     others = [f'{name} {100*share:.1f} %' for name, (share, _, _) in right.items() if not name.startswith('start')]
     beside = f"Right without any training of a gate: {', '.join(others)}."
-    made = f"Scale `{r.scale}`, {questions} questions, {r.params['runs']} runs of each."
-    return f"{table}\n\n{made} {beside}{older_note(r, folder)}"
+    return f"{questions} questions, {r.params['runs']} runs of each. {beside}"
+
+def rewards_table(
+    folder:str|Path|None=None # of results; `results_dir()` if None
+)->str: # Markdown
+    "The rows of `reward_rows` at the most thorough published scale"
+    r = thorough_result('e5a_rewards', folder)
+    if r is None: return '*No gates that learned from rewards are published yet.*'
+    table = markdown_table(reward_rows(r), _REWARD_COLUMNS)
+    return f"{table}\n\nScale `{r.scale}`, {reward_note(r)}{older_note(r, folder)}"
