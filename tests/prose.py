@@ -105,6 +105,16 @@ def paper():
         'in model merging. 2025.': 'a year of publication',
         'subspaces. 2025.': 'a year of publication',
         'multi-task learning. 2024.': 'a year of publication',
+        'mixture-of-experts layer. 2017.': 'a year of publication',
+        'efficient sparsity. 2022.': 'a year of publication',
+        'adaptive routing. 2023.': 'a year of publication',
+        'zero-shot generalization. 2024.': 'a year of publication',
+        'adapter experts. 2024.': 'a year of publication',
+        'library of LoRAs. 2024.': 'a year of publication',
+        'open language models. 2024.': 'a year of publication',
+        'what a shared expert wins.} November 2026': 'a date',
+        'uniform mix of residuals.} November 2026': 'a date',
+        'win nothing more.} November 2026': 'a date',
     }
 
 def contributing(): return {
