@@ -115,6 +115,7 @@ def paper():
         'what a shared expert wins.} November 2026': 'a date',
         'uniform mix of residuals.} November 2026': 'a date',
         'win nothing more.} November 2026': 'a date',
+        'in one run is not behind.} November 2026': 'a date',
     }
 
 def contributing(): return {

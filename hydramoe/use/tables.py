@@ -311,6 +311,8 @@ def gates_gain(
         if name.startswith('β,') and d.percent<0 and is_significant(d): ahead.append(f'{name} ({difference_text(d)})')
     gain = 'No trained gate is ahead of the router that it began with by more than chance.'
     if ahead: gain = f"Ahead of the router that they began with, by more than chance: {'; '.join(ahead)}."
+    for single, kept in r.extra['scratch'].items():
+        gain += f' From scratch, against {single}: {difference_text(_as_difference(kept))}.'
     by_lot = r.extra['by_lot']
     if by_lot is None: return gain
     return f"{gain} The gate on clusters by lot, against even weights: {difference_text(_as_difference(by_lot))}."
