@@ -112,7 +112,7 @@ def paper():
         'adapter experts. 2024.': 'a year of publication',
         'library of LoRAs. 2024.': 'a year of publication',
         'open language models. 2024.': 'a year of publication',
-        'what a shared expert wins.} November 2026': 'a date',
+        'show no specialisation.} November 2026': 'a date',
         'uniform mix of residuals.} November 2026': 'a date',
         'win nothing more.} November 2026': 'a date',
         'in one run is not behind.} November 2026': 'a date',

@@ -104,6 +104,9 @@ def answer_losses(
     return torch.cat(found)
 
 # %% ../../nbs/proof/71a_rivals.ipynb #f63c0cbf
+def _learned(model): # name → parameter of the network: all else of an X-LoRA is frozen
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
 class XLoraOptimizer:
     "AdamW for the network of an X-LoRA, with its schedule"
     def __init__(self,
@@ -111,7 +114,7 @@ class XLoraOptimizer:
         total:int, # steps of the run
         spec:TrainSpec # gives learning rate, warm-up, clipping
     ):
-        self.learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.learned = _learned(model)
         self.total = total
         self.spec = spec
         self.clock = 0 # steps that were taken
@@ -188,7 +191,7 @@ def load_xlora(
     folder:Path # from `fit_xlora_stage`
 )->None:
     "Give an X-LoRA the network that was trained for it"
-    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    learned = _learned(model)
     found = load_file(Path(folder)/'xlora.safetensors')
     if {n: p.shape for n, p in learned.items()} != {n: x.shape for n, x in found.items()}:
         raise HydraError(f"{folder} holds the network of another X-LoRA; train one for these experts")
@@ -218,8 +221,7 @@ def fit_xlora_stage(
     with using_threads(threads), plain_adapters(opened, adapters) as folders:
         model = xlora_model(opened, folders, min(top_k, len(folders)), spec.seed)
         history = fit_xlora(model, rows, spec, work_dir(out))
-    learned = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(learned, out/'xlora.safetensors')
+    save_file({name: p.detach().cpu() for name, p in _learned(model).items()}, out/'xlora.safetensors')
     write_json(out/'history.json', dict(history=history))
 
 # %% ../../nbs/proof/71a_rivals.ipynb #33540a42
