@@ -86,8 +86,9 @@ def test_killed_again_and_again_the_experiments_end_with_the_same_numbers(tmp_pa
 # the demo runs on
 OTHER = dict(
     splits='4+2', rows='1', rates='0.5', dropouts='0.3', softs='0.5', b_rates='4', decays='0.1', clocks='own',
-    singles=False, temperature=0.5, once='oracle', mixing='similarity', strengths='1', hindsights=False,
-    tasks='hydra_boolq', limit=2, written='hydra_calls', written_limit=1, split=1, seed_lr=1e-3, scales='1',
+    singles=False, again='s', temperature=0.5, once='oracle', mixing='similarity', strengths='1', hindsights=False,
+    tasks='hydra_boolq', limit=2, written='hydra_calls', written_limit=1, split=1, seed_lr=1e-3,
+    seed_lrs='12e-3', scales='1',
     wide_scales='1', wide=False, tokens=1200, dev=2, test=3, max_length=150, k=8, seed=1, quant='bf16', rank=2,
     targets='q_proj,v_proj', lrs='1e-3', single_rows='1', expert_rows='2',
     steps=40, controls='random', temperatures='0.3', gates='lag', precisions='fp32', draws=3, prompt='Name a river.',
@@ -99,7 +100,11 @@ OTHER = dict(
     top_k=2, answers=3, prompts=3, lr=0.1, kl=1., max_new_tokens=4,
     files='experts', places='block', scores='cosine', weighs='sigmoid', tops='2', losses='entropy:0.5', ways='joint',
     rivals='arrow', rival_lrs='1e-2', lot=False)
-OF = {('e9_clusters', 'kinds'): 'diagonal', ('e5_gating', 'kinds'): 'linear'} # where one name means two things
+OF = { # where one name means two things
+    ('e9_clusters', 'kinds'): 'diagonal',
+    ('e5_gating', 'kinds'): 'linear',
+    ('e2_search', 'starts'): 'seed',
+    ('e2_shared', 'starts'): 'none'}
 
 VARIED = [(nb, n) for nb in experiments for n in read_parameters(nb) if n not in ('scale', 'source', 'base')]
 

@@ -35,7 +35,7 @@ def train_shared(
     setting:dict, # split, lr, rows, and the factors of residuals
     targets:str, # which layers are adapted
     spec:TrainSpec, # of the shared expert
-    start:Path, # the seed expert's stage, of the shared expert's rank
+    start:Path|None, # the seed expert's stage, of the shared expert's rank; None: a fresh one
     **what # `groups` of the residuals, `threads`
 )->Path: # sealed: shared/adapter, NAME/ a residual, and history.json
     "Train a shared expert and its residuals once; found again afterwards"
