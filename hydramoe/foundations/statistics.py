@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST_P', 'domain_nll', 'perplexity', 'macro_weights', 'log_difference', 'log_macro_draws', 'paired_bootstrap',
            'half_interval', 'Difference', 'touching_p', 'mean_of_runs', 'sign_flip_p', 'paired_difference', 'holm',
-           'correct', 'is_significant', 'difference_text', 'difference_record', 'interval_text']
+           'correct', 'is_significant', 'difference_text', 'difference_record', 'difference_from', 'interval_text']
 
 # %% ../../nbs/foundations/05_statistics.ipynb #cb9e1418
 import numpy as np
@@ -263,6 +263,12 @@ def difference_record(
     "A difference with names"
     d = Difference(*difference)
     return dict(percent=d.percent, lo=d.low, hi=d.high, p=d.p, runs=d.runs)
+
+def difference_from(
+    record:dict # of `difference_record`; may hold more
+)->Difference:
+    "The difference that a record keeps"
+    return Difference(record['percent'], record['lo'], record['hi'], record['p'], record['runs'])
 
 # %% ../../nbs/foundations/05_statistics.ipynb #5e54eaad
 def interval_text(

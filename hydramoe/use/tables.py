@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ..foundations.core import repo_root
 from ..foundations.files import read_json
 from ..foundations.report import markdown_table, minus_signs
-from ..foundations.statistics import Difference, difference_text, is_significant
+from ..foundations.statistics import difference_from, difference_text, is_significant
 from .reproduce import Result, load_result
 from .publish import older_note, published, published_scales, results_dir, thorough_result
 
@@ -297,25 +297,21 @@ def gating_rows(
     "Trained gates against the router that they began with"
     return [{c: minus_signs(str(row[c])) for c in _GATE_COLUMNS} for row in r.extra['table']]
 
-def _as_difference(kept):
-    "A difference from the names that `difference_record` gave its numbers"
-    return Difference(kept['percent'], kept['lo'], kept['hi'], kept['p'], kept['runs'])
-
 def gates_gain(
     r:Result # of `e5_gating`
 )->str: # Markdown
     "Which trained gates are ahead of their router by more than chance, and whether they are on clusters by lot too"
     ahead = []
     for name, kept in r.extra['against_alpha'].items():
-        d = _as_difference(kept)
+        d = difference_from(kept)
         if name.startswith('β,') and d.percent<0 and is_significant(d): ahead.append(f'{name} ({difference_text(d)})')
     gain = 'No trained gate is ahead of the router that it began with by more than chance.'
     if ahead: gain = f"Ahead of the router that they began with, by more than chance: {'; '.join(ahead)}."
     for single, kept in r.extra['scratch'].items():
-        gain += f' From scratch, against {single}: {difference_text(_as_difference(kept))}.'
+        gain += f' From scratch, against {single}: {difference_text(difference_from(kept))}.'
     by_lot = r.extra['by_lot']
     if by_lot is None: return gain
-    return f"{gain} The gate on clusters by lot, against even weights: {difference_text(_as_difference(by_lot))}."
+    return f"{gain} The gate on clusters by lot, against even weights: {difference_text(difference_from(by_lot))}."
 
 def gates_table(
     folder:str|Path|None=None # of results; `results_dir()` if None
