@@ -13,7 +13,7 @@ from hydramoe.foundations.core import HydraError, derive_seed, rng
 from hydramoe.foundations.files import read_jsonl, write_jsonl
 from hydramoe.foundations.store import open_sealed, sealing, stage
 from hydramoe.models.base import tiny_base
-from hydramoe.experts.stack import LoraSpec
+from hydramoe.experts.stack import LoraSpec, Stack
 from hydramoe.experts.plan import Plan, slow_add
 from hydramoe.experts.gates import make_plan, one_hot, with_trunk
 from hydramoe.experts.model import gated
@@ -263,16 +263,34 @@ def stop_at(monkeypatch, k):
         return shared_step(model, opt, step, i, names, cached)
     monkeypatch.setattr(shared, 'shared_step', step)
 
-@pytest.mark.parametrize('k', [0, 3, 7])
-def test_resume_is_bit_equal(k, tmp_path, monkeypatch):
+def of_rank(rank):
+    "A model that has learnt nothing, with residuals of this rank"
+    model = fresh()
+    for e, name in enumerate(EXPERTS): model.stack.init_expert(e, e, name, rank)
+    return model
+
+@pytest.mark.parametrize('k,rank', [(0, LORA.rank), (3, LORA.rank), (7, LORA.rank), (3, 1), (7, 1)])
+def test_resume_is_bit_equal(k, rank, tmp_path, monkeypatch):
     how = ResidualSpec(rate=2., b_rate=3., decay=.1, dropout=.2, soft=.1, clock='own')
-    whole, history = trained(residual=how)
+    whole, history = trained(residual=how, model=of_rank(rank))
     with monkeypatch.context() as m:
         stop_at(m, k)
-        with pytest.raises(Stop): trained(residual=how, work=tmp_path, every=2)
-    again, resumed = trained(residual=how, work=tmp_path, every=2)
+        with pytest.raises(Stop): trained(residual=how, model=of_rank(rank), work=tmp_path, every=2)
+    again, resumed = trained(residual=how, model=of_rank(rank), work=tmp_path, every=2)
     assert torch.equal(again.stack.theta, whole.stack.theta)
     assert resumed==history
+
+def test_residuals_of_smaller_rank_train_as_if_all_of_their_rows_were_stepped(monkeypatch):
+    "AdamW sees only the part of a row that they use; the rest stays zero"
+    how = ResidualSpec(rate=2., b_rate=3., decay=.1)
+    small, _ = trained(residual=how, model=of_rank(1))
+    with monkeypatch.context() as m:
+        m.setattr(Stack, 'used_numbers', lambda stack, rank: None)
+        padded, _ = trained(residual=how, model=of_rank(1))
+    assert torch.equal(small.stack.theta, padded.stack.theta)
+    used = small.stack.used_numbers(1)
+    for row in small.stack.theta[:3]:
+        assert row.count_nonzero()==row[used].count_nonzero()>0
 
 OTHER_RUNS = [dict(residual=ResidualSpec(rate=2.)), dict(spec=replace(MIXED, lr=1e-3)), dict(pairs=PAIRS[1:]),
               dict(pairs=[(0, x) for _, x in PAIRS]), dict(name='common')]

@@ -397,6 +397,19 @@ def raise_rank(self:Stack,
         whole = _random_A(seed, layer.name, rank, layer.n_in)
         A[e,r:rank] = whole[r:].to(A.device)
 
+# %% ../../nbs/experts/40_stack.ipynb #befdd73e
+@patch
+def used_numbers(self:Stack,
+    rank:int # of an expert
+)->Tensor|None: # their places in its row, in order; None: all of them
+    "What an expert of this rank uses of its row"
+    if rank==self.spec.rank: return None
+    used = torch.zeros(1, self.theta.shape[1], dtype=torch.bool, device=self.theta.device)
+    for A, B in layer_views(used, self.layers[self.n_trunk_layers:], self.spec.rank):
+        A[:,:rank] = True
+        B[:,:,:rank] = True
+    return used[0].nonzero().squeeze(1)
+
 # %% ../../nbs/experts/40_stack.ipynb #cell3x130
 @patch
 @torch.no_grad()

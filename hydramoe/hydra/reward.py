@@ -21,7 +21,7 @@ from ..data.check import CHECKS
 from ..experts.gate_plan import FEW
 from ..experts.gates import make_plan
 from ..experts.model import GatedCausalLM
-from ..experts.train import TrainSpec, load_checkpoint, save_checkpoint, tensor_bytes
+from ..experts.train import SavePace, TrainSpec, load_checkpoint, save_checkpoint, tensor_bytes
 from .trained_gate import Batch, GateAtWork, TrainedGate, gumbel, softmax_weights
 from .train_gate import GateOptimizers, GateTraining
 from .generation import Request, sampling_keywords
@@ -312,14 +312,16 @@ def train_on_rewards(
     start = tensor_bytes(gate.phi).hex()
     job = digest([gate.names, gate.spec, start, prompts, weights.tolist(), spec])
     history = load_checkpoint(work, run.opt, job) if work else []
+    saving = SavePace(every)
     for k in progress(range(len(history), spec.steps), desc='rewards', unit='step'):
         chosen = rng(spec.seed, 'tasks', k).permutation(len(tasks))[:spec.prompts]
         asked = [tasks[i] for i in chosen]
         found = roll_out(model, gate, tokenizer, asked, weights[chosen], spec, reward, k)
         ratios, divergence = run.learn(found)
         history.append(dict(step=k, kl=divergence, ratio=ratios, **_noted(found)))
-        is_due = len(history)%every==0 and len(history)<spec.steps
-        if work and is_due: save_checkpoint(work, run.opt, history, job)
+        is_due = saving.is_due(len(history)) and len(history)<spec.steps
+        if not work or not is_due: continue
+        with saving.timed(): save_checkpoint(work, run.opt, history, job)
     return history
 
 # %% ../../nbs/hydra/69_reward.ipynb #dfdb03b1

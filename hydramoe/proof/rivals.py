@@ -21,8 +21,8 @@ from ..models.base import Base
 from ..models.load import load_base
 from ..experts.adapters import find_adapters, find_shared, with_adapters
 from ..experts.score import Losses, collate, save_losses
-from ..experts.train import TrainSpec, load_checkpoint, lr_factor, new_state, save_checkpoint, tensor_bytes
-from ..experts.train import using_threads
+from ..experts.train import SavePace, TrainSpec, load_checkpoint, lr_factor, new_state, save_checkpoint
+from ..experts.train import tensor_bytes, using_threads
 from ..experts.shared import mix_steps
 from ..experts.stages import TrainData, as_spec, part_examples
 from ..hydra.dense import plain_model
@@ -171,6 +171,7 @@ def fit_xlora(
     opt = XLoraOptimizer(model, len(steps), spec)
     job = _xlora_job(model, examples, spec)
     history = load_checkpoint(work, opt, job) if work else []
+    saving = SavePace(every)
     for k in progress(range(len(history), len(steps)), desc='X-LoRA', unit='step'):
         rows = [x for _, x in steps[k]]
         n = sum(len(x.ids)-x.n_prompt for x in rows)
@@ -181,8 +182,9 @@ def fit_xlora(
             total += loss.item()
         opt.step()
         history.append(dict(step=k, loss=total))
-        is_due = len(history)%every==0 and len(history)<len(steps)
-        if work and is_due: save_checkpoint(work, opt, history, job)
+        is_due = saving.is_due(len(history)) and len(history)<len(steps)
+        if not work or not is_due: continue
+        with saving.timed(): save_checkpoint(work, opt, history, job)
     return history
 
 # %% ../../nbs/proof/71a_rivals.ipynb #f6426427
