@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from hydramoe import Hydra
 from hydramoe.foundations.core import HydraError, rng
 from hydramoe.foundations.files import read_json, write_jsonl
-from hydramoe.foundations.store import seal_id
 from hydramoe.models.base import open_checkpoint, tiny_base
 from hydramoe.models.encode import encode
 from hydramoe.domains.examples import lesson_texts
@@ -85,31 +84,29 @@ def test_the_bundle_holds_what_the_stages_trained(made):
     assert manifest['shared']==dict(rank=4, alpha=8)
     assert {(e['rank'], e['alpha']) for e in manifest['experts']}=={(2, 4)}
     about = dict(built=manifest['built'])
-    experts = find_stage(about, 'experts')
+    experts, seed = (find_stage(about, what) for what in ('experts', 'seed'))
     def tensors(folder): return load_file(folder/'adapter_model.safetensors')
     pairs = [(made/'shared', experts/'shared'/'adapter')]
     pairs += [(made/'experts'/e['name'], experts/e['name']) for e in manifest['experts']]
     for ours, theirs in pairs:
         assert all(torch.equal(t, tensors(theirs)[k]) for k, t in tensors(ours).items())
+    started = tensors(seed/'seed')
+    ended = tensors(made/'shared')
+    assert all(t.shape==started[k].shape for k, t in ended.items())
+    key = 'base_model.model.model.layers.0.mlp.down_proj.lora_B.weight'
+    assert not torch.equal(started[key], ended[key])
     note = manifest['built']['shared']
     counts = manifest['built']['counts']
     assert note['rows']==counts['train']==sum(e['rows'] for e in manifest['experts'])
     assert note['tokens']==counts['tokens']
     assert note['steps']==len(read_json(experts/'history.json')['history'])==-(-2*note['rows']//2)
 
-def test_only_a_fork_needs_a_seed_expert_which_does_not_depend_on_residuals(cache, made):
-    assert 'seed' not in check_bundle(made)['built']['seals']
-    def seeds(): return set(stages(cache).glob('seed_expert-*'))
-    before = seeds()
+def test_the_seed_expert_does_not_depend_on_residuals(cache, made):
+    before = set(stages(cache).glob('seed_expert-*'))
     build(None, dev=.5, rank=3, k=2)
-    assert seeds()==before
-    build(None, dev=.5, fork=.5)
-    forked = seeds()
-    assert len(forked-before)==1
-    build(None, dev=.5, fork=.5, rank=3, k=2)
-    assert seeds()==forked
-    build(None, dev=.5, fork=.5, shared=3, k=2)
-    assert len(seeds()-forked)==1
+    assert set(stages(cache).glob('seed_expert-*'))==before
+    build(None, dev=.5, shared=3, k=2)
+    assert len(set(stages(cache).glob('seed_expert-*')))==len(before)+1
 
 def test_a_second_build_makes_nothing_and_gives_the_same(cache, made):
     before = set(stages(cache).iterdir())
@@ -147,6 +144,7 @@ def test_stopped_in_the_joint_run_it_goes_on_to_the_same_bundle(cache, monkeypat
     how = dict(epochs=4)
     build(cache/f'whole-{at}', **how)
     monkeypatch.setenv('HYDRAMOE_CACHE', str(cache/f'stopped{at}'))
+    built_by.run_seed(*_seeded(how))
     save = train.save_checkpoint
     left = [at]
     def stop(*args):
@@ -169,6 +167,14 @@ def test_stopped_in_the_joint_run_it_goes_on_to_the_same_bundle(cache, monkeypat
     assert seen[0]>10*at # it went on, and did not begin again
     assert files_in(cache/f'stopped-{at}')==files_in(cache/f'whole-{at}')
 
+def _seeded(how):
+    "Rows and spec of `build`"
+    from hydramoe.hydra.rows import run_deal
+    from hydramoe.hydra.spec import resolve_spec
+    spec = BuildSpec(base='tiny', quant='fp32', encoder='words', k=3, lr=3e-3, **RANKS, **how)
+    rows, counts = run_deal(lesson_rows(), spec)
+    return rows, resolve_spec(spec, counts['train'], counts['prompts'])
+
 @pytest.mark.slow
 def test_killed_at_any_moment_the_bundle_is_the_same(tmp_path):
     from hydramoe.hydra.spec import BuildSpec
@@ -190,7 +196,7 @@ def test_what_one_job_does_not_hold_is_refused_before_training(cache, tmp_path):
     said = r'memory=0.0005 GB do not hold a shared expert and 3 residuals.*--shared 0'
     for out in (None, tmp_path/'x'):
         with pytest.raises(HydraError, match=said): build(out, memory=.0005, root=tmp_path/'stages')
-    assert not list((tmp_path/'stages').glob('assign_domains_stage-*'))
+    assert not list((tmp_path/'stages').glob('seed_expert-*'))
     assert not (tmp_path/'x').exists()
     plain = build(None, memory=.0002, shared=0, rank=4, epochs=1, root=tmp_path/'stages')
     assert not plain.shared
@@ -396,33 +402,20 @@ def test_plain_experts_are_made_of_the_edited_domains(cache):
     names = [folder.name for folder in find_adapters(plain['experts'])]
     assert names and all(name.startswith('my-') for name in names)
 
-def test_all_three_have_equal_tokens_and_active_rank(made):
+def test_all_three_have_equal_tokens_start_and_active_rank(made):
     about = dict(built=check_bundle(made)['built'])
     plain, spec = run_plain(about)
     single = run_single(about)
     joint = find_stage(about, 'experts')
+    folders = (joint, plain['experts'], single.parent)
     def tokens_of(folder): return sum(step['tokens'] for step in read_json(folder/'history.json')['history'])
-    of_plain = tokens_of(plain['seed'])+tokens_of(plain['experts'])
-    assert tokens_of(joint)==tokens_of(single.parent)==of_plain
+    assert len({tokens_of(f) for f in folders})==1
     assert (spec.shared, spec.rank)==(0, 6)
     adapters = [single, *(plain['experts']/e['name'] for e in check_bundle(made)['experts'])]
     assert {read_json(a/'adapter_config.json')['r'] for a in adapters}=={6}
     assert run_plain(about)[0]==plain
-    def start_of(folder): return read_json(folder/'seal.json')['meta']['inputs'].get('start')
-    assert start_of(joint) is start_of(single.parent) is None
-    assert start_of(plain['experts'])==seal_id(plain['seed'])
-
-def test_under_a_fork_all_three_start_from_the_seed_expert(cache):
-    "As they do in a bundle that an older hydramoe built, which had one always"
-    about = build(None, dev=.5, fork=.5).about
-    plain, _ = run_plain(about)
-    folders = find_stage(about, 'experts'), plain['experts'], run_single(about).parent
     starts = {read_json(f/'seal.json')['meta']['inputs']['start'] for f in folders}
     assert starts=={about['built']['seals']['seed']}
-
-def test_one_pass_leaves_plain_experts_no_seed_expert(cache):
-    plain, _ = run_plain(build(None, dev=.5, epochs=1).about)
-    assert 'seed' not in plain
 
 def test_there_is_nothing_to_compare_plain_experts_with(cache):
     with pytest.raises(HydraError, match='plain ones already'): run_plain(build(None, dev=.5, shared=0, epochs=1).about)

@@ -246,7 +246,7 @@ def test_a_build_is_found_again_and_a_single_has_its_tokens(made):
     assert tokens[0]==tokens[1]
     assert run_single(about)==single
     inputs = read_json(single.parent/'seal.json')['meta']['inputs']
-    assert inputs==dict(rows=about['built']['seals']['rows'])
+    assert inputs==dict(rows=about['built']['seals']['rows'], start=about['built']['seals']['seed'])
     rows = [json.loads(line)['id'] for line in (find_stage(about, 'rows')/'train.jsonl').read_text().splitlines()]
     assert not set(rows) & {r['id'] for r in held_out_rows(about)}
 

@@ -37,8 +37,8 @@ from .cascade import load_router
 from .bundle import BundleError, check_beside_shared, check_bundle
 from .card import MIN_DEV_ROWS, unlearnt, unlearnt_text
 from .model import Hydra, router_view
-from .spec import BuildSpec, check_joint_memory, experts_outline, has_seed, pin_base
-from .spec import resolve_spec, shared_settings, spec_record, training_settings
+from .spec import BuildSpec, check_joint_memory, experts_outline, pin_base, resolve_spec
+from .spec import shared_settings, spec_record, training_settings
 from .rows import first_refused, gather_rows, peek_base, run_deal
 
 # %% ../../nbs/hydra/66b_build.ipynb #c67ada3b
@@ -125,11 +125,11 @@ def run_seed(
 def shared_stage(
     out:Path, # the directory to fill
     rows:Path, # from `assign_domains_stage`
+    start:Path, # from `seed_stage`
     fingerprint:str, # of the base, for the key only
-    start:Path|None=None, # from `seed_stage`, which goes on as the shared expert; None: fresh
     **kw # as `train_shared_stage` takes them
 )->None: # shared/adapter, NAME/ for each domain
-    "A stage: a shared expert on all rows, with a residual for each domain"
+    "A stage: the seed expert goes on as a shared expert, with a residual for each domain"
     train_shared_stage(out, rows_dir=rows, start=start, **kw)
 
 # %% ../../nbs/hydra/66b_build.ipynb #95c9da2f
@@ -157,7 +157,7 @@ def residuals_stage(
 # %% ../../nbs/hydra/66b_build.ipynb #850e0fe3
 def run_experts(
     rows:Path, # from `run_discovery`
-    seed:Path|None, # from `run_seed`; None: fresh
+    seed:Path, # from `run_seed`
     spec:BuildSpec, # resolved
     root:Path|None=None, # where stages go; in the cache if None
     **run # of `run_jobs`: executor, workers
@@ -172,7 +172,7 @@ def run_experts(
         make, how = experts_stage, training_settings(spec)[1]
         size = group_size(weights, GroupSpec(memory=spec.memory))
     params = dict(how, fingerprint=peek_base(spec.base)[1])
-    inputs = dict(rows=rows, start=seed) if seed else dict(rows=rows)
+    inputs = dict(rows=rows, start=seed)
     settings = stage_settings(spec, root)
     made = run_jobs(make_jobs(make, records, size, params, inputs, spec.threads, **settings), **run)
     if len(made) == 1: return made[0]
@@ -305,7 +305,7 @@ def run_stages(
     root:Path|None=None, # where stages go; in the cache if None
     edits:str='', # text of an edited domains.yaml
     **run # where groups of experts are trained, as for `run_jobs`: executor, workers
-)->dict[str,Path]: # rows, domains, experts, router, and seed if there is one: sealed directories
+)->dict[str,Path]: # rows, domains, seed, experts, router: sealed directories
     "Run the stages behind a build, or find them made"
     weights = experts_outline(spec).theta.shape[1] # refuses what the base cannot hold
     check_joint_memory(spec, weights)
@@ -313,11 +313,10 @@ def run_stages(
     names = Domains.load(domains/'domains').names
     if spec.shared: check_beside_shared(names)
     log('domains:', ', '.join(names))
-    seed = run_seed(rows, spec, root) if has_seed(spec) else None
+    seed = run_seed(rows, spec, root)
     experts = run_experts(domains, seed, spec, root, **run)
     router = run_routers(domains, x, experts, spec, root)
-    made = dict(rows=rows, domains=domains, experts=experts, router=router)
-    return made | dict(seed=seed) if seed else made
+    return dict(rows=rows, domains=domains, seed=seed, experts=experts, router=router)
 
 # %% ../../nbs/hydra/66b_build.ipynb #8750f651
 def training_note(
@@ -346,9 +345,8 @@ def _build_record(made, counts, spec):
     built['scores'] = read_json(made['router']/'scores.json')
     built['seals'] = {name: seal_id(path) for name,path in made.items()}
     built['versions'] = versions('hydramoe', *BUILD_LIBS)
-    if 'seed' in made:
-        seed = read_json(made['seed']/'history.json')['experts']['seed']
-        if seed['skipped']: built['seed'] = training_note(seed)
+    seed = read_json(made['seed']/'history.json')['experts']['seed']
+    if seed['skipped']: built['seed'] = training_note(seed)
     if spec.shared: built['shared'] = shared_note(read_json(made['experts']/'history.json'))
     return built
 
@@ -372,7 +370,7 @@ def assemble(
 
 # %% ../../nbs/hydra/66b_build.ipynb #551f668d
 def _what_is_trained(spec):
-    "Experts and their passes in words"
+    "The second pass in words"
     many = '' if spec.k == 1 else 's'
     passes = 'pass' if spec.epochs == 1 else 'passes'
     if not spec.shared: return f"{spec.k} expert{many} of rank {spec.rank}, {spec.epochs} {passes} over their rows"
@@ -393,8 +391,7 @@ def summarize_build(
         if counts.get(kind): goes_in.append(f'{counts[kind]} {words}')
     if counts.get('folded'):
         goes_in.append(f"of {counts['folded']} the system turn is said by the user, for the base's template has none")
-    made = _what_is_trained(spec)
-    if has_seed(spec): made += ' after one of the seed expert'
+    made = f"{_what_is_trained(spec)} after one of the seed expert"
     if spec.fork:
         stack = experts_outline(spec)
         made += f", which they share below block {stack.fork} of {stack.depth}"

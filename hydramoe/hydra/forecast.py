@@ -10,7 +10,7 @@ import time
 import torch
 from ..models.base import compute_dtype
 from ..experts.jobs import GroupSpec, group_size, meta_model
-from .spec import BuildSpec, experts_outline, has_seed
+from .spec import BuildSpec, experts_outline
 from .build import TEMPERATURES, stage_settings
 
 # %% ../../nbs/hydra/66c_forecast.ipynb #ab6db8af
@@ -68,7 +68,7 @@ def _disk_bytes(spec, counts, stack):
     row = stack.theta.shape[1]
     of_rank_one = (row+stack.trunk.shape[1])//stack.spec.rank # weights in an adapter's file
     bundle = of_rank_one*(spec.k*spec.rank + spec.shared)
-    seed = of_rank_one*(spec.shared or spec.rank) if has_seed(spec) else 0
+    seed = of_rank_one*(spec.shared or spec.rank)
     rows = spec.k+1 if spec.shared else spec.k
     checkpoints = 3*3*row*rows
     states = counts['tokens']*stack.layers[0].n_in if stack.fork else 0
@@ -87,7 +87,7 @@ def forecast(
     expert, shared = [row*rank//stack.spec.rank for rank in (spec.rank, spec.shared)]
     share, rate = TRAINING_SHARE[spec.quant], matrix_rate(spec.quant, device)
     speed = share*rate/(4*weights) # tokens a second
-    trained = counts['tokens']*(spec.epochs+has_seed(spec))
+    trained = counts['tokens']*(1+spec.epochs)
     trunk = stack.fork/stack.depth
     saved = counts['tokens']*trunk*(spec.epochs-.5) # a trunk is read once, and never learns
     systems = 2+sum(map(len, TEMPERATURES.values())) # the base, the uniform mix, each router

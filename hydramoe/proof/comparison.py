@@ -13,7 +13,7 @@ from ..foundations.core import HydraError
 from ..foundations.report import markdown_table
 from ..foundations.statistics import difference_record, difference_text
 from ..experts.score import loss_matrix, macro_nll
-from ..hydra.build import SHARED_ALONE, assemble, run_discovery, run_experts, run_routers, run_seed
+from ..hydra.build import SHARED_ALONE, assemble, run_discovery, run_experts, run_routers
 from ..hydra.merged import development_examples
 from ..hydra.model import Hydra
 from ..hydra.spec import BuildSpec, stored_spec
@@ -28,22 +28,15 @@ def plain_spec(
     "What plain experts are trained by that answer with the same rank"
     return replace(spec, shared=0, rank=spec.shared+spec.rank)
 
-def _plain_start(made, spec, root):
-    "The seed expert of plain experts, or None; and their spec, with the passes that are left for them"
-    if made['seed'] or spec.epochs==1: return made['seed'], spec
-    spec = replace(spec, epochs=spec.epochs-1)
-    return run_seed(made['rows'], spec, root), spec
-
 # %% ../../nbs/proof/74c_comparison.ipynb #d2b355bd
 def run_plain(
     about:dict, # of a Hydra that was built here, with a shared expert
     root:Path|None=None, # where stages are, and where these go; in the cache if None
     encoder:str|Path|None=None # what embeds prompts, if that is a folder
 )->tuple[dict,BuildSpec]: # stages, as `assemble` takes them; their spec
-    "Train plain experts to compare a build with, or find them: equal rows, tokens, rate and active rank"
+    "Train plain experts to compare a build with, or find them: equal rows, tokens, start, rate and active rank"
     made = {what: find_stage(about, what, root) for what in ('rows', 'domains', 'seed')}
-    needed = about.get('built', {}).get('seals', made) # a build without a seed expert has no seal of one
-    missing = [what for what, place in made.items() if place is None and what in needed]
+    missing = [what for what, place in made.items() if place is None]
     if missing:
         raise HydraError(f"the {missing[0]} of the build that made this bundle are not on this machine (any more): "
                          "build it here to compare it with plain experts")
@@ -55,11 +48,9 @@ def run_plain(
     edited = made['domains']/'domains.yaml' # is there if somebody edited the domains
     edits = edited.read_text(encoding='utf-8') if edited.exists() else ''
     x, domains = run_discovery(made['rows'], built['counts'], spec, root, edits)
-    seed, spec = _plain_start(made, spec, root)
-    experts = run_experts(domains, seed, spec, root)
+    experts = run_experts(domains, made['seed'], spec, root)
     router = run_routers(domains, x, experts, spec, root)
-    made = dict(rows=made['rows'], domains=domains, experts=experts, router=router)
-    return made | dict(seed=seed) if seed else made, spec
+    return dict(made, domains=domains, experts=experts, router=router), spec
 
 # %% ../../nbs/proof/74c_comparison.ipynb #05d5ba3e
 PLAIN = 'plain experts' # a column of a loss matrix

@@ -145,15 +145,13 @@ def run_single(
 )->Path: # the folder of a PEFT adapter
     "Train the single adapter to compare with, or find it: equal rows, tokens, start, rate and active rank"
     rows, seed = (find_stage(about, what, root) for what in ('rows', 'seed'))
-    began_fresh = 'seed' not in about.get('built', {}).get('seals', {})
-    if rows is None or not (seed or began_fresh):
+    if rows is None or seed is None:
         raise HydraError("the rows that this bundle was built from are not on this machine (any more): "
                          "train one adapter on all of them, and give its folder, --single DIR; or leave --single out")
     spec = stored_spec('the bundle', about['built']['spec'])
     _, to_zero = training_settings(spec, spec.shared+spec.rank)
     params = dict(to_zero, name='single', fingerprint=peek_base(spec.base)[1])
-    inputs = dict(rows=rows) if began_fresh else dict(rows=rows, start=seed)
-    made = stage(seed_stage, params, inputs, name='single_adapter', **stage_settings(spec, root))
+    made = stage(seed_stage, params, dict(rows=rows, start=seed), name='single_adapter', **stage_settings(spec, root))
     return made/'single'
 
 # %% ../../nbs/proof/74a_verdict_page.ipynb #3abdb5ae

@@ -167,7 +167,7 @@ def dry_run(
 
 # %% ../../nbs/use/84_build_commands.ipynb #3028f61b
 _SHARED = ('rank of the shared expert, which learns from all rows and answers every prompt, with an expert '
-           'of each domain on top; 0: none, experts branch from a seed expert and learn apart (default %(default)s)')
+           'of each domain on top; 0: none, experts branch from the seed expert and learn apart (default %(default)s)')
 _FORK = ('experts part at this block, or share of the depth, and are one below it: at 0.5 they are half as large, '
          'train twice as fast, and in a chat a change of expert costs half; the price is quality: they can learn less '
          '(default: 0, experts adapt all blocks)')
@@ -180,7 +180,7 @@ TRAINING_OPTIONS = (
     arg('--fork', type=float, default=0, metavar='N', help=_FORK),
     arg('--lr', type=float, default=5e-4, metavar='X', help='peak learning rate (default %(default)s)'),
     arg('--epochs', type=int, metavar='N',
-        help='passes over the rows, beside one of a seed expert if there is one (default: more for less data)'),
+        help='passes of the experts over their rows (default: one to three, more for less data)'),
     QUANT,
     arg('--threads', type=int, metavar='N',
         help='of each training process (default: all of this machine); the last bits of a result depend on it'),
