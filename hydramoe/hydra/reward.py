@@ -320,8 +320,8 @@ def train_on_rewards(
         ratios, divergence = run.learn(found)
         history.append(dict(step=k, kl=divergence, ratio=ratios, **_noted(found)))
         is_due = saving.is_due(len(history)) and len(history)<spec.steps
-        if not work or not is_due: continue
-        with saving.timed(): save_checkpoint(work, run.opt, history, job)
+        if work and is_due:
+            with saving.timed(): save_checkpoint(work, run.opt, history, job)
     return history
 
 # %% ../../nbs/hydra/69_reward.ipynb #dfdb03b1

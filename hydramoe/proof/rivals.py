@@ -183,8 +183,8 @@ def fit_xlora(
         opt.step()
         history.append(dict(step=k, loss=total))
         is_due = saving.is_due(len(history)) and len(history)<len(steps)
-        if not work or not is_due: continue
-        with saving.timed(): save_checkpoint(work, opt, history, job)
+        if work and is_due:
+            with saving.timed(): save_checkpoint(work, opt, history, job)
     return history
 
 # %% ../../nbs/proof/71a_rivals.ipynb #f6426427
